@@ -1,0 +1,17 @@
+//! Writes the build date into the program: a clock that shows an earlier time is not set.
+
+use std::env;
+use std::error::Error;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-env-changed=SOURCE_DATE_EPOCH");
+    println!("cargo:rerun-if-changed=src");
+    println!("cargo:rerun-if-changed=Cargo.lock");
+    let date: u64 = match env::var("SOURCE_DATE_EPOCH") {
+        Ok(text) => text.parse().map_err(|e| format!("SOURCE_DATE_EPOCH={text:?}: {e}"))?,
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
+    };
+    println!("cargo:rustc-env=BUILD_DATE={date}");
+    Ok(())
+}

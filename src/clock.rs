@@ -1,0 +1,83 @@
+//! The one place that reads the time.
+//!
+//! Everyone else is given a [`Now`]. It carries two clocks: the wall clock, which dates tokens and
+//! certificates but may jump or be unset on a gateway without a battery, and a monotonic clock,
+//! by which whatever is held in memory ages.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use time::OffsetDateTime;
+use time::format_description::BorrowedFormatItem;
+use time::macros::format_description;
+
+/// One reading of both clocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// Milliseconds since 1970-01-01T00:00:00Z; 0 if the clock stands before that.
+    pub unix_ms: u64,
+    /// Milliseconds since this process first asked for the time; never goes back.
+    pub mono_ms: u64,
+}
+
+/// Reads both clocks.
+pub fn now() -> Now {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Now { unix_ms: millis(unix), mono_ms: millis(START.get_or_init(Instant::now).elapsed()) }
+}
+
+impl Now {
+    /// Whole seconds since 1970, as JWTs and certificates count them.
+    pub fn unix_s(&self) -> u64 {
+        self.unix_ms / 1000
+    }
+
+    /// A clock that shows a time before this program was built has not been set.
+    pub fn is_plausible(&self) -> bool {
+        self.unix_s() >= build_date()
+    }
+}
+
+/// When this program was built, in seconds since 1970 (`SOURCE_DATE_EPOCH` if that was set).
+pub fn build_date() -> u64 {
+    // The build script always writes digits; were it ever not to, every clock would be plausible.
+    env!("BUILD_DATE").parse().unwrap_or(0)
+}
+
+/// `2025-11-27T10:00:00.000Z` (RFC 3339, UTC, milliseconds); the end of the year 9999 at most.
+pub fn rfc3339(unix_ms: u64) -> String {
+    const FORMAT: &[BorrowedFormatItem<'_>] =
+        format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
+    const LAST_MS: u64 = 253_402_300_799_999;
+    let nanos = i128::from(unix_ms.min(LAST_MS)) * 1_000_000;
+    OffsetDateTime::from_unix_timestamp_nanos(nanos)
+        .ok()
+        .and_then(|at| at.format(FORMAT).ok())
+        .unwrap_or_default()
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rfc3339_has_milliseconds_and_z() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00.000Z");
+        assert_eq!(rfc3339(1_764_237_600_007), "2025-11-27T10:00:00.007Z");
+        assert_eq!(rfc3339(u64::MAX), "9999-12-31T23:59:59.999Z");
+    }
+
+    #[test]
+    fn a_clock_before_the_build_is_not_plausible() {
+        let at = |s: u64| Now { unix_ms: s * 1000, mono_ms: 0 };
+        assert!(!at(0).is_plausible());
+        assert!(!at(build_date() - 1).is_plausible());
+        assert!(at(build_date()).is_plausible());
+        assert!(now().is_plausible());
+    }
+}
