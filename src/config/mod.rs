@@ -235,7 +235,6 @@ impl Http {
     /// # Errors
     /// The first value that is not allowed.
     pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Http, ConfigError> {
-        let no_files = |_: &Path| Err(io::ErrorKind::Unsupported.into());
         Http::from_vars(&Vars::new(&lookup, &no_files))
     }
 
@@ -269,6 +268,15 @@ impl Log {
 }
 
 impl Ca {
+    /// Reads what concerns the CA only, which is all that signing a server's certificate needs.
+    ///
+    /// # Errors
+    /// The first value that is not allowed.
+    pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Ca, ConfigError> {
+        let vars = Vars::new(&lookup, &no_files);
+        Ca::from_vars(&vars, &vars.path(&var::DATA_DIR)?)
+    }
+
     fn from_vars(vars: &Vars<'_>, data_dir: &Path) -> Result<Ca, ConfigError> {
         let dir = vars.optional_path(&var::CA_STORAGE_PATH)?;
         Ok(Ca {
@@ -307,6 +315,11 @@ impl OutageRedeem {
             _ => None,
         }
     }
+}
+
+/// For the parts that name no file whose contents would be needed.
+fn no_files(_: &Path) -> io::Result<Vec<u8>> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// Names other than localhost are refused: to what they resolve may change under a running server.
