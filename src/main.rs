@@ -50,10 +50,12 @@ fn serve() -> ExitCode {
     config.warnings.iter().for_each(|warning| log::warn!("{warning}"));
     match mqtt_publisher_lite::run(&config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
+        Err(e) if log::log_enabled!(log::Level::Error) => {
             log::error!("{e}");
             ExitCode::from(FAILED)
         }
+        // Nobody should have to look for the reason with another log level.
+        Err(e) => fail(FAILED, e),
     }
 }
 

@@ -360,10 +360,11 @@ fn cidrs(text: &str) -> Option<Vec<Cidr>> {
 fn run_dir(vars: &Vars<'_>, data_dir: &Path) -> Result<PathBuf, ConfigError> {
     let name = "RUNTIME_DIRECTORY";
     let given = vars.given(name)?;
-    let (name, dir) = match given.as_deref().and_then(|list| list.split(':').next()) {
-        Some(first) => (name, PathBuf::from(first)),
-        None => (var::DATA_DIR.name, data_dir.join("run")),
-    };
+    let (name, dir) =
+        match given.as_deref().and_then(|list| list.split(':').find(|p| !p.is_empty())) {
+            Some(first) => (name, PathBuf::from(first)),
+            None => (var::DATA_DIR.name, data_dir.join("run")),
+        };
     if dir.as_os_str().len() <= MAX_RUN_DIR_BYTES {
         return Ok(dir);
     }

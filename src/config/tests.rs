@@ -81,6 +81,16 @@ fn redis_has_the_defaults_of_the_table() {
 }
 
 #[test]
+fn what_counts_is_described_in_the_order_of_the_table() {
+    let config = good(&[("REDIS_HOST", "h")]);
+    let mut table = var::ALL.iter();
+    for line in config.describe() {
+        let (name, _) = line.split_once('=').unwrap();
+        assert!(table.any(|variable| variable.name == name), "{line}");
+    }
+}
+
+#[test]
 fn every_number_has_its_range() {
     let numbers = var::ALL.iter().filter_map(|variable| match variable.allowed {
         Allowed::Number(min, max) => Some((variable.name, min, max)),

@@ -85,6 +85,18 @@ variables! {
     HTTP_PORT = "3002", Number(1, 65_535), "the same, by its older name";
     TLS_CERT = "", PEM_CERT, "PEM file with our certificate chain: serve HTTPS";
     TLS_KEY = "", Text("a readable PEM file with a private key"), "PEM file with its private key";
+    /// Each worker costs a lane: its own thread, a tiny_http server with six, one Redis connection.
+    WORKERS = "4", Number(1, 64), "threads that answer requests";
+    /// A connection costs a descriptor and a few hundred bytes while it is idle.
+    MAX_CONNECTIONS = "1024", Number(1, 65_536), "most connections of clients";
+    /// Room for one address cannot starve the others of it.
+    MAX_CONNECTIONS_PER_IP = "256", Number(1, 65_536), "most connections of one address";
+    /// Must hold at least one largest request with its answer and TLS records; at most 1 GiB, which
+    /// a 32-bit gateway can still count.
+    MAX_BUFFER_BYTES = "8388608", Number(262_144, 1_073_741_824), "most bytes held for all clients";
+    TRUSTED_PROXIES = "", Text("IP addresses or CIDRs, separated by commas"),
+        "proxies whose X-Forwarded-For is believed";
+    ONBOARDING_RATE_LIMIT = "0", Number(0, 1_000_000), "onboardings a minute and client; 0: no limit";
 
     LOG_LEVEL = "info", OneOf(&["error", "warn", "info", "debug", "trace"]), "how much is logged";
     RUST_LOG = "", Text("a list of [target=]level"), "the same for each module; wins over LOG_LEVEL";
@@ -108,7 +120,9 @@ variables! {
     REENROLL = "deny", OneOf(&["deny", "allow"]), "onboard a device that has a certificate?";
     RENEW_REVOKES = "false", Flag, "revoke the old certificate on renewal?";
     RENEW_AFTER_EXPIRY_DAYS = "0", Number(0, 365), "days after its expiry that a certificate renews";
-    ONBOARDING_RATE_LIMIT = "0", Number(0, 1_000_000), "onboardings a minute and client; 0: no limit";
+    OUTAGE_REDEEM = "own", OneOf(&["own", "none"]), "tokens to redeem while Redis is away";
+    /// Each costs its text, some 300 bytes, its hash and its place in the tables.
+    MEMORY_MAX_TOKENS = "100000", Number(1, 10_000_000), "most tokens held in memory";
 
     REDIS_ENABLED = "true", Flag, "false: keep tokens in memory only";
     REDIS_URL = "", REDIS_ADDRESS, "where Redis is; wins over host, port, user, password, database";
@@ -121,7 +135,7 @@ variables! {
     REDIS_DB = "0", Number(0, 2_147_483_647), "number of the database";
     REDIS_TLS = "false", Flag, "TLS also without rediss://";
     REDIS_TLS_CA = "", PEM_CERT, "PEM file of the only CAs to trust for Redis; unset: public ones";
-    /// Stands in every key of every token, so each byte costs about four a token in Redis.
+    /// Stands in every key of every token, so each byte costs about three a token in Redis.
     REDIS_KEY_PREFIX = "mqtt-lite:", Text("at most 128 bytes without control characters"),
         "start of all our keys; set but empty: none";
     /// How long a request may hang on a dead Redis, until the first failure is noticed.
@@ -130,19 +144,4 @@ variables! {
     REDIS_CONNECT_TIMEOUT_MS = "2000", Number(10, 60_000), "longest wait for a connection to Redis";
     /// Managed free tiers allow 30 connections, and all our instances share them.
     REDIS_POOL_SIZE = "4", Number(1, 64), "connections to Redis";
-    OUTAGE_REDEEM = "own", OneOf(&["own", "none"]), "tokens to redeem while Redis is away";
-    /// Well under a kilobyte a token: 100,000 are some 50 MB at worst.
-    MEMORY_MAX_TOKENS = "100000", Number(1, 10_000_000), "most tokens held in memory";
-
-    /// Each worker costs a lane: its own thread, a tiny_http server with six, one Redis connection.
-    WORKERS = "4", Number(1, 64), "threads that answer requests";
-    /// A connection costs a descriptor and a few hundred bytes while it is idle.
-    MAX_CONNECTIONS = "1024", Number(1, 65_536), "most connections of clients";
-    /// Room for one address cannot starve the others of it.
-    MAX_CONNECTIONS_PER_IP = "256", Number(1, 65_536), "most connections of one address";
-    /// Must hold at least one largest request with its answer and TLS records; at most 1 GiB, which
-    /// a 32-bit gateway can still count.
-    MAX_BUFFER_BYTES = "8388608", Number(262_144, 1_073_741_824), "most bytes held for all clients";
-    TRUSTED_PROXIES = "", Text("IP addresses or CIDRs, separated by commas"),
-        "proxies whose X-Forwarded-For is believed";
 }
