@@ -23,7 +23,7 @@ pub struct Variable {
 pub enum Allowed {
     /// A whole number from the first to the second, both included.
     Number(u64, u64),
-    /// `true` or `false`, as [`super::vars`] reads them.
+    /// `true` or `false`; also 1, yes, on, 0, no, off, in lower or upper case.
     Flag,
     /// One of these words.
     OneOf(&'static [&'static str]),
