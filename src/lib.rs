@@ -5,6 +5,7 @@ pub mod clock;
 pub mod config;
 pub mod device;
 pub mod healthcheck;
+pub mod files;
 pub mod json;
 pub mod jwt;
 pub mod logging;
