@@ -1,6 +1,7 @@
 //! Device onboarding server for MQTT fleets: one-time tokens for X.509 certificates.
 
 pub mod cli;
+pub mod ca;
 pub mod clock;
 pub mod config;
 pub mod device;
