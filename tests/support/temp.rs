@@ -25,11 +25,30 @@ impl TempDir {
         &self.0
     }
 
+    /// Writes a file into it and gives the folder, which must be kept as long as the file is used.
+    pub fn keep_file(self, name: &str, content: &str) -> TempFile {
+        let path = self.file(name, content);
+        TempFile { path, _dir: self }
+    }
+
     /// Writes a file into it and gives its path.
     pub fn file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.0.join(name);
         fs::write(&path, content).unwrap();
         path
+    }
+}
+
+/// A file with its folder.
+#[derive(Debug)]
+pub struct TempFile {
+    path: PathBuf,
+    _dir: TempDir,
+}
+
+impl TempFile {
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 
