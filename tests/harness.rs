@@ -13,9 +13,10 @@ mod support;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use support::clock::parse_utc;
+use support::clock::{FakeClock, parse_utc};
 use support::csr::{self, Csr};
 use support::history::{History, Op, Rules};
 use support::http::Response;
@@ -246,12 +247,27 @@ fn openssl_makes_requests_and_reads_certificates() {
         assert!(text.contains(part), "{part} in {text}");
     }
     assert!(
-        csr::openssl(&["req", "-noout", "-text"], &Csr::new("d").key("ed25519").make())
+        csr::openssl(&["req", "-noout", "-text"], &Csr::new("d").key("ed25519").digest("-").make())
             .contains("ED25519")
     );
     assert!(csr::verify_with_openssl(&csr, &csr).is_err());
     assert_eq!(parse_utc("2025-11-27T10:00:00.007Z"), 1_764_237_600);
     assert_eq!(parse_utc("2000-02-29 00:00:00Z"), 951_782_400);
+}
+
+#[test]
+fn a_fake_clock_is_seen_and_can_be_set() {
+    let clock = FakeClock::at(10);
+    let year = || {
+        let mut date = Command::new("date");
+        date.args(["-u", "+%Y"]).envs(clock.env());
+        String::from_utf8(date.output().unwrap().stdout).unwrap()
+    };
+    assert_eq!(year().trim(), "1970");
+    clock.set(parse_utc("2031-07-01T00:00:00Z"));
+    assert_eq!(year().trim(), "2031");
+    clock.set_right();
+    assert!(year().trim() >= "2026");
 }
 
 #[test]

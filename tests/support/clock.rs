@@ -2,7 +2,7 @@
 //!
 //! Only the wall clock is faked; what the program measures by the monotonic clock stays real.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -80,7 +80,7 @@ pub fn parse_utc(text: &str) -> u64 {
     u64::try_from(days * 86_400 + hour * 3600 + minute * 60 + second).unwrap()
 }
 
-/// The path of the library, as the `faketime` command itself would preload it.
+/// The library, as the `faketime` command itself preloads it; `$LIB` in it is the linker's.
 fn library() -> String {
     let output = Command::new("faketime")
         .args(["-m", "2020-01-01", "sh", "-c", "printf %s \"$LD_PRELOAD\""])
@@ -88,6 +88,6 @@ fn library() -> String {
         .unwrap_or_else(|e| panic!("faketime is not installed (scripts/test.sh installs it): {e}"));
     let path = String::from_utf8(output.stdout).unwrap();
     let path = path.split([':', ' ']).find(|p| p.contains("faketime")).unwrap_or_default();
-    assert!(Path::new(path).exists(), "faketime's library is not at {path:?}");
+    assert!(path.contains("faketime"), "faketime preloads nothing: {path:?}");
     path.to_owned()
 }

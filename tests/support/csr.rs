@@ -41,6 +41,7 @@ impl Csr {
         self
     }
 
+    /// `-` leaves it to the key (Ed25519 has its own).
     pub fn digest(mut self, digest: &str) -> Self {
         self.digest = digest.to_owned();
         self
@@ -91,7 +92,7 @@ impl Csr {
         let (key, config) = (key_file(&self.key), config.display().to_string());
         let digest = format!("-{}", self.digest);
         let mut args = vec!["req", "-new", "-config", &config, "-key", key.to_str().unwrap()];
-        if self.key != "ed25519" {
+        if self.digest != "-" {
             args.push(&digest);
         }
         args.extend(self.args.iter().map(String::as_str));
