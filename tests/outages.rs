@@ -7,9 +7,9 @@ mod support;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use support::history::{History, Rules};
+use support::history::{History, Op, Rules};
 use support::load::{Fleet, replay_all};
 use support::proxy::{Mode, Proxy};
 use support::redis::Redis;
@@ -89,6 +89,31 @@ fn hung() {
             thread::sleep(Duration::from_millis(800));
         }
     });
+}
+
+/// Nobody waits for a Redis that is known to hang, and an idle service does nothing about it that
+/// could be measured. The bounds are wide, for this is no benchmark; what was seen is printed.
+#[test]
+fn a_hung_redis_costs_neither_time_nor_cpu() {
+    let redis = Redis::start(&[]);
+    let service = start(&redis.url());
+    let (fleet, history) = (Fleet::new(400), History::new());
+    let stopped = redis.stop();
+    let begin = Instant::now();
+    let noticed = begin + Duration::from_secs(1);
+    let end = noticed + Duration::from_secs(2);
+    fleet.run(&[service.http], &history, RATE, 1, || Instant::now() > end);
+    let first = history.quantile(Op::Onboard, 0.99, begin, noticed);
+    let later = history.quantile(Op::Onboard, 0.99, noticed, end);
+    let ticks = service.cpu_ticks();
+    thread::sleep(Duration::from_secs(3));
+    let ticks = service.cpu_ticks() - ticks;
+    println!("p99 of onboarding, hung, first second {first:?}, later {later:?}");
+    println!("CPU of three idle seconds in the outage: {ticks} ticks of 10 ms");
+    assert!(first < Duration::from_millis(600), "{first:?}");
+    assert!(later < Duration::from_millis(200), "{later:?}");
+    assert!(ticks <= 5, "{ticks} ticks");
+    drop(stopped);
 }
 
 /// The proxy switches to each of the modes in turn, and back.
