@@ -16,8 +16,11 @@ use std::time::Duration;
 use support::service::{Exit, Service, Setup};
 use support::{temp::TempDir, token};
 
+/// A name and a value.
+type Variable = (&'static str, &'static str);
+
 /// Variable, a bad value for it, and what else must be set for it to count.
-const BAD: &[(&str, &str, &[(&str, &str)])] = &[
+const BAD: &[(&str, &str, &[Variable])] = &[
     ("HTTP_HOST", "not an address", &[]),
     ("PORT", "70000", &[]),
     ("PORT", "http", &[]),
