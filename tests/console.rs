@@ -1,4 +1,4 @@
-//! The command line, the signals, the exit codes, and the lines on the console that operators know.
+//! The program under its operator: commands, signals, exit codes, and the lines on its console.
 
 #![allow(
     clippy::unwrap_used,
