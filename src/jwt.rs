@@ -189,14 +189,14 @@ impl Signer {
     pub fn verify_signature(&self, compact: &str) -> Result<Claims, JwtError> {
         let (signed, header, payload, tag) = split(compact)?;
         check_header(header)?;
-        let tag = decode(tag)?;
+        let (payload, tag) = (decode(payload)?, decode(tag)?);
         self.keyed
             .clone()
             .chain_update(signed.as_bytes())
             // SECURITY: constant-time; claims are parsed only after it
             .verify_slice(&tag)
             .map_err(|_| JwtError::InvalidSignature)?;
-        read_claims(&object(payload)?)
+        read_claims(&object(&payload)?)
     }
 }
 
@@ -217,7 +217,7 @@ fn check_header(header: &str) -> Result<(), JwtError> {
     if header == HEADER {
         return Ok(());
     }
-    let header = object(header)?;
+    let header = object(&decode(header)?)?;
     if header.contains_key("crit") {
         return Err(JwtError::InvalidFormat); // RFC 7515, 4.1.11: we understand no extension
     }
@@ -249,8 +249,8 @@ fn numeric_date(value: &Value) -> Option<u64> {
     Some(seconds as u64)
 }
 
-fn object(part: &str) -> Result<Map<String, Value>, JwtError> {
-    json::object(&decode(part)?).map_err(|_| JwtError::InvalidFormat)
+fn object(bytes: &[u8]) -> Result<Map<String, Value>, JwtError> {
+    json::object(bytes).map_err(|_| JwtError::InvalidFormat)
 }
 
 /// Unpadded, canonical base64url (RFC 7515, section 2): stray bits at the end are refused.

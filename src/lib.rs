@@ -1,9 +1,313 @@
 //! Device onboarding server for MQTT fleets: one-time tokens for X.509 certificates.
+//!
+//! A device asks for a provisioning token, presents it with a certificate signing request, and gets
+//! the certificate with which it connects to the MQTT broker. Tokens live in Redis; while Redis is
+//! away the service goes on from memory and loses nothing that it can keep.
+//!
+//! ```text
+//!  device ──▶ tiny_http ──▶ workers (server) ──▶ api ──▶ provisioner ──▶ store (Redis ⇄ memory)
+//!                                                             └────────▶ ca (CSR, sign, record)
+//! ```
+//!
+//! The modules below stand in reading order, and each imports only what stands in its row or above:
+//!
+//! | layer | modules | may import |
+//! |---|---|---|
+//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`config`] [`files`] | layer 0 |
+//! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
+//! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
+//! | 3 | [`api`] | layers 0 to 2 |
+//! | 4 | [`server`] | layer 0, [`api`] |
+//! | 5 | [`cli`] [`logging`] [`healthcheck`], this file, `main` | everything |
+//!
+//! Invariants:
+//! - [`provisioner`] knows no HTTP, no Redis, no environment. Only `main` reads the environment;
+//!   only [`clock`] reads the time, everyone else is given `now`.
+//! - No lock is held across network I/O; only the record's writer lock is held across its own append
+//!   and `fsync`. No secret type has a revealing `Debug`.
+//! - A token consumed while degraded never becomes redeemable again. A certificate is on disk before
+//!   it is answered.
+//! - Nothing that a client sends can grow memory, threads, file descriptors or waiting time without
+//!   a bound.
 
 pub mod clock;
 pub mod device;
+pub mod serial;
+
 pub mod json;
 pub mod jwt;
 pub mod problem;
-pub mod serial;
+
+pub mod config;
+pub mod files;
+
 pub mod store;
+
+pub mod ca;
+
+pub mod provisioner;
+
+pub mod api;
+
+pub mod server;
+
+pub mod cli;
+pub mod healthcheck;
+pub mod logging;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::api::Api;
+use crate::ca::{Ca, CaSettings};
+use crate::config::Config;
+use crate::files::FolderLock;
+use crate::jwt::{Claims, Signer};
+use crate::provisioner::Provisioner;
+use crate::server::Server;
+use crate::store::TokenStore;
+use crate::store::failover::Failover;
+use crate::store::ledger::Ledger;
+use crate::store::memory::Memory;
+use crate::store::redis::RedisStore;
+
+/// Enough for the threads that wait most of the time.
+const SMALL_STACK_BYTES: usize = 256 * 1024;
+/// How often a clock that is not set is looked at.
+const CLOCK_WATCH: Duration = Duration::from_millis(500);
+/// Longest time to finish what was begun, after the signal to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Why the server stopped, or a command failed: one line for the operator.
+#[derive(Debug)]
+pub struct RunError(String);
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for RunError {}
+
+fn failed(error: impl fmt::Display) -> RunError {
+    RunError(error.to_string())
+}
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept the server from starting.
+pub fn run(config: &Config) -> Result<(), RunError> {
+    std::panic::set_hook(Box::new(|info| log::error!("{info}")));
+    // Before anything else, so that no signal finds the process without a handler.
+    let signals = Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
+    files::make_dir(&config.data_dir, 0o755).map_err(failed)?;
+    files::make_dir(&config.ca.dir, 0o755).map_err(failed)?;
+    let _locks = lock_folders(config)?;
+    let ca = Arc::new(open_ca(config)?);
+    let signer = Signer::new(&token_secret(config)?);
+    let ledger = Arc::new(load_ledger(config, &ca));
+    let store = open_store(config, &signer, &ledger)?;
+    let provisioner = Arc::new(Provisioner::new(
+        Arc::clone(&store.tokens),
+        ledger,
+        Arc::clone(&ca),
+        signer,
+        config.token_ttl_s,
+        config.reenroll,
+    ));
+    seek_redis(config, &ca, &store)?;
+    watch_clock(ca, store.failover.clone())?;
+    let address = SocketAddr::new(config.http.host, config.http.port);
+    let api = Arc::new(Api::new(provisioner, config));
+    let server = Server::start(address, config.http.workers, api).map_err(failed)?;
+    announce(config, address, store.tokens.status().redis_serves);
+    wait_for_signal(signals);
+    stop(server, &store);
+    Ok(())
+}
+
+/// Signs a server's certificate with the CA, for the broker or for our own HTTPS. Takes no lock and
+/// leaves nothing in the record.
+///
+/// # Errors
+/// What kept it from being signed or written.
+pub fn server_certificate(
+    ca: &config::Ca,
+    request: &cli::ServerCertificate,
+) -> Result<(), RunError> {
+    let now = clock::now();
+    let issuer = ca::issuer::Issuer::load(&ca.dir, ca.device_validity_days)
+        .map_err(failed)?
+        .ok_or_else(|| failed(format!("there is no CA in {}", ca.dir.display())))?;
+    if !now.is_plausible() {
+        return Err(failed(ca::CaError::ClockNotSet));
+    }
+    let made = issuer.server_certificate(&request.names, request.days, now).map_err(failed)?;
+    files::make_dir(&request.out, 0o755).map_err(failed)?;
+    let write = |name: &str, text: &str, mode| {
+        let path = request.out.join(name);
+        files::write_atomic(&path, text.as_bytes(), mode).map_err(failed)
+    };
+    write("server.key", &made.key_pem, 0o600)?;
+    write("server.crt", &made.certificate_pem, 0o644)?;
+    write("ca.crt", issuer.certificate_pem(), 0o644)
+}
+
+fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
+    let same =
+        std::fs::canonicalize(&config.data_dir).ok() == std::fs::canonicalize(&config.ca.dir).ok();
+    let mut locks = vec![FolderLock::take(&config.data_dir).map_err(failed)?];
+    if !same {
+        locks.push(FolderLock::take(&config.ca.dir).map_err(failed)?);
+    }
+    Ok(locks)
+}
+
+fn open_ca(config: &Config) -> Result<Ca, RunError> {
+    let settings = CaSettings {
+        dir: config.ca.dir.clone(),
+        root_validity_years: config.ca.root_validity_years,
+        device_validity_days: config.ca.device_validity_days,
+    };
+    let ca = Ca::open(&settings, clock::now()).map_err(failed)?;
+    match ca.issuer() {
+        Some(issuer) => log::info!("CA SHA-256 fingerprint {}", issuer.fingerprint()),
+        None => log::warn!("the clock is not set: the CA is made once it is"),
+    }
+    Ok(ca)
+}
+
+fn token_secret(config: &Config) -> Result<Vec<u8>, RunError> {
+    match &config.jwt_secret {
+        Some(secret) => Ok(secret.reveal().clone()),
+        None => {
+            let path = config.data_dir.join("jwt-secret");
+            let text = files::read_or_create_secret(&path, 32).map_err(failed)?;
+            Ok(text.into_bytes())
+        }
+    }
+}
+
+/// The tokens for which a certificate is on disk are refused whatever Redis says.
+fn load_ledger(config: &Config, ca: &Ca) -> Ledger {
+    let ledger = Ledger::new(config.memory_max_tokens);
+    let now = clock::now();
+    for spent in ca.registry().spent_tokens() {
+        let (iat, exp) = (spent.token.iat, spent.token.exp);
+        let claims = Claims { device_id: spent.device, iat, exp, jti: None };
+        ledger.load(spent.token.hash, spent.serial, claims, now);
+    }
+    ledger
+}
+
+/// The stores and what has to be told to stop.
+struct Stores {
+    tokens: Arc<dyn TokenStore>,
+    memory: Arc<Memory>,
+    failover: Option<Arc<Failover>>,
+}
+
+fn open_store(config: &Config, signer: &Signer, ledger: &Arc<Ledger>) -> Result<Stores, RunError> {
+    let memory = Arc::new(Memory::new(config.memory_max_tokens, Arc::clone(ledger)));
+    let reaper = Arc::clone(&memory);
+    spawn("reaper", move || reaper.reap_forever())?;
+    let Some(redis) = &config.redis else {
+        log::warn!("⚠️  Provisioning tokens will not be persistent");
+        let tokens: Arc<dyn TokenStore> = Arc::clone(&memory) as _;
+        return Ok(Stores { tokens, memory, failover: None });
+    };
+    log::info!("💾 Initializing Redis (Token Persistence)...");
+    let instance = files::read_or_create_secret(&config.data_dir.join("instance-id"), 16);
+    let remote = RedisStore::new(redis, instance.map_err(failed)?, signer.clone());
+    let failover = Arc::new(Failover::new(
+        Box::new(remote.map_err(failed)?),
+        Arc::clone(&memory),
+        Arc::clone(ledger),
+        signer.clone(),
+        config.outage_redeem,
+        redis.timeout,
+    ));
+    Ok(Stores { tokens: Arc::clone(&failover) as _, memory, failover: Some(failover) })
+}
+
+/// Starts looking for Redis, with our CA's fingerprint in hand if there is a CA.
+fn seek_redis(config: &Config, ca: &Ca, stores: &Stores) -> Result<(), RunError> {
+    let (Some(failover), Some(redis)) = (&stores.failover, &config.redis) else { return Ok(()) };
+    enter_ca(ca, Some(failover));
+    let supervised = Arc::clone(failover);
+    spawn("redis", move || supervised.supervise())?;
+    failover.wait_for_first_attempt(redis.connect_timeout);
+    Ok(())
+}
+
+fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
+    if let (Some(failover), Some(issuer)) = (failover, ca.issuer()) {
+        failover.set_ca_fingerprint(issuer.fingerprint().to_owned());
+    }
+}
+
+/// While the clock is not set, watches it, so that the CA is made or judged within a second.
+fn watch_clock(ca: Arc<Ca>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
+    if ca.clock_is_plausible(clock::now()) {
+        return Ok(());
+    }
+    spawn("clock", move || {
+        let settled = loop {
+            thread::sleep(CLOCK_WATCH);
+            match ca.settle(clock::now()) {
+                Ok(false) => {}
+                other => break other,
+            }
+        };
+        match (settled, ca.issuer()) {
+            (Err(error), _) => log::error!("the clock is set, but: {error}"),
+            (Ok(_), Some(issuer)) => {
+                log::info!("the clock is set, CA SHA-256 fingerprint {}", issuer.fingerprint());
+            }
+            (Ok(_), None) => {}
+        }
+        enter_ca(&ca, failover.as_ref());
+    })
+}
+
+fn announce(config: &Config, address: SocketAddr, redis_serves: bool) {
+    let scheme = if config.http.tls.is_some() { "https" } else { "http" };
+    let store = if redis_serves { "Redis" } else { "In-Memory" };
+    log::info!("🔐 Provisioning API: {scheme}://{address}/api/v1/onboarding ({store})");
+}
+
+fn wait_for_signal(mut signals: Signals) {
+    if let Some(signal) = signals.forever().next() {
+        let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
+        log::info!("{name}: finishing what was begun");
+    }
+}
+
+/// Ends the process after the longest time, whatever still hangs.
+fn stop(server: Server, stores: &Stores) {
+    let watchdog = spawn("drain", || {
+        thread::sleep(DRAIN);
+        log::warn!("not all requests were finished in time");
+        std::process::exit(0);
+    });
+    server.stop();
+    if let Some(failover) = &stores.failover {
+        failover.stop();
+    }
+    stores.memory.stop();
+    drop(watchdog);
+    log::info!("stopped");
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), RunError> {
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(SMALL_STACK_BYTES);
+    builder.spawn(work).map(drop).map_err(failed)
+}

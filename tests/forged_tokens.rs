@@ -81,7 +81,7 @@ fn broken_signatures() {
     let (signed, tag) = court.real.rsplit_once('.').unwrap();
     court.check(&format!("{signed}."), SIGNATURE, "stripped");
     court.check(&format!("{signed}.{}", encode([0; 32])), SIGNATURE, "zeros");
-    court.check(&format!("{signed}.{}", &tag[..tag.len() - 4]), SIGNATURE, "shortened");
+    court.check(&format!("{signed}.{}", &tag[..tag.len() - 3]), SIGNATURE, "shortened");
     court.check(&format!("{signed}.{}{tag}", &tag[..40]), SIGNATURE, "longer");
     let claims = token::claims("d", 300).to_string();
     court.check(&sign("another-secret-of-32-bytes-and-so", HEADER, &claims), SIGNATURE, "secret");

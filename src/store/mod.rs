@@ -5,11 +5,17 @@
 //! whichever of the two serves. The protocol behind each operation, and why its steps come in this
 //! order, is told in `redis`.
 
+pub mod failover;
+pub mod ledger;
+pub mod memory;
+pub mod redis;
+
 use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::jwt::{Token, TokenHash};
+use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 
 /// One thing to do with one token or device.
@@ -19,26 +25,62 @@ pub enum Op {
     Issue(Token),
     /// Store a new token, take the claim over from whichever token holds it and kill that one.
     Replace(Token),
-    /// Take a new token back that was issued but must not be handed out.
+    /// Remove a new token that was issued but not handed out, and its claim.
     TakeBack(Token),
     /// Take the token for the attempt that would sign under this serial: once, by one attempt.
     Consume(Token, Serial),
     /// The attempt failed and left nothing behind: the token may be used again.
     GiveBack(Token, Serial),
     /// The certificate is recorded: remove the token and its claim.
-    Finish(Token, Serial),
-    /// Revocation: kill the live token of the device and free its claim.
-    Kill(DeviceId),
+    Finish(Token),
+    /// Kill the token that holds the device's claim, and free the claim.
+    Kill(Kill),
     /// Count the live tokens.
     Count,
+    /// Carry-over: enter what is known here as used or killed, over whatever stands there.
+    Mark(TokenHash, Mark, Claims),
+    /// Carry-over: enter a live token for what is left of its time, and its claim if that is free.
+    Carry(Token, u64),
+}
+
+/// Which token of a device an [`Op::Kill`] means.
+#[derive(Clone, Debug)]
+pub struct Kill {
+    /// The device.
+    pub device: DeviceId,
+    /// Only a token issued then or before, in seconds since 1970.
+    pub issued_by_s: u64,
+    /// Not this one: it is what the device was given instead.
+    pub spare: Option<TokenHash>,
+}
+
+/// Why a token is dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// Redeemed, for the certificate with this serial.
+    Serial(Serial),
+    /// Replaced or revoked.
+    Killed,
+}
+
+/// A token that was killed: enough of it to enter the kill elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dead {
+    /// SHA-256 of the token.
+    pub hash: TokenHash,
+    /// Its claims.
+    pub claims: Claims,
 }
 
 /// What became of an [`Op`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// `Issue`, `Replace`: the token is live and the device's only one.
-    Issued,
-    /// `Issue`, `Replace`: another token holds the claim until then.
+    Issued {
+        /// The token that was replaced, if there was one.
+        killed: Option<Dead>,
+    },
+    /// `Issue`, `Replace`: another token holds the claim.
     AlreadyActive {
         /// When that token ends, in milliseconds since 1970.
         expires_at_ms: u64,
@@ -49,27 +91,58 @@ pub enum Outcome {
     AlreadyUsed,
     /// `Consume`: no such token.
     Unknown,
-    /// `Kill`: whether there was a live token.
-    Killed(bool),
+    /// `Kill`: the token that was live, if there was one.
+    Killed(Option<Dead>),
     /// `Count`: live tokens, which is also the number of devices that have one.
     Counted(u64),
-    /// `TakeBack`, `GiveBack`, `Finish`: done, or noted to be done when Redis is back.
+    /// `Mark`: done; names who else redeemed the token, as `<instance> <serial>`, if anyone did.
+    Marked(Option<String>),
+    /// The others: done, or noted to be done when Redis is back.
     Done,
 }
 
 /// Why an [`Op`] has no outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoreError {
+    /// The store does not serve.
+    Down(Down),
+    /// This one operation failed (a key of another type, say); the store serves.
+    Failed(String),
     /// The store cannot decide now; the caller may ask again later.
-    Unavailable(String),
+    Undecided,
     /// No room for another token.
     Full,
+}
+
+/// A store that does not serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Down {
+    /// For the log.
+    pub why: String,
+    /// What it does instead.
+    pub kind: DownKind,
+    /// A command was sent that may have been carried out, or may yet be.
+    pub maybe_done: bool,
+    /// `Replace`: the token that was being replaced and must die, whatever became of the rest.
+    pub dying: Option<Box<Dead>>,
+}
+
+/// How a store does not serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DownKind {
+    /// No answer, or no connection. One reset is not an outage yet.
+    Lost,
+    /// It answers that it does not serve, or not us: `LOADING`, `OOM`, `NOAUTH` …
+    Refused,
+    /// `READONLY`: another server may be the one to write to.
+    ReadOnly,
 }
 
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StoreError::Unavailable(why) => f.write_str(why),
+            StoreError::Down(Down { why, .. }) | StoreError::Failed(why) => f.write_str(why),
+            StoreError::Undecided => f.write_str("cannot be decided now"),
             StoreError::Full => f.write_str("the token store is full"),
         }
     }
@@ -77,29 +150,33 @@ impl fmt::Display for StoreError {
 
 impl std::error::Error for StoreError {}
 
-/// Which store answers at this moment, for `/health`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Health {
+/// Which store answers at this moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Status {
     /// Redis is configured.
     pub redis_enabled: bool,
     /// Redis is configured and serves.
-    pub redis_connected: bool,
+    pub redis_serves: bool,
     /// Another CA than ours is entered in Redis.
     pub foreign_ca: bool,
+    /// The store that serves has no room for another token.
+    pub full: bool,
 }
 
-/// A store of tokens. Every method may be called from any thread.
-pub trait TokenStore: Send + Sync {
-    /// Runs the operations and gives one outcome for each, in their order. An error of one is
-    /// never an error of another.
-    fn run(&self, ops: &[Op], now: Now) -> Vec<Result<Outcome, StoreError>>;
+/// What an operation ended in.
+pub type Answer = Result<Outcome, StoreError>;
 
-    /// Whether this process knows the token as used or killed; asks nobody else.
-    fn knows_as_spent(&self, token: &TokenHash) -> bool;
+/// A store of tokens.
+pub trait TokenStore: Send + Sync {
+    /// Runs the operations and gives one answer for each, in their order. An error of one is never
+    /// an error of another.
+    fn run(&self, ops: &[Op], now: Now) -> Vec<Answer>;
 
     /// Which store answers.
-    fn health(&self) -> Health;
+    fn status(&self) -> Status;
+}
 
-    /// Whether a token issued now would find room.
-    fn has_room(&self) -> bool;
+/// Locks, also after a panic elsewhere: every critical section here leaves its data whole.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,0 +1,105 @@
+//! What is known of certificates: status, download, the CA; and revocation.
+
+use percent_encoding::percent_decode_str;
+
+use super::message::Json;
+use super::{Api, Plan, Reply, Request};
+use crate::ca::registry::{Record, Registry};
+use crate::clock::{self, Now};
+use crate::device::DeviceId;
+use crate::problem::{Code, Problem};
+use crate::provisioner::Done;
+use crate::serial::Serial;
+
+/// RFC 8555, 9.1 registers `application/pem-certificate-chain`; deployed clients ask for this one.
+const PEM: &str = "application/x-pem-file";
+
+/// `GET /api/v1/certificates/{device_id}/status`
+pub(super) fn status(api: &Api, _: &Request, name: &str, now: Now) -> Result<Plan, Problem> {
+    let registry = api.provisioner.ca().registry();
+    let record = device(name).and_then(|device| registry.newest(&device)).ok_or_else(none)?;
+    let stored = registry.stored(&record.serial)?;
+    let mut json = Json::new();
+    json.field("success", true)
+        .field("device_id", record.device.as_str())
+        .field("status", record.status(now).as_str())
+        .field("serial_number", record.serial.to_string())
+        .field("fingerprint", stored.fingerprint)
+        .field("created_at", clock::rfc3339(stored.created_at * 1000))
+        .field("expires_at", clock::rfc3339(record.expires_at * 1000));
+    if let Some(revoked_at) = record.revoked_at {
+        json.field("revoked_at", clock::rfc3339(revoked_at * 1000));
+    }
+    Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+}
+
+/// `GET /api/v1/certificates/{id}/download`, by serial or device id
+pub(super) fn download(
+    api: &Api,
+    request: &Request,
+    name: &str,
+    now: Now,
+) -> Result<Plan, Problem> {
+    let ca = api.provisioner.ca();
+    let record = find(ca.registry(), name).ok_or(Code::CertificateNotFound)?;
+    let stored = ca.registry().stored(&record.serial)?;
+    let issuer = ca.issuer().ok_or(Code::ClockNotSet)?;
+    let ca_pem = issuer.certificate_pem();
+    if request.asks_for_format("pem") || request.accepts(PEM) {
+        return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + ca_pem)));
+    }
+    let mut certificate = Json::new();
+    certificate
+        .field("content", stored.pem)
+        .field("filename", format!("device-{}.crt", record.device))
+        .field("expires_at", clock::rfc3339(record.expires_at * 1000));
+    let mut ca_certificate = Json::new();
+    ca_certificate.field("content", ca_pem).field("filename", "root-ca.crt");
+    let mut json = Json::new();
+    json.field("success", true)
+        .field("device_id", record.device.as_str())
+        .object("certificate", &mut certificate)
+        .object("ca_certificate", &mut ca_certificate);
+    Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+}
+
+/// `GET /api/v1/ca`
+pub(super) fn ca(api: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+    let issuer = api.provisioner.ca().issuer().ok_or(Code::ClockNotSet)?;
+    Ok(Plan::Reply(Reply::of_type(PEM, issuer.certificate_pem())))
+}
+
+/// `DELETE /api/v1/certificates/{device_id}`
+pub(super) fn revoke(api: &Api, request: &Request, name: &str, now: Now) -> Result<Plan, Problem> {
+    let key = api.admin_api_key.as_ref().ok_or(Code::AdminDisabled)?;
+    if !request.bears(key) {
+        return Err(Code::AdminForbidden.into());
+    }
+    let device = device(name).ok_or_else(none)?;
+    let job = api.provisioner.plan_revoke(device, request.client, now)?;
+    Ok(Plan::Job(job, render_revoked))
+}
+
+fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let Done::Revoked(device) = done else { return Err(Code::InternalError.into()) };
+    let mut json = Json::new();
+    json.field("success", true)
+        .field("message", "Certificate revoked successfully")
+        .field("device_id", device.as_str());
+    Ok(Reply::json(json.timestamp(now)))
+}
+
+/// A serial wins over a device id.
+fn find(registry: &Registry, name: &str) -> Option<Record> {
+    let by_serial = Serial::from_hex(name).and_then(|serial| registry.by_serial(&serial));
+    by_serial.or_else(|| registry.newest(&device(name)?))
+}
+
+/// The device that a path segment names; its `:` may be percent-encoded.
+fn device(segment: &str) -> Option<DeviceId> {
+    DeviceId::parse(&percent_decode_str(segment).decode_utf8().ok()?)
+}
+
+fn none() -> Problem {
+    Problem::from(Code::CertificateNotFound).text("No certificate found for this device")
+}

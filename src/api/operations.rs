@@ -1,0 +1,66 @@
+//! What operators ask: health, readiness, the list of endpoints.
+
+use serde_json::{Value, json};
+
+use super::message::Json;
+use super::{Api, Plan, ROUTES, Reply, Request};
+use crate::clock::Now;
+use crate::problem::{Code, Problem};
+use crate::provisioner::{Done, Job};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// `GET /health`: always 200 while the process can answer
+pub(super) fn health(_: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+    Ok(Plan::Job(Job::Count, render_health))
+}
+
+fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let Done::Counted(count) = done else { return Err(Code::InternalError.into()) };
+    let status = api.provisioner.store_status();
+    let degraded = status.redis_enabled && !status.redis_serves;
+    let mut redis = Json::new();
+    redis
+        .field("enabled", status.redis_enabled)
+        .field("connected", status.redis_serves)
+        .field("tokenCount", count)
+        .field("deviceCount", count);
+    let mut json = Json::new();
+    json.field("status", if degraded { "degraded" } else { "ok" })
+        .field("timestamp", crate::clock::rfc3339(now.unix_ms))
+        .field("version", VERSION)
+        .field("uptime_seconds", now.mono_ms / 1000)
+        .field("storage", if status.redis_serves { "redis" } else { "memory" })
+        .object("redis", &mut redis);
+    Ok(Reply::json(json.end()))
+}
+
+/// `GET /ready`: whether tokens can be issued and certificates signed
+pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
+    let reasons = api.provisioner.obstacles(now);
+    if !reasons.is_empty() {
+        return Err(Problem::from(Code::ServiceUnavailable)
+            .text("Not ready")
+            .log(reasons.join(", "))
+            .field("reasons", reasons));
+    }
+    let mut json = Json::new();
+    json.field("status", "ready");
+    Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+}
+
+/// `GET /api`
+pub(super) fn list(_: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+    let endpoints: Vec<Value> = ROUTES
+        .iter()
+        .map(|route| {
+            let path = route.path.replace("{}", "{id}");
+            json!({ "method": route.method.to_string(), "path": path, "description": route.what })
+        })
+        .collect();
+    let mut json = Json::new();
+    json.field("name", env!("CARGO_PKG_NAME"))
+        .field("version", VERSION)
+        .field("endpoints", endpoints);
+    Ok(Plan::Reply(Reply::json(json.end())))
+}

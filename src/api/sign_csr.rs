@@ -1,0 +1,52 @@
+//! `POST /api/v1/sign-csr`: a certificate for a token.
+
+use serde_json::{Map, Value};
+
+use super::message::Json;
+use super::{Api, Plan, Reply, Request};
+use crate::clock::{self, Now};
+use crate::problem::{Code, Problem};
+use crate::provisioner::Done;
+
+pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
+    let body = request.json()?;
+    let token = request.bearer().or_else(|| text(&body, "provisioning_token"));
+    let token = token.ok_or(Code::TokenMissing)?;
+    let token = api.provisioner.check_token(token, request.client, now)?;
+    let csr = text(&body, "csr").ok_or(Code::CsrRequired)?;
+    let device = match body.get("device_id") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(device)) => Some(device.as_str()),
+        Some(_) => return Err(Code::TokenDeviceMismatch.into()),
+    };
+    let user = text(&body, "user_id").map(for_the_log);
+    let client = request.client;
+    let job = api.provisioner.plan_redeem(token, csr, device, user, client, now)?;
+    Ok(Plan::Job(job, render))
+}
+
+pub(super) fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let Done::Signed(signed) = done else { return Err(Code::InternalError.into()) };
+    let leaf = &signed.leaf;
+    let serial = leaf.serial.to_string();
+    let mut json = Json::new();
+    json.field("success", true)
+        .field("device_id", leaf.device.as_str())
+        .field("certificate", leaf.pem.as_str())
+        .field("ca_certificate", signed.issuer.certificate_pem())
+        .field("expires_at", clock::rfc3339(leaf.not_after * 1000))
+        .field("serial_number", serial.as_str())
+        .field("fingerprint", leaf.fingerprint.as_str())
+        .field("certificateId", serial.as_str())
+        .field("downloadUrl", format!("/api/v1/certificates/{serial}/download"));
+    Ok(Reply::json(json.timestamp(now)))
+}
+
+fn text<'a>(body: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
+    body.get(name).and_then(Value::as_str).filter(|text| !text.trim().is_empty())
+}
+
+/// At most 64 printable ASCII characters; others are left out.
+fn for_the_log(user_id: &str) -> String {
+    user_id.chars().filter(|c| matches!(c, ' '..='~')).take(64).collect()
+}

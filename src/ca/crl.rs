@@ -1,0 +1,135 @@
+//! The list of revoked certificates (RFC 5280, 5), for brokers and other relying parties.
+//!
+//! It is valid from a little before it is signed, since a broker whose clock lags would otherwise
+//! refuse every device, and a week long, though renewed daily.
+
+use std::path::Path;
+
+use rcgen::{CertificateRevocationListParams, RevokedCertParams, SerialNumber};
+use x509_parser::asn1_rs::FromDer as _;
+use x509_parser::revocation_list::CertificateRevocationList;
+
+use super::issuer::{self, BACKDATE_S, Issuer};
+use super::{CaError, pem};
+use crate::clock::Now;
+use crate::files;
+use crate::serial::Serial;
+
+/// The list in the CA's folder.
+pub const FILE: &str = "crl.pem";
+/// How long a list is valid.
+const LIFETIME_S: u64 = 7 * 86_400;
+/// How old a list becomes before it is renewed.
+const RENEWED_AFTER_S: u64 = 86_400;
+
+/// A signed list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Crl {
+    /// In PEM.
+    pub pem: String,
+    /// In DER.
+    pub der: Vec<u8>,
+    /// Its number, which only grows.
+    pub number: u64,
+    /// When it was signed, in seconds since 1970.
+    pub made_at: u64,
+}
+
+impl Crl {
+    /// Signs a list of serial numbers and times of revocation (seconds since 1970). Its number is
+    /// the time, or one more than the `last`.
+    ///
+    /// # Errors
+    /// As [`Issuer::sign`].
+    pub fn sign(
+        issuer: &Issuer,
+        revoked: &[(Serial, u64)],
+        last: u64,
+        now: Now,
+    ) -> Result<Self, CaError> {
+        issuer.check_dates(now)?;
+        let made_at = now.unix_s();
+        let number = made_at.max(last.saturating_add(1));
+        let params = CertificateRevocationListParams {
+            this_update: issuer::date(made_at.saturating_sub(BACKDATE_S))?,
+            next_update: issuer::date(made_at.saturating_add(LIFETIME_S))?,
+            crl_number: SerialNumber::from(number),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect::<Result<_, _>>()?,
+            key_identifier_method: issuer.key_identifier(),
+        };
+        let signed = params.signed_by(issuer.signer()).map_err(CaError::signing)?;
+        let der = signed.der().to_vec();
+        Ok(Crl { pem: pem::encode("X509 CRL", &der), der, number, made_at })
+    }
+
+    /// Whether it is time for a new one; also when the clock was set back before this one.
+    pub fn is_due(&self, now: Now) -> bool {
+        now.unix_s() < self.made_at || now.unix_s() - self.made_at >= RENEWED_AFTER_S
+    }
+
+    /// Writes the list for all to read.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, dir: &Path) -> Result<(), CaError> {
+        Ok(files::write_atomic(&dir.join(FILE), self.pem.as_bytes(), 0o644)?)
+    }
+}
+
+/// The number of the list in the folder; 0 if there is none that can be read.
+pub fn last_number(dir: &Path) -> u64 {
+    let read = || {
+        let text = String::from_utf8(files::read(&dir.join(FILE)).ok()??).ok()?;
+        let [block] = <[_; 1]>::try_from(pem::blocks(&text)?).ok()?;
+        let (_, list) = CertificateRevocationList::from_der(&block.der).ok()?;
+        u64::try_from(list.crl_number()?).ok()
+    };
+    read().unwrap_or(0)
+}
+
+fn entry((serial, revoked_at): &(Serial, u64)) -> Result<RevokedCertParams, CaError> {
+    Ok(RevokedCertParams {
+        serial_number: SerialNumber::from_slice(&serial.0),
+        revocation_time: issuer::date(*revoked_at)?,
+        reason_code: None,
+        invalidity_date: None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::openssl::must;
+    use crate::clock;
+    use crate::files::test_dir::TestDir;
+
+    #[test]
+    fn openssl_reads_the_list() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
+        assert_eq!(last_number(&dir), 0);
+        let empty = Crl::sign(&issuer, &[], 0, now).unwrap();
+        empty.write(&dir).unwrap();
+        let text = must(&dir, "crl -in crl.pem -CAfile root-ca.crt -noout -text");
+        assert!(text.contains("verify OK") && text.contains("No Revoked Certificates"), "{text}");
+        assert!(text.contains("Version 2") && text.contains("Authority Key Identifier"), "{text}");
+        assert_eq!((empty.number, last_number(&dir)), (now.unix_s(), now.unix_s()));
+
+        let serial = Serial::random().unwrap();
+        let list = Crl::sign(&issuer, &[(serial, 1_800_000_000)], empty.number, now).unwrap();
+        list.write(&dir).unwrap();
+        assert_eq!((list.number, last_number(&dir)), (now.unix_s() + 1, now.unix_s() + 1));
+        let text = must(&dir, "crl -in crl.pem -CAfile root-ca.crt -noout -text");
+        assert!(text.contains(&format!("Serial Number: {serial:X}\n")), "{text}");
+        assert!(text.contains("Revocation Date: Jan 15 08:00:00 2027 GMT"), "{text}");
+        assert!(text.contains("verify OK"), "{text}");
+
+        let at = |s: u64| Now { unix_ms: s * 1000, mono_ms: 0 };
+        let is_due = [86_399, 86_400].map(|s| list.is_due(at(now.unix_s() + s)));
+        assert_eq!(is_due, [false, true]);
+        assert!(list.is_due(at(now.unix_s() - 1)));
+        assert!(matches!(Crl::sign(&issuer, &[], 0, at(0)), Err(CaError::ClockNotSet)));
+    }
+}

@@ -1,0 +1,449 @@
+//! Certificate signing requests (PKCS#10, RFC 2986): read, checked, and reduced to the two things
+//! that are used, the public key and the common name.
+//!
+//! What else a request asks for is stepped over unread, `CA:TRUE` and all: it can neither fail the
+//! request nor find its way into a certificate.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use x509_parser::asn1_rs::{Any, BitString, FromDer as _, Oid, Tag};
+use x509_parser::oid_registry::{
+    OID_PKCS1_SHA256WITHRSA, OID_PKCS1_SHA384WITHRSA, OID_PKCS1_SHA512WITHRSA,
+    OID_SIG_ECDSA_WITH_SHA256, OID_SIG_ECDSA_WITH_SHA384, OID_SIG_ED25519, OID_X509_COMMON_NAME,
+};
+use x509_parser::verify::verify_signature;
+use x509_parser::x509::{AlgorithmIdentifier, SubjectPublicKeyInfo};
+
+use super::key::{KeyError, Kind, PublicKey};
+use super::pem;
+use crate::device::DeviceId;
+use crate::problem::{Code, Problem};
+
+/// Why a request was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CsrError {
+    /// Not PEM or base64 of one PKCS#10 request.
+    Invalid,
+    /// A key or a signature algorithm that is not certified here.
+    UnsupportedKey,
+    /// The signature does not prove possession of the key.
+    BadSignature,
+    /// Not exactly one common name, or not the device's.
+    CommonName,
+}
+
+impl fmt::Display for CsrError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CsrError::Invalid => "csr is not a PKCS#10 request",
+            CsrError::UnsupportedKey => "csr has an unsupported key or signature algorithm",
+            CsrError::BadSignature => "csr signature is invalid",
+            CsrError::CommonName => "csr does not have the device's name as its one common name",
+        })
+    }
+}
+
+impl std::error::Error for CsrError {}
+
+impl From<CsrError> for Problem {
+    fn from(error: CsrError) -> Self {
+        Problem::from(match error {
+            CsrError::Invalid => Code::InvalidCsr,
+            CsrError::UnsupportedKey => Code::UnsupportedCsrKeyType,
+            CsrError::BadSignature => Code::CsrSignatureInvalid,
+            CsrError::CommonName => Code::CsrDeviceMismatch,
+        })
+    }
+}
+
+impl From<KeyError> for CsrError {
+    fn from(error: KeyError) -> Self {
+        match error {
+            KeyError::Malformed | KeyError::Encrypted => CsrError::Invalid,
+            KeyError::Unsupported => CsrError::UnsupportedKey,
+        }
+    }
+}
+
+/// A request whose sender holds the private key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Csr {
+    key: PublicKey,
+    /// `None` if there is not exactly one, or it is no plain text.
+    common_name: Option<String>,
+}
+
+impl Csr {
+    /// Reads PEM, PEM with literal `\n`, base64 of PEM, or base64 of DER, and checks syntax, key and
+    /// signature algorithm, and signature, in this order.
+    ///
+    /// # Errors
+    /// The first of the checks that fails.
+    pub fn parse(text: &str) -> Result<Self, CsrError> {
+        let der = der_of(text).ok_or(CsrError::Invalid)?;
+        let request = Request::read(&der).ok_or(CsrError::Invalid)?;
+        let key = PublicKey::from_spki(&request.key)?;
+        if !goes_with(&request.algorithm, key.kind) {
+            return Err(CsrError::UnsupportedKey);
+        }
+        verify_signature(&request.key, &request.algorithm, &request.signature, request.signed)
+            .map_err(|_| CsrError::BadSignature)?;
+        Ok(Csr { key, common_name: request.common_name.map(str::to_owned) })
+    }
+
+    /// Whether the request has exactly one common name and it is the device's, to the letter.
+    ///
+    /// # Errors
+    /// [`CsrError::CommonName`] if not.
+    pub fn belongs_to(&self, device: &DeviceId) -> Result<(), CsrError> {
+        let same = self.common_name.as_deref() == Some(device.as_str());
+        if same { Ok(()) } else { Err(CsrError::CommonName) }
+    }
+
+    pub(super) fn key(&self) -> &PublicKey {
+        &self.key
+    }
+}
+
+fn der_of(text: &str) -> Option<Vec<u8>> {
+    if text.contains(pem::BEGIN) {
+        return der_of_pem(text);
+    }
+    let bytes = pem::decode(&unescaped(text))?;
+    match std::str::from_utf8(&bytes) {
+        Ok(inner) if inner.contains(pem::BEGIN) => der_of_pem(inner),
+        _ => Some(bytes),
+    }
+}
+
+fn der_of_pem(text: &str) -> Option<Vec<u8>> {
+    let text = unescaped(text);
+    let blocks = pem::blocks(&text)?;
+    let [block] = <[_; 1]>::try_from(blocks).ok()?;
+    let label = ["CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST"].contains(&block.label);
+    label.then_some(block.der)
+}
+
+/// Line ends that were escaped once too often on their way through JSON.
+fn unescaped(text: &str) -> Cow<'_, str> {
+    if !text.contains('\\') {
+        return text.into();
+    }
+    text.replace("\\r", "\r").replace("\\n", "\n").into()
+}
+
+fn goes_with(signature: &AlgorithmIdentifier<'_>, key: Kind) -> bool {
+    let allowed: &[Oid<'_>] = match key {
+        Kind::P256 | Kind::P384 => &[OID_SIG_ECDSA_WITH_SHA256, OID_SIG_ECDSA_WITH_SHA384],
+        Kind::Ed25519 => &[OID_SIG_ED25519],
+        Kind::Rsa => &[OID_PKCS1_SHA256WITHRSA, OID_PKCS1_SHA384WITHRSA, OID_PKCS1_SHA512WITHRSA],
+    };
+    // RSA's are NULL, the others' absent; some tools mix them up, which means nothing.
+    let no_parameters = signature.parameters.as_ref().is_none_or(|p| p.tag() == Tag::Null);
+    no_parameters && allowed.contains(&signature.algorithm)
+}
+
+/// CertificationRequest (RFC 2986, 4.2).
+struct Request<'a> {
+    /// CertificationRequestInfo, which the signature covers.
+    signed: &'a [u8],
+    common_name: Option<&'a str>,
+    key: SubjectPublicKeyInfo<'a>,
+    algorithm: AlgorithmIdentifier<'a>,
+    signature: BitString<'a>,
+}
+
+impl<'a> Request<'a> {
+    fn read(der: &'a [u8]) -> Option<Self> {
+        let mut outer = Reader(der);
+        let mut request = Reader(outer.next(Tag::Sequence)?);
+        let mut info = request;
+        let signed = request.element(Tag::Sequence)?;
+        let (algorithm, signature) =
+            (request.element(Tag::Sequence)?, request.element(Tag::BitString)?);
+        let mut info = Reader(info.next(Tag::Sequence)?);
+        let version = info.next(Tag::Integer)?;
+        let common_name = one_common_name(info.next(Tag::Sequence)?)?;
+        let key = info.element(Tag::Sequence)?;
+        if !info.is_empty() {
+            info.next(Tag(0))?; // the attributes, some tools leave even the empty set out
+        }
+        let ends = outer.is_empty() && request.is_empty() && info.is_empty();
+        (ends && version == [0]).then_some(())?;
+        let (_, key) = SubjectPublicKeyInfo::from_der(key).ok()?;
+        let (_, algorithm) = AlgorithmIdentifier::from_der(algorithm).ok()?;
+        let (_, signature) = BitString::from_der(signature).ok()?;
+        Some(Request { signed, common_name, key, algorithm, signature })
+    }
+}
+
+/// The common name of a Name (RFC 5280, 4.1.2.4), `Some(None)` if there is not exactly one.
+fn one_common_name(name: &[u8]) -> Option<Option<&str>> {
+    let mut names = Vec::new();
+    let mut rdns = Reader(name);
+    while !rdns.is_empty() {
+        let mut attributes = Reader(rdns.next(Tag::Set)?);
+        while !attributes.is_empty() {
+            let mut attribute = Reader(attributes.next(Tag::Sequence)?);
+            let (_, oid) = Oid::from_der(attribute.element(Tag::Oid)?).ok()?;
+            let value = attribute.any()?;
+            attribute.is_empty().then_some(())?;
+            if oid == OID_X509_COMMON_NAME {
+                names.push(text(&value));
+            }
+        }
+    }
+    match names.as_slice() {
+        [one] => Some(*one),
+        _ => Some(None),
+    }
+}
+
+fn text<'a>(value: &Any<'a>) -> Option<&'a str> {
+    let plain = [Tag::Utf8String, Tag::PrintableString, Tag::Ia5String].contains(&value.tag());
+    std::str::from_utf8(value.data).ok().filter(|_| plain)
+}
+
+/// DER elements, one after the other.
+#[derive(Clone, Copy)]
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn any(&mut self) -> Option<Any<'a>> {
+        let (rest, any) = Any::from_der(self.0).ok()?;
+        self.0 = rest;
+        Some(any)
+    }
+
+    /// The content of the next element.
+    fn next(&mut self, tag: Tag) -> Option<&'a [u8]> {
+        self.any().filter(|any| any.tag() == tag).map(|any| any.data)
+    }
+
+    /// The next element with its head.
+    fn element(&mut self, tag: Tag) -> Option<&'a [u8]> {
+        let before = self.0;
+        self.next(tag)?;
+        before.get(..before.len() - self.0.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::openssl::must;
+    use crate::files::test_dir::TestDir;
+    use base64::Engine as _;
+    use std::fs;
+
+    /// A key by `openssl <how>` and a request with it.
+    fn made(dir: &TestDir, how: &str, more: &str) -> String {
+        must(dir, &format!("{how} -out key.pem"));
+        must(dir, &format!("req -new -key key.pem -out csr.pem {more}"));
+        fs::read_to_string(dir.join("csr.pem")).unwrap()
+    }
+
+    const P256: &str = "ecparam -genkey -noout -name prime256v1";
+    const RSA: &str = "genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048";
+
+    fn check(text: &str, expected: Result<(), CsrError>) {
+        assert_eq!(Csr::parse(text).map(|_| ()), expected, "{text}");
+    }
+
+    #[test]
+    fn four_ways_to_write_a_request() {
+        let dir = TestDir::new();
+        let pem = made(&dir, P256, "-subj /CN=device-1");
+        let der = pem::blocks(&pem).unwrap().remove(0).der;
+        let base64 = |bytes: &[u8]| pem::BASE64.encode(bytes);
+        let literal = pem.replace('\n', "\\n");
+        let wrapped: String = base64(&der).chars().map(|c| format!("{c}\r\n")).collect();
+        let good = [
+            pem.clone(),
+            pem.replace('\n', "\r\n"),
+            literal.clone(),
+            literal.replace("\\n", "\\r\\n"),
+            base64(pem.as_bytes()),
+            base64(literal.as_bytes()),
+            base64(pem.as_bytes()).trim_end_matches('=').to_owned(),
+            base64(&der),
+            wrapped,
+            format!("  {pem}  "),
+            pem.replace("CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST"),
+            format!("Certificate Request:\n    Data:\n{pem}"),
+        ];
+        for text in &good {
+            check(text, Ok(()));
+        }
+        let der_and = |more: &[u8]| base64(&[&der, more].concat());
+        for bad in [
+            "",
+            " ",
+            "garbage",
+            "!",
+            "AAAA",
+            "-----BEGIN CERTIFICATE REQUEST-----",
+            "-----BEGIN CERTIFICATE REQUEST-----\n-----END CERTIFICATE REQUEST-----",
+            &pem.replace("CERTIFICATE REQUEST", "CERTIFICATE"),
+            &pem.replacen('M', "?", 1),
+            &format!("{pem}{pem}"),
+            &der_and(&[0]),
+            &der_and(&der),
+            &base64(&der[..der.len() - 1]),
+            &pem::encode("CERTIFICATE REQUEST", &[&der[..], &[5, 0]].concat()),
+            &base64(&base64(pem.as_bytes()).into_bytes()),
+        ] {
+            check(bad, Err(CsrError::Invalid));
+        }
+    }
+
+    #[test]
+    fn keys_and_signature_algorithms() {
+        let dir = TestDir::new();
+        let try_out = |how: &str, more: &str, expected| {
+            check(&made(&dir, how, &format!("-subj /CN=d {more}")), expected);
+        };
+        let unsupported = Err(CsrError::UnsupportedKey);
+        let rsa = |bits: u32| format!("genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:{bits}");
+        for more in ["-sha256", "-sha384", "-sha512"] {
+            try_out(RSA, more, Ok(()));
+        }
+        try_out(RSA, "-sha1", unsupported);
+        try_out(RSA, "-sha224", unsupported);
+        try_out(RSA, "-sigopt rsa_padding_mode:pss", unsupported);
+        try_out("genpkey -algorithm RSA-PSS -pkeyopt rsa_keygen_bits:2048", "", unsupported);
+        try_out(&rsa(1024), "", unsupported);
+        try_out(&rsa(2047), "", unsupported);
+        try_out(&format!("{RSA} -pkeyopt rsa_keygen_pubexp:3"), "", Ok(()));
+        for more in ["-sha256", "-sha384"] {
+            try_out(P256, more, Ok(()));
+            try_out("ecparam -genkey -noout -name secp384r1", more, Ok(()));
+        }
+        try_out(P256, "-sha1", unsupported);
+        try_out(P256, "-sha512", unsupported);
+        try_out("ecparam -genkey -noout -name prime256v1 -param_enc explicit", "", unsupported);
+        try_out(P256, "", Ok(()));
+        try_out("ec -in key.pem -conv_form compressed", "", unsupported);
+        try_out("ecparam -genkey -noout -name secp256k1", "", unsupported);
+        try_out("ecparam -genkey -noout -name secp521r1", "", unsupported);
+        try_out("genpkey -algorithm ED25519", "", Ok(()));
+        try_out("genpkey -algorithm ED448", "", unsupported);
+    }
+
+    #[test]
+    fn what_else_is_asked_for_is_ignored() {
+        let dir = TestDir::new();
+        let config = "[req]\nprompt=no\ndistinguished_name=dn\nattributes=at\nreq_extensions=ex\n\
+            [dn]\nO=Example\nCN=device-1\n\
+            [at]\nchallengePassword=secret\nunstructuredName=\u{e9}\n\
+            [ex]\nsubjectAltName=DNS:a.example\nbasicConstraints=critical,CA:TRUE\n1.2.3.4=critical,DER:ff\n";
+        fs::write(dir.join("c.cnf"), config).unwrap();
+        let csr = Csr::parse(&made(&dir, P256, "-config c.cnf")).unwrap();
+        assert_eq!(csr.belongs_to(&DeviceId::parse("device-1").unwrap()), Ok(()));
+    }
+
+    #[test]
+    fn one_common_name_and_the_whole_of_it() {
+        let dir = TestDir::new();
+        let device = DeviceId::parse("device-1").unwrap();
+        let try_out = |subject: &str, expected| {
+            let text = made(&dir, P256, &format!("-utf8 -multivalue-rdn -subj {subject}"));
+            assert_eq!(Csr::parse(&text).unwrap().belongs_to(&device), expected, "{subject}");
+        };
+        try_out("/CN=device-1", Ok(()));
+        try_out("/O=x/CN=device-1/OU=y", Ok(()));
+        try_out("/O=x+CN=device-1", Ok(()));
+        for subject in [
+            "/CN=device-10",
+            "/CN=device-",
+            "/CN=Device-1",
+            "/CN=device-1~",
+            "/CN=dévice-1",
+            "/O=device-1",
+            "/",
+            "/CN=device-1/CN=device-1",
+            "/CN=device-1/CN=device-2",
+            "/CN=device-2+CN=device-1",
+        ] {
+            try_out(subject, Err(CsrError::CommonName));
+        }
+        fs::write(
+            dir.join("c.cnf"),
+            "[req]\nprompt=no\ndistinguished_name=dn\nstring_mask=MASK:0x800\n[dn]\nCN=device-1\n",
+        )
+        .unwrap();
+        let bmp = Csr::parse(&made(&dir, P256, "-config c.cnf")).unwrap();
+        assert_eq!(bmp.belongs_to(&device), Err(CsrError::CommonName), "BMPString");
+    }
+
+    /// xorshift64: the same mutations every time.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 % bound as u64) as usize
+        }
+    }
+
+    fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
+        for _ in 0..=random.below(3) {
+            let at = random.below(bytes.len().max(1));
+            match random.below(6) {
+                0 => bytes.truncate(at),
+                1 => bytes.insert(at.min(bytes.len()), random.below(256) as u8),
+                2 if at < bytes.len() => drop(bytes.remove(at)),
+                3 if at < bytes.len() => bytes[at] = [0, 0x7f, 0x80, 0x84, 0xff][random.below(5)],
+                _ if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_signature_covers_the_request_and_garbage_does_no_harm() {
+        let dir = TestDir::new();
+        let asks =
+            "-subj /O=x/CN=device-1 -addext subjectAltName=DNS:a -addext basicConstraints=CA:TRUE";
+        let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        for how in [P256, "genpkey -algorithm ED25519", RSA] {
+            let pem = made(&dir, how, asks);
+            let der = pem::blocks(&pem).unwrap().remove(0).der;
+            let whole = Csr::parse(&pem).unwrap();
+            let mut refused = 0;
+            for _ in 0..12_000 {
+                let (mut text, mut bytes) = (pem.clone().into_bytes(), der.clone());
+                mutate(&mut text, &mut random);
+                let _ = Csr::parse(&String::from_utf8_lossy(&text));
+                mutate(&mut bytes, &mut random);
+                match Csr::parse(&pem::BASE64.encode(&bytes)) {
+                    Ok(csr) => assert_eq!(csr, whole, "only what is not signed may differ"),
+                    Err(_) => refused += 1,
+                }
+            }
+            assert!(refused > 11_000, "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_broken_signature() {
+        let dir = TestDir::new();
+        for how in [P256, RSA, "genpkey -algorithm ED25519"] {
+            let pem = made(&dir, how, "-subj /CN=device-1");
+            let mut der = pem::blocks(&pem).unwrap().remove(0).der;
+            *der.last_mut().unwrap() ^= 1;
+            check(&pem::BASE64.encode(&der), Err(CsrError::BadSignature));
+            let name = der.windows(8).position(|w| w == b"device-1").unwrap();
+            *der.last_mut().unwrap() ^= 1;
+            der[name + 7] = b'2';
+            check(&pem::BASE64.encode(&der), Err(CsrError::BadSignature));
+        }
+    }
+}

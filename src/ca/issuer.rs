@@ -1,0 +1,734 @@
+//! The issuer: the CA's certificate and key, loaded or made, and what they sign.
+//!
+//! A CA that cannot do its work is refused when it is loaded, not when the first device asks: key
+//! and certificate are tried on a certificate that is thrown away, which also shows that rcgen
+//! writes the issuer's name with the very bytes of the CA's subject.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+};
+use sha2::{Digest as _, Sha256};
+use time::{Duration, OffsetDateTime};
+use x509_parser::asn1_rs::{FromDer as _, Tag};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::verify::verify_signature;
+use x509_parser::x509::{AttributeTypeAndValue, X509Name};
+
+use super::csr::Csr;
+use super::key::{self, Kind, PublicKey};
+use super::{CaError, pem};
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::files;
+use crate::serial::Serial;
+
+/// The CA's certificate in its folder.
+pub const CERTIFICATE: &str = "root-ca.crt";
+/// The CA's private key in its folder.
+pub const KEY: &str = "root-ca.key";
+/// The certificate of a CA that is being made; see [`Issuer::make`].
+const CERTIFICATE_BEGUN: &str = ".root-ca.crt.begun";
+/// How far a new CA's `notBefore` lies back.
+const CA_BACKDATE_S: u64 = 24 * 3600;
+/// How far a certificate's `notBefore` lies back: devices' clocks lag.
+pub const BACKDATE_S: u64 = 300;
+/// The common name of a CA made here; a random number follows, so that two CAs differ in name.
+const CA_NAME: &str = "MQTT Device CA";
+
+/// A device's certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// The certificate in PEM.
+    pub pem: String,
+    /// The certificate in DER.
+    pub der: Vec<u8>,
+    /// Its serial number.
+    pub serial: Serial,
+    /// The device, which is its common name.
+    pub device: DeviceId,
+    /// In seconds since 1970; it was signed [`BACKDATE_S`] later.
+    pub not_before: u64,
+    /// Its last second, since 1970.
+    pub not_after: u64,
+    /// SHA-256 of the DER, lower-case hexadecimal.
+    pub fingerprint: String,
+}
+
+/// A server's certificate with its new key.
+pub struct ServerCertificate {
+    /// The certificate in PEM.
+    pub certificate_pem: String,
+    /// The private key, PKCS#8 in PEM.
+    pub key_pem: String,
+}
+
+impl fmt::Debug for ServerCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ServerCertificate")
+    }
+}
+
+/// A CA that can sign.
+pub struct Issuer {
+    signer: rcgen::Issuer<'static, KeyPair>,
+    key_identifier: KeyIdMethod,
+    certificate: PathBuf,
+    certificate_pem: String,
+    certificate_der: Vec<u8>,
+    fingerprint: String,
+    validity_days: u32,
+    /// The CA's first second, since 1970.
+    pub not_before: u64,
+    /// The CA's last second, since 1970.
+    pub not_after: u64,
+}
+
+impl fmt::Debug for Issuer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Issuer({})", self.fingerprint)
+    }
+}
+
+impl Issuer {
+    /// Loads the CA of a folder and checks all but its dates; `None` if there is none.
+    /// Its certificates will be valid for `validity_days`.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or the two are not a CA that can sign.
+    pub fn load(dir: &Path, validity_days: u32) -> Result<Option<Self>, CaError> {
+        let (certificate, key) = (dir.join(CERTIFICATE), dir.join(KEY));
+        let text = |path: &Path| -> Result<Option<String>, CaError> {
+            let Some(bytes) = files::read(path)? else { return Ok(None) };
+            String::from_utf8(bytes).map(Some).map_err(|_| CaError::refused(path, "not a PEM text"))
+        };
+        match (text(&certificate)?, text(&key)?) {
+            (None, None) => Ok(None),
+            (Some(_), None) => Err(CaError::refused(&key, "missing beside root-ca.crt")),
+            (None, Some(_)) => Err(CaError::refused(&certificate, "missing beside root-ca.key")),
+            (Some(certificate_text), Some(key_text)) => {
+                files::warn_if_others_may_read(&key);
+                let der = one_certificate(&certificate_text)
+                    .ok_or_else(|| CaError::refused(&certificate, "not one PEM certificate"))?;
+                let key_pair =
+                    key::private_key(&key_text).map_err(|e| CaError::refused(&key, e))?;
+                Issuer::new(dir, der, key_pair, validity_days).map(Some)
+            }
+        }
+    }
+
+    /// Makes a new CA: ECDSA P-256, `years` long.
+    ///
+    /// The certificate is first written under another name, then the key, then the certificate gets
+    /// its name. So a key without a certificate is either one whose certificate waits under that
+    /// other name (see [`Issuer::finish`]) or one whose certificate somebody else must find.
+    ///
+    /// # Errors
+    /// When it cannot be signed or written.
+    pub fn make(dir: &Path, years: u32, validity_days: u32, now: Now) -> Result<Self, CaError> {
+        let key = KeyPair::generate().map_err(CaError::signing)?;
+        let certificate = ca_params(years, now)?.self_signed(&key).map_err(CaError::signing)?;
+        let key_pem = key.serialize_pem();
+        let der = certificate.der().to_vec();
+        let issuer = Issuer::new(dir, der, key, validity_days)?;
+        let begun = dir.join(CERTIFICATE_BEGUN);
+        files::write_atomic(&begun, issuer.certificate_pem.as_bytes(), 0o644)?;
+        files::write_atomic(&dir.join(KEY), key_pem.as_bytes(), 0o600)?;
+        files::write_atomic(&dir.join(CERTIFICATE), issuer.certificate_pem.as_bytes(), 0o644)?;
+        files::remove_if_there(&begun)?;
+        Ok(issuer)
+    }
+
+    /// Finishes what [`Issuer::make`] had begun when the power went.
+    ///
+    /// # Errors
+    /// When the file cannot be renamed.
+    pub fn finish(dir: &Path) -> Result<(), CaError> {
+        let begun = dir.join(CERTIFICATE_BEGUN);
+        let Some(pem) = files::read(&begun)? else { return Ok(()) };
+        let there = |name| dir.join(name).exists();
+        if there(KEY) && !there(CERTIFICATE) {
+            log::warn!("{} was not finished when the service stopped; it is now", CERTIFICATE);
+            files::write_atomic(&dir.join(CERTIFICATE), &pem, 0o644)?;
+        }
+        Ok(files::remove_if_there(&begun)?)
+    }
+
+    fn new(dir: &Path, der: Vec<u8>, key: KeyPair, validity_days: u32) -> Result<Self, CaError> {
+        let certificate = dir.join(CERTIFICATE);
+        let refused = |why: &str| CaError::refused(&certificate, why);
+        let (rest, parsed) =
+            X509Certificate::from_der(&der).map_err(|_| refused("not an X.509 certificate"))?;
+        if !rest.is_empty() {
+            return Err(refused("something follows the certificate"));
+        }
+        check_is_ca(&parsed).map_err(refused)?;
+        let public = PublicKey::from_spki(parsed.public_key())
+            .map_err(|e| CaError::refused(&certificate, e))?;
+        if rcgen::PublicKeyData::der_bytes(&public) != key.public_key_raw() {
+            return Err(CaError::refused(&dir.join(KEY), "not the key of root-ca.crt"));
+        }
+        let key_identifier = key_identifier(&parsed).map_err(refused)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = subject(parsed.subject())
+            .ok_or_else(|| refused("the subject cannot be written again byte by byte"))?;
+        params.key_identifier_method = key_identifier.clone();
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let second = |t: x509_parser::time::ASN1Time| u64::try_from(t.timestamp()).unwrap_or(0);
+        let issuer = Issuer {
+            signer: rcgen::Issuer::new(params, key),
+            key_identifier,
+            certificate_pem: pem::encode("CERTIFICATE", &der),
+            fingerprint: fingerprint(&der),
+            validity_days,
+            not_before: second(parsed.validity().not_before),
+            not_after: second(parsed.validity().not_after),
+            certificate_der: der.clone(),
+            certificate: certificate.clone(),
+        };
+        issuer.try_out(&parsed)?;
+        Ok(issuer)
+    }
+
+    /// Signs a certificate that is thrown away, and holds it against the CA's own.
+    fn try_out(&self, ca: &X509Certificate<'_>) -> Result<(), CaError> {
+        let key = KeyPair::generate().map_err(CaError::signing)?;
+        let mut params = CertificateParams::default();
+        params.serial_number = Some(SerialNumber::from(1));
+        let trial = params.signed_by(&key, &self.signer).map_err(CaError::signing)?;
+        let (_, trial) = X509Certificate::from_der(trial.der())
+            .map_err(|_| CaError::refused(&self.certificate, "what it signs cannot be read"))?;
+        if trial.issuer().as_raw() != ca.subject().as_raw() {
+            let why = "the subject cannot be written again byte by byte";
+            return Err(CaError::refused(&self.certificate, why));
+        }
+        let signed = trial.tbs_certificate.as_ref();
+        verify_signature(
+            ca.public_key(),
+            &trial.signature_algorithm,
+            &trial.signature_value,
+            signed,
+        )
+        .map_err(|_| CaError::refused(&self.certificate, "does not verify what root-ca.key signs"))
+    }
+
+    /// Whether the CA is valid at this time.
+    ///
+    /// # Errors
+    /// [`CaError::ClockNotSet`] if the clock stands before the program's build or the CA's
+    /// `notBefore`, [`CaError::Expired`] after the CA's `notAfter`.
+    pub fn check_dates(&self, now: Now) -> Result<(), CaError> {
+        if !now.is_plausible() || now.unix_s() < self.not_before {
+            return Err(CaError::ClockNotSet);
+        }
+        if now.unix_s() > self.not_after {
+            let path = self.certificate.clone();
+            return Err(CaError::Expired { path, not_after: self.not_after });
+        }
+        Ok(())
+    }
+
+    /// Signs a device's certificate. Of the request only the key is taken; that it is the device's
+    /// ([`Csr::belongs_to`]) is checked once more.
+    ///
+    /// # Errors
+    /// When the clock is not set, the CA has expired, or the signature fails.
+    pub fn sign(
+        &self,
+        csr: &Csr,
+        device: &DeviceId,
+        serial: Serial,
+        now: Now,
+    ) -> Result<Leaf, CaError> {
+        self.check_dates(now)?;
+        csr.belongs_to(device).map_err(CaError::signing)?;
+        let (not_before, not_after) = self.validity(u64::from(self.validity_days), now);
+        let mut params = leaf_params(not_before, not_after, serial)?;
+        params.distinguished_name.push(DnType::CommonName, device.as_str());
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        if csr.key().kind == Kind::Rsa {
+            params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
+        }
+        let signed = params.signed_by(csr.key(), &self.signer).map_err(CaError::signing)?;
+        let der = signed.der().to_vec();
+        let (pem, fingerprint) = (signed.pem(), fingerprint(&der));
+        Ok(Leaf { pem, der, serial, device: device.clone(), not_before, not_after, fingerprint })
+    }
+
+    /// Makes a key (ECDSA P-256) and signs a certificate for a server with these DNS names and IP
+    /// addresses; the first is its common name.
+    ///
+    /// # Errors
+    /// When a name is neither, or as [`Issuer::sign`].
+    pub fn server_certificate(
+        &self,
+        names: &[impl AsRef<str>],
+        days: u32,
+        now: Now,
+    ) -> Result<ServerCertificate, CaError> {
+        self.check_dates(now)?;
+        let sans = names.iter().map(|n| server_name(n.as_ref())).collect::<Result<Vec<_>, _>>()?;
+        let first = names.first().ok_or_else(|| CaError::BadName(String::new()))?.as_ref();
+        let serial = Serial::random().map_err(CaError::signing)?;
+        let (not_before, not_after) = self.validity(u64::from(days), now);
+        let mut params = leaf_params(not_before, not_after, serial)?;
+        if first.len() <= 64 {
+            params.distinguished_name.push(DnType::CommonName, first);
+        }
+        params.subject_alt_names = sans;
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let key = KeyPair::generate().map_err(CaError::signing)?;
+        let signed = params.signed_by(&key, &self.signer).map_err(CaError::signing)?;
+        Ok(ServerCertificate { certificate_pem: signed.pem(), key_pem: key.serialize_pem() })
+    }
+
+    /// First and last second of a certificate signed now.
+    fn validity(&self, days: u64, now: Now) -> (u64, u64) {
+        let now_s = now.unix_s();
+        let end = now_s.saturating_add(days.saturating_mul(86_400));
+        (now_s.saturating_sub(BACKDATE_S), end.min(self.not_after))
+    }
+
+    /// The CA's certificate in PEM.
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// The CA's certificate in DER.
+    pub fn certificate_der(&self) -> &[u8] {
+        &self.certificate_der
+    }
+
+    /// SHA-256 of the CA's certificate, lower-case hexadecimal.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    pub(super) fn signer(&self) -> &rcgen::Issuer<'static, KeyPair> {
+        &self.signer
+    }
+
+    pub(super) fn key_identifier(&self) -> KeyIdMethod {
+        self.key_identifier.clone()
+    }
+}
+
+/// SHA-256 in lower-case hexadecimal.
+pub fn fingerprint(der: &[u8]) -> String {
+    Sha256::digest(der).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Seconds since 1970 as a certificate's date.
+pub(super) fn date(unix_s: u64) -> Result<OffsetDateTime, CaError> {
+    let seconds = i64::try_from(unix_s).map_err(CaError::signing)?;
+    OffsetDateTime::from_unix_timestamp(seconds).map_err(CaError::signing)
+}
+
+fn ca_params(years: u32, now: Now) -> Result<CertificateParams, CaError> {
+    let serial = Serial::random().map_err(CaError::signing)?;
+    let short: String = serial.to_string().chars().skip(24).collect();
+    let mut params = CertificateParams::default();
+    params.serial_number = Some(SerialNumber::from_slice(&serial.0));
+    params.not_before = date(now.unix_s().saturating_sub(CA_BACKDATE_S))?;
+    params.not_after = years_later(date(now.unix_s())?, years);
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, format!("{CA_NAME} {short}"));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    Ok(params)
+}
+
+/// The same day of a later year, 9999 at most; a 29 February may become a 28th.
+fn years_later(from: OffsetDateTime, years: u32) -> OffsetDateTime {
+    let year = from.year().saturating_add(i32::try_from(years).unwrap_or(i32::MAX)).min(9999);
+    from.replace_year(year).or_else(|_| (from - Duration::DAY).replace_year(year)).unwrap_or(from)
+}
+
+/// What all certificates signed here have in common.
+fn leaf_params(nb: u64, na: u64, serial: Serial) -> Result<CertificateParams, CaError> {
+    let mut params = CertificateParams::default();
+    params.serial_number = Some(SerialNumber::from_slice(&serial.0));
+    (params.not_before, params.not_after) = (date(nb)?, date(na)?);
+    params.distinguished_name = DistinguishedName::new();
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.use_authority_key_identifier_extension = true;
+    Ok(params)
+}
+
+fn server_name(name: &str) -> Result<SanType, CaError> {
+    if let Ok(address) = name.parse::<IpAddr>() {
+        return Ok(SanType::IpAddress(address));
+    }
+    let label = |l: &str| {
+        let inner = l.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+        (1..=63).contains(&l.len()) && inner && !l.starts_with('-') && !l.ends_with('-')
+    };
+    let host = name.strip_prefix("*.").unwrap_or(name);
+    let bad = || CaError::BadName(name.to_owned());
+    if host.len() > 253 || !host.split('.').all(label) {
+        return Err(bad());
+    }
+    name.try_into().map(SanType::DnsName).map_err(|_| bad())
+}
+
+fn one_certificate(text: &str) -> Option<Vec<u8>> {
+    let [block] = <[_; 1]>::try_from(pem::blocks(text)?).ok()?;
+    (block.label == "CERTIFICATE").then_some(block.der)
+}
+
+fn check_is_ca(certificate: &X509Certificate<'_>) -> Result<(), &'static str> {
+    let unreadable = "an extension stands twice or cannot be read";
+    let constraints = certificate.basic_constraints().map_err(|_| unreadable)?;
+    if !constraints.is_some_and(|c| c.value.ca) {
+        return Err("not a CA certificate (basicConstraints lacks CA:TRUE)");
+    }
+    // Without the extension every use is allowed (RFC 5280, 4.2.1.3).
+    match certificate.key_usage().map_err(|_| unreadable)?.map(|u| u.value) {
+        Some(usage) if !usage.key_cert_sign() => Err("keyUsage lacks keyCertSign"),
+        Some(usage) if !usage.crl_sign() => Err("keyUsage lacks cRLSign"),
+        _ => Ok(()),
+    }
+}
+
+/// The CA's own key identifier, so that chains are found by it; its key's hash if it has none.
+fn key_identifier(certificate: &X509Certificate<'_>) -> Result<KeyIdMethod, &'static str> {
+    use x509_parser::extensions::ParsedExtension::SubjectKeyIdentifier;
+    use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_KEY_IDENTIFIER as OID;
+    let found = certificate
+        .get_extension_unique(&OID)
+        .map_err(|_| "subjectKeyIdentifier stands twice")?
+        .map(|extension| extension.parsed_extension());
+    match found {
+        None => Ok(KeyIdMethod::Sha256),
+        Some(SubjectKeyIdentifier(id)) => Ok(KeyIdMethod::PreSpecified(id.0.to_vec())),
+        Some(_) => Err("subjectKeyIdentifier cannot be read"),
+    }
+}
+
+/// The CA's subject as rcgen writes it: one attribute a part, no type twice. Whether the bytes are
+/// the same is seen in [`Issuer::try_out`].
+fn subject(name: &X509Name<'_>) -> Option<DistinguishedName> {
+    let mut subject = DistinguishedName::new();
+    for part in name.iter() {
+        let mut attributes = part.iter();
+        let (Some(one), None) = (attributes.next(), attributes.next()) else { return None };
+        let oid: Vec<u64> = one.attr_type().iter()?.collect();
+        subject.push(DnType::from_oid(&oid), value(one)?);
+    }
+    (name.iter().count() > 0).then_some(subject)
+}
+
+fn value(attribute: &AttributeTypeAndValue<'_>) -> Option<DnValue> {
+    let any = attribute.attr_value();
+    let text = std::str::from_utf8(any.data).ok()?;
+    match any.tag() {
+        Tag::Utf8String => Some(DnValue::Utf8String(text.to_owned())),
+        // Its writer panics on what it holds to be no printable string.
+        Tag::PrintableString if text.bytes().all(printable) => {
+            text.try_into().ok().map(DnValue::PrintableString)
+        }
+        Tag::Ia5String => text.try_into().ok().map(DnValue::Ia5String),
+        Tag::T61String => text.try_into().ok().map(DnValue::TeletexString),
+        _ => None,
+    }
+}
+
+fn printable(b: u8) -> bool {
+    b.is_ascii_alphanumeric() || b" '()+,-./:=".contains(&b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::openssl::{must, run, run_program};
+    use crate::clock;
+    use crate::files::test_dir::TestDir;
+    use std::fs;
+
+    const CA_EXTENSIONS: &str =
+        "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign";
+
+    fn load(dir: &Path) -> Result<Issuer, String> {
+        Issuer::load(dir, 90).map_err(|e| e.to_string())?.ok_or_else(|| "none".to_owned())
+    }
+
+    fn device() -> DeviceId {
+        DeviceId::parse("device-1").unwrap()
+    }
+
+    /// Makes a key by `openssl <how>`, and a request for `device-1` with it.
+    fn request(dir: &Path, how: &str, more: &str) -> Csr {
+        must(dir, &format!("{how} -out key.pem"));
+        must(dir, &format!("req -new -key key.pem -subj /CN=device-1 -out csr.pem {more}"));
+        Csr::parse(&fs::read_to_string(dir.join("csr.pem")).unwrap()).unwrap()
+    }
+
+    /// Signs a P-256 request and lets openssl judge.
+    fn signs(issuer: &Issuer, dir: &Path) {
+        let csr = request(dir, "ecparam -genkey -name prime256v1 -noout", "");
+        let leaf = issuer.sign(&csr, &device(), Serial::random().unwrap(), clock::now()).unwrap();
+        fs::write(dir.join("leaf.pem"), &leaf.pem).unwrap();
+        let said = must(dir, "verify -purpose sslclient -CAfile root-ca.crt leaf.pem");
+        assert_eq!(said, "leaf.pem: OK\n");
+    }
+
+    #[test]
+    fn a_new_ca_is_what_was_promised() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
+        let text = must(&dir, "x509 -in root-ca.crt -noout -text");
+        for line in [
+            "Public Key Algorithm: id-ecPublicKey",
+            "NIST CURVE: P-256",
+            "X509v3 Basic Constraints: critical\n                CA:TRUE, pathlen:0",
+            "X509v3 Key Usage: critical\n                Certificate Sign, CRL Sign",
+            "X509v3 Subject Key Identifier:",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+        assert_eq!(issuer.not_before, now.unix_s() - CA_BACKDATE_S);
+        let days = (issuer.not_after - now.unix_s()) / 86_400;
+        assert!((3651..=3653).contains(&days), "{days}");
+        let sha256 = must(&dir, "x509 -in root-ca.crt -noout -fingerprint -sha256");
+        let plain: String = sha256.trim().chars().filter(|c| *c != ':').collect();
+        assert!(plain.to_lowercase().ends_with(issuer.fingerprint()));
+        use std::os::unix::fs::MetadataExt as _;
+        let mode = |name| fs::metadata(dir.join(name)).unwrap().mode() & 0o777;
+        assert_eq!((mode(KEY), mode(CERTIFICATE)), (0o600, 0o644));
+        assert_eq!(fs::read_dir(&*dir).unwrap().count(), 2);
+
+        let again = load(&dir).unwrap();
+        assert_eq!(again.certificate_der(), issuer.certificate_der());
+        assert_eq!(again.certificate_pem(), fs::read_to_string(dir.join(CERTIFICATE)).unwrap());
+        signs(&again, &dir);
+    }
+
+    #[test]
+    fn a_ca_half_made_is_finished() {
+        let dir = TestDir::new();
+        let issuer = Issuer::make(&dir, 10, 90, clock::now()).unwrap();
+        fs::rename(dir.join(CERTIFICATE), dir.join(CERTIFICATE_BEGUN)).unwrap();
+        Issuer::finish(&dir).unwrap();
+        assert_eq!(load(&dir).unwrap().fingerprint(), issuer.fingerprint());
+        fs::remove_file(dir.join(KEY)).unwrap();
+        fs::rename(dir.join(CERTIFICATE), dir.join(CERTIFICATE_BEGUN)).unwrap();
+        Issuer::finish(&dir).unwrap();
+        assert_eq!(load(&dir).unwrap_err(), "none");
+    }
+
+    #[test]
+    fn cas_of_openssl() {
+        let subject = "/C=DE/O=Müller~&~Söhne/OU=Werk~(1)/CN=Alte~CA,~v1.0/emailAddress=a@b.c";
+        for (make_key, more) in [
+            ("genrsa -traditional -out root-ca.key 2048", ""),
+            ("genrsa -out root-ca.key 3072", "-sha384"),
+            ("ecparam -genkey -name prime256v1 -out root-ca.key", ""),
+            ("ecparam -genkey -noout -name secp384r1 -out root-ca.key", ""),
+            ("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384 -out root-ca.key", ""),
+            ("genpkey -algorithm ED25519 -out root-ca.key", ""),
+            (
+                "genpkey -algorithm ED25519 -out root-ca.key",
+                "-addext subjectKeyIdentifier=none -addext authorityKeyIdentifier=none",
+            ),
+            (
+                "genpkey -algorithm ED25519 -out root-ca.key",
+                "-addext subjectKeyIdentifier=0102030405 -addext authorityKeyIdentifier=none",
+            ),
+        ] {
+            let dir = TestDir::new();
+            must(&dir, make_key);
+            must(
+                &dir,
+                &format!(
+                    "req -x509 -key root-ca.key -out root-ca.crt -days 30 -utf8 -subj {subject} {CA_EXTENSIONS} {more}"
+                ),
+            );
+            let issuer = load(&dir).unwrap_or_else(|e| panic!("{make_key} {more}: {e}"));
+            signs(&issuer, &dir);
+            let text = must(&dir, "x509 -in leaf.pem -noout -ext authorityKeyIdentifier");
+            let ski = run(&dir, "x509 -in root-ca.crt -noout -ext subjectKeyIdentifier").unwrap();
+            if !more.contains("none") {
+                let id = ski.lines().nth(1).unwrap().trim();
+                assert!(text.contains(id), "{text} {ski}");
+            }
+            let end = issuer.not_after;
+            let csr = request(&dir, "genpkey -algorithm ED25519", "");
+            let leaf = issuer.sign(&csr, &device(), Serial([0x40; 16]), clock::now()).unwrap();
+            assert_eq!(leaf.not_after, end, "never past the CA's end");
+        }
+    }
+
+    #[test]
+    fn cas_that_are_refused() {
+        let dir = TestDir::new();
+        let self_signed = |more: &str| {
+            must(&dir, &format!("req -x509 -key root-ca.key -out root-ca.crt -days 30 {more}"));
+            load(&dir).unwrap_err()
+        };
+        let check = |said: String, file: &str, why: &str| {
+            let path = dir.join(file);
+            assert!(said.starts_with(path.to_str().unwrap()) && said.contains(why), "{said}");
+        };
+        must(&dir, "ecparam -genkey -name prime256v1 -out root-ca.key");
+        let plain = format!("-subj /CN=x {CA_EXTENSIONS}");
+        let with = |bc: &str, ku: &str| {
+            format!(
+                "-subj /CN=x -addext basicConstraints=critical,{bc} -addext keyUsage=critical,{ku}"
+            )
+        };
+        check(self_signed(&with("CA:FALSE", "keyCertSign,cRLSign")), CERTIFICATE, "CA:TRUE");
+        check(self_signed(&with("CA:TRUE", "keyCertSign")), CERTIFICATE, "cRLSign");
+        check(self_signed(&with("CA:TRUE", "cRLSign")), CERTIFICATE, "keyCertSign");
+        let subject = |s: &str| format!("-subj {s} -multivalue-rdn {CA_EXTENSIONS}");
+        check(self_signed(&subject("/CN=x+O=y")), CERTIFICATE, "subject");
+        check(self_signed(&subject("/DC=example/DC=org/CN=x")), CERTIFICATE, "subject");
+        check(self_signed(&format!("-subj / {CA_EXTENSIONS}")), CERTIFICATE, "subject");
+
+        must(&dir, &format!("req -x509 -key root-ca.key -out root-ca.crt {plain}"));
+        must(&dir, "ecparam -genkey -name prime256v1 -out root-ca.key");
+        check(load(&dir).unwrap_err(), KEY, "not the key of root-ca.crt");
+        must(&dir, "genpkey -algorithm ED25519 -out root-ca.key");
+        check(load(&dir).unwrap_err(), KEY, "not the key of root-ca.crt");
+        must(&dir, "genrsa -out root-ca.key 1024");
+        check(load(&dir).unwrap_err(), KEY, "RSA 2048");
+        must(&dir, &format!("req -x509 -key root-ca.key -out root-ca.crt {plain}"));
+        check(load(&dir).unwrap_err(), KEY, "RSA 2048");
+        must(&dir, "ecparam -genkey -name secp521r1 -out root-ca.key");
+        check(load(&dir).unwrap_err(), KEY, "P-384");
+        must(&dir, "genpkey -algorithm ED25519 -aes128 -pass pass:abcd -out root-ca.key");
+        check(load(&dir).unwrap_err(), KEY, "encrypted");
+        for (name, other) in [(KEY, CERTIFICATE), (CERTIFICATE, KEY)] {
+            fs::write(dir.join(name), "garbage").unwrap();
+            check(load(&dir).unwrap_err(), name, "PEM");
+            fs::remove_file(dir.join(name)).unwrap();
+            check(load(&dir).unwrap_err(), name, &format!("missing beside {other}"));
+            must(&dir, "genpkey -algorithm ED25519 -out root-ca.key");
+        }
+    }
+
+    #[test]
+    fn a_clock_before_the_ca_and_a_ca_that_has_expired() {
+        let dir = TestDir::new();
+        must(&dir, "genpkey -algorithm ED25519 -out root-ca.key");
+        let req = format!(
+            "req -x509 -key root-ca.key -out root-ca.crt -days 30 -subj /CN=x {CA_EXTENSIONS}"
+        );
+        run_program(&dir, "faketime", &format!("2020-01-01~00:00:00 openssl {req}")).unwrap();
+        let issuer = load(&dir).unwrap();
+        let csr = request(&dir, "genpkey -algorithm ED25519", "");
+        let sign = |now| issuer.sign(&csr, &device(), Serial([0x40; 16]), now).unwrap_err();
+        let error = sign(clock::now());
+        assert!(matches!(error, CaError::Expired { .. }));
+        assert!(
+            error.to_string().ends_with("root-ca.crt: the CA expired at 2020-01-31T00:00:00.000Z"),
+            "{error}"
+        );
+        let early = |unix_ms| Now { unix_ms, mono_ms: 0 };
+        assert!(matches!(sign(early(0)), CaError::ClockNotSet));
+
+        run_program(&dir, "faketime", &format!("2090-01-01~00:00:00 openssl {req}")).unwrap();
+        assert!(matches!(load(&dir).unwrap().check_dates(clock::now()), Err(CaError::ClockNotSet)));
+    }
+
+    #[test]
+    fn certificates_keep_to_the_profile() {
+        let dir = TestDir::new();
+        let issuer = Issuer::make(&dir, 10, 90, clock::now()).unwrap();
+        let asks = "-addext subjectAltName=DNS:evil.example,IP:1.2.3.4 -addext basicConstraints=critical,CA:TRUE -addext keyUsage=keyCertSign,cRLSign -addext extendedKeyUsage=serverAuth -addext 1.2.3.4.5=critical,DER:0500";
+        for (how, more, rsa) in [
+            ("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256", "", false),
+            ("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256", "-sha384", false),
+            ("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384", "-sha384", false),
+            ("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384", asks, false),
+            ("genpkey -algorithm ED25519", asks, false),
+            ("genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048", asks, true),
+            ("genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048", "-sha384 -newhdr", true),
+            ("genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:4096", "-sha512", true),
+        ] {
+            let csr = request(&dir, how, more);
+            let (serial, now) = (Serial::random().unwrap(), clock::now());
+            let leaf = issuer.sign(&csr, &device(), serial, now).unwrap();
+            assert_eq!(leaf.not_before, now.unix_s() - 300);
+            assert_eq!(leaf.not_after, now.unix_s() + 90 * 86_400);
+            fs::write(dir.join("leaf.pem"), &leaf.pem).unwrap();
+            let text = must(
+                &dir,
+                "x509 -in leaf.pem -noout -text -nameopt RFC2253 -certopt no_pubkey,no_sigdump",
+            );
+            let usage =
+                if rsa { "Digital Signature, Key Encipherment" } else { "Digital Signature" };
+            for line in [
+                "Version: 3 (0x2)".to_owned(),
+                "Subject: CN=device-1\n".to_owned(),
+                "X509v3 Basic Constraints: critical\n                CA:FALSE\n".to_owned(),
+                format!("X509v3 Key Usage: critical\n                {usage}\n"),
+                "X509v3 Extended Key Usage: \n                TLS Web Client Authentication\n"
+                    .to_owned(),
+                "X509v3 Subject Key Identifier:".to_owned(),
+                "X509v3 Authority Key Identifier:".to_owned(),
+            ] {
+                assert!(text.contains(&line), "{line} in {text}");
+            }
+            assert_eq!(text.matches("X509v3").count(), 6, "extensions and their title: {text}");
+            assert!(!text.contains("1.2.3"), "{text}");
+            let verify = "-x509_strict -purpose sslclient -CAfile root-ca.crt leaf.pem";
+            assert_eq!(must(&dir, &format!("verify {verify}")), "leaf.pem: OK\n");
+            let serial = format!("serial={serial:X}\n");
+            assert_eq!(must(&dir, "x509 -in leaf.pem -noout -serial"), serial);
+            let key = must(&dir, "pkey -in key.pem -pubout");
+            assert_eq!(must(&dir, "x509 -in leaf.pem -noout -pubkey"), key);
+        }
+        let other = DeviceId::parse("device-10").unwrap();
+        let csr = request(&dir, "genpkey -algorithm ED25519", "");
+        assert!(issuer.sign(&csr, &other, Serial([0x40; 16]), clock::now()).is_err());
+    }
+
+    #[test]
+    fn certificates_for_servers() {
+        let dir = TestDir::new();
+        let issuer = Issuer::make(&dir, 10, 90, clock::now()).unwrap();
+        let names = ["broker.local", "*.example.org", "192.168.1.5", "fe80::1"];
+        let made = issuer.server_certificate(&names, 365, clock::now()).unwrap();
+        fs::write(dir.join("server.pem"), &made.certificate_pem).unwrap();
+        fs::write(dir.join("server.key"), &made.key_pem).unwrap();
+        must(
+            &dir,
+            "verify -x509_strict -purpose sslserver -verify_hostname broker.local -CAfile root-ca.crt server.pem",
+        );
+        must(
+            &dir,
+            "verify -purpose sslserver -verify_ip 192.168.1.5 -CAfile root-ca.crt server.pem",
+        );
+        assert!(run(&dir, "verify -purpose sslclient -CAfile root-ca.crt server.pem").is_err());
+        let text = must(&dir, "x509 -in server.pem -noout -text");
+        assert!(
+            text.contains(
+                "DNS:broker.local, DNS:*.example.org, IP Address:192.168.1.5, IP Address:FE80"
+            ),
+            "{text}"
+        );
+        assert_eq!(
+            must(&dir, "pkey -in server.key -pubout"),
+            must(&dir, "x509 -in server.pem -noout -pubkey")
+        );
+        for bad in ["", "a b", "-a", "a..b", "*", "a.*.b", "ä.de", "a/b"] {
+            let error = issuer.server_certificate(&[bad], 1, clock::now()).unwrap_err();
+            assert!(matches!(error, CaError::BadName(_)), "{bad}");
+        }
+        assert!(issuer.server_certificate(&[] as &[&str], 1, clock::now()).is_err());
+    }
+
+    #[test]
+    fn years_of_a_leap_day() {
+        let leap = OffsetDateTime::from_unix_timestamp(1_709_208_000).unwrap(); // 2024-02-29
+        assert_eq!(years_later(leap, 4) - leap, Duration::days(1461));
+        assert_eq!(years_later(leap, 1) - leap, Duration::days(365));
+        assert_eq!(years_later(leap, u32::MAX).year(), 9999);
+    }
+}

@@ -1,0 +1,323 @@
+//! The certificate authority: who signs ([`issuer`]), what may be signed ([`csr`]), what has been
+//! signed ([`registry`]) and what of it no longer counts ([`crl`]).
+//!
+//! A clock that is not set decides nothing. So a CA is loaded at start, but made or judged by its
+//! dates only once the clock is plausible: [`Ca::settle`] is asked again until then.
+
+pub mod crl;
+pub mod csr;
+pub mod issuer;
+mod key;
+#[cfg(test)]
+mod openssl;
+mod pem;
+pub mod registry;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+
+use crate::clock::{self, Now};
+use crate::files::{self, FilesError};
+use crate::problem::{Code, Problem};
+use crl::Crl;
+use issuer::Issuer;
+use registry::{Registry, RegistryError};
+
+/// Why the CA cannot start or sign.
+#[derive(Debug)]
+pub enum CaError {
+    /// A file could not be read or written.
+    Files(FilesError),
+    /// A file is not what a CA needs.
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The CA's certificate has expired.
+    Expired {
+        /// The certificate.
+        path: PathBuf,
+        /// Its last second, since 1970.
+        not_after: u64,
+    },
+    /// The clock of this machine is not set.
+    ClockNotSet,
+    /// A server's name is neither a DNS name nor an IP address.
+    BadName(String),
+    /// The record of certificates could not be read or written.
+    Registry(RegistryError),
+    /// The library that signs refused.
+    Signing(String),
+}
+
+impl CaError {
+    fn refused(path: &Path, why: impl fmt::Display) -> Self {
+        CaError::Refused { path: path.to_owned(), why: why.to_string() }
+    }
+
+    fn signing(why: impl fmt::Display) -> Self {
+        CaError::Signing(why.to_string())
+    }
+}
+
+impl fmt::Display for CaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CaError::Files(e) => e.fmt(f),
+            CaError::Refused { path, why } => write!(f, "{}: {why}", path.display()),
+            CaError::Expired { path, not_after } => {
+                let date = clock::rfc3339(not_after.saturating_mul(1000));
+                write!(f, "{}: the CA expired at {date}", path.display())
+            }
+            CaError::ClockNotSet => f.write_str("the clock is not set"),
+            CaError::BadName(name) => {
+                write!(f, "{name:?} is neither a DNS name nor an IP address")
+            }
+            CaError::Registry(e) => e.fmt(f),
+            CaError::Signing(why) => write!(f, "cannot sign: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for CaError {}
+
+impl From<FilesError> for CaError {
+    fn from(error: FilesError) -> Self {
+        CaError::Files(error)
+    }
+}
+
+impl From<RegistryError> for CaError {
+    fn from(error: RegistryError) -> Self {
+        CaError::Registry(error)
+    }
+}
+
+impl From<CaError> for Problem {
+    fn from(error: CaError) -> Self {
+        match error {
+            CaError::ClockNotSet => Code::ClockNotSet.into(),
+            other => Problem::from(Code::ServiceUnavailable).log(other),
+        }
+    }
+}
+
+/// What the configuration says of the CA.
+#[derive(Clone, Debug)]
+pub struct CaSettings {
+    /// `CA_STORAGE_PATH`
+    pub dir: PathBuf,
+    /// `ROOT_CA_VALIDITY_YEARS`
+    pub root_validity_years: u32,
+    /// `DEVICE_CERT_VALIDITY_DAYS`
+    pub device_validity_days: u32,
+}
+
+/// The CA of one folder, which this process owns: the caller holds its
+/// [`FolderLock`](files::FolderLock) for as long as this lives.
+#[derive(Debug)]
+pub struct Ca {
+    settings: CaSettings,
+    issuer: OnceLock<Arc<Issuer>>,
+    crl: RwLock<Option<Arc<Crl>>>,
+    /// Held while the CA or its CRL is made: one at a time.
+    making: Mutex<()>,
+    registry: Registry,
+}
+
+impl Ca {
+    /// Loads the CA and its record. If there is no CA yet, one is made, if the clock is plausible.
+    ///
+    /// # Errors
+    /// When something in the folder is not as it should be, or the CA has expired.
+    pub fn open(settings: &CaSettings, now: Now) -> Result<Self, CaError> {
+        let dir = &settings.dir;
+        files::make_dir(dir, 0o755)?; // the broker reads root-ca.crt and crl.pem
+        Issuer::finish(dir)?;
+        let issuer = Issuer::load(dir, settings.device_validity_days)?.map(Arc::new);
+        let plausible = clock_is_plausible(issuer.as_deref(), now);
+        let registry = Registry::open(dir, plausible.then_some(now))?;
+        if issuer.is_none() && !registry.is_empty() {
+            let why = "missing, but index.txt lists certificates that it signed";
+            return Err(CaError::refused(&dir.join(issuer::CERTIFICATE), why));
+        }
+        let loaded = OnceLock::new();
+        if let Some(issuer) = issuer {
+            let _ = loaded.set(issuer); // it is new, so it is empty
+        }
+        let ca = Ca {
+            settings: settings.clone(),
+            issuer: loaded,
+            crl: RwLock::default(),
+            making: Mutex::default(),
+            registry,
+        };
+        ca.settle(now)?;
+        Ok(ca)
+    }
+
+    /// Once the clock is plausible, makes the CA if there is none, and judges its dates. `Ok(false)`
+    /// as long as the clock is not. Cheap; may be asked for each request.
+    ///
+    /// # Errors
+    /// When the CA has expired or cannot be made.
+    pub fn settle(&self, now: Now) -> Result<bool, CaError> {
+        if !self.clock_is_plausible(now) {
+            return Ok(false);
+        }
+        match self.issuer.get() {
+            Some(issuer) => issuer.check_dates(now)?,
+            None => self.make(now)?,
+        }
+        Ok(true)
+    }
+
+    fn make(&self, now: Now) -> Result<(), CaError> {
+        let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.issuer.get().is_none() {
+            let CaSettings { dir, root_validity_years, device_validity_days } = &self.settings;
+            let made = Issuer::make(dir, *root_validity_years, *device_validity_days, now)?;
+            log::info!("made a new CA in {}", dir.display());
+            let _ = self.issuer.set(Arc::new(made)); // nobody else makes one
+        }
+        Ok(())
+    }
+
+    /// Signs a list of what is revoked now and writes it to `crl.pem`.
+    ///
+    /// # Errors
+    /// When there is no CA yet, the clock is not set, the CA has expired, or the file cannot be
+    /// written.
+    pub fn publish_crl(&self, now: Now) -> Result<Arc<Crl>, CaError> {
+        let issuer = self.issuer.get().ok_or(CaError::ClockNotSet)?;
+        let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = &self.settings.dir;
+        let last = self.crl().map_or_else(|| crl::last_number(dir), |c| c.number);
+        let made = Arc::new(Crl::sign(issuer, &self.registry.revoked(now), last, now)?);
+        made.write(dir)?;
+        *self.crl.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&made));
+        Ok(made)
+    }
+
+    /// The list that was published last, by this process.
+    pub fn crl(&self) -> Option<Arc<Crl>> {
+        self.crl.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The CA that signs, if there is one.
+    pub fn issuer(&self) -> Option<Arc<Issuer>> {
+        self.issuer.get().cloned()
+    }
+
+    /// Whether the clock stands neither before the program's build nor before the CA's `notBefore`.
+    pub fn clock_is_plausible(&self, now: Now) -> bool {
+        clock_is_plausible(self.issuer.get().map(|i| &**i), now)
+    }
+
+    /// The record of certificates.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+}
+
+fn clock_is_plausible(issuer: Option<&Issuer>, now: Now) -> bool {
+    now.is_plausible() && issuer.is_none_or(|i| now.unix_s() >= i.not_before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::test_dir::TestDir;
+    use openssl::{must, run_program};
+    use std::fs;
+
+    fn settings(dir: &Path) -> CaSettings {
+        CaSettings { dir: dir.join("ca"), root_validity_years: 10, device_validity_days: 90 }
+    }
+
+    fn open(dir: &Path, now: Now) -> Result<Ca, String> {
+        Ca::open(&settings(dir), now).map_err(|e| e.to_string())
+    }
+
+    const NO_CLOCK: Now = Now { unix_ms: 0, mono_ms: 0 };
+
+    #[test]
+    fn a_ca_is_made_when_the_clock_is_right() {
+        let dir = TestDir::new();
+        let ca = open(&dir, NO_CLOCK).unwrap();
+        assert!(ca.issuer().is_none() && !ca.clock_is_plausible(NO_CLOCK));
+        assert!(matches!(ca.settle(NO_CLOCK), Ok(false)));
+        let now = clock::now();
+        assert!(matches!(ca.settle(now), Ok(true)));
+        let fingerprint = ca.issuer().unwrap().fingerprint().to_owned();
+        assert!(matches!(ca.settle(now), Ok(true)));
+        assert!(matches!(ca.settle(NO_CLOCK), Ok(false)), "and a clock may go wrong again");
+        drop(ca);
+        for now in [now, NO_CLOCK] {
+            let again = open(&dir, now).unwrap();
+            assert_eq!(again.issuer().unwrap().fingerprint(), fingerprint);
+        }
+        let before = Now { unix_ms: now.unix_ms - 25 * 3_600_000, ..now };
+        assert!(!open(&dir, now).unwrap().clock_is_plausible(before), "before the CA's notBefore");
+    }
+
+    #[test]
+    fn an_expired_ca_is_judged_by_a_right_clock_only() {
+        let dir = TestDir::new();
+        let folder = dir.join("ca");
+        fs::create_dir(&folder).unwrap();
+        must(&folder, "genpkey -algorithm ED25519 -out root-ca.key");
+        let req = "req -x509 -key root-ca.key -out root-ca.crt -subj /CN=x -days 30";
+        run_program(&folder, "faketime", &format!("2020-01-01~00:00:00 openssl {req}")).unwrap();
+        let error = open(&dir, clock::now()).unwrap_err();
+        assert!(error.contains("root-ca.crt: the CA expired at 2020-01-31"), "{error}");
+        let ca = open(&dir, NO_CLOCK).unwrap();
+        assert!(matches!(ca.settle(clock::now()), Err(CaError::Expired { .. })));
+        let problem = Problem::from(ca.settle(clock::now()).unwrap_err());
+        assert_eq!(problem.code, Code::ServiceUnavailable);
+    }
+
+    #[test]
+    fn a_record_without_its_ca() {
+        let dir = TestDir::new();
+        drop(open(&dir, clock::now()).unwrap());
+        let line = format!("V\t300101000000Z\t\t{}\tunknown\t/CN=d\n", "41".repeat(16));
+        fs::write(dir.join("ca/index.txt"), line).unwrap();
+        open(&dir, clock::now()).unwrap();
+        for name in [issuer::CERTIFICATE, issuer::KEY] {
+            fs::remove_file(dir.join("ca").join(name)).unwrap();
+            let error = open(&dir, clock::now()).unwrap_err();
+            assert!(error.contains("root-ca.crt: missing"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_published() {
+        let dir = TestDir::new();
+        let ca = open(&dir, NO_CLOCK).unwrap();
+        assert!(matches!(ca.publish_crl(clock::now()), Err(CaError::ClockNotSet)));
+        ca.settle(clock::now()).unwrap();
+        let first = ca.publish_crl(clock::now()).unwrap();
+        drop(ca);
+        let again = open(&dir, clock::now()).unwrap();
+        assert_eq!(again.crl(), None);
+        let second = again.publish_crl(clock::now()).unwrap();
+        assert!(second.number > first.number);
+        assert_eq!(fs::read_to_string(dir.join("ca/crl.pem")).unwrap(), second.pem);
+        assert_eq!(again.crl(), Some(second));
+    }
+
+    #[test]
+    fn many_threads_make_one_ca() {
+        let dir = TestDir::new();
+        let ca = open(&dir, NO_CLOCK).unwrap();
+        std::thread::scope(|scope| {
+            (0..8).for_each(|_| drop(scope.spawn(|| ca.settle(clock::now()).unwrap())));
+        });
+        let on_disk = open(&dir, clock::now()).unwrap().issuer().unwrap();
+        assert_eq!(on_disk.fingerprint(), ca.issuer().unwrap().fingerprint());
+    }
+}

@@ -1,0 +1,91 @@
+//! PEM text (RFC 7468): finds the blocks of a text, whatever stands around them.
+
+use std::fmt;
+
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+
+/// Base64 that does not insist on its `=`.
+pub const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// What every block begins with.
+pub const BEGIN: &str = "-----BEGIN ";
+
+/// One block: its label and what it holds. `Debug` hides the latter, which may be a private key.
+#[derive(PartialEq, Eq)]
+pub struct Block<'a> {
+    /// `CERTIFICATE`, `PRIVATE KEY` …
+    pub label: &'a str,
+    /// The decoded bytes.
+    pub der: Vec<u8>,
+}
+
+impl fmt::Debug for Block<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Block({:?}, {} bytes)", self.label, self.der.len())
+    }
+}
+
+/// All blocks of a text; text outside them is skipped. `None` if one is not whole, is not base64 or
+/// has headers (an encrypted key).
+pub fn blocks(text: &str) -> Option<Vec<Block<'_>>> {
+    let mut found = Vec::new();
+    let mut rest = text;
+    while let Some((_, begun)) = rest.split_once(BEGIN) {
+        let (label, body) = begun.split_once("-----")?;
+        let (body, after) = body.split_once(&format!("-----END {label}-----"))?;
+        found.push(Block { label, der: decode(body)? });
+        rest = after;
+    }
+    Some(found)
+}
+
+/// Base64 with white space anywhere.
+pub fn decode(text: &str) -> Option<Vec<u8>> {
+    let plain: Vec<u8> = text.bytes().filter(|b| !b.is_ascii_whitespace()).collect();
+    BASE64.decode(plain).ok()
+}
+
+/// One block of text, in lines of 64.
+pub fn encode(label: &str, der: &[u8]) -> String {
+    let mut text = format!("-----BEGIN {label}-----\n");
+    for line in der.chunks(48) {
+        BASE64.encode_string(line, &mut text);
+        text.push('\n');
+    }
+    text + &format!("-----END {label}-----\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_encoded_reads_back() {
+        let der: Vec<u8> = (0..=255).collect();
+        let text = encode("X", &der);
+        assert!(text.lines().all(|l| l.len() <= 64), "{text}");
+        assert_eq!(blocks(&text), Some(vec![Block { label: "X", der }]));
+    }
+
+    #[test]
+    fn blocks_and_what_is_none() {
+        let block = |label, der: &[u8]| Block { label, der: der.to_vec() };
+        let two = "text\n-----BEGIN A B-----\nAQ\r\n I=\n-----END A B-----\n\n-----BEGIN C-----\n-----END C-----";
+        assert_eq!(blocks(two), Some(vec![block("A B", &[1, 2]), block("C", &[])]));
+        assert_eq!(blocks("no block"), Some(vec![]));
+        for bad in [
+            "-----BEGIN A-----\nAQI=",
+            "-----BEGIN A",
+            "-----BEGIN A-----\nAQI=\n-----END B-----",
+            "-----BEGIN A-----\nProc-Type: 4,ENCRYPTED\n\nAQI=\n-----END A-----",
+            "-----BEGIN A-----\nA\n-----END A-----",
+        ] {
+            assert_eq!(blocks(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The command line: what is asked for, and the text of `--help`.
+//!
+//! Written by hand, because there are five commands and two options. All settings are environment
+//! variables; the command line has none, so that no secret can get into a process list.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::config::variables::{self, Allowed, Variable};
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Run the server.
+    Serve,
+    /// Show [`help`].
+    Help,
+    /// Show [`version`].
+    Version,
+    /// Check the configuration and show it.
+    CheckConfig,
+    /// Ask the running server whether it is well.
+    Healthcheck,
+    /// Sign a server's certificate with the CA.
+    ServerCertificate(ServerCertificate),
+}
+
+/// The arguments of `server-certificate`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerCertificate {
+    /// DNS names and IP addresses of the server, at least one; not checked yet.
+    pub names: Vec<String>,
+    /// Lifetime of the certificate.
+    pub days: u32,
+    /// Folder for the certificate and its key.
+    pub out: PathBuf,
+}
+
+/// Why the command line is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsageError(String);
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (see --help)", self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+/// A year and a month: long enough for a yearly renewal to be late.
+const DEFAULT_DAYS: u32 = 396;
+const MAX_DAYS: u32 = 36_500;
+
+/// Reads the arguments, the program's own name left out.
+///
+/// # Errors
+/// The first argument that is not understood.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
+    let args: Result<Vec<String>, _> = args.into_iter().map(OsString::into_string).collect();
+    let args = args.map_err(|arg| UsageError(format!("{arg:?} is not UTF-8")))?;
+    if args.iter().any(|arg| arg == "--help" || arg == "-h") {
+        return Ok(Command::Help);
+    }
+    let mut args = args.into_iter();
+    let Some(first) = args.next() else { return Ok(Command::Serve) };
+    let command = match first.as_str() {
+        "--version" | "-V" => Command::Version,
+        "check-config" => Command::CheckConfig,
+        "healthcheck" => Command::Healthcheck,
+        "server-certificate" => return server_certificate(args).map(Command::ServerCertificate),
+        _ => return Err(UsageError(format!("unknown argument {first:?}"))),
+    };
+    match args.next() {
+        Some(more) => Err(UsageError(format!("{first} takes no argument, not {more:?}"))),
+        None => Ok(command),
+    }
+}
+
+fn server_certificate(
+    mut args: impl Iterator<Item = String>,
+) -> Result<ServerCertificate, UsageError> {
+    let mut parsed =
+        ServerCertificate { names: Vec::new(), days: DEFAULT_DAYS, out: PathBuf::from(".") };
+    while let Some(arg) = args.next() {
+        let (option, value) = match arg.split_once('=') {
+            Some((option, value)) => (option, Some(value.to_owned())),
+            None => (arg.as_str(), None),
+        };
+        match option {
+            "--days" => parsed.days = days(&value_of(option, value, &mut args)?)?,
+            "--out" => parsed.out = value_of(option, value, &mut args)?.into(),
+            _ if arg.starts_with('-') => {
+                return Err(UsageError(format!("unknown option {arg:?}")));
+            }
+            _ => parsed.names.push(arg),
+        }
+    }
+    if parsed.names.is_empty() {
+        let text = "server-certificate needs a DNS name or an IP address of the server";
+        return Err(UsageError(text.to_owned()));
+    }
+    Ok(parsed)
+}
+
+/// What stands behind the `=`, else the next argument.
+fn value_of(
+    option: &str,
+    value: Option<String>,
+    args: &mut impl Iterator<Item = String>,
+) -> Result<String, UsageError> {
+    value
+        .or_else(|| args.next())
+        .filter(|value| !value.is_empty())
+        .ok_or_else(|| UsageError(format!("{option} needs a value")))
+}
+
+fn days(text: &str) -> Result<u32, UsageError> {
+    text.parse().ok().filter(|days| (1..=MAX_DAYS).contains(days)).ok_or_else(|| {
+        UsageError(format!("--days must be a whole number from 1 to {MAX_DAYS}, not {text:?}"))
+    })
+}
+
+/// `mqtt-publisher-lite 0.1.0`
+pub fn version() -> &'static str {
+    concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"))
+}
+
+/// The text of `--help`.
+pub fn help() -> String {
+    let variables: String = variables::ALL.iter().map(help_line).collect();
+    format!(
+        "\
+{version}
+{description}
+
+Usage: mqtt-publisher-lite [COMMAND]
+
+Commands:
+  (none)              serve until SIGTERM or SIGINT
+  check-config        check the environment and print what counts, without secrets
+  healthcheck         ask the local server for /health, 3 seconds at most
+  server-certificate NAME... [--days N] [--out DIR]
+                      sign a certificate for a server (the broker, or our own HTTPS) with these
+                      DNS names and IP addresses; {DEFAULT_DAYS} days, into the current folder
+  --help, -h          print this
+  --version, -V       print the version
+
+Environment (variable, default, meaning):
+{variables}
+Of what is marked with * the value may also be read from a file that <NAME>_FILE names.
+
+Exit codes:
+  0  stopped as asked, or all is well
+  1  failed while running, or the server is not well
+  2  bad configuration or command line
+",
+        version = version(),
+        description = env!("CARGO_PKG_DESCRIPTION"),
+    )
+}
+
+fn help_line(variable: &Variable) -> String {
+    let star = if variable.is_secret() { "*" } else { "" };
+    let name = format!("{}{star}", variable.name);
+    let default = if variable.default.is_empty() { "-" } else { variable.default };
+    let values = match variable.allowed {
+        Allowed::Number(min, max) => format!(" ({min} to {max})"),
+        Allowed::OneOf(words) => format!(" ({})", words.join(", ")),
+        _ => String::new(),
+    };
+    format!("  {name:<25} {default:<12} {}{values}\n", variable.help)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(args: &str) -> Result<Command, String> {
+        parse(args.split_whitespace().map(OsString::from)).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn commands() {
+        let rows = [
+            ("", Command::Serve),
+            ("--help", Command::Help),
+            ("-h", Command::Help),
+            ("server-certificate --help", Command::Help),
+            ("--version", Command::Version),
+            ("-V", Command::Version),
+            ("check-config", Command::CheckConfig),
+            ("healthcheck", Command::Healthcheck),
+        ];
+        for (args, expected) in rows {
+            assert_eq!(parsed(args), Ok(expected), "{args}");
+        }
+    }
+
+    #[test]
+    fn server_certificates() {
+        let check = |args: &str, names: &[&str], days, out: &str| {
+            let names = names.iter().map(ToString::to_string).collect();
+            let expected = ServerCertificate { names, days, out: out.into() };
+            assert_eq!(parsed(args), Ok(Command::ServerCertificate(expected)), "{args}");
+        };
+        check("server-certificate broker.lan", &["broker.lan"], DEFAULT_DAYS, ".");
+        check("server-certificate a --days 7 ::1 --out /x", &["a", "::1"], 7, "/x");
+        check("server-certificate --out=/x --days=1 a", &["a"], 1, "/x");
+    }
+
+    #[test]
+    fn what_is_not_understood() {
+        let rows = [
+            ("serve", "unknown argument \"serve\""),
+            ("--port 1", "unknown argument \"--port\""),
+            ("check-config x", "check-config takes no argument, not \"x\""),
+            ("--version x", "--version takes no argument, not \"x\""),
+            ("server-certificate a --key k", "unknown option \"--key\""),
+            ("server-certificate a --days", "--days needs a value"),
+            ("server-certificate a --out=", "--out needs a value"),
+            (
+                "server-certificate a --days 0",
+                "--days must be a whole number from 1 to 36500, not \"0\"",
+            ),
+            (
+                "server-certificate a --days=x",
+                "--days must be a whole number from 1 to 36500, not \"x\"",
+            ),
+            (
+                "server-certificate",
+                "server-certificate needs a DNS name or an IP address of the server",
+            ),
+        ];
+        for (args, reason) in rows {
+            assert_eq!(parsed(args), Err(format!("{reason} (see --help)")), "{args}");
+        }
+    }
+
+    #[test]
+    fn help_names_every_variable_and_fits_a_terminal() {
+        let help = help();
+        for variable in variables::ALL {
+            assert!(help.contains(&format!("\n  {}", variable.name)), "{}", variable.name);
+        }
+        assert!(help.lines().all(|line| line.chars().count() <= 120), "{help}");
+    }
+}

@@ -1,0 +1,412 @@
+//! The configuration: read from the environment once, at start, and checked there.
+//!
+//! [`Config::from_lookup`] is pure: it is handed the environment and the means to read a file, and
+//! gives either a configuration that holds together or the one line that says what is wrong. No raw
+//! text leaves this module, and no later code has a range to check. The defaults and limits stand in
+//! [`variables`].
+
+mod cidr;
+mod describe;
+mod redis;
+mod secret;
+#[cfg(test)]
+mod tests;
+pub mod variables;
+mod vars;
+
+use std::ffi::OsString;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+
+use log::LevelFilter;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+
+pub use self::cidr::Cidr;
+pub use self::redis::{PemFile, Redis};
+pub use self::secret::Secret;
+pub use self::vars::ConfigError;
+
+use self::variables as var;
+use self::variables::Variable;
+use self::vars::Vars;
+
+/// Longest path of the folder for private sockets: `sun_path` holds 107 bytes, and we need 17 of
+/// them for a slash and a name.
+pub const MAX_RUN_DIR_BYTES: usize = 90;
+
+/// The secret that the older service used when it was given none: anyone can look it up.
+const PUBLISHED_SECRET: &[u8] = b"mqtt-publisher-lite-secret-key-change-in-production";
+
+/// Everything that can be configured.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The door to the network.
+    pub http: Http,
+    /// What is logged, and how.
+    pub log: Log,
+    /// Folder of everything that is kept.
+    pub data_dir: PathBuf,
+    /// Folder for the private sockets; at most [`MAX_RUN_DIR_BYTES`] long.
+    pub run_dir: PathBuf,
+    /// The certificate authority.
+    pub ca: Ca,
+    /// Lifetime of a token, in seconds.
+    pub token_ttl_s: u64,
+    /// Signs tokens; `None`: the one in the data folder, made if there is none.
+    pub jwt_secret: Option<Secret<Vec<u8>>>,
+    /// What onboarding asks for; `None`: it is open.
+    pub onboarding_api_key: Option<Secret>,
+    /// What the admin endpoints ask for; `None`: they are disabled.
+    pub admin_api_key: Option<Secret>,
+    /// May a device that has an active certificate onboard again?
+    pub reenroll: Reenroll,
+    /// Where tokens are kept; `None`: in memory only.
+    pub redis: Option<Redis>,
+    /// Which tokens are redeemed while Redis is away.
+    pub outage_redeem: OutageRedeem,
+    /// Most tokens held in memory.
+    pub memory_max_tokens: usize,
+    /// Program to run after each new CRL.
+    pub crl_hook: Option<PathBuf>,
+    /// Renewal revokes the certificate that it replaces.
+    pub renew_revokes: bool,
+    /// For how many days after its expiry a certificate can be renewed.
+    pub renew_after_expiry_days: u32,
+    /// What the operator should know although it does not stop the start: one line each.
+    pub warnings: Vec<String>,
+}
+
+/// The door to the network.
+#[derive(Clone, Debug)]
+pub struct Http {
+    /// Address to listen on.
+    pub host: IpAddr,
+    /// Port to listen on.
+    pub port: u16,
+    /// Serve HTTPS with these.
+    pub tls: Option<TlsFiles>,
+    /// Threads that answer requests.
+    pub workers: usize,
+    /// Most connections.
+    pub max_connections: usize,
+    /// Most connections of one address.
+    pub max_connections_per_ip: usize,
+    /// Most bytes held for all clients together.
+    pub max_buffer_bytes: usize,
+    /// Whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<Cidr>,
+    /// Onboardings a minute and client address; 0: no limit.
+    pub onboarding_rate_limit: u32,
+}
+
+/// PEM files; they could be read and parsed at start.
+#[derive(Clone, Debug)]
+pub struct TlsFiles {
+    /// Our certificate, then its chain.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// What is logged, and how.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// How much.
+    pub level: LevelFilter,
+    /// `RUST_LOG`, which wins over the level; it could be parsed.
+    pub filter: Option<String>,
+    /// In which form.
+    pub format: LogFormat,
+}
+
+/// The form of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The certificate authority.
+#[derive(Clone, Debug)]
+pub struct Ca {
+    /// Folder of its key, its certificate and the certificates it signed.
+    pub dir: PathBuf,
+    /// Lifetime of a CA that we make.
+    pub root_validity_years: u32,
+    /// Lifetime of a device's certificate.
+    pub device_validity_days: u32,
+}
+
+/// May a device that has an active certificate onboard again?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reenroll {
+    /// No: 409.
+    Deny,
+    /// Yes.
+    Allow,
+}
+
+/// Which tokens are redeemed while Redis is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutageRedeem {
+    /// Those that this instance issued.
+    Own,
+    /// Only those that never reached Redis.
+    None,
+}
+
+impl Config {
+    /// Reads the configuration: `lookup` gives a variable, `read` the contents of a file.
+    ///
+    /// # Errors
+    /// The first value that is not allowed, or that does not go with another.
+    pub fn from_lookup(
+        lookup: impl Fn(&str) -> Option<OsString>,
+        read: impl Fn(&Path) -> io::Result<Vec<u8>>,
+    ) -> Result<Config, ConfigError> {
+        let vars = Vars::new(&lookup, &read);
+        let mut warnings = Vec::new();
+        let data_dir = vars.path(&var::DATA_DIR)?;
+        let mut config = Config {
+            http: Http::from_vars(&vars)?,
+            log: Log::from_vars(&vars)?,
+            run_dir: run_dir(&vars, &data_dir)?,
+            ca: Ca::from_vars(&vars, &data_dir)?,
+            data_dir,
+            token_ttl_s: vars.number(&var::PROVISIONING_TOKEN_TTL)?,
+            jwt_secret: jwt_secret(&vars, &mut warnings)?,
+            onboarding_api_key: api_key(&vars, &var::ONBOARDING_API_KEY)?,
+            admin_api_key: api_key(&vars, &var::ADMIN_API_KEY)?,
+            reenroll: vars.choice(&var::REENROLL, Reenroll::parse)?,
+            redis: Redis::from_vars(&vars, &mut warnings)?,
+            outage_redeem: vars.choice(&var::OUTAGE_REDEEM, OutageRedeem::parse)?,
+            memory_max_tokens: vars.number(&var::MEMORY_MAX_TOKENS)?,
+            crl_hook: vars.optional_path(&var::CRL_HOOK)?,
+            renew_revokes: vars.flag(&var::RENEW_REVOKES)?,
+            renew_after_expiry_days: vars.number(&var::RENEW_AFTER_EXPIRY_DAYS)?,
+            warnings,
+        };
+        if let Some(tls) = &config.http.tls {
+            vars.contents(&var::TLS_CERT, &tls.cert, are_certificates)?;
+            vars.contents(&var::TLS_KEY, &tls.key, |pem| {
+                PrivateKeyDer::from_pem_slice(pem).is_ok()
+            })?;
+        }
+        config.warn();
+        Ok(config)
+    }
+
+    /// Adds what is allowed but unwise in combination.
+    fn warn(&mut self) {
+        let keys = [
+            (var::ONBOARDING_API_KEY.name, &self.onboarding_api_key),
+            (var::ADMIN_API_KEY.name, &self.admin_api_key),
+        ];
+        let names: Vec<_> = keys.iter().filter(|(_, k)| k.is_some()).map(|(n, _)| *n).collect();
+        if !names.is_empty() && self.http.tls.is_none() && !self.http.host.is_loopback() {
+            self.warnings.push(format!(
+                "{} used without TLS on {}: whoever sees the traffic can read it",
+                names.join(" and "),
+                self.http.host
+            ));
+        }
+        if let (Some(onboarding), Some(admin)) = (&self.onboarding_api_key, &self.admin_api_key)
+            && admin.matches(onboarding.reveal().as_bytes())
+        {
+            let text =
+                "ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke";
+            self.warnings.push(text.to_owned());
+        }
+        if self.redis.is_some() && self.jwt_secret.is_none() {
+            let text =
+                "JWT_SECRET is unset: other instances on this Redis cannot verify our tokens";
+            self.warnings.push(text.to_owned());
+        }
+    }
+}
+
+impl Http {
+    /// Reads the door's own variables only, which is all that a health check needs.
+    ///
+    /// # Errors
+    /// The first value that is not allowed.
+    pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Http, ConfigError> {
+        Http::from_vars(&Vars::new(&lookup, &no_files))
+    }
+
+    fn from_vars(vars: &Vars<'_>) -> Result<Http, ConfigError> {
+        Ok(Http {
+            host: vars.parsed(&var::HTTP_HOST, listen_address)?,
+            port: port(vars)?,
+            tls: tls_files(vars)?,
+            workers: vars.number(&var::WORKERS)?,
+            max_connections: vars.number(&var::MAX_CONNECTIONS)?,
+            max_connections_per_ip: vars.number(&var::MAX_CONNECTIONS_PER_IP)?,
+            max_buffer_bytes: vars.number(&var::MAX_BUFFER_BYTES)?,
+            trusted_proxies: vars.optional(&var::TRUSTED_PROXIES, cidrs)?.unwrap_or_default(),
+            onboarding_rate_limit: vars.number(&var::ONBOARDING_RATE_LIMIT)?,
+        })
+    }
+}
+
+impl Log {
+    fn from_vars(vars: &Vars<'_>) -> Result<Log, ConfigError> {
+        let is_filter = |text: &str| env_filter::Builder::new().try_parse(text).is_ok();
+        Ok(Log {
+            level: vars.choice(&var::LOG_LEVEL, |text| {
+                text.parse().ok().filter(|l| *l != LevelFilter::Off)
+            })?,
+            filter: vars
+                .optional(&var::RUST_LOG, |text| is_filter(text).then(|| text.to_owned()))?,
+            format: vars.choice(&var::LOG_FORMAT, LogFormat::parse)?,
+        })
+    }
+}
+
+impl Ca {
+    /// Reads what concerns the CA only, which is all that signing a server's certificate needs.
+    ///
+    /// # Errors
+    /// The first value that is not allowed.
+    pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Ca, ConfigError> {
+        let vars = Vars::new(&lookup, &no_files);
+        Ca::from_vars(&vars, &vars.path(&var::DATA_DIR)?)
+    }
+
+    fn from_vars(vars: &Vars<'_>, data_dir: &Path) -> Result<Ca, ConfigError> {
+        let dir = vars.optional_path(&var::CA_STORAGE_PATH)?;
+        Ok(Ca {
+            dir: dir.unwrap_or_else(|| data_dir.join("ca")),
+            root_validity_years: vars.number(&var::ROOT_CA_VALIDITY_YEARS)?,
+            device_validity_days: vars.number(&var::DEVICE_CERT_VALIDITY_DAYS)?,
+        })
+    }
+}
+
+impl LogFormat {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "text" => Some(LogFormat::Text),
+            "json" => Some(LogFormat::Json),
+            _ => None,
+        }
+    }
+}
+
+impl Reenroll {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "deny" => Some(Reenroll::Deny),
+            "allow" => Some(Reenroll::Allow),
+            _ => None,
+        }
+    }
+}
+
+impl OutageRedeem {
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "own" => Some(OutageRedeem::Own),
+            "none" => Some(OutageRedeem::None),
+            _ => None,
+        }
+    }
+}
+
+/// For the parts that name no file whose contents would be needed.
+fn no_files(_: &Path) -> io::Result<Vec<u8>> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Names other than localhost are refused: to what they resolve may change under a running server.
+fn listen_address(text: &str) -> Option<IpAddr> {
+    if text.eq_ignore_ascii_case("localhost") {
+        return Some(Ipv4Addr::LOCALHOST.into());
+    }
+    text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text).parse().ok()
+}
+
+fn port(vars: &Vars<'_>) -> Result<u16, ConfigError> {
+    match vars.given(var::PORT.name)? {
+        Some(_) => vars.number(&var::PORT),
+        None => vars.number(&var::HTTP_PORT),
+    }
+}
+
+fn tls_files(vars: &Vars<'_>) -> Result<Option<TlsFiles>, ConfigError> {
+    let (cert, key) = (vars.optional_path(&var::TLS_CERT)?, vars.optional_path(&var::TLS_KEY)?);
+    match (cert, key) {
+        (Some(cert), Some(key)) => Ok(Some(TlsFiles { cert, key })),
+        (None, None) => Ok(None),
+        (Some(_), None) => Err(ConfigError::bare("TLS_KEY", "must be set when TLS_CERT is set")),
+        (None, Some(_)) => Err(ConfigError::bare("TLS_CERT", "must be set when TLS_KEY is set")),
+    }
+}
+
+fn are_certificates(pem: &[u8]) -> bool {
+    let mut certificates = CertificateDer::pem_slice_iter(pem).peekable();
+    certificates.peek().is_some() && certificates.all(|certificate| certificate.is_ok())
+}
+
+fn cidrs(text: &str) -> Option<Vec<Cidr>> {
+    text.split(',').map(|item| Cidr::parse(item.trim())).collect()
+}
+
+/// systemd makes and removes `$RUNTIME_DIRECTORY` (the first, if there are several) with us.
+fn run_dir(vars: &Vars<'_>, data_dir: &Path) -> Result<PathBuf, ConfigError> {
+    let name = "RUNTIME_DIRECTORY";
+    let given = vars.given(name)?;
+    let (name, dir) =
+        match given.as_deref().and_then(|list| list.split(':').find(|p| !p.is_empty())) {
+            Some(first) => (name, PathBuf::from(first)),
+            None => (var::DATA_DIR.name, data_dir.join("run")),
+        };
+    if dir.as_os_str().len() <= MAX_RUN_DIR_BYTES {
+        return Ok(dir);
+    }
+    let reason =
+        format!("the path {dir:?} for private sockets must be at most {MAX_RUN_DIR_BYTES} bytes");
+    Err(ConfigError::bare(name, reason))
+}
+
+fn jwt_secret(
+    vars: &Vars<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<Option<Secret<Vec<u8>>>, ConfigError> {
+    for variable in [&var::JWT_SECRET, &var::PROVISIONING_JWT_SECRET] {
+        if let Some(secret) = vars.secret(variable)? {
+            return checked_jwt_secret(variable, secret, warnings).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+fn checked_jwt_secret(
+    variable: &Variable,
+    secret: Secret<Vec<u8>>,
+    warnings: &mut Vec<String>,
+) -> Result<Secret<Vec<u8>>, ConfigError> {
+    if secret.matches(PUBLISHED_SECRET) {
+        let reason =
+            "must not be the published default of the older service: anyone can sign with it";
+        return Err(ConfigError::bare(variable.name, reason));
+    }
+    if secret.reveal().len() < 32 {
+        let name = variable.name;
+        warnings.push(format!("{name} is shorter than 32 bytes: it may be guessed from a token"));
+    }
+    Ok(secret)
+}
+
+fn api_key(vars: &Vars<'_>, variable: &Variable) -> Result<Option<Secret>, ConfigError> {
+    let Some(key) = vars.secret_text(variable)? else { return Ok(None) };
+    let length = (16..=1024).contains(&key.reveal().len());
+    if !length || !key.reveal().bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(ConfigError::bare(variable.name, variable.allowed));
+    }
+    Ok(Some(key))
+}

@@ -1,0 +1,246 @@
+//! Where Redis is and how it is used: from a URL, or from its parts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo as _};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+
+use super::Secret;
+use super::variables as var;
+use super::variables::Variable;
+use super::vars::{ConfigError, Vars};
+
+/// Where Redis is and how it is used.
+#[derive(Clone, Debug)]
+pub struct Redis {
+    /// Host name or IP address, without brackets.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// ACL user; `None` with a password: `AUTH <password>`, as servers without ACLs need it.
+    pub username: Option<String>,
+    /// Password.
+    pub password: Option<Secret>,
+    /// Number of the database.
+    pub db: i64,
+    /// Speak TLS.
+    pub tls: bool,
+    /// The only roots to trust; `None`: the built-in public ones.
+    pub tls_ca: Option<PemFile>,
+    /// What all our keys start with.
+    pub key_prefix: String,
+    /// Longest wait for an answer.
+    pub timeout: Duration,
+    /// Longest wait for a connection, name resolution included.
+    pub connect_timeout: Duration,
+    /// Connections held.
+    pub pool_size: usize,
+}
+
+/// A PEM file as it was read at start.
+#[derive(Clone, Debug)]
+pub struct PemFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What it held.
+    pub pem: Vec<u8>,
+}
+
+impl Redis {
+    /// Reads all `REDIS_…` variables; `None` if Redis is not to be used.
+    pub(super) fn from_vars(
+        vars: &Vars<'_>,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<Redis>, ConfigError> {
+        let enabled = vars.flag(&var::REDIS_ENABLED)?;
+        let mut server = match url(vars)? {
+            Some((variable, url)) => {
+                warnings.extend(ignored_parts(vars, variable)?);
+                Some(Server::from_url(variable, url.reveal())?)
+            }
+            None => Server::from_parts(vars)?,
+        };
+        // The URL may only add TLS: whoever asks for it must not be sent into the clear.
+        let tls = vars.flag(&var::REDIS_TLS)?;
+        if let Some(server) = &mut server {
+            server.tls |= tls;
+        }
+        let settings = Settings::from_vars(vars)?;
+        let Some(server) = server.filter(|_| enabled) else { return Ok(None) };
+        settings.with(server).map(Some)
+    }
+}
+
+/// What a URL can say: where Redis is and who we are there.
+struct Server {
+    host: String,
+    port: u16,
+    username: Option<String>,
+    password: Option<Secret>,
+    db: i64,
+    tls: bool,
+}
+
+/// Everything that no URL says, read also when it is not needed, so that a bad value shows at once.
+struct Settings {
+    tls_ca: Option<PemFile>,
+    key_prefix: String,
+    timeout_ms: u64,
+    connect_timeout_ms: u64,
+    pool_size: usize,
+}
+
+impl Settings {
+    fn from_vars(vars: &Vars<'_>) -> Result<Self, ConfigError> {
+        Ok(Settings {
+            tls_ca: tls_ca(vars)?,
+            key_prefix: key_prefix(vars)?,
+            timeout_ms: vars.number(&var::REDIS_TIMEOUT_MS)?,
+            connect_timeout_ms: vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?,
+            pool_size: vars.number(&var::REDIS_POOL_SIZE)?,
+        })
+    }
+
+    fn with(self, server: Server) -> Result<Redis, ConfigError> {
+        if let Some(ca) = self.tls_ca.as_ref().filter(|_| !server.tls) {
+            let reason = "needs REDIS_TLS=true or a rediss:// URL";
+            return Err(ConfigError::new(&var::REDIS_TLS_CA, &ca.path.to_string_lossy(), reason));
+        }
+        Ok(Redis {
+            host: server.host,
+            port: server.port,
+            username: server.username,
+            password: server.password,
+            db: server.db,
+            tls: server.tls,
+            tls_ca: self.tls_ca,
+            key_prefix: self.key_prefix,
+            timeout: Duration::from_millis(self.timeout_ms),
+            connect_timeout: Duration::from_millis(self.connect_timeout_ms),
+            pool_size: self.pool_size,
+        })
+    }
+}
+
+impl Server {
+    /// Nothing of `text` goes into an error: a password may stand anywhere in a URL that is wrong.
+    fn from_url(variable: &Variable, text: &str) -> Result<Self, ConfigError> {
+        let refuse = || ConfigError::new(variable, text, variable.allowed);
+        let info = connection_info(text).ok_or_else(refuse)?;
+        let (host, port, tls) = address(info.addr()).ok_or_else(refuse)?;
+        let settings = info.redis_settings();
+        let password = settings.password().filter(|p| !p.is_empty());
+        let username = user(settings.username().unwrap_or_default(), password.is_some());
+        // Mostly it is a password in the wrong place; it must not be shown as a user's name.
+        let alone = "names a user without a password; a password alone is redis://:password@host";
+        let username = username.ok_or_else(|| ConfigError::new(variable, text, alone))?;
+        let password = password.map(|p| Secret::new(p.to_owned()));
+        let db = settings.db();
+        if !(0..=i64::from(i32::MAX)).contains(&db) {
+            return Err(refuse());
+        }
+        Ok(Server { host, port, username, password, db, tls })
+    }
+
+    fn from_parts(vars: &Vars<'_>) -> Result<Option<Self>, ConfigError> {
+        let host = vars.optional(&var::REDIS_HOST, host)?;
+        let port = vars.number(&var::REDIS_PORT)?;
+        let password = vars.secret_text(&var::REDIS_PASSWORD)?;
+        let username =
+            vars.optional(&var::REDIS_USERNAME, |name| user(name, password.is_some()))?.flatten();
+        let db = vars.number::<u32>(&var::REDIS_DB)?.into();
+        Ok(host.map(|host| Server { host, port, username, password, db, tls: false }))
+    }
+}
+
+/// The URL and the variable that holds it.
+fn url(vars: &Vars<'_>) -> Result<Option<(&'static Variable, Secret)>, ConfigError> {
+    for variable in [&var::REDIS_URL, &var::REDIS_URI] {
+        if let Some(url) = vars.secret_text(variable)? {
+            return Ok(Some((variable, url)));
+        }
+    }
+    Ok(None)
+}
+
+/// The parts are not even looked into: Kubernetes puts a `REDIS_PORT=tcp://…` of its own beside a
+/// service that is called redis.
+fn ignored_parts(vars: &Vars<'_>, url: &Variable) -> Result<Option<String>, ConfigError> {
+    let parts =
+        [var::REDIS_HOST, var::REDIS_PORT, var::REDIS_USERNAME, var::REDIS_PASSWORD, var::REDIS_DB];
+    let mut ignored = Vec::new();
+    for part in parts {
+        if vars.given(part.name)?.is_some() {
+            ignored.push(part.name);
+        }
+    }
+    let list = ignored.join(", ");
+    Ok((!list.is_empty()).then(|| format!("{} is set, so these are ignored: {list}", url.name)))
+}
+
+fn connection_info(url: &str) -> Option<ConnectionInfo> {
+    let url = redis::parse_redis_url(url)?;
+    // SECURITY: the redis crate takes `#insecure` as leave not to check the server's name.
+    let plain = url.query().is_none() && url.fragment().is_none();
+    let is_ours = plain && matches!(url.scheme(), "redis" | "rediss");
+    is_ours.then(|| url.into_connection_info().ok()).flatten()
+}
+
+/// Host, port, and whether to speak TLS.
+fn address(address: &ConnectionAddr) -> Option<(String, u16, bool)> {
+    let (name, port, tls) = match address {
+        ConnectionAddr::Tcp(name, port) => (name, *port, false),
+        ConnectionAddr::TcpTls { host: name, port, .. } => (name, *port, true),
+        _ => return None,
+    };
+    host(name).filter(|_| port != 0).map(|host| (host, port, tls))
+}
+
+/// A host name or an IP address; IPv6 may stand in brackets, which are taken off.
+fn host(text: &str) -> Option<String> {
+    let inner = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+    if let Ok(address) = inner.parse::<std::net::IpAddr>() {
+        return (!address.is_unspecified()).then(|| inner.to_owned());
+    }
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
+    let is_name = (1..=253).contains(&text.len()) && text.bytes().all(allowed);
+    is_name.then(|| text.to_owned())
+}
+
+/// The user to name in `AUTH`; nothing if a password is missing.
+///
+/// Where none is given, none is named: `AUTH <password>` means the user `default` where there are
+/// ACLs, and is all that Redis 5 understands.
+fn user(name: &str, has_password: bool) -> Option<Option<String>> {
+    match (name, has_password) {
+        ("", _) | ("default", false) => Some(None),
+        (_, true) => Some(Some(name.to_owned())),
+        (_, false) => None,
+    }
+}
+
+fn key_prefix(vars: &Vars<'_>) -> Result<String, ConfigError> {
+    let variable = &var::REDIS_KEY_PREFIX;
+    let prefix = vars.set(variable.name)?.unwrap_or_else(|| variable.default.to_owned());
+    if prefix.len() > 128 || prefix.chars().any(char::is_control) {
+        return Err(ConfigError::new(variable, &prefix, variable.allowed));
+    }
+    Ok(prefix)
+}
+
+fn tls_ca(vars: &Vars<'_>) -> Result<Option<PemFile>, ConfigError> {
+    let Some(path) = vars.optional_path(&var::REDIS_TLS_CA)? else { return Ok(None) };
+    let pem = vars.contents(&var::REDIS_TLS_CA, &path, are_roots)?;
+    Ok(Some(PemFile { path, pem }))
+}
+
+/// True if rustls takes every certificate of the file as a root, and there is one.
+fn are_roots(pem: &[u8]) -> bool {
+    let mut roots = RootCertStore::empty();
+    let all = CertificateDer::pem_slice_iter(pem)
+        .all(|certificate| certificate.is_ok_and(|der| roots.add(der).is_ok()));
+    all && !roots.is_empty()
+}

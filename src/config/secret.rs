@@ -1,0 +1,58 @@
+//! A value that must not be seen: no log, error or debug output can show it by accident.
+
+use std::fmt;
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::Sha256;
+
+/// A password or key. `Debug` shows that it is there, never what it is.
+#[derive(Clone)]
+pub struct Secret<T = String>(T);
+
+impl<T: AsRef<[u8]>> Secret<T> {
+    /// Hides `value`.
+    pub fn new(value: T) -> Self {
+        Secret(value)
+    }
+
+    /// The value itself, for the one place that needs it.
+    pub fn reveal(&self) -> &T {
+        &self.0
+    }
+
+    /// Compares with what a client sent. How long it takes depends on the length of `given`, which
+    /// the client knows, and not on where the two differ.
+    pub fn matches(&self, given: &[u8]) -> bool {
+        // SECURITY: `==` of two `CtOutput`s is constant-time; the bytes themselves must not be
+        // compared. Keyed with the secret, so that a client cannot choose what is compared.
+        self.tag(given) == self.tag(self.0.as_ref())
+    }
+
+    #[allow(clippy::unwrap_used, reason = "HMAC takes keys of every length (RFC 2104, section 3)")]
+    fn tag(&self, of: &[u8]) -> hmac::digest::CtOutput<Hmac<Sha256>> {
+        Hmac::<Sha256>::new_from_slice(self.0.as_ref()).unwrap().chain_update(of).finalize()
+    }
+}
+
+impl<T> fmt::Debug for Secret<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(set)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matches_only_itself_and_never_shows() {
+        let secret = Secret::new("correct horse battery".to_owned());
+        assert!(secret.matches(b"correct horse battery"));
+        for other in ["", "correct horse batterx", "correct horse batter", "correct horse battery "]
+        {
+            assert!(!secret.matches(other.as_bytes()), "{other:?}");
+        }
+        assert_eq!(format!("{secret:?}"), "(set)");
+        assert_eq!(secret.reveal(), "correct horse battery");
+    }
+}

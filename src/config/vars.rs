@@ -1,0 +1,194 @@
+//! Reads single variables: from the environment or, for secrets, from the file that one names.
+//!
+//! Nothing here knows what a variable is for. Every failure becomes a [`ConfigError`], which is one
+//! line that names the variable, what it was unless that is secret, and what it may be.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Secret;
+use super::variables::{Allowed, Variable};
+
+/// Why the configuration is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    name: String,
+    value: Option<String>,
+    reason: String,
+}
+
+impl ConfigError {
+    /// `variable` is set to `value`, and that is wrong for `reason`.
+    pub(super) fn new(variable: &Variable, value: &str, reason: impl fmt::Display) -> Self {
+        let value = (!variable.is_secret()).then(|| value.to_owned());
+        ConfigError { name: variable.name.to_owned(), value, reason: reason.to_string() }
+    }
+
+    /// As [`ConfigError::new`], where there is no value or none that may be shown.
+    pub(super) fn bare(name: impl Into<String>, reason: impl fmt::Display) -> Self {
+        ConfigError { name: name.into(), value: None, reason: reason.to_string() }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        if let Some(value) = &self.value {
+            // Quoted, so that it stays one line whatever it holds, and cut, so that it stays short.
+            let shown: String = value.chars().take(100).collect();
+            let more = if shown.len() < value.len() { "…" } else { "" };
+            write!(f, "={shown:?}{more}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// The environment and the files that it names.
+pub(super) struct Vars<'a> {
+    lookup: &'a dyn Fn(&str) -> Option<OsString>,
+    read: &'a dyn Fn(&Path) -> io::Result<Vec<u8>>,
+}
+
+impl<'a> Vars<'a> {
+    pub fn new(
+        lookup: &'a dyn Fn(&str) -> Option<OsString>,
+        read: &'a dyn Fn(&Path) -> io::Result<Vec<u8>>,
+    ) -> Self {
+        Vars { lookup, read }
+    }
+
+    /// The variable if it is set, even to nothing.
+    pub fn set(&self, name: &str) -> Result<Option<String>, ConfigError> {
+        (self.lookup)(name)
+            .map(|value| value.into_string().map_err(|_| ConfigError::bare(name, "must be UTF-8")))
+            .transpose()
+    }
+
+    /// The variable if it is set to something.
+    pub fn given(&self, name: &str) -> Result<Option<String>, ConfigError> {
+        Ok(self.set(name)?.filter(|value| !value.is_empty()))
+    }
+
+    /// The variable, or its default, as `parse` understands it.
+    pub fn parsed<T>(
+        &self,
+        variable: &Variable,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, ConfigError> {
+        let given = self.given(variable.name)?;
+        let text = given.as_deref().unwrap_or(variable.default);
+        parse(text).ok_or_else(|| ConfigError::new(variable, text, variable.allowed))
+    }
+
+    /// The variable as `parse` understands it, if it is set.
+    pub fn optional<T>(
+        &self,
+        variable: &Variable,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<Option<T>, ConfigError> {
+        if self.given(variable.name)?.is_none() {
+            return Ok(None);
+        }
+        self.parsed(variable, parse).map(Some)
+    }
+
+    /// A whole number in the variable's range.
+    pub fn number<T: TryFrom<u64>>(&self, variable: &Variable) -> Result<T, ConfigError> {
+        self.parsed(variable, |text| {
+            let digits = text.bytes().all(|b| b.is_ascii_digit());
+            let number: u64 = digits.then(|| text.parse().ok()).flatten()?;
+            let Allowed::Number(min, max) = variable.allowed else { return None };
+            (min..=max).contains(&number).then(|| T::try_from(number).ok()).flatten()
+        })
+    }
+
+    /// A yes or no.
+    pub fn flag(&self, variable: &Variable) -> Result<bool, ConfigError> {
+        self.parsed(variable, |text| match text.to_ascii_lowercase().as_str() {
+            "true" | "1" | "yes" | "on" => Some(true),
+            "false" | "0" | "no" | "off" => Some(false),
+            _ => None,
+        })
+    }
+
+    /// One of some words, in lower or upper case; `parse` gets lower case.
+    pub fn choice<T>(
+        &self,
+        variable: &Variable,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, ConfigError> {
+        self.parsed(variable, |text| parse(&text.to_ascii_lowercase()))
+    }
+
+    /// A path with a default.
+    pub fn path(&self, variable: &Variable) -> Result<PathBuf, ConfigError> {
+        self.parsed(variable, |text| Some(PathBuf::from(text)))
+    }
+
+    /// A path without one.
+    pub fn optional_path(&self, variable: &Variable) -> Result<Option<PathBuf>, ConfigError> {
+        self.optional(variable, |text| Some(PathBuf::from(text)))
+    }
+
+    /// A secret: the variable itself, or what the file holds that `<NAME>_FILE` names.
+    pub fn secret(&self, variable: &Variable) -> Result<Option<Secret<Vec<u8>>>, ConfigError> {
+        let file_name = format!("{}_FILE", variable.name);
+        match (self.given(variable.name)?, self.given(&file_name)?) {
+            (None, None) => Ok(None),
+            (Some(value), None) => Ok(Some(Secret::new(value.into_bytes()))),
+            (None, Some(path)) => self.secret_file(file_name, &path).map(Some),
+            (Some(_), Some(_)) => {
+                let reason = format!("must be unset when {file_name} is set");
+                Err(ConfigError::bare(variable.name, reason))
+            }
+        }
+    }
+
+    /// A secret that is text.
+    pub fn secret_text(&self, variable: &Variable) -> Result<Option<Secret>, ConfigError> {
+        let Some(secret) = self.secret(variable)? else { return Ok(None) };
+        let text = String::from_utf8(secret.reveal().clone())
+            .map_err(|_| ConfigError::bare(variable.name, "must be UTF-8"))?;
+        Ok(Some(Secret::new(text)))
+    }
+
+    /// What the file holds that `variable` names, if `is_good` finds it so.
+    pub fn contents(
+        &self,
+        variable: &Variable,
+        path: &Path,
+        is_good: impl Fn(&[u8]) -> bool,
+    ) -> Result<Vec<u8>, ConfigError> {
+        let shown = path.to_string_lossy();
+        let bytes = (self.read)(path).map_err(|e| {
+            ConfigError::new(variable, &shown, format!("{}, but it gives: {e}", variable.allowed))
+        })?;
+        if is_good(&bytes) {
+            return Ok(bytes);
+        }
+        Err(ConfigError::new(variable, &shown, variable.allowed))
+    }
+
+    fn secret_file(&self, name: String, path: &str) -> Result<Secret<Vec<u8>>, ConfigError> {
+        let refuse = |reason: String| ConfigError { name, value: Some(path.to_owned()), reason };
+        let mut bytes = match (self.read)(Path::new(path)) {
+            Ok(bytes) => bytes,
+            Err(e) => return Err(refuse(format!("must be a readable file, but it gives: {e}"))),
+        };
+        // Editors and `echo` end a file with a newline that is no part of the secret.
+        if bytes.ends_with(b"\n") {
+            bytes.pop();
+            if bytes.ends_with(b"\r") {
+                bytes.pop();
+            }
+        }
+        if bytes.is_empty() {
+            return Err(refuse("must be a file that is not empty".to_owned()));
+        }
+        Ok(Secret::new(bytes))
+    }
+}

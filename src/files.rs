@@ -1,0 +1,331 @@
+//! Files that survive a power cut, and folders that one process owns.
+//!
+//! A file is either absent, old or new, never half: it is written beside its name, synced, renamed,
+//! and the folder is synced too (a rename is not on disk before that).
+
+use std::fmt;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::io::{self, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+/// The file that carries a folder's lock.
+const LOCK_NAME: &str = ".lock";
+
+/// What went wrong with which file.
+#[derive(Debug)]
+pub enum FilesError {
+    /// The operating system refused.
+    Io {
+        /// `cannot write`, `cannot read` …
+        what: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another process holds the folder's lock.
+    Locked(PathBuf),
+    /// A secret's file does not hold what was once written into it.
+    Garbled {
+        /// The file.
+        path: PathBuf,
+        /// The hexadecimal digits it should hold.
+        digits: usize,
+    },
+}
+
+impl FilesError {
+    fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| FilesError::Io { what, path: path.to_owned(), source }
+    }
+
+    /// What kind of refusal it was, if it was one of the operating system.
+    pub fn kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            FilesError::Io { source, .. } => Some(source.kind()),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for FilesError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FilesError::Io { what, path, source } => {
+                write!(f, "{what} {}: {source}", path.display())
+            }
+            FilesError::Locked(dir) => {
+                write!(f, "folder {} is owned by another running process", dir.display())
+            }
+            FilesError::Garbled { path, digits } => write!(
+                f,
+                "{} should hold {digits} lower-case hexadecimal digits; remove it to have a new one made",
+                path.display()
+            ),
+        }
+    }
+}
+
+impl std::error::Error for FilesError {}
+
+/// Reads a whole file, or `None` if there is none.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FilesError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(FilesError::io("cannot read", path)(e)),
+    }
+}
+
+/// Makes a folder, and those above it, unless it is there; an existing one is left as it is.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn make_dir(path: &Path, mode: u32) -> Result<(), FilesError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let made = DirBuilder::new().recursive(true).mode(mode).create(path);
+    // The umask may have taken bits that others (the broker) need.
+    made.and_then(|()| fs::set_permissions(path, Permissions::from_mode(mode)))
+        .map_err(FilesError::io("cannot make folder", path))
+}
+
+/// Replaces a file as a whole; after `Ok` the new one is on disk.
+///
+/// # Errors
+/// When it could not be written. The old file is then still there, unless it was the last step, the
+/// sync of the folder, that failed: then either may be.
+pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
+    let dir = folder_of(path);
+    let mut beside = std::ffi::OsString::from(".");
+    beside.push(path.file_name().unwrap_or_default());
+    beside.push(".new");
+    let beside = dir.join(beside);
+    remove_if_there(&beside)?; // left by a crash, perhaps with another mode
+    let written = create_new_synced(&beside, bytes, mode)
+        .and_then(|()| fs::rename(&beside, path).map_err(FilesError::io("cannot write", path)));
+    if let Err(e) = written {
+        let _ = fs::remove_file(&beside); // the error that counts is the first
+        return Err(e);
+    }
+    sync_dir(dir)
+}
+
+/// Writes a file that must not exist yet, and syncs it; its name is on disk after [`sync_dir`].
+///
+/// # Errors
+/// When the name is taken, or the file cannot be written; then part of it may stay.
+pub fn create_new_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
+    let create = || {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+        file.set_permissions(Permissions::from_mode(mode))?; // the umask may have taken bits
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    create().map_err(FilesError::io("cannot write", path))
+}
+
+/// Removes a file, if it is there.
+///
+/// # Errors
+/// When it is there and cannot be removed.
+pub fn remove_if_there(path: &Path) -> Result<(), FilesError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(FilesError::io("cannot remove", path)(e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Puts the names in a folder on disk.
+///
+/// # Errors
+/// When the folder cannot be synced.
+pub fn sync_dir(dir: &Path) -> Result<(), FilesError> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(FilesError::io("cannot sync folder", dir))
+}
+
+/// The folder that holds `path`.
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
+
+/// The hexadecimal text of `len` random bytes, made once and kept in a file of mode 0600.
+///
+/// The text itself is the secret, so that another instance may be given the same file to read.
+///
+/// # Errors
+/// When the file cannot be read or made, or holds something else.
+pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesError> {
+    if let Some(bytes) = read(path)? {
+        warn_if_others_may_read(path);
+        return secret_text(&bytes, len)
+            .ok_or_else(|| FilesError::Garbled { path: path.to_owned(), digits: 2 * len });
+    }
+    let mut random = vec![0; len];
+    getrandom::fill(&mut random)
+        .map_err(|e| FilesError::io("no random bytes for", path)(io::Error::other(e)))?;
+    let text: String = random.iter().map(|b| format!("{b:02x}")).collect();
+    write_atomic(path, format!("{text}\n").as_bytes(), 0o600)?;
+    Ok(text)
+}
+
+fn secret_text(bytes: &[u8], len: usize) -> Option<String> {
+    let text = std::str::from_utf8(bytes).ok()?.trim_end_matches(['\r', '\n']);
+    let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    (text.len() == 2 * len && text.bytes().all(hex)).then(|| text.to_owned())
+}
+
+/// Warns of a secret that more than its owner may read or change.
+pub fn warn_if_others_may_read(path: &Path) {
+    if let Ok(meta) = fs::metadata(path)
+        && meta.mode() & 0o077 != 0
+    {
+        log::warn!("{} holds a secret and others may open it: chmod 600", path.display());
+    }
+}
+
+/// The sign that this process owns a folder; given up when dropped, or when the process ends in
+/// whatever way.
+#[derive(Debug)]
+pub struct FolderLock {
+    _file: File,
+}
+
+impl FolderLock {
+    /// Takes the lock of an existing folder. A process cannot take the same folder twice either.
+    ///
+    /// # Errors
+    /// When another process has it, or the lock's file cannot be opened.
+    pub fn take(dir: &Path) -> Result<Self, FilesError> {
+        let path = dir.join(LOCK_NAME);
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(FilesError::io("cannot open", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(FolderLock { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(FilesError::Locked(dir.to_owned())),
+            Err(TryLockError::Error(e)) => Err(FilesError::io("cannot lock", &path)(e)),
+        }
+    }
+}
+
+/// A folder for one test, removed when dropped.
+#[cfg(test)]
+pub mod test_dir {
+    use super::{Path, PathBuf, fs};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// See the module.
+    pub struct TestDir(PathBuf);
+
+    #[allow(clippy::new_without_default, reason = "a folder on disk is no default value")]
+    impl TestDir {
+        /// A new empty folder.
+        pub fn new() -> Self {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let name =
+                format!("mpl-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            let path = std::env::temp_dir().join(name);
+            fs::create_dir(&path).unwrap();
+            TestDir(path)
+        }
+    }
+
+    impl std::ops::Deref for TestDir {
+        type Target = Path;
+        fn deref(&self) -> &Path {
+            &self.0
+        }
+    }
+
+    impl Drop for TestDir {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::test_dir::TestDir;
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o777
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole() {
+        let dir = TestDir::new();
+        let path = dir.join("f");
+        fs::write(dir.join(".f.new"), "left by a crash").unwrap();
+        write_atomic(&path, b"one", 0o600).unwrap();
+        assert_eq!((fs::read(&path).unwrap(), mode(&path)), (b"one".to_vec(), 0o600));
+        write_atomic(&path, b"two", 0o644).unwrap();
+        assert_eq!((fs::read(&path).unwrap(), mode(&path)), (b"two".to_vec(), 0o644));
+        assert_eq!(fs::read_dir(&*dir).unwrap().count(), 1);
+        let error = write_atomic(&dir.join("no/such"), b"", 0o600).unwrap_err();
+        assert!(error.to_string().contains("no/.such.new: No such file"), "{error}");
+    }
+
+    #[test]
+    fn a_new_file_never_replaces_another() {
+        let dir = TestDir::new();
+        create_new_synced(&dir.join("f"), b"one", 0o640).unwrap();
+        let error = create_new_synced(&dir.join("f"), b"two", 0o640).unwrap_err();
+        assert_eq!(error.kind(), Some(io::ErrorKind::AlreadyExists));
+        assert_eq!(read(&dir.join("f")).unwrap(), Some(b"one".to_vec()));
+        assert_eq!(read(&dir.join("g")).unwrap(), None);
+        sync_dir(&dir).unwrap();
+    }
+
+    #[test]
+    fn folders_are_made_with_their_mode() {
+        let dir = TestDir::new();
+        make_dir(&dir.join("a/b"), 0o755).unwrap();
+        assert_eq!(mode(&dir.join("a/b")), 0o755);
+        make_dir(&dir.join("a/b"), 0o700).unwrap();
+        assert_eq!(mode(&dir.join("a/b")), 0o755, "an existing folder is left as it is");
+    }
+
+    #[test]
+    fn one_owner_a_folder() {
+        let dir = TestDir::new();
+        let lock = FolderLock::take(&dir).unwrap();
+        let error = FolderLock::take(&dir).unwrap_err().to_string();
+        assert!(error.contains(dir.to_str().unwrap()) && error.contains("another"), "{error}");
+        drop(lock);
+        FolderLock::take(&dir).unwrap();
+    }
+
+    #[test]
+    fn a_secret_is_made_once() {
+        let dir = TestDir::new();
+        let path = dir.join("instance-id");
+        let made = read_or_create_secret(&path, 16).unwrap();
+        assert_eq!((made.len(), mode(&path)), (32, 0o600));
+        assert_eq!(read_or_create_secret(&path, 16).unwrap(), made);
+        for bad in ["", "\n", "abc", &"g".repeat(32), &"A".repeat(32), &format!("{made}0")] {
+            fs::write(&path, bad).unwrap();
+            let error = read_or_create_secret(&path, 16).unwrap_err().to_string();
+            assert!(error.contains("instance-id") && error.contains("32"), "{error}");
+        }
+        fs::write(&path, [0xff; 32]).unwrap();
+        assert!(read_or_create_secret(&path, 16).is_err());
+    }
+}

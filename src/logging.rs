@@ -1,0 +1,182 @@
+//! The log: one line an event on standard error, for people or for programs.
+//!
+//! SECURITY: whatever a client manages to get into a message, it cannot begin a line of its own or
+//! steer a terminal, as control characters are escaped here and nowhere else has to think of it.
+
+use std::fmt::{self, Write as _};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt as _;
+
+use env_logger::Builder;
+use log::{Level, LevelFilter, Record, SetLoggerError};
+
+use crate::clock;
+use crate::config::{Log, LogFormat};
+
+/// What the other crates may log if `RUST_LOG` does not ask for more: their debug lines are about
+/// their insides, and nobody has checked what they show.
+const OTHERS: LevelFilter = LevelFilter::Warn;
+
+/// Starts the log. `journal_stream` is the variable `JOURNAL_STREAM`, by which systemd tells that
+/// standard error goes to its journal.
+///
+/// # Errors
+/// When there is a logger already.
+pub fn init(log: &Log, journal_stream: Option<&str>) -> Result<(), SetLoggerError> {
+    let mut builder = Builder::new();
+    match &log.filter {
+        Some(filter) => builder.parse_filters(filter),
+        None => builder
+            .filter_level(OTHERS.min(log.level))
+            .filter_module(env!("CARGO_CRATE_NAME"), log.level),
+    };
+    let journal = journal_stream.is_some_and(is_stderr);
+    match (log.format, journal) {
+        (LogFormat::Json, _) => {
+            builder.format(|out, record| json(out, record, clock::now().unix_ms))
+        }
+        (LogFormat::Text, true) => builder.format(journal_text),
+        (LogFormat::Text, false) => builder.format(|out, record| {
+            let style = out.default_level_style(record.level());
+            let level = format_args!("{style}{:<5}{style:#}", record.level());
+            text(out, record, clock::now().unix_ms, level)
+        }),
+    };
+    builder.try_init()
+}
+
+/// True if `device:inode` names what standard error is. systemd leaves the variable to our
+/// children and to whatever we redirect, so that it is there alone proves nothing.
+fn is_stderr(journal_stream: &str) -> bool {
+    std::fs::metadata("/proc/self/fd/2")
+        .is_ok_and(|stderr| journal_stream == format!("{}:{}", stderr.dev(), stderr.ino()))
+}
+
+/// `2026-01-01T00:00:00.000Z INFO  message`
+fn text(
+    out: &mut impl Write,
+    record: &Record<'_>,
+    unix_ms: u64,
+    level: impl fmt::Display,
+) -> io::Result<()> {
+    write!(out, "{} {level} ", clock::rfc3339(unix_ms))?;
+    message(out, record)
+}
+
+/// `<6>message`: the journal keeps the time itself, and takes the priority from the prefix.
+fn journal_text(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+    let priority = match record.level() {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    };
+    write!(out, "<{priority}>")?;
+    message(out, record)
+}
+
+fn message(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+    write!(Escaped { out, json: false }, "{}", record.args()).map_err(io::Error::other)?;
+    out.write_all(b"\n")
+}
+
+/// `{"timestamp":"…","level":"info","target":"…","message":"…"}`
+fn json(out: &mut impl Write, record: &Record<'_>, unix_ms: u64) -> io::Result<()> {
+    let level = record.level().as_str().to_ascii_lowercase();
+    let timestamp = clock::rfc3339(unix_ms);
+    write!(out, r#"{{"timestamp":"{timestamp}","level":"{level}","target":""#)?;
+    write!(Escaped { out, json: true }, "{}", record.target()).map_err(io::Error::other)?;
+    out.write_all(br#"","message":""#)?;
+    write!(Escaped { out, json: true }, "{}", record.args()).map_err(io::Error::other)?;
+    out.write_all(b"\"}\n")
+}
+
+/// Passes text on with control characters and line separators escaped, in JSON also quotes.
+struct Escaped<'a, W> {
+    out: &'a mut W,
+    json: bool,
+}
+
+impl<W: Write> Escaped<'_, W> {
+    fn must_escape(&self, c: char) -> bool {
+        let breaks = c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+        breaks || (self.json && matches!(c, '"' | '\\'))
+    }
+
+    fn escape(&mut self, c: char) -> io::Result<()> {
+        match c {
+            '"' | '\\' => write!(self.out, "\\{c}"),
+            '\n' => self.out.write_all(b"\\n"),
+            // All that is escaped lies below U+FFFF, so that four digits are enough.
+            _ => write!(self.out, "\\u{:04x}", u32::from(c)),
+        }
+    }
+}
+
+impl<W: Write> fmt::Write for Escaped<'_, W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut rest = text;
+        while let Some(c) = rest.chars().find(|c| self.must_escape(*c)) {
+            let (plain, tail) = rest.split_once(c).unwrap_or((rest, ""));
+            self.out.write_all(plain.as_bytes()).map_err(|_| fmt::Error)?;
+            self.escape(c).map_err(|_| fmt::Error)?;
+            rest = tail;
+        }
+        self.out.write_all(rest.as_bytes()).map_err(|_| fmt::Error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NASTY: &str = "a\n2026 INFO  \"b\\\"\r\t\u{1b}[2J\u{9b}\u{7f}\u{2028}⚠️ é";
+
+    fn with(
+        message: fmt::Arguments<'_>,
+        write: impl Fn(&mut Vec<u8>, &Record<'_>) -> io::Result<()>,
+    ) -> String {
+        let mut out = Vec::new();
+        let record = Record::builder().level(Level::Info).target("t").args(message).build();
+        write(&mut out, &record).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn text_is_one_line() {
+        let line = |message| with(message, |out, record| text(out, record, 7, "INFO "));
+        assert_eq!(line(format_args!("hello")), "1970-01-01T00:00:00.007Z INFO  hello\n");
+        assert_eq!(
+            line(format_args!("{NASTY}")),
+            "1970-01-01T00:00:00.007Z INFO  a\\n2026 INFO  \"b\\\"\\u000d\\u0009\\u001b[2J\\u009b\
+             \\u007f\\u2028⚠️ é\n"
+        );
+    }
+
+    #[test]
+    fn the_journal_gets_a_priority_and_no_time() {
+        let line = with(format_args!("{NASTY}"), journal_text);
+        assert!(line.starts_with("<6>a\\n2026"));
+        assert_eq!(line.lines().count(), 1);
+    }
+
+    #[test]
+    fn json_is_one_object_a_line() {
+        let line = with(format_args!("{NASTY}"), |out, record| json(out, record, 7));
+        assert!(line.starts_with(
+            r#"{"timestamp":"1970-01-01T00:00:00.007Z","level":"info","target":"t","message":"a\n"#
+        ));
+        assert_eq!(line.chars().filter(|c| c.is_control()).count(), 1);
+        let read: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(read["message"], NASTY);
+    }
+
+    #[test]
+    fn only_our_own_standard_error_is_the_journal() {
+        for other in ["", "1:2", "x", "0:0"] {
+            assert!(!is_stderr(other));
+        }
+        let stderr = std::fs::metadata("/proc/self/fd/2").unwrap();
+        assert!(is_stderr(&format!("{}:{}", stderr.dev(), stderr.ino())));
+    }
+}

@@ -1,0 +1,533 @@
+//! The domain: issue a token, redeem it for a certificate, revoke.
+//!
+//! It knows no HTTP and no Redis. Work comes in batches, which share their round trips to the store
+//! and their `fsync`, in fixed phases: what can be refused without the store was refused when the
+//! job was planned → the store, first round → under the record's lock: check, sign and enter one
+//! after the other → the store, second round: what must be given back before the answer. What can
+//! wait until after the answer is returned as [`Batch::after`].
+
+use std::net::IpAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::ca::csr::Csr;
+use crate::ca::issuer::{Issuer, Leaf};
+use crate::ca::registry::{Entries, Redeemed, RegistryError};
+use crate::ca::{Ca, CaError};
+use crate::clock::{self, Now};
+use crate::config::Reenroll;
+use crate::device::DeviceId;
+use crate::jwt::{Claims, Signer, Token};
+use crate::problem::{Code, Problem};
+use crate::serial::Serial;
+use crate::store::ledger::Ledger;
+use crate::store::{Answer, Kill, Op, Outcome, Status, StoreError, TokenStore};
+
+/// Issues tokens and redeems them.
+pub struct Provisioner {
+    store: Arc<dyn TokenStore>,
+    ledger: Arc<Ledger>,
+    ca: Arc<Ca>,
+    signer: Signer,
+    token_ttl_s: u64,
+    reenroll: Reenroll,
+}
+
+/// A piece of work that has passed all checks that need no store.
+#[derive(Debug)]
+pub enum Job {
+    /// Issue a token.
+    Issue(Issue),
+    /// Redeem a token for a certificate.
+    Redeem(Box<Redeem>),
+    /// Revoke a device's certificates and kill its token.
+    Revoke(Revoke),
+    /// Count the live tokens.
+    Count,
+}
+
+/// A planned onboarding.
+#[derive(Debug)]
+pub struct Issue {
+    token: Token,
+    replace: bool,
+    client: IpAddr,
+}
+
+/// A planned redemption.
+#[derive(Debug)]
+pub struct Redeem {
+    token: Token,
+    csr: Csr,
+    serial: Serial,
+    user_id: Option<String>,
+    client: IpAddr,
+}
+
+/// A planned revocation.
+#[derive(Debug)]
+pub struct Revoke {
+    device: DeviceId,
+    client: IpAddr,
+}
+
+/// What became of a [`Job`].
+#[derive(Debug)]
+pub enum Done {
+    /// A token was issued.
+    Issued(Token),
+    /// A certificate was signed and recorded.
+    Signed(Box<Signed>),
+    /// The device's certificates are revoked and its token is dead.
+    Revoked(DeviceId),
+    /// So many tokens are live.
+    Counted(u64),
+}
+
+/// A certificate and the CA that signed it.
+#[derive(Debug)]
+pub struct Signed {
+    /// The device's certificate.
+    pub leaf: Leaf,
+    /// The CA.
+    pub issuer: Arc<Issuer>,
+}
+
+/// A finished batch.
+#[derive(Debug)]
+pub struct Batch {
+    /// One for each job, in their order.
+    pub done: Vec<Result<Done, Problem>>,
+    /// To be run by [`Provisioner::clean_up`] after the answers were sent.
+    pub after: Vec<Op>,
+}
+
+impl Provisioner {
+    /// A provisioner over these parts. `token_ttl_s` is the lifetime of a token in seconds.
+    pub fn new(
+        store: Arc<dyn TokenStore>,
+        ledger: Arc<Ledger>,
+        ca: Arc<Ca>,
+        signer: Signer,
+        token_ttl_s: u64,
+        reenroll: Reenroll,
+    ) -> Self {
+        Provisioner { store, ledger, ca, signer, token_ttl_s, reenroll }
+    }
+
+    /// The CA and its record, for what is only read.
+    pub fn ca(&self) -> &Ca {
+        &self.ca
+    }
+
+    /// The lifetime of a new token in seconds.
+    pub fn token_ttl_s(&self) -> u64 {
+        self.token_ttl_s
+    }
+
+    /// Which store answers.
+    pub fn store_status(&self) -> Status {
+        self.store.status()
+    }
+
+    /// Why tokens cannot be issued or certificates signed now; empty if they can.
+    pub fn obstacles(&self, now: Now) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if let Err(error) = self.issuer(now) {
+            reasons.push(error.to_string());
+        }
+        let status = self.store.status();
+        if status.full {
+            reasons.push(StoreError::Full.to_string());
+        }
+        if status.foreign_ca {
+            reasons.push("another CA than ours is entered in Redis".to_owned());
+        }
+        reasons
+    }
+
+    fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {
+        if !self.ca.clock_is_plausible(now) {
+            return Err(CaError::ClockNotSet);
+        }
+        let issuer = self.ca.issuer().ok_or(CaError::ClockNotSet)?;
+        issuer.check_dates(now)?;
+        Ok(issuer)
+    }
+}
+
+// Planning: all that can be refused without the store.
+impl Provisioner {
+    /// Plans a new token for `device`; with `replace` in place of the one that it may have.
+    ///
+    /// # Errors
+    /// When the clock is not set, the CA cannot sign, or the device has an active certificate.
+    pub fn plan_issue(
+        &self,
+        device: DeviceId,
+        replace: bool,
+        client: IpAddr,
+        now: Now,
+    ) -> Result<Job, Problem> {
+        self.issuer(now)?;
+        if self.reenroll == Reenroll::Deny && self.ca.registry().has_active(&device, now) {
+            return Err(refused(Code::DeviceHasActiveCertificate, &device, client));
+        }
+        let mut jti = [0; 16];
+        getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
+        let iat = now.unix_s();
+        let exp = iat + self.token_ttl_s;
+        let token = self.signer.sign(Claims { device_id: device, iat, exp, jti: Some(jti) });
+        Ok(Job::Issue(Issue { token, replace, client }))
+    }
+
+    /// Checks a token as far as it says itself: signature, type, expiry.
+    ///
+    /// # Errors
+    /// The first of these that fails.
+    pub fn check_token(&self, compact: &str, client: IpAddr, now: Now) -> Result<Token, Problem> {
+        if !self.ca.clock_is_plausible(now) {
+            return Err(Code::ClockNotSet.into());
+        }
+        self.signer.verify(compact, now.unix_s()).map_err(|error| {
+            let problem = Problem::from(error);
+            log::info!("token refused: {problem}, from {client}");
+            problem
+        })
+    }
+
+    /// Plans the redemption of a checked token for the key in `csr`. `device` is the device id that
+    /// the request names, if it names one.
+    ///
+    /// # Errors
+    /// When the CSR is refused, is not the token's device's, or this instance knows already that
+    /// the token is spent or the device has a certificate.
+    pub fn plan_redeem(
+        &self,
+        token: Token,
+        csr: &str,
+        device: Option<&str>,
+        user_id: Option<String>,
+        client: IpAddr,
+        now: Now,
+    ) -> Result<Job, Problem> {
+        let owner = token.claims.device_id.clone();
+        let refuse = |problem: Problem| {
+            log::info!("token {} of {owner} refused: {problem}, from {client}", token.hash.short());
+            problem
+        };
+        let csr = Csr::parse(csr).map_err(|error| refuse(error.into()))?;
+        if device.is_some_and(|device| device.trim() != owner.as_str()) {
+            return Err(refuse(Code::TokenDeviceMismatch.into()));
+        }
+        csr.belongs_to(&owner).map_err(|error| refuse(error.into()))?;
+        self.issuer(now)?;
+        self.look(&token, now).map_err(|code| refuse(code.into()))?;
+        let serial = Serial::random();
+        let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
+        Ok(Job::Redeem(Box::new(Redeem { token, csr, serial, user_id, client })))
+    }
+
+    /// A token that this instance knows as spent is refused before an active certificate, which is
+    /// most likely its own.
+    fn look(&self, token: &Token, now: Now) -> Result<(), Code> {
+        let look = self.ca.registry().look(&token.hash, &token.claims.device_id, now);
+        if look.recorded_token || self.ledger.knows_as_spent(&token.hash) {
+            return Err(Code::TokenAlreadyUsed);
+        }
+        if self.reenroll == Reenroll::Deny && look.active_certificate {
+            return Err(Code::DeviceHasActiveCertificate);
+        }
+        Ok(())
+    }
+
+    /// Plans the revocation of what `device` has.
+    ///
+    /// # Errors
+    /// When the clock is not set: a revocation has a date.
+    pub fn plan_revoke(&self, device: DeviceId, client: IpAddr, now: Now) -> Result<Job, Problem> {
+        if !self.ca.clock_is_plausible(now) {
+            return Err(Code::ClockNotSet.into());
+        }
+        Ok(Job::Revoke(Revoke { device, client }))
+    }
+}
+
+// Running a batch.
+impl Provisioner {
+    /// Runs the jobs, each with its own outcome.
+    pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
+        let ops: Vec<Op> = jobs.iter().map(|job| job.op(now)).collect();
+        let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
+        let mut second_round = Vec::new();
+        let mut after = Vec::new();
+        let decided: Vec<Decided> = jobs
+            .into_iter()
+            .zip(answers)
+            .map(|(job, answer)| self.decide(job, answer, &mut second_round, now))
+            .collect();
+        let done = self.record(decided, &mut second_round, &mut after, now);
+        if !second_round.is_empty() {
+            self.store.run(&second_round, clock::now());
+        }
+        Batch { done, after }
+    }
+
+    /// Runs what could wait until after the answers.
+    pub fn clean_up(&self, after: &[Op]) {
+        if !after.is_empty() {
+            self.store.run(after, clock::now());
+        }
+    }
+
+    /// Reads the store's answer; only granted redemptions have anything left to do.
+    fn decide(&self, job: Job, answer: Answer, back: &mut Vec<Op>, now: Now) -> Decided {
+        match job {
+            Job::Issue(issue) => Decided::Done(self.issued(issue, answer, back, now)),
+            Job::Redeem(redeem) => match granted(&redeem, answer) {
+                Ok(()) => Decided::Granted(redeem),
+                Err(problem) => Decided::Done(Err(problem)),
+            },
+            Job::Revoke(revoke) => Decided::Done(self.revoked(revoke, answer)),
+            Job::Count => Decided::Done(match answer {
+                Ok(Outcome::Counted(count)) => Ok(Done::Counted(count)),
+                other => Err(unexpected(other)),
+            }),
+        }
+    }
+
+    fn issued(
+        &self,
+        issue: Issue,
+        answer: Answer,
+        back: &mut Vec<Op>,
+        now: Now,
+    ) -> Result<Done, Problem> {
+        let Issue { token, replace, client } = issue;
+        let device = &token.claims.device_id;
+        match answer {
+            Ok(Outcome::Issued { .. }) => {}
+            Ok(Outcome::AlreadyActive { expires_at_ms }) => {
+                let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
+                let problem = refused(Code::TokenAlreadyActive, device, client);
+                return Err(problem
+                    .field("expiresAt", clock::rfc3339(expires_at_ms))
+                    .field("expiresInSeconds", left_s));
+            }
+            other => return Err(unexpected(other)),
+        }
+        // The device may have redeemed another token between the first look and the claim.
+        if self.reenroll == Reenroll::Deny && self.ca.registry().has_active(device, now) {
+            let problem = refused(Code::DeviceHasActiveCertificate, device, client);
+            back.push(Op::TakeBack(token));
+            return Err(problem);
+        }
+        let how = if replace { "replaced" } else { "issued" };
+        log::info!("token {} {how} for {device}, to {client}", token.hash.short());
+        Ok(Done::Issued(token))
+    }
+
+    fn revoked(&self, revoke: Revoke, answer: Answer) -> Result<Done, Problem> {
+        let Revoke { device, client } = revoke;
+        let killed = match answer {
+            Ok(Outcome::Killed(dead)) => dead,
+            other => return Err(unexpected(other)),
+        };
+        let serials = self.ca.registry().revoke(&device, clock::now())?;
+        for serial in &serials {
+            log::info!("certificate {serial} of {device} revoked, by {client}");
+        }
+        if let Some(dead) = &killed {
+            log::info!("token {} of {device} killed, by {client}", dead.hash.short());
+        }
+        if serials.is_empty() && killed.is_none() {
+            return Err(Problem::from(Code::CertificateNotFound)
+                .text("No certificate found for this device"));
+        }
+        Ok(Done::Revoked(device))
+    }
+
+    /// Under the record's lock: checks, signs and enters one redemption after the other, then makes
+    /// all entries durable at once.
+    fn record(
+        &self,
+        decided: Vec<Decided>,
+        back: &mut Vec<Op>,
+        after: &mut Vec<Op>,
+        now: Now,
+    ) -> Vec<Result<Done, Problem>> {
+        if !decided.iter().any(|decided| matches!(decided, Decided::Granted(_))) {
+            return decided.into_iter().filter_map(Decided::into_done).collect();
+        }
+        let mut entries = self.ca.registry().begin();
+        let signed: Vec<Recording> =
+            decided.into_iter().map(|d| self.enter(d, &mut entries, back, now)).collect();
+        let mut committed = entries.commit().into_iter();
+        signed
+            .into_iter()
+            .map(|recording| match recording {
+                Recording::Done(done) => done,
+                Recording::Entered(redeem, signed) => {
+                    let result = committed.next().unwrap_or_else(|| Err(not_committed()));
+                    self.recorded(*redeem, signed, result, back, after)
+                }
+            })
+            .collect()
+    }
+
+    fn enter(
+        &self,
+        decided: Decided,
+        entries: &mut Entries<'_>,
+        back: &mut Vec<Op>,
+        now: Now,
+    ) -> Recording {
+        let redeem = match decided {
+            Decided::Done(done) => return Recording::Done(done),
+            Decided::Granted(redeem) => redeem,
+        };
+        match self.sign(&redeem, entries, now) {
+            Ok(signed) => {
+                let Token { hash, claims, .. } = &redeem.token;
+                let token = Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp };
+                entries.add(&signed.leaf, Some(token));
+                Recording::Entered(redeem, signed)
+            }
+            Err(problem) => {
+                if problem.code != Code::TokenAlreadyUsed {
+                    back.push(Op::GiveBack(redeem.token.clone(), redeem.serial));
+                }
+                redeem.log_refusal(&problem);
+                Recording::Done(Err(problem))
+            }
+        }
+    }
+
+    /// The last look, then the signature. A panic in it costs this request alone.
+    fn sign(&self, redeem: &Redeem, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
+        let Redeem { token, csr, serial, .. } = redeem;
+        let device = &token.claims.device_id;
+        if entries.knows_token(&token.hash) || self.ledger.knows_as_killed(&token.hash) {
+            return Err(Code::TokenAlreadyUsed.into());
+        }
+        if self.reenroll == Reenroll::Deny && entries.has_active(device, now) {
+            return Err(Code::DeviceHasActiveCertificate.into());
+        }
+        let issuer = self.issuer(now)?;
+        let leaf = catch_unwind(AssertUnwindSafe(|| issuer.sign(csr, device, *serial, now)))
+            .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
+        Ok(Signed { leaf, issuer })
+    }
+
+    fn recorded(
+        &self,
+        redeem: Redeem,
+        signed: Signed,
+        result: Result<(), RegistryError>,
+        back: &mut Vec<Op>,
+        after: &mut Vec<Op>,
+    ) -> Result<Done, Problem> {
+        let Err(error) = result else {
+            redeem.log_signed(&signed.leaf);
+            after.push(Op::Finish(redeem.token));
+            return Ok(Done::Signed(Box::new(signed)));
+        };
+        if !error.left_behind() {
+            back.push(Op::GiveBack(redeem.token.clone(), redeem.serial));
+        }
+        let problem = Problem::from(error);
+        log::error!("certificate {} could not be recorded: {problem}", redeem.serial);
+        redeem.log_refusal(&problem);
+        Err(problem)
+    }
+}
+
+impl Job {
+    fn op(&self, now: Now) -> Op {
+        match self {
+            Job::Issue(Issue { token, replace: false, .. }) => Op::Issue(token.clone()),
+            Job::Issue(Issue { token, replace: true, .. }) => Op::Replace(token.clone()),
+            Job::Redeem(redeem) => Op::Consume(redeem.token.clone(), redeem.serial),
+            Job::Revoke(Revoke { device, .. }) => {
+                Op::Kill(Kill { device: device.clone(), issued_by_s: now.unix_s(), spare: None })
+            }
+            Job::Count => Op::Count,
+        }
+    }
+}
+
+/// A job after the store's first answer.
+enum Decided {
+    Done(Result<Done, Problem>),
+    /// The token is this attempt's; the certificate is still to be signed.
+    Granted(Box<Redeem>),
+}
+
+impl Decided {
+    fn into_done(self) -> Option<Result<Done, Problem>> {
+        match self {
+            Decided::Done(done) => Some(done),
+            Decided::Granted(_) => None,
+        }
+    }
+}
+
+/// A job in the recording phase.
+enum Recording {
+    Done(Result<Done, Problem>),
+    Entered(Box<Redeem>, Signed),
+}
+
+impl Redeem {
+    fn log_signed(&self, leaf: &Leaf) {
+        let user = self.user_id.as_deref().map(|user| format!(", user {user}"));
+        log::info!(
+            "certificate {} signed for {}, token {} consumed, by {}{}",
+            leaf.serial,
+            leaf.device,
+            self.token.hash.short(),
+            self.client,
+            user.unwrap_or_default()
+        );
+    }
+
+    fn log_refusal(&self, problem: &Problem) {
+        let (hash, device) = (self.token.hash.short(), &self.token.claims.device_id);
+        log::info!("token {hash} of {device} refused: {problem}, from {}", self.client);
+    }
+}
+
+/// Whether the attempt may sign.
+fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
+    let problem = match answer {
+        Ok(Outcome::Granted) => return Ok(()),
+        Ok(Outcome::AlreadyUsed) => Problem::from(Code::TokenAlreadyUsed),
+        Ok(Outcome::Unknown) => Problem::from(Code::TokenNotFound),
+        other => unexpected(other),
+    };
+    redeem.log_refusal(&problem);
+    Err(problem)
+}
+
+/// What a store answers when it does not do what it was asked.
+fn unexpected(answer: Answer) -> Problem {
+    match answer {
+        Err(StoreError::Full) => Code::StoreFull.into(),
+        Err(StoreError::Failed(why)) => {
+            log::error!("the token store failed: {why}");
+            Problem::from(Code::ServiceUnavailable).log(why)
+        }
+        Err(error) => Problem::from(Code::ServiceUnavailable).log(error),
+        Ok(outcome) => Problem::from(Code::InternalError).log(format!("{outcome:?}")),
+    }
+}
+
+fn not_committed() -> RegistryError {
+    RegistryError::NotWritten { why: "no result".to_owned(), left_behind: true }
+}
+
+fn refused(code: Code, device: &DeviceId, client: IpAddr) -> Problem {
+    let problem = Problem::from(code);
+    log::info!("onboarding of {device} refused: {problem}, from {client}");
+    problem
+}

@@ -1,0 +1,130 @@
+//! What Redis has yet to be told, in the order in which it must be told.
+//!
+//! Marks go first: a token must not come back before what is known against it. Then what was not
+//! confirmed (give-backs, deletions, kills), then the live tokens and their claims.
+
+use std::collections::BTreeMap;
+
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::jwt::{MAX_LIFETIME_S, Token, TokenHash};
+use crate::serial::Serial;
+use crate::store::Kill;
+
+/// Marks to withdraw that are remembered; more than one outage leaves under any sane load.
+const MOST_WITHDRAWALS: usize = 4096;
+
+/// One piece of work; what exactly is to be sent is decided when it is sent.
+#[derive(Clone, Debug)]
+pub(super) enum Work {
+    /// Enter what the ledger knows of this token.
+    Mark(TokenHash),
+    /// Withdraw the mark of an attempt that came to nothing.
+    Withdraw(Token, Serial),
+    /// Remove a token that is used up or was never handed out.
+    Remove(Token),
+    /// Kill what the claim of this device names.
+    Kill(Kill),
+    /// Enter this live token.
+    Carry(TokenHash),
+}
+
+/// The list.
+#[derive(Debug, Default)]
+pub(super) struct Todo {
+    marks: Vec<TokenHash>,
+    withdrawals: BTreeMap<(TokenHash, Serial), Token>,
+    removals: BTreeMap<TokenHash, Token>,
+    kills: BTreeMap<DeviceId, Kill>,
+    carries: Vec<TokenHash>,
+}
+
+impl Todo {
+    pub fn len(&self) -> usize {
+        let unconfirmed = self.withdrawals.len() + self.removals.len() + self.kills.len();
+        self.marks.len() + unconfirmed + self.carries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn mark(&mut self, hash: TokenHash) {
+        self.marks.push(hash);
+    }
+
+    pub fn carry(&mut self, hash: TokenHash) {
+        self.carries.push(hash);
+    }
+
+    pub fn remove(&mut self, token: Token) {
+        self.removals.insert(token.hash, token);
+    }
+
+    /// Notes a mark to withdraw. The oldest go when there are too many: this instance takes its own
+    /// dead marks over, and for the others they end with their tokens.
+    pub fn withdraw(&mut self, token: &Token, serial: Serial) {
+        self.withdrawals.insert((token.hash, serial), token.clone());
+        if self.withdrawals.len() > MOST_WITHDRAWALS
+            && let Some(oldest) = self.withdrawals.iter().min_by_key(|(_, t)| t.claims.exp)
+        {
+            let oldest = *oldest.0;
+            self.withdrawals.remove(&oldest);
+        }
+    }
+
+    /// The attempt's token was granted to another attempt of ours, whose mark goes over its.
+    pub fn forget_withdrawal(&mut self, hash: &TokenHash) {
+        self.withdrawals.retain(|(of, _), _| of != hash);
+    }
+
+    /// Notes a kill; of two for one device the later one covers both.
+    pub fn note_kill(&mut self, kill: Kill, now: Now) {
+        let oldest = now.unix_s().saturating_sub(MAX_LIFETIME_S);
+        self.kills.retain(|_, kill| kill.issued_by_s >= oldest);
+        self.kills.insert(kill.device.clone(), kill);
+    }
+
+    /// Everything is to be told again: replaces the lists of marks and tokens.
+    pub fn list(&mut self, marks: Vec<TokenHash>, carries: Vec<TokenHash>) {
+        self.marks = marks;
+        self.carries = carries;
+    }
+
+    /// Takes up to `most` pieces of work of one kind off the list, the kinds in their order.
+    pub fn take(&mut self, most: usize) -> Vec<Work> {
+        if !self.marks.is_empty() {
+            return take_last(&mut self.marks, most).map(Work::Mark).collect();
+        }
+        if !self.withdrawals.is_empty() {
+            let taken = std::iter::from_fn(|| self.withdrawals.pop_first()).take(most);
+            return taken.map(|((_, serial), token)| Work::Withdraw(token, serial)).collect();
+        }
+        if !self.removals.is_empty() {
+            let taken = std::iter::from_fn(|| self.removals.pop_first()).take(most);
+            return taken.map(|(_, token)| Work::Remove(token)).collect();
+        }
+        if !self.kills.is_empty() {
+            let taken = std::iter::from_fn(|| self.kills.pop_first()).take(most);
+            return taken.map(|(_, kill)| Work::Kill(kill)).collect();
+        }
+        take_last(&mut self.carries, most).map(Work::Carry).collect()
+    }
+
+    /// Not done after all.
+    pub fn put_back(&mut self, work: Work) {
+        match work {
+            Work::Mark(hash) => self.marks.push(hash),
+            Work::Withdraw(token, serial) => self.withdraw(&token, serial),
+            Work::Remove(token) => self.remove(token),
+            Work::Kill(kill) => {
+                self.kills.entry(kill.device.clone()).or_insert(kill);
+            }
+            Work::Carry(hash) => self.carries.push(hash),
+        }
+    }
+}
+
+fn take_last(list: &mut Vec<TokenHash>, most: usize) -> impl Iterator<Item = TokenHash> {
+    list.split_off(list.len().saturating_sub(most)).into_iter()
+}

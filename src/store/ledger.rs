@@ -1,0 +1,278 @@
+//! The process's own table of redemption attempts: what was begun, used or killed here.
+//!
+//! Every attempt enters its token here before it asks any store, so two attempts of one process
+//! never race each other through two stores. What is known here as used or killed is refused
+//! whatever Redis says, and is written to Redis again whenever Redis returns.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
+use std::sync::Mutex;
+
+use crate::clock::Now;
+use crate::jwt::{Claims, Token, TokenHash};
+use crate::serial::Serial;
+use crate::store::{Mark, locked};
+
+/// How long a mark outlives its token, in milliseconds: clocks differ.
+pub const MARGIN_MS: u64 = 60_000;
+
+/// What became of the latest attempt to redeem a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// An attempt is asking a store.
+    Running(Serial),
+    /// The attempt got no answer: its mark may stand in Redis, or arrive there yet.
+    Unknown(Serial),
+    /// The attempt was granted: a certificate is being made or recorded.
+    Used(Serial),
+    /// Replaced or revoked.
+    Killed,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    state: State,
+    claims: Claims,
+    /// When nobody needs to know any more, by [`Now::mono_ms`].
+    ends_ms: u64,
+}
+
+/// What [`Ledger::begin`] says to a new attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// The token is this attempt's until it ends with `grant`, `release` or `lose`.
+    Begun,
+    /// Another attempt has it or had it, or the token was killed.
+    Spent,
+    /// Another attempt's outcome is not known.
+    Unknown,
+}
+
+/// The table. Bounded; when it is full, the entries that end first go first.
+#[derive(Debug)]
+pub struct Ledger {
+    entries: Mutex<HashMap<TokenHash, Entry>>,
+    max: usize,
+}
+
+impl Ledger {
+    /// A table of at most `max` entries.
+    pub fn new(max: usize) -> Self {
+        Ledger { entries: Mutex::new(HashMap::new()), max }
+    }
+
+    /// Enters a token that a certificate on disk was issued for.
+    pub fn load(&self, hash: TokenHash, serial: Serial, claims: Claims, now: Now) {
+        self.put(hash, State::Used(serial), claims, now);
+    }
+
+    /// Takes the token for an attempt. `over_unknown` takes it also from one whose outcome is not
+    /// known: only for who is sure that no other store will grant that one.
+    pub fn begin(&self, token: &Token, serial: Serial, over_unknown: bool, now: Now) -> Begin {
+        let mut entries = locked(&self.entries);
+        match entries.get(&token.hash).map(|entry| entry.state) {
+            Some(State::Unknown(_)) if !over_unknown => return Begin::Unknown,
+            Some(State::Running(_) | State::Used(_) | State::Killed) => return Begin::Spent,
+            Some(State::Unknown(_)) | None => {}
+        }
+        make_room(&mut entries, self.max);
+        let claims = token.claims.clone();
+        entries.insert(token.hash, entry(State::Running(serial), claims, now));
+        Begin::Begun
+    }
+
+    /// The attempt was granted. Answers whether it still holds the token: a kill goes first.
+    pub fn grant(&self, hash: &TokenHash, serial: Serial) -> bool {
+        self.turn(hash, State::Running(serial), State::Used(serial))
+    }
+
+    /// The attempt got no answer.
+    pub fn lose(&self, hash: &TokenHash, serial: Serial) {
+        self.turn(hash, State::Running(serial), State::Unknown(serial));
+    }
+
+    /// The attempt ended without a certificate: the token is free again, unless it was killed.
+    pub fn release(&self, hash: &TokenHash, serial: Serial) {
+        self.remove_if(hash, &[State::Running(serial), State::Used(serial)]);
+    }
+
+    /// The mark of the attempt without an answer was withdrawn: the token is free again, unless
+    /// another attempt has it by now.
+    pub fn release_unknown(&self, hash: &TokenHash, serial: Serial) {
+        self.remove_if(hash, &[State::Unknown(serial)]);
+    }
+
+    /// The token was replaced or revoked; final.
+    pub fn kill(&self, hash: TokenHash, claims: Claims, now: Now) {
+        self.put(hash, State::Killed, claims, now);
+    }
+
+    /// Used or killed here, or about to be.
+    pub fn knows_as_spent(&self, hash: &TokenHash) -> bool {
+        let entries = locked(&self.entries);
+        entries.get(hash).is_some_and(|entry| !matches!(entry.state, State::Unknown(_)))
+    }
+
+    /// Killed here.
+    pub fn knows_as_killed(&self, hash: &TokenHash) -> bool {
+        locked(&self.entries).get(hash).is_some_and(|entry| entry.state == State::Killed)
+    }
+
+    /// The tokens that need a mark in Redis.
+    pub fn marked(&self) -> Vec<TokenHash> {
+        let entries = locked(&self.entries);
+        entries.iter().filter(|(_, e)| mark(e.state).is_some()).map(|(hash, _)| *hash).collect()
+    }
+
+    /// The mark that the token should have in Redis, and its claims.
+    pub fn mark_of(&self, hash: &TokenHash) -> Option<(Mark, Claims)> {
+        let entries = locked(&self.entries);
+        let entry = entries.get(hash)?;
+        Some((mark(entry.state)?, entry.claims.clone()))
+    }
+
+    /// Drops what has ended; answers when the next entry ends, if there is one.
+    pub fn reap(&self, now: Now) -> Option<u64> {
+        let mut entries = locked(&self.entries);
+        let ended = |e: &Entry| e.ends_ms <= now.mono_ms && !matches!(e.state, State::Running(_));
+        entries.retain(|_, e| !ended(e));
+        if entries.capacity() > 1024 && entries.len() < entries.capacity() / 8 {
+            entries.shrink_to_fit();
+        }
+        entries.values().map(|e| e.ends_ms).filter(|&ends| ends > now.mono_ms).min()
+    }
+
+    fn put(&self, hash: TokenHash, state: State, claims: Claims, now: Now) {
+        let mut entries = locked(&self.entries);
+        make_room(&mut entries, self.max);
+        entries.insert(hash, entry(state, claims, now));
+    }
+
+    fn remove_if(&self, hash: &TokenHash, states: &[State]) {
+        let mut entries = locked(&self.entries);
+        if let Slot::Occupied(slot) = entries.entry(*hash)
+            && states.contains(&slot.get().state)
+        {
+            slot.remove();
+        }
+    }
+
+    fn turn(&self, hash: &TokenHash, from: State, to: State) -> bool {
+        let mut entries = locked(&self.entries);
+        let entry = entries.get_mut(hash).filter(|entry| entry.state == from);
+        entry.map(|entry| entry.state = to).is_some()
+    }
+}
+
+fn entry(state: State, claims: Claims, now: Now) -> Entry {
+    // By whichever clock is later: a wall clock that jumped must not end it early.
+    let by_wall = claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms);
+    let lasts = by_wall.clamp(0, claims.lifetime_s() * 1000) + MARGIN_MS;
+    Entry { state, claims, ends_ms: now.mono_ms.saturating_add(lasts) }
+}
+
+fn mark(state: State) -> Option<Mark> {
+    match state {
+        State::Used(serial) => Some(Mark::Serial(serial)),
+        State::Killed => Some(Mark::Killed),
+        State::Running(_) | State::Unknown(_) => None,
+    }
+}
+
+/// Drops the sixteenth that ends first, so that the search is paid once for many entries.
+fn make_room(entries: &mut HashMap<TokenHash, Entry>, max: usize) {
+    if entries.len() < max.max(16) {
+        return;
+    }
+    let over = |e: &Entry| !matches!(e.state, State::Running(_));
+    let mut ends: Vec<u64> = entries.values().filter(|e| over(e)).map(|e| e.ends_ms).collect();
+    ends.sort_unstable();
+    if let Some(&last) = ends.get(ends.len() / 16) {
+        entries.retain(|_, e| e.ends_ms > last || !over(e));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::DeviceId;
+    use crate::jwt::Signer;
+
+    fn at(s: u64) -> Now {
+        Now { unix_ms: 1_800_000_000_000 + s * 1000, mono_ms: s * 1000 }
+    }
+
+    fn token(name: &str, ttl: u64) -> Token {
+        let device_id = DeviceId::parse(name).unwrap();
+        let iat = at(0).unix_s();
+        Signer::new(b"secret").sign(Claims { device_id, iat, exp: iat + ttl, jti: None })
+    }
+
+    fn serial(n: u8) -> Serial {
+        Serial([n; 16])
+    }
+
+    #[test]
+    fn one_attempt_at_a_time() {
+        let ledger = Ledger::new(100);
+        let t = token("d", 300);
+        assert_eq!(ledger.begin(&t, serial(1), false, at(0)), Begin::Begun);
+        assert_eq!(ledger.begin(&t, serial(2), true, at(0)), Begin::Spent);
+        ledger.release(&t.hash, serial(2));
+        assert!(ledger.knows_as_spent(&t.hash), "only its own attempt releases it");
+        ledger.release(&t.hash, serial(1));
+        assert_eq!(ledger.begin(&t, serial(2), false, at(0)), Begin::Begun);
+        assert!(ledger.grant(&t.hash, serial(2)));
+        assert_eq!(ledger.begin(&t, serial(3), true, at(0)), Begin::Spent);
+        assert_eq!(ledger.marked(), [t.hash]);
+    }
+
+    #[test]
+    fn a_lost_attempt_is_unknown_until_it_is_released_or_taken_over() {
+        let ledger = Ledger::new(100);
+        let t = token("d", 300);
+        ledger.begin(&t, serial(1), false, at(0));
+        ledger.lose(&t.hash, serial(1));
+        assert_eq!(ledger.begin(&t, serial(2), false, at(0)), Begin::Unknown);
+        assert!(!ledger.knows_as_spent(&t.hash));
+        assert!(ledger.marked().is_empty());
+        assert_eq!(ledger.begin(&t, serial(2), true, at(0)), Begin::Begun);
+        ledger.release_unknown(&t.hash, serial(1));
+        assert!(ledger.knows_as_spent(&t.hash), "the late end of the lost attempt changes nothing");
+    }
+
+    #[test]
+    fn a_kill_is_final() {
+        let ledger = Ledger::new(100);
+        let t = token("d", 300);
+        ledger.begin(&t, serial(1), false, at(0));
+        ledger.kill(t.hash, t.claims.clone(), at(0));
+        assert!(!ledger.grant(&t.hash, serial(1)));
+        ledger.release(&t.hash, serial(1));
+        assert!(ledger.knows_as_killed(&t.hash));
+        assert_eq!(ledger.mark_of(&t.hash), Some((Mark::Killed, t.claims)));
+    }
+
+    #[test]
+    fn entries_end_a_minute_after_their_token() {
+        let ledger = Ledger::new(100);
+        let t = token("d", 300);
+        ledger.kill(t.hash, t.claims.clone(), at(10));
+        assert_eq!(ledger.reap(at(11)), Some(360_000));
+        assert_eq!(ledger.reap(at(359)), Some(360_000));
+        assert_eq!(ledger.reap(at(360)), None);
+        assert!(!ledger.knows_as_spent(&t.hash));
+    }
+
+    #[test]
+    fn a_full_table_drops_what_ends_first() {
+        let ledger = Ledger::new(64);
+        let tokens: Vec<_> = (0..200).map(|n| token(&format!("d{n}"), 100 + n)).collect();
+        for t in &tokens {
+            ledger.kill(t.hash, t.claims.clone(), at(0));
+        }
+        assert!(ledger.marked().len() <= 64);
+        assert!(tokens.iter().rev().take(56).all(|t| ledger.knows_as_killed(&t.hash)));
+        assert!(!ledger.knows_as_killed(&tokens[0].hash));
+    }
+}

@@ -1,0 +1,444 @@
+//! Tokens in memory: a bounded map, the claims of the devices, and the reaper.
+//!
+//! Alone it is the store of a service without Redis. Behind `failover` it holds the copies of what
+//! this instance issued. It keeps the claims of a token, not the token: signing them again gives
+//! the same token, at half the memory. Tokens age by the monotonic clock.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use crate::clock::{self, Now};
+use crate::device::DeviceId;
+use crate::jwt::{Claims, Token, TokenHash};
+use crate::serial::Serial;
+use crate::store::ledger::{Begin, Ledger};
+use crate::store::{Answer, Dead, Kill, Op, Outcome, Status, StoreError, TokenStore, locked};
+
+/// The tokens that this process issued and that are neither used, nor killed, nor expired.
+#[derive(Debug)]
+pub struct Memory {
+    table: Mutex<Table>,
+    /// Wakes the reaper when something ends earlier than it expects.
+    sooner: Condvar,
+    ledger: Arc<Ledger>,
+    max: usize,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    tokens: HashMap<TokenHash, Entry>,
+    claims: HashMap<DeviceId, TokenHash>,
+    /// When the reaper means to look again, by [`Now::mono_ms`].
+    next_reap_ms: Option<u64>,
+    stopped: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    claims: Claims,
+    /// By [`Now::mono_ms`].
+    ends_ms: u64,
+    /// A command carrying it was sent to Redis, answered or not.
+    in_redis: bool,
+}
+
+/// What memory knows of a live token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Copy {
+    /// Its claims.
+    pub claims: Claims,
+    /// What is left of its time, in milliseconds.
+    pub left_ms: u64,
+    /// It has or may have reached Redis.
+    pub in_redis: bool,
+}
+
+impl Memory {
+    /// Room for `max` live tokens; attempts are entered in `ledger`.
+    pub fn new(max: usize, ledger: Arc<Ledger>) -> Self {
+        Memory { table: Mutex::default(), sooner: Condvar::new(), ledger, max }
+    }
+
+    /// Stores the token unless the device has a live one.
+    ///
+    /// # Errors
+    /// `Full` at the bound; nothing is evicted.
+    pub fn issue(&self, token: &Token, in_redis: bool, now: Now) -> Answer {
+        let mut table = locked(&self.table);
+        if let Some(expires_at_ms) = self.claim(&table, &token.claims.device_id, now) {
+            return Ok(Outcome::AlreadyActive { expires_at_ms });
+        }
+        self.insert(&mut table, token, in_redis, now)?;
+        Ok(Outcome::Issued { killed: None })
+    }
+
+    /// Stores the token over whatever claim there is. Without room it is left out: only Redis has
+    /// it then.
+    pub fn copy(&self, token: &Token, now: Now) {
+        let _no_room_is_fine = self.insert(&mut locked(&self.table), token, true, now);
+    }
+
+    /// Stores the token and kills the one that held the claim; answers which that was.
+    ///
+    /// # Errors
+    /// `Full` at the bound; the old token stays then.
+    pub fn replace(
+        &self,
+        token: &Token,
+        in_redis: bool,
+        now: Now,
+    ) -> Result<Option<Dead>, StoreError> {
+        let mut table = locked(&self.table);
+        let old = table.claims.get(&token.claims.device_id).copied();
+        let old = old.filter(|old| *old != token.hash && table.live(old, now).is_some());
+        let entry = old.and_then(|old| table.tokens.remove(&old));
+        if let Err(full) = self.insert(&mut table, token, in_redis, now) {
+            table.tokens.extend(old.zip(entry));
+            return Err(full);
+        }
+        let dead = old.zip(entry).map(|(hash, entry)| Dead { hash, claims: entry.claims });
+        if let Some(dead) = &dead {
+            self.ledger.kill(dead.hash, dead.claims.clone(), now);
+        }
+        Ok(dead)
+    }
+
+    /// Kills every live token of the device that `kill` means; answers which those were.
+    pub fn kill(&self, kill: &Kill, now: Now) -> Vec<Dead> {
+        let mut table = locked(&self.table);
+        let meant = |hash: &TokenHash, entry: &Entry| {
+            entry.claims.device_id == kill.device
+                && entry.claims.iat <= kill.issued_by_s
+                && kill.spare != Some(*hash)
+                && entry.ends_ms > now.mono_ms
+                && !self.ledger.knows_as_spent(hash)
+        };
+        let killed: Vec<_> = table
+            .tokens
+            .iter()
+            .filter(|(hash, entry)| meant(hash, entry))
+            .map(|(hash, entry)| Dead { hash: *hash, claims: entry.claims.clone() })
+            .collect();
+        for dead in &killed {
+            self.ledger.kill(dead.hash, dead.claims.clone(), now);
+            table.remove(&dead.hash);
+        }
+        killed
+    }
+
+    /// The live token, if it was issued here.
+    pub fn live(&self, hash: &TokenHash, now: Now) -> Option<Copy> {
+        let table = locked(&self.table);
+        let entry = table.live(hash, now)?;
+        let left_ms = entry.ends_ms.saturating_sub(now.mono_ms);
+        Some(Copy { claims: entry.claims.clone(), left_ms, in_redis: entry.in_redis })
+    }
+
+    /// The tokens issued here that have not expired, used or not.
+    pub fn hashes(&self, now: Now) -> Vec<TokenHash> {
+        let table = locked(&self.table);
+        table.tokens.iter().filter(|(_, e)| e.ends_ms > now.mono_ms).map(|(h, _)| *h).collect()
+    }
+
+    /// Notes that a command carrying the token was sent to Redis.
+    pub fn note_in_redis(&self, hash: &TokenHash) {
+        if let Some(entry) = locked(&self.table).tokens.get_mut(hash) {
+            entry.in_redis = true;
+        }
+    }
+
+    /// Forgets the token and its claim.
+    pub fn remove(&self, hash: &TokenHash) {
+        locked(&self.table).remove(hash);
+    }
+
+    /// How many tokens are live, exact to a second: what has ended is counted until it is reaped.
+    pub fn count(&self) -> u64 {
+        locked(&self.table).tokens.len() as u64
+    }
+
+    /// Whether the bound is reached, expired tokens counted out by the reaper only.
+    pub fn is_full(&self) -> bool {
+        locked(&self.table).tokens.len() >= self.max
+    }
+
+    /// Removes what has ended; answers when to come back, by [`Now::mono_ms`].
+    pub fn reap(&self, now: Now) -> Option<u64> {
+        let by_ledger = self.ledger.reap(now);
+        let mut table = locked(&self.table);
+        table.tokens.retain(|_, entry| entry.ends_ms > now.mono_ms);
+        let Table { tokens, claims, .. } = &mut *table;
+        claims.retain(|_, hash| tokens.contains_key(hash));
+        if tokens.capacity() > 1024 && tokens.len() < tokens.capacity() / 8 {
+            tokens.shrink_to_fit();
+            claims.shrink_to_fit();
+        }
+        let by_tokens = table.tokens.values().map(|entry| entry.ends_ms).min();
+        table.next_reap_ms = by_tokens.into_iter().chain(by_ledger).min();
+        table.next_reap_ms
+    }
+
+    /// The reaper thread: removes what has ended, also when nobody asks; sleeps while there is
+    /// nothing to wait for. Returns after [`Memory::stop`].
+    pub fn reap_forever(&self) {
+        /// Removing in batches of a second keeps a busy store from being scanned all the time.
+        const LEAST_MS: u64 = 1000;
+        loop {
+            let now = clock::now();
+            let next = self.reap(now);
+            let table = locked(&self.table);
+            if table.stopped {
+                return;
+            }
+            let wait = next.map_or(u64::MAX, |at| at.saturating_sub(now.mono_ms).max(LEAST_MS));
+            let woken = self.sooner.wait_timeout_while(
+                table,
+                Duration::from_millis(wait.min(3_600_000)),
+                |table| !table.stopped && table.next_reap_ms == next,
+            );
+            drop(woken);
+        }
+    }
+
+    /// Ends the reaper thread.
+    pub fn stop(&self) {
+        locked(&self.table).stopped = true;
+        self.sooner.notify_all();
+    }
+
+    /// When the device's live token ends, in milliseconds since 1970.
+    fn claim(&self, table: &Table, device: &DeviceId, now: Now) -> Option<u64> {
+        let hash = table.claims.get(device)?;
+        let entry = table.live(hash, now)?;
+        let free = self.ledger.knows_as_spent(hash);
+        (!free).then(|| now.unix_ms.saturating_add(entry.ends_ms.saturating_sub(now.mono_ms)))
+    }
+
+    fn insert(
+        &self,
+        table: &mut Table,
+        token: &Token,
+        in_redis: bool,
+        now: Now,
+    ) -> Result<(), StoreError> {
+        if table.tokens.len() >= self.max && !table.tokens.contains_key(&token.hash) {
+            return Err(StoreError::Full);
+        }
+        let left = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms);
+        let ends_ms = now.mono_ms.saturating_add(left.min(token.claims.lifetime_s() * 1000));
+        let claims = token.claims.clone();
+        table.claims.insert(claims.device_id.clone(), token.hash);
+        table.tokens.insert(token.hash, Entry { claims, ends_ms, in_redis });
+        if table.next_reap_ms.is_none_or(|next| ends_ms < next) {
+            table.next_reap_ms = Some(ends_ms);
+            self.sooner.notify_all();
+        }
+        Ok(())
+    }
+}
+
+impl Table {
+    fn live(&self, hash: &TokenHash, now: Now) -> Option<&Entry> {
+        self.tokens.get(hash).filter(|entry| entry.ends_ms > now.mono_ms)
+    }
+
+    fn remove(&mut self, hash: &TokenHash) {
+        let Some(entry) = self.tokens.remove(hash) else { return };
+        let device = &entry.claims.device_id;
+        if self.claims.get(device) == Some(hash) {
+            self.claims.remove(device);
+        }
+    }
+}
+
+impl TokenStore for Memory {
+    fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
+        ops.iter().map(|op| self.run_one(op, now)).collect()
+    }
+
+    fn status(&self) -> Status {
+        Status { full: self.is_full(), ..Status::default() }
+    }
+}
+
+impl Memory {
+    fn run_one(&self, op: &Op, now: Now) -> Answer {
+        match op {
+            Op::Issue(token) => self.issue(token, false, now),
+            Op::Replace(token) => {
+                let killed = self.replace(token, false, now)?;
+                Ok(Outcome::Issued { killed })
+            }
+            Op::Consume(token, serial) => Ok(self.consume(token, *serial, now)),
+            Op::GiveBack(token, serial) => {
+                self.ledger.release(&token.hash, *serial);
+                Ok(Outcome::Done)
+            }
+            Op::TakeBack(token) | Op::Finish(token) => {
+                self.remove(&token.hash);
+                Ok(Outcome::Done)
+            }
+            Op::Kill(kill) => Ok(Outcome::Killed(self.kill(kill, now).into_iter().next())),
+            Op::Count => Ok(Outcome::Counted(self.count())),
+            Op::Mark(hash, ..) => {
+                self.remove(hash);
+                Ok(Outcome::Marked(None))
+            }
+            Op::Carry(token, _) => {
+                self.issue(token, false, now)?;
+                Ok(Outcome::Done)
+            }
+        }
+    }
+
+    /// Grants the attempt if the token is live here and no other attempt has it.
+    fn consume(&self, token: &Token, serial: Serial, now: Now) -> Outcome {
+        if self.ledger.begin(token, serial, true, now) != Begin::Begun {
+            return Outcome::AlreadyUsed;
+        }
+        if self.live(&token.hash, now).is_none() {
+            self.ledger.release(&token.hash, serial);
+            return Outcome::Unknown;
+        }
+        if self.ledger.grant(&token.hash, serial) { Outcome::Granted } else { Outcome::AlreadyUsed }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jwt::Signer;
+    use crate::store::Mark;
+
+    fn at(s: u64) -> Now {
+        Now { unix_ms: 1_800_000_000_000 + s * 1000, mono_ms: s * 1000 }
+    }
+
+    fn token(device: &str, issued_s: u64) -> Token {
+        let device_id = DeviceId::parse(device).unwrap();
+        let iat = at(issued_s).unix_s();
+        let jti = Some([u8::try_from(issued_s).unwrap(); 16]);
+        Signer::new(b"secret").sign(Claims { device_id, iat, exp: iat + 300, jti })
+    }
+
+    fn memory(max: usize) -> Memory {
+        Memory::new(max, Arc::new(Ledger::new(max)))
+    }
+
+    fn one(memory: &Memory, op: Op, now: Now) -> Answer {
+        memory.run(&[op], now).remove(0)
+    }
+
+    const ISSUED: Answer = Ok(Outcome::Issued { killed: None });
+
+    #[test]
+    fn one_live_token_a_device_until_it_ends() {
+        let memory = memory(10);
+        assert_eq!(one(&memory, Op::Issue(token("d", 0)), at(0)), ISSUED);
+        let expires_at_ms = at(300).unix_ms;
+        let active = Ok(Outcome::AlreadyActive { expires_at_ms });
+        assert_eq!(one(&memory, Op::Issue(token("d", 1)), at(1)), active);
+        assert_eq!(one(&memory, Op::Issue(token("e", 1)), at(1)), ISSUED);
+        assert_eq!(one(&memory, Op::Issue(token("d", 200)), at(300)), ISSUED);
+        assert_eq!(
+            one(&memory, Op::Consume(token("d", 0), Serial([1; 16])), at(300)),
+            Ok(Outcome::Unknown)
+        );
+    }
+
+    #[test]
+    fn a_token_is_granted_once_and_again_after_it_was_given_back() {
+        let memory = memory(10);
+        let (t, first, second) = (token("d", 0), Serial([1; 16]), Serial([2; 16]));
+        let consume = |serial| one(&memory, Op::Consume(t.clone(), serial), at(1));
+        assert_eq!(consume(first), Ok(Outcome::Unknown));
+        assert_eq!(one(&memory, Op::Issue(t.clone()), at(0)), ISSUED);
+        assert_eq!(consume(first), Ok(Outcome::Granted));
+        assert_eq!(consume(second), Ok(Outcome::AlreadyUsed));
+        assert_eq!(one(&memory, Op::GiveBack(t.clone(), first), at(1)), Ok(Outcome::Done));
+        assert_eq!(consume(second), Ok(Outcome::Granted));
+        assert_eq!(one(&memory, Op::Finish(t.clone()), at(1)), Ok(Outcome::Done));
+        assert_eq!(consume(first), Ok(Outcome::AlreadyUsed));
+        assert_eq!(one(&memory, Op::Issue(token("d", 2)), at(2)), ISSUED);
+    }
+
+    #[test]
+    fn a_batch_answers_each_operation_for_itself() {
+        let memory = memory(10);
+        let t = token("d", 0);
+        let attempts = (1..=3).map(|n| Op::Consume(t.clone(), Serial([n; 16])));
+        let ops: Vec<Op> = [Op::Issue(t.clone())].into_iter().chain(attempts).collect();
+        let answers = memory.run(&ops, at(0));
+        let used = Ok(Outcome::AlreadyUsed);
+        assert_eq!(answers, [ISSUED, Ok(Outcome::Granted), used.clone(), used]);
+    }
+
+    #[test]
+    fn replacing_and_revoking_kill_for_good() {
+        let memory = memory(10);
+        let (old, new) = (token("d", 0), token("d", 1));
+        one(&memory, Op::Issue(old.clone()), at(0)).unwrap();
+        let dead = Dead { hash: old.hash, claims: old.claims.clone() };
+        let replaced = Ok(Outcome::Issued { killed: Some(dead) });
+        assert_eq!(one(&memory, Op::Replace(new.clone()), at(1)), replaced);
+        let used = Ok(Outcome::AlreadyUsed);
+        assert_eq!(one(&memory, Op::Consume(old, Serial([1; 16])), at(1)), used);
+        let revoke = |issued_by_s, spare| {
+            let kill = Kill { device: new.claims.device_id.clone(), issued_by_s, spare };
+            one(&memory, Op::Kill(kill), at(2))
+        };
+        let none = Ok(Outcome::Killed(None));
+        assert_eq!(revoke(new.claims.iat - 1, None), none, "issued later");
+        assert_eq!(revoke(u64::MAX, Some(new.hash)), none, "spared");
+        let dead = Dead { hash: new.hash, claims: new.claims.clone() };
+        assert_eq!(revoke(u64::MAX, None), Ok(Outcome::Killed(Some(dead))));
+        assert_eq!(revoke(u64::MAX, None), none, "already dead");
+        let used = Ok(Outcome::AlreadyUsed);
+        assert_eq!(one(&memory, Op::Consume(new, Serial([1; 16])), at(2)), used);
+    }
+
+    #[test]
+    fn full_is_full_and_the_reaper_makes_room() {
+        let memory = memory(2);
+        one(&memory, Op::Issue(token("a", 0)), at(0)).unwrap();
+        one(&memory, Op::Issue(token("b", 10)), at(10)).unwrap();
+        assert!(memory.status().full);
+        assert_eq!(one(&memory, Op::Issue(token("c", 10)), at(10)), Err(StoreError::Full));
+        assert_eq!(one(&memory, Op::Replace(token("c", 10)), at(10)), Err(StoreError::Full));
+        assert_eq!(one(&memory, Op::Count, at(10)), Ok(Outcome::Counted(2)));
+        assert_eq!(memory.reap(at(300)), Some(at(310).mono_ms));
+        assert_eq!(one(&memory, Op::Count, at(300)), Ok(Outcome::Counted(1)));
+        assert_eq!(one(&memory, Op::Issue(token("c", 255)), at(300)), ISSUED);
+        assert_eq!(memory.reap(at(900)), None);
+        assert_eq!(one(&memory, Op::Count, at(900)), Ok(Outcome::Counted(0)));
+    }
+
+    #[test]
+    fn a_wall_clock_that_jumps_ends_no_token() {
+        let memory = memory(10);
+        let t = token("d", 0);
+        one(&memory, Op::Issue(t.clone()), at(0)).unwrap();
+        let jumped = Now { unix_ms: at(100_000).unix_ms, mono_ms: at(1).mono_ms };
+        assert_eq!(memory.live(&t.hash, jumped).map(|copy| copy.left_ms), Some(299_000));
+    }
+
+    #[test]
+    fn marks_and_carried_tokens_are_entered() {
+        let memory = memory(10);
+        let t = token("d", 0);
+        assert_eq!(one(&memory, Op::Carry(t.clone(), 1000), at(0)), Ok(Outcome::Done));
+        let mark = Op::Mark(t.hash, Mark::Killed, t.claims.clone());
+        assert_eq!(one(&memory, mark, at(0)), Ok(Outcome::Marked(None)));
+        assert_eq!(memory.live(&t.hash, at(0)), None);
+    }
+
+    #[test]
+    fn the_reaper_ends_when_told() {
+        let memory = Arc::new(memory(10));
+        let reaper = Arc::clone(&memory);
+        let thread = std::thread::spawn(move || reaper.reap_forever());
+        memory.stop();
+        thread.join().unwrap();
+    }
+}

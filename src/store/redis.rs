@@ -1,0 +1,187 @@
+//! Tokens in Redis: connections, pipelines with one deadline, and the protocol of the keys.
+//!
+//! | key under the prefix | value | lives |
+//! |---|---|---|
+//! | `token:<jwt>` | JSON: device, token, expiry | until the token's expiry |
+//! | `device:<id>`, the claim | the token | the same |
+//! | `used:<sha256 of the token>`, the mark | `<instance> <serial>` or `<instance> killed` | the token's whole lifetime and a minute |
+//! | `live` | sorted set: hash, expiry in ms | entries pruned |
+//! | `ca` | SHA-256 of the CA certificate | for good |
+//!
+//! Decisions are read from values, never from the reply of `NX`: a reply may be lost, a value stays.
+//! What changes a key that another instance may have changed is compare-and-set, one `EVAL` with one
+//! key. No command names two keys, so clustered servers take them too. Nothing is ever sent twice.
+//! Each operation is a chain of [`Flow`]s, one a round trip; the flows of a batch share their trips.
+
+mod connection;
+mod flow;
+mod layout;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::clock::Now;
+use crate::config;
+use crate::jwt::Signer;
+use crate::store::failover::{Hello, Remote};
+use crate::store::{Answer, Down, Op, Status, StoreError, TokenStore};
+
+use connection::{Pool, Reply};
+use flow::{Flow, Next};
+use layout::Layout;
+
+/// How often an issue also prunes the set of live tokens.
+const PRUNE_EVERY_MS: u64 = 60_000;
+
+/// The store of tokens in Redis.
+#[derive(Debug)]
+pub struct RedisStore {
+    pool: Pool,
+    layout: Layout,
+    timeout: Duration,
+    /// When the set of live tokens is to be pruned next, by [`Now::mono_ms`].
+    prune_at_ms: AtomicU64,
+}
+
+impl RedisStore {
+    /// A store without a connection yet; see [`Remote::connect`]. `instance` is this instance's id,
+    /// 32 hexadecimal digits.
+    ///
+    /// # Errors
+    /// When the address or the private CA cannot be used at all.
+    pub fn new(
+        config: &config::Redis,
+        instance: String,
+        signer: Signer,
+    ) -> Result<Self, StoreError> {
+        Ok(RedisStore {
+            pool: Pool::new(config)?,
+            layout: Layout {
+                prefix: config.key_prefix.clone(),
+                instance,
+                signer,
+                patience_ms: u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
+            },
+            timeout: config.timeout,
+            prune_at_ms: AtomicU64::new(0),
+        })
+    }
+
+    fn prune_is_due(&self, ops: &[Op], now: Now) -> bool {
+        let due = self.prune_at_ms.load(Ordering::Relaxed);
+        let next = now.mono_ms + PRUNE_EVERY_MS;
+        ops.iter().any(|op| matches!(op, Op::Issue(_) | Op::Replace(_)))
+            && now.mono_ms >= due
+            && self
+                .prune_at_ms
+                .compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
+    }
+}
+
+impl TokenStore for RedisStore {
+    fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
+        let mut flows: Vec<Running> =
+            ops.iter().map(|op| Running::new(flow::of(op, now))).collect();
+        if self.prune_is_due(ops, now) {
+            flows.push(Running::new(Box::new(flow::Prune)));
+        }
+        let deadline = Instant::now() + self.timeout;
+        if let Err(broken) = self.run_flows(&mut flows, deadline) {
+            flows.iter_mut().for_each(|flow| flow.fail(&self.layout, &broken));
+        }
+        flows.truncate(ops.len());
+        flows.into_iter().map(Running::into_answer).collect()
+    }
+
+    fn status(&self) -> Status {
+        Status { redis_enabled: true, redis_serves: self.pool.is_open(), ..Status::default() }
+    }
+}
+
+impl RedisStore {
+    /// Round trip after round trip until every flow has its answer. A connection that failed is
+    /// closed, and its flows are not run again.
+    fn run_flows(&self, flows: &mut [Running], deadline: Instant) -> Result<(), Down> {
+        let mut connection = self.pool.take(deadline)?;
+        while flows.iter().any(Running::is_waiting) {
+            let mut commands = layout::Commands::default();
+            let counts: Vec<usize> =
+                flows.iter().map(|flow| flow.send(&self.layout, &mut commands)).collect();
+            let replies = connection.round_trip(&commands, deadline)?;
+            let mut replies = replies.into_iter();
+            for (flow, count) in flows.iter_mut().zip(counts) {
+                flow.receive(&self.layout, replies.by_ref().take(count).collect());
+            }
+        }
+        self.pool.put_back(connection);
+        Ok(())
+    }
+}
+
+/// A flow under way, or its answer.
+enum Running {
+    Waiting(Box<dyn Flow>),
+    Answered(Answer),
+}
+
+impl Running {
+    const UNDECIDED: Running = Running::Answered(Err(StoreError::Undecided));
+
+    fn new(flow: Box<dyn Flow>) -> Self {
+        Running::Waiting(flow)
+    }
+
+    fn is_waiting(&self) -> bool {
+        matches!(self, Running::Waiting(_))
+    }
+
+    /// Adds the commands of this trip; answers how many.
+    fn send(&self, layout: &Layout, commands: &mut layout::Commands) -> usize {
+        let before = commands.count();
+        if let Running::Waiting(flow) = self {
+            flow.send(layout, commands);
+        }
+        commands.count() - before
+    }
+
+    fn receive(&mut self, layout: &Layout, replies: Vec<Reply>) {
+        if !self.is_waiting() {
+            return;
+        }
+        let Running::Waiting(flow) = std::mem::replace(self, Running::UNDECIDED) else { return };
+        let dying = flow.dying(layout);
+        *self = match flow.receive(layout, replies) {
+            Next::Trip(flow) => Running::Waiting(flow),
+            Next::Done(Err(StoreError::Down(down))) => {
+                Running::Answered(Err(StoreError::Down(Down { dying, ..down })))
+            }
+            Next::Done(answer) => Running::Answered(answer),
+        };
+    }
+
+    fn fail(&mut self, layout: &Layout, broken: &Down) {
+        if let Running::Waiting(flow) = self {
+            let down = Down { dying: flow.dying(layout), ..broken.clone() };
+            *self = Running::Answered(Err(StoreError::Down(down)));
+        }
+    }
+
+    fn into_answer(self) -> Answer {
+        match self {
+            Running::Answered(answer) => answer,
+            Running::Waiting(_) => Err(StoreError::Undecided),
+        }
+    }
+}
+
+impl Remote for RedisStore {
+    fn connect(&self, ca_fingerprint: Option<&str>) -> Result<Hello, StoreError> {
+        self.pool
+            .reopen(|connection, deadline| self.layout.greet(connection, ca_fingerprint, deadline))
+    }
+
+    fn disconnect(&self) {
+        self.pool.close();
+    }
+}

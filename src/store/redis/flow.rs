@@ -1,0 +1,658 @@
+//! The protocol: for each operation, what is sent in a round trip and what its replies decide.
+//!
+//! A [`Flow`] is one round trip of one operation; `send` and `receive` stand beside each other, and
+//! `receive` names the next trip or the answer. The order of the commands in a trip matters: the
+//! value that decides is read last, after everything that could change it.
+
+use std::vec::IntoIter;
+
+use redis::Value;
+
+use super::connection::Reply;
+use super::layout::{Commands, Layout, mark_ms};
+use crate::clock::Now;
+use crate::jwt::{Claims, Token, TokenHash};
+use crate::serial::Serial;
+use crate::store::{Answer, Dead, Down, Kill, Mark, Op, Outcome, StoreError};
+
+/// A claim whose token has been marked for this long is not waited for.
+const MARKED_LONG_MS: u64 = 30_000;
+/// How often a replacement tries to take over a claim that others keep changing.
+const REPLACE_TRIES: u8 = 3;
+/// Entries of the set of live tokens are kept this long after their end …
+const PRUNE_AFTER_MS: u64 = 3_600_000;
+/// … and this many are removed at once.
+const PRUNE_MOST: usize = 1000;
+
+/// One round trip of one operation.
+pub(super) trait Flow {
+    /// Adds this trip's commands.
+    fn send(&self, layout: &Layout, out: &mut Commands);
+
+    /// Reads its replies, one for each command.
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next;
+
+    /// The token that this trip replaces: it must die even if the trip fails.
+    fn dying(&self, _: &Layout) -> Option<Box<Dead>> {
+        None
+    }
+}
+
+/// What comes after a round trip.
+pub(super) enum Next {
+    Trip(Box<dyn Flow>),
+    Done(Answer),
+}
+
+impl Next {
+    fn trip(flow: impl Flow + 'static) -> Result<Next, StoreError> {
+        Ok(Next::Trip(Box::new(flow)))
+    }
+
+    fn done(outcome: Outcome) -> Result<Next, StoreError> {
+        Ok(Next::Done(Ok(outcome)))
+    }
+
+    fn of(result: Result<Next, StoreError>) -> Next {
+        result.unwrap_or_else(|error| Next::Done(Err(error)))
+    }
+}
+
+/// The first trip of an operation.
+pub(super) fn of(op: &Op, now: Now) -> Box<dyn Flow> {
+    match op {
+        Op::Issue(token) => Box::new(Issue::new(token.clone(), now)),
+        Op::Replace(token) => Box::new(Replace(Issue::new(token.clone(), now))),
+        Op::TakeBack(token) | Op::Finish(token) => Box::new(Remove(token.clone())),
+        Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
+        Op::GiveBack(token, serial) => {
+            Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
+        }
+        Op::Kill(kill) => Box::new(FindClaim(kill.clone())),
+        Op::Count => Box::new(Count { now_ms: now.unix_ms }),
+        Op::Mark(hash, mark, claims) => {
+            Box::new(Enter { hash: *hash, mark: *mark, claims: claims.clone() })
+        }
+        Op::Carry(token, left_ms) => {
+            Box::new(Carry { token: token.clone(), left_ms: (*left_ms).max(1) })
+        }
+    }
+}
+
+/// Replies in the order of their commands.
+pub(super) struct Replies {
+    rest: IntoIter<Reply>,
+}
+
+impl Replies {
+    pub fn new(replies: Vec<Reply>) -> Self {
+        Replies { rest: replies.into_iter() }
+    }
+
+    /// The replies, if none is an error; else that error, and whether others were carried out.
+    pub fn all_or_error(replies: Vec<Reply>) -> Result<Self, StoreError> {
+        let answered = replies.iter().any(Result::is_ok);
+        match replies.iter().find_map(|reply| reply.as_ref().err()) {
+            None => Ok(Self::new(replies)),
+            Some(error) => Err(maybe_done(error.clone(), answered)),
+        }
+    }
+
+    fn next(&mut self) -> Reply {
+        self.rest.next().unwrap_or_else(|| Err(unexpected("no reply")))
+    }
+
+    /// Passes over a reply that decides nothing.
+    fn skip(&mut self) {
+        let _decides_nothing = self.next();
+    }
+
+    /// A text, or nothing where the key is not there.
+    pub fn text(&mut self) -> Result<Option<String>, StoreError> {
+        match self.next()? {
+            Value::Nil => Ok(None),
+            Value::Okay => Ok(Some("OK".to_owned())),
+            Value::SimpleString(text) => Ok(Some(text)),
+            Value::BulkString(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+            Value::VerbatimString { text, .. } => Ok(Some(text)),
+            _ => Err(unexpected("not a text")),
+        }
+    }
+
+    pub fn number(&mut self) -> Result<i64, StoreError> {
+        match self.next()? {
+            Value::Int(number) => Ok(number),
+            _ => Err(unexpected("not a number")),
+        }
+    }
+
+    fn texts(&mut self) -> Result<Vec<String>, StoreError> {
+        let Value::Array(items) = self.next()? else { return Err(unexpected("not a list")) };
+        let mut items = Replies::new(items.into_iter().map(Ok).collect());
+        std::iter::from_fn(|| items.rest.len().ne(&0).then(|| items.text()))
+            .map(|text| text.map(Option::unwrap_or_default))
+            .collect()
+    }
+}
+
+/// The same error, with whether a command of the trip may have been carried out all the same.
+fn maybe_done(error: StoreError, maybe_done: bool) -> StoreError {
+    match error {
+        StoreError::Down(down) => StoreError::Down(Down { maybe_done, ..down }),
+        other => other,
+    }
+}
+
+fn unexpected(what: &str) -> StoreError {
+    StoreError::Failed(format!("unexpected reply from Redis: {what}"))
+}
+
+/// Issuing, first trip: token, claim if it is free, and then whose the claim is.
+#[derive(Clone)]
+struct Issue {
+    token: Token,
+    left_ms: u64,
+    now_ms: u64,
+}
+
+impl Issue {
+    fn new(token: Token, now: Now) -> Self {
+        let left_ms = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms).max(1);
+        Issue { token, left_ms, now_ms: now.unix_ms }
+    }
+
+    fn already_active(&self, layout: &Layout, other: &str, claim_left: i64) -> Outcome {
+        let by_claim = self.now_ms + u64::try_from(claim_left).unwrap_or(0);
+        let by_token = layout.signer.verify_signature(other).map(|claims| claims.exp * 1000);
+        Outcome::AlreadyActive { expires_at_ms: by_token.unwrap_or(by_claim) }
+    }
+}
+
+impl Flow for Issue {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.set_token(&self.token, self.left_ms));
+        out.push(&layout.claim_if_free(&self.token, self.left_ms));
+        out.push(&layout.get_claim(&self.token.claims.device_id));
+        out.push(&layout.add_live(&self.token));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            replies.skip();
+            replies.skip();
+            match replies.text()? {
+                Some(holder) if holder == self.token.compact => {
+                    Next::done(Outcome::Issued { killed: None })
+                }
+                // An older claim ended between the two commands, just now.
+                None => Next::trip(*self),
+                Some(other) => Next::trip(Contest { issue: *self, other }),
+            }
+        }))
+    }
+}
+
+/// Issuing, second trip: another token holds the claim. Ours is taken back; is the other one alive?
+struct Contest {
+    issue: Issue,
+    other: String,
+}
+
+impl Flow for Contest {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        let Issue { token, .. } = &self.issue;
+        let other = TokenHash::of(&self.other);
+        out.push(&layout.delete_token(&token.compact));
+        out.push(&layout.remove_live(&token.hash));
+        out.push(&layout.exists_token(&self.other));
+        out.push(&layout.get_mark(&other));
+        out.push(&layout.mark_left(&other));
+        out.push(&layout.claim_left(&token.claims.device_id));
+    }
+
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            replies.skip();
+            replies.skip();
+            let gone = replies.number()? == 0;
+            let marked = replies.text()?.is_some();
+            let mark_left = replies.number()?;
+            let claim_left = replies.number()?;
+            let claims = layout.claims_of(&self.other, &self.issue.token.claims.device_id);
+            let age = age_ms(claims.lifetime_s() * 1000, claim_left);
+            let marked_long = marked && age_ms(mark_ms(&claims), mark_left) > MARKED_LONG_MS;
+            let stale = age > 2 * layout.patience_ms && (gone || marked_long);
+            if !stale {
+                let outcome = self.issue.already_active(layout, &self.other, claim_left);
+                return Next::done(outcome);
+            }
+            Next::trip(TakeOver { issue: self.issue, stale: self.other })
+        }))
+    }
+}
+
+/// How old a key is that was set to live for `whole` and has `left` (a reply of `PTTL`). One that is
+/// gone or never ends is as old as can be.
+fn age_ms(whole: u64, left: i64) -> u64 {
+    u64::try_from(left).map_or(u64::MAX, |left| whole.saturating_sub(left))
+}
+
+/// Issuing, third trip: the claim is stale and is taken over, unless another was faster.
+struct TakeOver {
+    issue: Issue,
+    stale: String,
+}
+
+impl Flow for TakeOver {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        let Issue { token, left_ms, .. } = &self.issue;
+        out.push(&layout.set_token(token, *left_ms));
+        out.push(&layout.add_live(token));
+        out.push(&layout.take_claim_over(&self.stale, token, *left_ms));
+        out.push(&layout.claim_if_free(token, *left_ms));
+        out.push(&layout.get_claim(&token.claims.device_id));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            (0..4).for_each(|_| replies.skip());
+            match replies.text()? {
+                Some(holder) if holder == self.issue.token.compact => {
+                    Next::done(Outcome::Issued { killed: None })
+                }
+                holder => Next::trip(Yield { issue: self.issue, holder }),
+            }
+        }))
+    }
+}
+
+/// The claim went to another after all: the new token is removed again.
+struct Yield {
+    issue: Issue,
+    holder: Option<String>,
+}
+
+impl Flow for Yield {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.delete_token(&self.issue.token.compact));
+        out.push(&layout.remove_live(&self.issue.token.hash));
+    }
+
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|_| {
+            let holder = self.holder.unwrap_or_default();
+            Next::done(self.issue.already_active(layout, &holder, 0))
+        }))
+    }
+}
+
+/// Replacing, first trip: the new token stands before the claim names it.
+struct Replace(Issue);
+
+impl Flow for Replace {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.set_token(&self.0.token, self.0.left_ms));
+        out.push(&layout.add_live(&self.0.token));
+        out.push(&layout.claim_if_free(&self.0.token, self.0.left_ms));
+        out.push(&layout.get_claim(&self.0.token.claims.device_id));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            (0..3).for_each(|_| replies.skip());
+            match replies.text()? {
+                Some(holder) if holder == self.0.token.compact => {
+                    Next::done(Outcome::Issued { killed: None })
+                }
+                None => Next::trip(*self),
+                Some(old) => Next::trip(Supplant { issue: self.0, old, tries: REPLACE_TRIES }),
+            }
+        }))
+    }
+}
+
+/// Replacing, second trip: take the claim over from the token that holds it.
+struct Supplant {
+    issue: Issue,
+    old: String,
+    tries: u8,
+}
+
+impl Flow for Supplant {
+    fn dying(&self, layout: &Layout) -> Option<Box<Dead>> {
+        let claims = layout.claims_of(&self.old, &self.issue.token.claims.device_id);
+        Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims }))
+    }
+
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        let Issue { token, left_ms, .. } = &self.issue;
+        out.push(&layout.take_claim_over(&self.old, token, *left_ms));
+        out.push(&layout.claim_if_free(token, *left_ms));
+        out.push(&layout.get_claim(&token.claims.device_id));
+    }
+
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            let taken = replies.number()? == 1;
+            replies.skip();
+            let holder = replies.text()?;
+            let Supplant { issue, old, tries } = *self;
+            if taken || holder.as_deref() == Some(&issue.token.compact) {
+                let claims = layout.claims_of(&old, &issue.token.claims.device_id);
+                return Next::trip(KillOld { old, claims });
+            }
+            match holder {
+                Some(old) if tries > 1 => Next::trip(Supplant { issue, old, tries: tries - 1 }),
+                holder => Next::trip(Yield { issue, holder }),
+            }
+        }))
+    }
+}
+
+/// Replacing, third trip: the old token dies, and never without a mark.
+struct KillOld {
+    old: String,
+    claims: Claims,
+}
+
+impl Flow for KillOld {
+    fn dying(&self, _: &Layout) -> Option<Box<Dead>> {
+        Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims: self.claims.clone() }))
+    }
+
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        push_kill(layout, out, &self.old, &self.claims);
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        let killed = Dead { hash: TokenHash::of(&self.old), claims: self.claims };
+        Next::of(
+            Replies::all_or_error(replies)
+                .and_then(|_| Next::done(Outcome::Issued { killed: Some(killed) })),
+        )
+    }
+}
+
+/// Mark first: an instance that holds a copy might carry the token over.
+fn push_kill(layout: &Layout, out: &mut Commands, compact: &str, claims: &Claims) {
+    let hash = TokenHash::of(compact);
+    out.push(&layout.set_mark(&hash, &layout.mark(Mark::Killed), mark_ms(claims)));
+    out.push(&layout.delete_token(compact));
+    out.push(&layout.remove_live(&hash));
+}
+
+/// Revoking, first trip: which token holds the claim?
+struct FindClaim(Kill);
+
+impl Flow for FindClaim {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.get_claim(&self.0.device));
+    }
+
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::new(replies).text().and_then(|claim| {
+            let Some(compact) = claim else { return Next::done(Outcome::Killed(None)) };
+            let claims = layout.claims_of(&compact, &self.0.device);
+            let spared = self.0.spare == Some(TokenHash::of(&compact));
+            if spared || claims.iat > self.0.issued_by_s {
+                return Next::done(Outcome::Killed(None));
+            }
+            Next::trip(KillClaimed { device: self.0, compact, claims })
+        }))
+    }
+}
+
+/// Revoking, second trip: the token dies, then the claim is freed.
+struct KillClaimed {
+    device: Kill,
+    compact: String,
+    claims: Claims,
+}
+
+impl Flow for KillClaimed {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        push_kill(layout, out, &self.compact, &self.claims);
+        out.push(&layout.free_claim(&self.device.device, &self.compact));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            replies.skip();
+            let was_live = replies.number()? == 1;
+            let dead = Dead { hash: TokenHash::of(&self.compact), claims: self.claims };
+            Next::done(Outcome::Killed(was_live.then_some(dead)))
+        }))
+    }
+}
+
+/// Consuming, first trip: our mark if there is none, the token, and then whose the mark is.
+struct Consume {
+    token: Token,
+    serial: Serial,
+}
+
+impl Flow for Consume {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        let Token { compact, hash, claims } = &self.token;
+        let mark = layout.mark(Mark::Serial(self.serial));
+        out.push(&layout.mark_if_free(hash, &mark, claims));
+        out.push(&layout.exists_token(compact));
+        out.push(&layout.get_mark(hash));
+    }
+
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(marked_or_not(replies).and_then(|mut replies| {
+            replies.skip();
+            let there = replies.number()? == 1;
+            let Some(mark) = replies.text()? else { return Err(StoreError::Undecided) };
+            if mark == layout.mark(Mark::Serial(self.serial)) {
+                return self.marked(there);
+            }
+            if layout.is_own_attempt(&mark) {
+                return Next::trip(TakeMarkOver { attempt: *self, dead: mark });
+            }
+            Next::done(Outcome::AlreadyUsed)
+        }))
+    }
+}
+
+impl Consume {
+    /// Our mark stands. Without the token it is withdrawn: an instance that still has to carry the
+    /// token over would find it burnt.
+    fn marked(self, there: bool) -> Result<Next, StoreError> {
+        if there {
+            return Next::done(Outcome::Granted);
+        }
+        let (hash, serial) = (self.token.hash, self.serial);
+        Next::trip(Withdraw { hash, serial, then: Outcome::Unknown })
+    }
+}
+
+/// The replies; or the error, and whether our mark may stand although there was one.
+fn marked_or_not(replies: Vec<Reply>) -> Result<Replies, StoreError> {
+    let maybe_marked = replies.first().is_some_and(Result::is_ok);
+    Replies::all_or_error(replies).map_err(|error| maybe_done(error, maybe_marked))
+}
+
+/// Consuming, second trip: the mark is of an older attempt of this instance, of which no certificate
+/// came and which no longer runs (both known to the caller): it is dead and taken over.
+struct TakeMarkOver {
+    attempt: Consume,
+    dead: String,
+}
+
+impl Flow for TakeMarkOver {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        let Token { compact, hash, claims } = &self.attempt.token;
+        let mark = layout.mark(Mark::Serial(self.attempt.serial));
+        out.push(&layout.take_mark_over(hash, &self.dead, &mark, claims));
+        out.push(&layout.exists_token(compact));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(marked_or_not(replies).and_then(|mut replies| {
+            let taken = replies.number()? == 1;
+            let there = replies.number()? == 1;
+            if !taken {
+                return Next::done(Outcome::AlreadyUsed);
+            }
+            self.attempt.marked(there)
+        }))
+    }
+}
+
+/// Giving back: the mark is removed if it is still ours.
+struct Withdraw {
+    hash: TokenHash,
+    serial: Serial,
+    then: Outcome,
+}
+
+impl Flow for Withdraw {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.withdraw_mark(&self.hash, &layout.mark(Mark::Serial(self.serial))));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        // A refusal leaves the mark where it is.
+        let withdrawn = Replies::new(replies).number().map_err(|error| maybe_done(error, true));
+        Next::of(withdrawn.and_then(|_| Next::done(self.then)))
+    }
+}
+
+/// The token is used up, or was never handed out: claim, token and count go.
+struct Remove(Token);
+
+impl Flow for Remove {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        let Token { compact, hash, claims } = &self.0;
+        out.push(&layout.free_claim(&claims.device_id, compact));
+        out.push(&layout.delete_token(compact));
+        out.push(&layout.remove_live(hash));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(Outcome::Done)))
+    }
+}
+
+/// Counting: by score, so expired entries need no pruning to be left out.
+struct Count {
+    now_ms: u64,
+}
+
+impl Flow for Count {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.count_live(self.now_ms));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(
+            Replies::new(replies)
+                .number()
+                .and_then(|count| Next::done(Outcome::Counted(u64::try_from(count).unwrap_or(0)))),
+        )
+    }
+}
+
+/// Carry-over of what is known here as used or killed: who has marked it meanwhile, then our mark
+/// without `NX` (a foreign one may be tentative and withdrawn), then the token goes.
+struct Enter {
+    hash: TokenHash,
+    mark: Mark,
+    claims: Claims,
+}
+
+impl Flow for Enter {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.get_mark(&self.hash));
+        out.push(&layout.set_mark(&self.hash, &layout.mark(self.mark), mark_ms(&self.claims)));
+        out.push(&layout.remove_live(&self.hash));
+        // Of a token that an earlier run of this instance redeemed, only hash and times are known.
+        let again = layout.signer.sign(self.claims.clone());
+        if again.hash == self.hash {
+            out.push(&layout.delete_token(&again.compact));
+            out.push(&layout.free_claim(&self.claims.device_id, &again.compact));
+        }
+    }
+
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            let twice = replies.text()?.filter(|other| {
+                matches!(self.mark, Mark::Serial(_))
+                    && !other.ends_with(" killed")
+                    && !layout.is_own_attempt(other)
+            });
+            Next::done(Outcome::Marked(twice))
+        }))
+    }
+}
+
+/// Carry-over of a live token. Whatever mark stands does not matter: if it is another's, the token
+/// stays refused; if it is tentative, it will be withdrawn.
+struct Carry {
+    token: Token,
+    left_ms: u64,
+}
+
+impl Flow for Carry {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.set_token(&self.token, self.left_ms));
+        out.push(&layout.add_live(&self.token));
+        out.push(&layout.claim_if_free(&self.token, self.left_ms));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(Outcome::Done)))
+    }
+}
+
+/// Pruning, first trip: what time is it, by the clock that all instances share?
+pub(super) struct Prune;
+
+impl Flow for Prune {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.time());
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::new(replies).texts().and_then(|time| {
+            let seconds = time.first().and_then(|s| s.parse::<u64>().ok());
+            let now_ms = seconds.ok_or_else(|| unexpected("not a time"))? * 1000;
+            Next::trip(FindEnded { until_ms: now_ms.saturating_sub(PRUNE_AFTER_MS) })
+        }))
+    }
+}
+
+/// Pruning, second trip: which entries ended long ago?
+struct FindEnded {
+    until_ms: u64,
+}
+
+impl Flow for FindEnded {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.oldest_live(self.until_ms, PRUNE_MOST));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::new(replies).texts().and_then(|members| {
+            if members.is_empty() {
+                return Next::done(Outcome::Done);
+            }
+            Next::trip(RemoveEnded(members))
+        }))
+    }
+}
+
+/// Pruning, third trip.
+struct RemoveEnded(Vec<String>);
+
+impl Flow for RemoveEnded {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.remove_live_members(&self.0));
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::new(replies).number().and_then(|_| Next::done(Outcome::Done)))
+    }
+}

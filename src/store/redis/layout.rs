@@ -1,0 +1,260 @@
+//! The key layout, compare-and-set, and the first words on a new connection.
+
+use std::time::Instant;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use redis::{Cmd, ToRedisArgs, cmd};
+
+use super::connection::Connection;
+use super::flow::Replies;
+use crate::device::DeviceId;
+use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
+use crate::store::failover::Hello;
+use crate::store::ledger::MARGIN_MS;
+use crate::store::{Down, Mark, StoreError};
+
+/// Compare-and-set: 1 if the key held the expected value and now holds the new one.
+const COMPARE_AND_SET: &str = "if redis.call('GET',KEYS[1])==ARGV[1] then \
+    redis.call('SET',KEYS[1],ARGV[2],'PX',ARGV[3]) return 1 else return 0 end";
+/// Compare-and-delete: 1 if the key held the expected value and is gone.
+const COMPARE_AND_DELETE: &str =
+    "if redis.call('GET',KEYS[1])==ARGV[1] then return redis.call('DEL',KEYS[1]) else return 0 end";
+
+/// Names, values and times of the keys.
+#[derive(Debug)]
+pub(super) struct Layout {
+    pub prefix: String,
+    pub instance: String,
+    pub signer: Signer,
+    /// `REDIS_TIMEOUT_MS`: an issue that is still under way is not older than twice this.
+    pub patience_ms: u64,
+}
+
+/// Commands packed for one write.
+#[derive(Default)]
+pub(super) struct Commands {
+    bytes: Vec<u8>,
+    count: usize,
+}
+
+impl Commands {
+    pub fn push(&mut self, command: &Cmd) {
+        command.write_packed_command(&mut self.bytes);
+        self.count += 1;
+    }
+
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Layout {
+    fn key(&self, kind: &str, name: &str) -> String {
+        [&self.prefix, kind, name].concat()
+    }
+
+    /// Does not change anything that another instance might have changed before.
+    pub fn set_token(&self, token: &Token, left_ms: u64) -> Cmd {
+        let (device, compact) = (&token.claims.device_id, &token.compact);
+        let expires_ms = token.claims.exp * 1000;
+        // Neither name nor token needs escaping.
+        let json =
+            format!(r#"{{"deviceId":"{device}","token":"{compact}","expiresAt":{expires_ms}}}"#);
+        command("SET", self.key("token:", compact)).arg(json).arg("PX").arg(left_ms).to_owned()
+    }
+
+    pub fn delete_token(&self, compact: &str) -> Cmd {
+        command("DEL", self.key("token:", compact))
+    }
+
+    pub fn exists_token(&self, compact: &str) -> Cmd {
+        command("EXISTS", self.key("token:", compact))
+    }
+
+    pub fn claim_if_free(&self, token: &Token, left_ms: u64) -> Cmd {
+        let key = self.key("device:", token.claims.device_id.as_str());
+        command("SET", key).arg(&token.compact).arg("NX").arg("PX").arg(left_ms).to_owned()
+    }
+
+    pub fn get_claim(&self, device: &DeviceId) -> Cmd {
+        command("GET", self.key("device:", device.as_str()))
+    }
+
+    pub fn claim_left(&self, device: &DeviceId) -> Cmd {
+        command("PTTL", self.key("device:", device.as_str()))
+    }
+
+    pub fn take_claim_over(&self, from: &str, token: &Token, left_ms: u64) -> Cmd {
+        let key = self.key("device:", token.claims.device_id.as_str());
+        compare_and_set(&key, from, &token.compact, left_ms)
+    }
+
+    pub fn free_claim(&self, device: &DeviceId, compact: &str) -> Cmd {
+        compare_and_delete(&self.key("device:", device.as_str()), compact)
+    }
+
+    pub fn mark_if_free(&self, hash: &TokenHash, mark: &str, claims: &Claims) -> Cmd {
+        self.set_mark(hash, mark, mark_ms(claims)).arg("NX").to_owned()
+    }
+
+    /// Over whatever stands there.
+    pub fn set_mark(&self, hash: &TokenHash, mark: &str, lasts_ms: u64) -> Cmd {
+        command("SET", self.mark_key(hash)).arg(mark).arg("PX").arg(lasts_ms).to_owned()
+    }
+
+    pub fn get_mark(&self, hash: &TokenHash) -> Cmd {
+        command("GET", self.mark_key(hash))
+    }
+
+    pub fn mark_left(&self, hash: &TokenHash) -> Cmd {
+        command("PTTL", self.mark_key(hash))
+    }
+
+    pub fn take_mark_over(&self, hash: &TokenHash, from: &str, to: &str, claims: &Claims) -> Cmd {
+        compare_and_set(&self.mark_key(hash), from, to, mark_ms(claims))
+    }
+
+    pub fn withdraw_mark(&self, hash: &TokenHash, mark: &str) -> Cmd {
+        compare_and_delete(&self.mark_key(hash), mark)
+    }
+
+    fn mark_key(&self, hash: &TokenHash) -> String {
+        self.key("used:", &hash.to_string())
+    }
+
+    pub fn add_live(&self, token: &Token) -> Cmd {
+        command("ZADD", self.key("live", ""))
+            .arg(token.claims.exp * 1000)
+            .arg(member(&token.hash))
+            .to_owned()
+    }
+
+    pub fn remove_live(&self, hash: &TokenHash) -> Cmd {
+        command("ZREM", self.key("live", "")).arg(member(hash)).to_owned()
+    }
+
+    /// Seconds since 1970 and microseconds, by the clock that all instances share.
+    pub fn time(&self) -> Cmd {
+        cmd("TIME")
+    }
+
+    pub fn remove_live_members(&self, members: &[String]) -> Cmd {
+        command("ZREM", self.key("live", "")).arg(members).to_owned()
+    }
+
+    pub fn count_live(&self, after_ms: u64) -> Cmd {
+        command("ZCOUNT", self.key("live", "")).arg(format!("({after_ms}")).arg("+inf").to_owned()
+    }
+
+    pub fn oldest_live(&self, until_ms: u64, most: usize) -> Cmd {
+        command("ZRANGEBYSCORE", self.key("live", ""))
+            .arg("-inf")
+            .arg(until_ms)
+            .arg("LIMIT")
+            .arg(0)
+            .arg(most)
+            .to_owned()
+    }
+
+    /// `<instance> <serial>` or `<instance> killed`.
+    pub fn mark(&self, mark: Mark) -> String {
+        match mark {
+            Mark::Serial(serial) => format!("{} {serial}", self.instance),
+            Mark::Killed => format!("{} killed", self.instance),
+        }
+    }
+
+    /// A mark of this instance that names a serial. It is dead if no certificate came of it.
+    pub fn is_own_attempt(&self, mark: &str) -> bool {
+        mark.split_once(' ')
+            .is_some_and(|(instance, what)| instance == self.instance && what != "killed")
+    }
+
+    /// The claims of a token found in Redis; of one that is not ours, the little that is known.
+    pub fn claims_of(&self, compact: &str, device: &DeviceId) -> Claims {
+        self.signer.verify_signature(compact).unwrap_or_else(|_| Claims {
+            device_id: device.clone(),
+            iat: 0,
+            exp: MAX_LIFETIME_S,
+            jti: None,
+        })
+    }
+
+    /// Who are you, can I write, and whose CA do you know? In one round trip, and the writing is
+    /// real: a server that is full or a replica refuses only writes.
+    pub fn greet(
+        &self,
+        connection: &mut Connection,
+        ca: Option<&str>,
+        deadline: Instant,
+    ) -> Result<Hello, StoreError> {
+        let key = self.key("ca", "");
+        let mut commands = Commands::default();
+        commands.push(&command("INFO", "server"));
+        commands.push(&command("INFO", "memory"));
+        commands.push(&compare_and_delete(&key, ""));
+        if let Some(ca) = ca {
+            commands.push(command("SET", &key).arg(ca).arg("NX"));
+        }
+        commands.push(&command("GET", &key));
+        let mut replies =
+            Replies::new(connection.round_trip(&commands, deadline).map_err(StoreError::Down)?);
+        let server = replies.text().ok().flatten().unwrap_or_default();
+        let memory = replies.text().ok().flatten().unwrap_or_default();
+        replies.number().map_err(needs_eval)?;
+        if ca.is_some() {
+            replies.text()?;
+        }
+        let entered = replies.text()?;
+        Ok(Hello {
+            run_id: info(&server, "run_id"),
+            eviction: info(&memory, "maxmemory_policy").filter(|policy| policy != "noeviction"),
+            foreign_ca: entered.filter(|entered| ca.is_some_and(|ca| ca != entered)),
+        })
+    }
+}
+
+/// The error of the compare-and-delete in the greeting, with what to do about it.
+fn needs_eval(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Down(down) if down.why.starts_with("NOPERM") => {
+            let why = format!("{} (the user needs +eval, see README)", down.why);
+            StoreError::Down(Down { why, ..down })
+        }
+        other => other,
+    }
+}
+
+/// How long a mark stands: the token's whole lifetime and a minute, whatever our clock says.
+pub(super) fn mark_ms(claims: &Claims) -> u64 {
+    claims.lifetime_s() * 1000 + MARGIN_MS
+}
+
+/// The token's name in the set of live tokens: half its hash.
+fn member(hash: &TokenHash) -> String {
+    let (half, _) = hash.0.split_at(16);
+    BASE64URL.encode(half)
+}
+
+/// The value of `name:` in an `INFO` reply.
+fn info(text: &str, name: &str) -> Option<String> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().to_owned())
+}
+
+fn command(name: &'static str, key: impl ToRedisArgs) -> Cmd {
+    cmd(name).arg(key).to_owned()
+}
+
+fn compare_and_set(key: &str, from: &str, to: &str, lasts_ms: u64) -> Cmd {
+    command("EVAL", COMPARE_AND_SET).arg(1).arg(key).arg(from).arg(to).arg(lasts_ms).to_owned()
+}
+
+fn compare_and_delete(key: &str, value: &str) -> Cmd {
+    command("EVAL", COMPARE_AND_DELETE).arg(1).arg(key).arg(value).to_owned()
+}
