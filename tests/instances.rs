@@ -131,7 +131,7 @@ fn two_onboardings_of_one_device_a_thousand_times() {
     let (one, two) = pair(&redis);
     // Every other round both go to the same instance.
     let server = |round: usize, side: usize| {
-        if round.is_multiple_of(2) && side == 1 { two.http } else { one.http }
+        if side == 1 && round.is_multiple_of(2) { two.http } else { one.http }
     };
     let barrier = Barrier::new(2);
     let side = |side: usize| -> Vec<(u16, String)> {

@@ -80,6 +80,15 @@ pub fn parse_utc(text: &str) -> u64 {
     u64::try_from(days * 86_400 + hour * 3600 + minute * 60 + second).unwrap()
 }
 
+/// `2025-11-27T10:00:00.000Z`, by `date`, which shares no code with [`parse_utc`].
+pub fn rfc3339(unix_s: u64) -> String {
+    let args = ["-u", "-d", &format!("@{unix_s}"), "+%Y-%m-%dT%H:%M:%S.000Z"];
+    String::from_utf8(Command::new("date").args(args).output().unwrap().stdout)
+        .unwrap()
+        .trim()
+        .to_owned()
+}
+
 /// The library, as the `faketime` command itself preloads it; `$LIB` in it is the linker's.
 fn library() -> String {
     let output = Command::new("faketime")

@@ -29,6 +29,7 @@ pub struct Setup {
     args: Vec<String>,
     dir: TempDir,
     data_dir: bool,
+    port_variable: bool,
     port: u16,
 }
 
@@ -40,6 +41,7 @@ impl Setup {
             args: vec![],
             dir: TempDir::new(),
             data_dir: true,
+            port_variable: true,
             port: wait::free_port(),
         }
     }
@@ -69,6 +71,18 @@ impl Setup {
     /// Leaves `DATA_DIR` unset; the program runs in the folder, so `./data` is in it.
     pub fn without_data_dir(mut self) -> Self {
         self.data_dir = false;
+        self
+    }
+
+    /// Leaves `PORT` unset.
+    pub fn without_port(mut self) -> Self {
+        self.port_variable = false;
+        self
+    }
+
+    /// Looks for the server on this port; does not tell the program.
+    pub fn on_port(mut self, port: u16) -> Self {
+        self.port = port;
         self
     }
 
@@ -114,9 +128,22 @@ impl Setup {
     /// Runs the program until it ends by itself, at most 20 s.
     #[track_caller]
     pub fn run(self) -> Exit {
+        self.run_and_keep().0
+    }
+
+    /// As [`Setup::run`]; what it left in its folder stays until the second is dropped.
+    #[track_caller]
+    pub fn run_and_keep(self) -> (Exit, Service) {
         let mut service = Service::new(self);
         service.spawn();
-        service.wait_exit()
+        (service.wait_exit(), service)
+    }
+
+    /// Runs the program; none if it has not ended after `limit`.
+    pub fn run_within(self, limit: Duration) -> Option<Exit> {
+        let mut service = Service::new(self);
+        service.spawn();
+        service.exit_within(limit)
     }
 }
 
@@ -163,7 +190,10 @@ impl Service {
         if !setup.wrapper.is_empty() {
             command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
         }
-        command.env("HTTP_HOST", "127.0.0.1").env("PORT", setup.port.to_string());
+        command.env("HTTP_HOST", "127.0.0.1");
+        if setup.port_variable {
+            command.env("PORT", setup.port.to_string());
+        }
         if setup.data_dir {
             command.env("DATA_DIR", setup.data(""));
         }
@@ -192,11 +222,15 @@ impl Service {
     /// Waits until the process ends by itself, at most 20 s.
     #[track_caller]
     pub fn wait_exit(&mut self) -> Exit {
-        let ended = wait::until(Duration::from_secs(20), || self.child().try_wait().unwrap());
-        match ended {
-            Some(status) => Exit { code: status.code(), log: self.log() },
+        match self.exit_within(Duration::from_secs(20)) {
+            Some(exit) => exit,
             None => panic!("the process does not end:\n{}", self.log()),
         }
+    }
+
+    fn exit_within(&mut self, limit: Duration) -> Option<Exit> {
+        let status = wait::until(limit, || self.child().try_wait().unwrap())?;
+        Some(Exit { code: status.code(), log: self.log() })
     }
 
     fn child(&mut self) -> &mut Child {
