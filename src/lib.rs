@@ -2,8 +2,10 @@
 
 pub mod clock;
 pub mod device;
+pub mod edge;
 pub mod json;
 pub mod jwt;
 pub mod problem;
 pub mod serial;
+pub mod server;
 pub mod store;
