@@ -1,13 +1,13 @@
 //! For measuring: a constant answer behind the edge, and the same from bare `tiny_http`.
 //!
-//! `cargo run --release --example edge -- [lanes]` serves through the edge on port 3102, with TLS
-//! on 3143 if `TLS_CERT` and `TLS_KEY` are set, and bare on port 3103.
+//! `cargo run --release --example edge -- [lanes]` serves through the edge on port 39102 (HTTPS if
+//! `TLS_CERT` and `TLS_KEY` are set), and bare on port 39103.
 
 use std::error::Error;
 use std::net::Ipv4Addr;
 use std::thread;
 
-use mqtt_publisher_lite::edge::{Edge, Kind, Settings};
+use mqtt_publisher_lite::edge::{Edge, Kind, Settings, TlsFiles};
 use mqtt_publisher_lite::server::{Lane, Reply, header, open_lanes};
 
 const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","version":"1.0.0"}"#;
@@ -24,7 +24,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     for lane in lanes {
         thread::spawn(move || work(&lane));
     }
-    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, 3102).into());
+    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, 39102).into());
+    if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
+        settings.tls = Some(TlsFiles { certificate: certificate.into(), key: key.into() });
+    }
     if let Ok(limit) = std::env::var("MAX_CONNECTIONS_PER_IP") {
         settings.max_connections_per_ip = limit.parse()?;
     }
@@ -46,7 +49,7 @@ fn work(lane: &Lane) {
 }
 
 fn bare() {
-    let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, 3103)) else { return };
+    let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, 39103)) else { return };
     for request in server.incoming_requests() {
         let content_type = header("Content-Type", "application/json");
         let mut response = tiny_http::Response::from_string(BODY);

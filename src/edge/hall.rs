@@ -15,6 +15,7 @@ use super::listen::Arrival;
 use super::poll::{Interest, Poll, Watched};
 use super::proxies::Networks;
 use super::timers::{Lists, Timers, Wait};
+use super::tls::Acceptor;
 use super::{Counters, Deadlines, Settings};
 use crate::clock::Now;
 use crate::problem::Code;
@@ -28,6 +29,7 @@ pub struct Hall {
     pub(super) ages: Lists<1>,
     pub(super) per_address: PerAddress,
     pub(super) budget: Budget,
+    acceptor: Option<Arc<Acceptor>>,
     pub(super) proxies: Networks,
     pub(super) counters: Arc<Counters>,
     /// Clients that were answered and have sent more already.
@@ -47,7 +49,7 @@ pub struct Hall {
 
 impl Hall {
     /// An empty hall.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: Settings, acceptor: Option<Arc<Acceptor>>) -> Self {
         let size = settings.max_connections;
         let deadlines = settings.deadlines;
         Hall {
@@ -57,6 +59,7 @@ impl Hall {
             ages: Lists::new(size),
             per_address: PerAddress::default(),
             budget: Budget::new(settings.max_buffer_bytes),
+            acceptor,
             proxies: Networks::new(settings.trusted_proxies),
             counters: Arc::default(),
             waiting: Vec::new(),
@@ -111,9 +114,13 @@ impl Hall {
             self.counters.turned_away.add(1);
             return;
         };
-        match watch(stream, poll, at + first_key) {
-            Ok(stream) => self.enter(at, Client::new(stream, peer, is_proxy), now),
-            Err(e) => log::debug!("client {peer} was gone at once: {e}"),
+        let tls = self.acceptor.as_ref().map(|acceptor| acceptor.accept().map(Box::new));
+        match (watch(stream, poll, at + first_key), tls.transpose()) {
+            (Ok(stream), Ok(tls)) => {
+                self.enter(at, Client::new(stream, tls, peer, is_proxy), now);
+            }
+            (_, Err(e)) => log::error!("no TLS for client {peer}: {e}"),
+            (Err(e), _) => log::debug!("client {peer} was gone at once: {e}"),
         }
     }
 
@@ -140,7 +147,9 @@ impl Hall {
             *place = Some(client);
         }
         self.ages.push_back(0, at);
-        self.timers.restart(at, Wait::Head, now.mono_ms);
+        let wait = if self.acceptor.is_some() { Wait::Handshake } else { Wait::Head };
+        self.timers.restart(at, wait, now.mono_ms);
+        self.settle(at, now);
     }
 
     /// Closes the client that had a request answered (or arrived) longest ago and has none in

@@ -29,6 +29,7 @@ pub mod proxies;
 mod run;
 mod serve;
 mod timers;
+mod tls;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -36,7 +37,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use answer::{problem_body, problem_response};
-pub use run::{Edge, Handle};
+pub use run::{Edge, Handle, OpenError};
+pub use tls::{Files as TlsFiles, TlsError};
 
 /// A request's head, its request line included. Ours are 300 bytes; a token is at most 4 KiB.
 pub const HEAD_MAX: usize = 8 * 1024;
@@ -83,6 +85,8 @@ pub struct LaneAddress {
 pub struct Settings {
     /// Where to listen.
     pub listen: SocketAddr,
+    /// Serve HTTPS with these.
+    pub tls: Option<TlsFiles>,
     /// Connections at once; each costs a descriptor and about half a KiB.
     pub max_connections: usize,
     /// Connections at once of one IPv4 address or one IPv6 /64, so that one host cannot take all.
@@ -124,6 +128,7 @@ impl Settings {
     pub fn new(listen: SocketAddr) -> Self {
         Settings {
             listen,
+            tls: None,
             max_connections: 1024,
             max_connections_per_ip: 256,
             max_buffer_bytes: 8 * 1024 * 1024,

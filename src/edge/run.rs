@@ -3,6 +3,8 @@
 //! In that order, because whatever the clients of one wake-up ask is then written down each lane
 //! together, and what the lanes answer lets in what waited behind it.
 
+use std::error::Error;
+use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
@@ -15,6 +17,7 @@ use super::lane::Lanes;
 use super::limits::raise_open_files;
 use super::listen::Listener;
 use super::poll::{Poll, Ready, Waker};
+use super::tls::{Acceptor, TlsError};
 use super::{Counters, LaneAddress, Settings};
 use crate::clock::{self, Now};
 
@@ -40,6 +43,38 @@ pub struct Edge {
     drained_by_ms: Option<u64>,
 }
 
+/// Why the edge cannot open.
+#[derive(Debug)]
+pub enum OpenError {
+    /// The address, or what the system has left.
+    Io(io::Error),
+    /// The TLS certificate or key.
+    Tls(TlsError),
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OpenError::Io(why) => why.fmt(f),
+            OpenError::Tls(why) => why.fmt(f),
+        }
+    }
+}
+
+impl Error for OpenError {}
+
+impl From<io::Error> for OpenError {
+    fn from(error: io::Error) -> Self {
+        OpenError::Io(error)
+    }
+}
+
+impl From<TlsError> for OpenError {
+    fn from(error: TlsError) -> Self {
+        OpenError::Tls(error)
+    }
+}
+
 /// What other threads may ask of a running edge.
 #[derive(Clone)]
 pub struct Handle {
@@ -47,10 +82,10 @@ pub struct Handle {
     waker: Waker,
 }
 
-#[derive(Default)]
 struct Shared {
     stop: AtomicBool,
     ready: AtomicBool,
+    acceptor: Option<Arc<Acceptor>>,
 }
 
 impl Handle {
@@ -58,6 +93,15 @@ impl Handle {
     pub fn shutdown(&self) {
         self.shared.stop.store(true, Ordering::Release);
         self.waker.wake();
+    }
+
+    /// Reads the TLS certificate and key again, here, in the caller's thread; connections that are
+    /// open go on. Nothing to do without TLS.
+    ///
+    /// # Errors
+    /// When they cannot be used; then the old ones stay.
+    pub fn reload_tls(&self) -> Result<(), TlsError> {
+        self.shared.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.reload())
     }
 
     /// All lanes have answered a request at least once.
@@ -71,8 +115,9 @@ impl Edge {
     /// be raised that far, fewer connections are allowed.
     ///
     /// # Errors
-    /// When the address is taken, or the system has nothing left.
-    pub fn open(settings: Settings, lanes: Vec<LaneAddress>) -> io::Result<Self> {
+    /// When the address is taken, the system has nothing left, or the TLS files cannot be used.
+    pub fn open(settings: Settings, lanes: Vec<LaneAddress>) -> Result<Self, OpenError> {
+        let acceptor = settings.tls.clone().map(Acceptor::new).transpose()?.map(Arc::new);
         let settings = fit_to_open_files(settings)?;
         let poll = Poll::new(BATCH)?;
         let socket = TcpListener::bind(settings.listen)?;
@@ -83,8 +128,12 @@ impl Edge {
         Ok(Edge {
             listener: Some(listener),
             lanes: Lanes::new(lanes, LANES),
-            hall: Hall::new(settings),
-            shared: Arc::default(),
+            hall: Hall::new(settings, acceptor.clone()),
+            shared: Arc::new(Shared {
+                stop: AtomicBool::new(false),
+                ready: AtomicBool::new(false),
+                acceptor,
+            }),
             local_addr,
             first_client,
             drain,

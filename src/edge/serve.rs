@@ -43,8 +43,18 @@ impl Hall {
         if phase == Phase::Busy && client.after != After::Lingering {
             return self.check(at, Client::pause);
         }
-        match client.read(buf) {
+        let input = client.read(buf);
+        if !client.is_handshaking() && self.timers.waits_for(at) == Some(Wait::Handshake) {
+            self.timers.restart(at, Wait::Head, now.mono_ms);
+        }
+        match input {
             Ok(Input::Nothing) => {}
+            Ok(Input::NotTls) => {
+                self.counters.handshakes_failed.add(1);
+                client.reader.stop();
+                self.timers.restart(at, Wait::Linger, now.mono_ms);
+                self.check(at, Client::linger);
+            }
             Ok(Input::Bytes(_)) if client.after == After::Lingering => {}
             Ok(Input::Bytes(n)) => self.take(at, buf.get(..n).unwrap_or_default(), lanes, now),
             Ok(Input::End) if matches!(phase, Phase::Head | Phase::Body) => {
@@ -161,7 +171,7 @@ impl Hall {
     }
 
     fn write(&mut self, at: usize, now: Now) {
-        self.check(at, Client::flush);
+        self.check(at, Client::push);
         self.replied(at, now);
         self.settle(at, now);
     }
@@ -197,7 +207,7 @@ impl Hall {
 
     /// Holds what the client holds against the budget; if that is spent, the client is refused,
     /// or whoever is longest in taking a reply is closed.
-    fn settle(&mut self, at: usize, now: Now) {
+    pub(super) fn settle(&mut self, at: usize, now: Now) {
         let Some(client) = client(&mut self.clients, at) else { return };
         let (before, held) = (client.counted, client.held());
         client.counted = held;
