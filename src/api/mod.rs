@@ -19,7 +19,7 @@ use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job, Provisioner};
 use crate::store::Op;
 
-pub use message::{MAX_BODY_BYTES, Method, Reply, Request};
+pub use message::{Method, Reply, Request};
 
 /// The API over a provisioner.
 pub struct Api {
