@@ -117,18 +117,23 @@ impl Client {
         self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
     }
 
-    /// Writes `bytes`, keeping what the socket does not take.
+    /// Writes `bytes`, keeping what the socket does not take; `to_come` more will follow.
     ///
     /// # Errors
     /// When the connection is broken.
-    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub fn send(&mut self, bytes: &[u8], to_come: usize) -> io::Result<()> {
         let taken = match &mut self.tls {
             _ if !self.out.is_empty() => 0,
             Some(tls) if !tls.wants_write() => tls.writer().write(first_record(bytes))?,
             Some(_) => 0,
             None => write(&self.stream, bytes)?,
         };
-        self.out.extend_from_slice(bytes.get(taken..).unwrap_or_default());
+        let kept = rest(bytes, taken);
+        if !kept.is_empty() {
+            // What is known to come is not left to doubling: replies are the largest we hold.
+            self.out.reserve_exact(kept.len() + to_come);
+            self.out.extend_from_slice(kept);
+        }
         if self.tls.is_some() { self.push() } else { self.arm() }
     }
 

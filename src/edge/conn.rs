@@ -209,3 +209,151 @@ impl Reader {
         Ok((used, if waits { Step::Continue } else { Step::More }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::FIELDS_MAX;
+    use std::net::{IpAddr, Ipv4Addr};
+
+    const ORIGIN: Origin<'static> =
+        Origin { number: 1, peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), proxies: None };
+
+    /// Seeded, so that a failure repeats.
+    struct Xorshift(u64);
+
+    impl Xorshift {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 % bound as u64) as usize
+        }
+    }
+
+    /// All requests in `input`, cut as `next` says, each as the lane gets it; then the refusal.
+    fn requests(
+        input: &[u8],
+        mut next: impl FnMut() -> usize,
+    ) -> (Vec<Vec<u8>>, Option<Code>, usize) {
+        let (mut reader, mut out, mut whole) = (Reader::default(), Vec::new(), Vec::new());
+        let (mut rest, mut most) = (input, 0);
+        while !rest.is_empty() {
+            let (mut piece, tail) = rest.split_at(next().clamp(1, rest.len()));
+            rest = tail;
+            loop {
+                match reader.take(piece, ORIGIN, &mut out) {
+                    Ok(Step::Whole(_)) => {
+                        whole.push(out.clone());
+                        assert_eq!(reader.phase(), Phase::Busy);
+                        reader.answered();
+                        piece = &[];
+                        if reader.has_pending() {
+                            continue;
+                        }
+                    }
+                    Ok(Step::More | Step::Continue) => {}
+                    Err(code) => return (whole, Some(code), most),
+                }
+                most = most.max(reader.held());
+                break;
+            }
+        }
+        (whole, None, most)
+    }
+
+    fn sample() -> Vec<u8> {
+        let body = "b".repeat(3000);
+        [
+            "GET /1 HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\r\nPOST /2 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
+            "POST /3 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3;x\r\nabc\r\n0\r\nT: u\r\n\r\n",
+            &format!("POST /4 HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len()),
+            "POST /5 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            "GET /6 HTTP/1.1\r\n\r\nGET /7 HTTP/1.1\r\nHost: a\r\n\r\n",
+        ]
+        .concat()
+        .into_bytes()
+    }
+
+    #[test]
+    fn the_same_requests_however_the_bytes_are_split() {
+        let input = sample();
+        let (whole, refused, _) = requests(&input, || input.len());
+        assert_eq!((whole.len(), refused), (5, Some(Code::BadRequest)));
+        assert!(whole[2].ends_with(b"Content-Length: 00003\r\n\r\nabc"));
+        let expected = (&whole, refused);
+        let (bytewise, code, _) = requests(&input, || 1);
+        assert_eq!((&bytewise, code), expected);
+        for seed in 1..500 {
+            let mut random = Xorshift(seed);
+            let bound = 1 + random.below(300);
+            let (split, code, _) = requests(&input, || random.below(bound));
+            assert_eq!((&split, code), expected, "seed {seed}");
+        }
+    }
+
+    /// Whatever is sent, the outcome does not depend on how it is split, and memory is bounded.
+    #[test]
+    fn damaged_bytes_are_read_alike_however_they_are_split() {
+        let (clean, mut refusals) = (sample(), 0);
+        for seed in 1..4000 {
+            let mut random = Xorshift(seed * 0x9e37_79b9);
+            let mut input = clean.clone();
+            for _ in 0..1 + random.below(4) {
+                let at = random.below(input.len());
+                match random.below(4) {
+                    0 => input[at] = random.below(256) as u8,
+                    1 => drop(input.remove(at)),
+                    2 => input.insert(at, b"\r\n :;,0\x00\x80\t"[random.below(10)]),
+                    _ => input.truncate(at.max(1)),
+                }
+            }
+            let at_once = requests(&input, || input.len());
+            let bytewise = requests(&input, || 1);
+            assert_eq!((&at_once.0, at_once.1), (&bytewise.0, bytewise.1), "seed {seed}");
+            assert!(bytewise.2 <= 4 * (clean.len() + FIELDS_MAX), "seed {seed}: {}", bytewise.2);
+            refusals += usize::from(at_once.1.is_some());
+        }
+        assert!(refusals > 1000, "{refusals}");
+    }
+
+    #[test]
+    fn endless_input_is_refused_before_it_costs_much() {
+        let check = |start: &str, endless: &str, expected: Code| {
+            let mut input = start.as_bytes().to_vec();
+            input.extend(endless.bytes().cycle().take(400_000));
+            for step in [1, 100, 65_536] {
+                let (whole, code, most) = requests(&input, || step);
+                assert_eq!((whole.len(), code), (0, Some(expected)), "{start:?} {endless:?}");
+                assert!(most <= 160 * 1024, "{most} bytes held for {start:?} {endless:?}");
+            }
+        };
+        check("GET /", "a", Code::HeadersTooLarge);
+        check("GET / HTTP/1.1\r\nHost: ", "a", Code::HeadersTooLarge);
+        check("GET / HTTP/1.1\r\nHost: a\r\n", "X: y\r\n", Code::HeadersTooLarge);
+        check("", "\r\n", Code::BadRequest);
+        let chunked = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+        check(&format!("{chunked}1;"), "x", Code::BadRequest);
+        check(&format!("{chunked}0"), "0", Code::BadRequest);
+        check(&format!("{chunked}0\r\n"), "X: y\r\n", Code::HeadersTooLarge);
+        check(chunked, "1\r\nx\r\n", Code::BodyTooLarge);
+        check(chunked, "fff\r\n", Code::BadRequest);
+    }
+
+    #[test]
+    fn an_idle_client_holds_nothing() {
+        let (mut reader, mut out) = (Reader::default(), Vec::new());
+        for piece in sample().chunks(7) {
+            if reader.take(piece, ORIGIN, &mut out).is_err() {
+                break;
+            }
+            if reader.phase() == Phase::Busy {
+                reader.answered();
+            }
+            if reader.phase() == Phase::Idle {
+                assert_eq!(reader.held(), 0);
+            }
+        }
+    }
+}

@@ -96,7 +96,8 @@ impl Hall {
     }
 
     /// Whatever the sockets did, what it means for the counters.
-    pub fn count(&self) {
+    pub fn count(&self, lanes_lost: u64) {
+        self.counters.lanes_lost.set(lanes_lost);
         self.counters.open.set((self.clients.len() - self.free.len()) as u64);
         self.counters.held_bytes.set(self.budget.held() as u64);
     }

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
@@ -42,6 +43,9 @@ pub struct Lane {
     /// Bytes of the body that still belong to the oldest request.
     body_left: usize,
     retry_ms: u64,
+    /// How long the worker may take for a request.
+    work_ms: u64,
+    losses: u64,
 }
 
 enum Link {
@@ -61,6 +65,7 @@ pub struct Waiting {
     /// What was asked.
     pub number: u64,
     is_head: bool,
+    since_ms: u64,
     /// The head of the answer has gone out.
     pub begun: bool,
 }
@@ -73,13 +78,14 @@ pub struct Piece<'a> {
     pub head: &'a [u8],
     /// Some of the body.
     pub body: &'a [u8],
-    /// The answer ends here.
-    pub ends: bool,
+    /// Bytes of the body that are still to come; the answer ends here if there are none.
+    pub left: usize,
 }
 
 impl Lanes {
     /// Lanes to these addresses, with the keys from `first_key` on. None is open yet.
-    pub fn new(addresses: Vec<LaneAddress>, first_key: usize) -> Self {
+    pub fn new(addresses: Vec<LaneAddress>, first_key: usize, work: Duration) -> Self {
+        let work_ms = u64::try_from(work.as_millis()).unwrap_or(u64::MAX);
         let lane = |(i, address)| Lane {
             address,
             key: first_key + i,
@@ -90,6 +96,8 @@ impl Lanes {
             partial: Vec::new(),
             body_left: 0,
             retry_ms: RETRY_MS.0,
+            work_ms,
+            losses: 0,
         };
         Lanes(addresses.into_iter().enumerate().map(lane).collect())
     }
@@ -105,7 +113,14 @@ impl Lanes {
     }
 
     /// Puts a request into the lane of its kind with the fewest, unless `max` wait there too.
-    pub fn push(&mut self, request: &Request, client: usize, bytes: &[u8], max: usize) -> bool {
+    pub fn push(
+        &mut self,
+        request: &Request,
+        client: usize,
+        bytes: &[u8],
+        max: usize,
+        now_ms: u64,
+    ) -> bool {
         let usable = |lane: &&mut Lane| lane.takes(request.head.kind) && lane.queue.len() < max;
         let Some(lane) = self.0.iter_mut().filter(usable).min_by_key(|lane| lane.queue.len())
         else {
@@ -116,6 +131,7 @@ impl Lanes {
             client: Some(client),
             number,
             is_head: head.is_head,
+            since_ms: now_ms,
             begun: false,
         });
         lane.out.extend_from_slice(bytes);
@@ -132,6 +148,11 @@ impl Lanes {
         self.0.iter().filter_map(Lane::due).min()
     }
 
+    /// How often lanes were lost.
+    pub fn lost(&self) -> u64 {
+        self.0.iter().map(|lane| lane.losses).sum()
+    }
+
     /// Every lane has answered a request.
     pub fn are_up(&self) -> bool {
         self.0.iter().all(|lane| matches!(lane.link, Link::Up(_)))
@@ -146,41 +167,46 @@ impl Lane {
     fn due(&self) -> Option<u64> {
         match self.link {
             Link::Down(at) | Link::Proving(_, at) => Some(at),
-            Link::Up(_) => None,
+            Link::Up(_) => Some(self.queue.front()?.since_ms.saturating_add(self.work_ms)),
         }
     }
 
-    /// Opens the lane if it is time to, or gives up one that does not answer. `number` is for the
-    /// request that proves it.
-    pub fn tend(&mut self, poll: &Poll, number: u64, now_ms: u64) {
+    /// Opens the lane if it is time to, or gives up one that does not answer; `number` is for the
+    /// request that proves it. Returns what was in a lane that is given up.
+    pub fn tend(&mut self, poll: &Poll, number: u64, now_ms: u64) -> VecDeque<Waiting> {
         if self.due().is_none_or(|at| at > now_ms) {
-            return;
+            return VecDeque::new();
         }
-        if matches!(self.link, Link::Proving(..)) {
-            self.lose("it does not answer", now_ms);
-            return;
+        if !matches!(self.link, Link::Down(_)) {
+            return self.lose("it does not answer", now_ms);
         }
         match open(&self.address, poll, self.key) {
-            Ok(stream) => {
-                self.link = Link::Proving(stream, now_ms + PROOF_MS);
-                self.queue.push_back(Waiting {
-                    client: None,
-                    number,
-                    is_head: false,
-                    begun: false,
-                });
-                let proof = format!("OPTIONS * HTTP/1.1\r\nX-Edge: {number} -\r\n\r\n");
-                self.out.extend_from_slice(proof.as_bytes());
-            }
+            Ok(stream) => self.prove(stream, number, now_ms),
             Err(e) => {
-                self.lose(&format!("cannot open {}: {e}", self.address.path.display()), now_ms);
+                let why = format!("cannot open {}: {e}", self.address.path.display());
+                self.lose(&why, now_ms);
             }
         }
+        VecDeque::new()
+    }
+
+    fn prove(&mut self, stream: Watched<UnixStream>, number: u64, now_ms: u64) {
+        self.link = Link::Proving(stream, now_ms + PROOF_MS);
+        let proof = format!("OPTIONS * HTTP/1.1\r\nX-Edge: {number} -\r\n\r\n");
+        self.out.extend_from_slice(proof.as_bytes());
+        self.queue.push_back(Waiting {
+            client: None,
+            number,
+            is_head: false,
+            since_ms: now_ms,
+            begun: false,
+        });
     }
 
     /// Closes the lane, to be opened again later; returns what was in it.
     pub fn lose(&mut self, why: &str, now_ms: u64) -> VecDeque<Waiting> {
         log::warn!("lane {} ({:?}) lost: {why}", self.key, self.address.kind);
+        self.losses += 1;
         self.link = Link::Down(now_ms + self.retry_ms);
         self.retry_ms = (self.retry_ms * 2).min(RETRY_MS.1);
         self.out = Vec::new();
@@ -265,15 +291,15 @@ impl Lane {
             let (body, tail) = rest.split_at(self.body_left.min(rest.len()));
             rest = tail;
             self.body_left -= body.len();
-            let ends = self.body_left == 0;
+            let left = self.body_left;
             if let Some(front) = self.queue.front_mut() {
                 front.begun = true;
             }
-            if ends {
+            if left == 0 {
                 self.queue.pop_front();
                 self.proven();
             }
-            deliver(Piece { waiting, head: scratch, body, ends });
+            deliver(Piece { waiting, head: scratch, body, left });
         }
         Ok(input.len() - rest.len())
     }

@@ -7,10 +7,11 @@ use super::poll::{Interest, Poll, Watched};
 
 /// The key of the listener.
 pub const KEY: usize = 0;
-/// Connections that the system holds for us; 1,000 opened at once do not wait for a second SYN.
-const BACKLOG: i32 = 1024;
+/// Connections that the system holds for us, if it allows as many; where there is no room, the
+/// client's SYN is dropped, and it waits a second before it tries again.
+const BACKLOG: i32 = 4096;
 /// Connections taken in one go, so that those who are in already do not wait for all who come.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 256;
 /// The pause when descriptors or memory are short: the sockets wait in the backlog meanwhile.
 const PAUSE_MS: u64 = 100;
 

@@ -127,7 +127,7 @@ impl Edge {
         let first_client = LANES + lanes.len();
         Ok(Edge {
             listener: Some(listener),
-            lanes: Lanes::new(lanes, LANES),
+            lanes: Lanes::new(lanes, LANES, settings.deadlines.work),
             hall: Hall::new(settings, acceptor.clone()),
             shared: Arc::new(Shared {
                 stop: AtomicBool::new(false),
@@ -191,7 +191,7 @@ impl Edge {
         if self.shared.stop.load(Ordering::Acquire) {
             self.drain(buf, now);
         }
-        self.hall.count();
+        self.hall.count(self.lanes.lost());
     }
 
     fn read_lanes(&mut self, buf: &mut [u8], now: Now) {
@@ -214,7 +214,8 @@ impl Edge {
     fn tend_lanes(&mut self, now: Now) {
         if self.lanes.next_due().is_some_and(|at| at <= now.mono_ms) {
             for lane in self.lanes.iter_mut() {
-                lane.tend(&self.poll, self.hall.next_number(), now.mono_ms);
+                let lost = lane.tend(&self.poll, self.hall.next_number(), now.mono_ms);
+                self.hall.lane_lost(lost, now);
             }
         } else if !self.shared.ready.load(Ordering::Relaxed) && self.lanes.are_up() {
             self.shared.ready.store(true, Ordering::Release);

@@ -74,7 +74,7 @@ impl Hall {
             Ok(Step::More) => self.await_rest(at, now),
             Ok(Step::Continue) => {
                 self.await_rest(at, now);
-                self.check(at, |client| client.send(GO_ON));
+                self.check(at, |client| client.send(GO_ON, 0));
             }
             Ok(Step::Whole(request)) => self.dispatch(at, request, lanes, now),
             Err(code) => self.refuse(at, code, now),
@@ -96,7 +96,7 @@ impl Hall {
         client.request = Some(request);
         let bytes = &self.request_bytes;
         let fits = self.budget.fits(lanes.held() + bytes.len());
-        if !fits || !lanes.push(&request, at, bytes, self.max_waiting) {
+        if !fits || !lanes.push(&request, at, bytes, self.max_waiting, now.mono_ms) {
             return self.refuse(at, Code::ServiceUnavailable, now);
         }
         self.counters.requests.add(1);
@@ -112,7 +112,7 @@ impl Hall {
         client.after = After::Close;
         self.counters.refused.add(1);
         self.timers.restart(at, Wait::Write, now.mono_ms);
-        self.check(at, |client| client.send(&problem_response(code, now, with_body)));
+        self.check(at, |client| client.send(&problem_response(code, now, with_body), 0));
         self.replied(at, now);
         self.settle(at, now);
     }
@@ -130,7 +130,6 @@ impl Hall {
 
     /// What was in a lane that is lost gets an error, or, if its answer had begun, nothing more.
     pub fn lane_lost(&mut self, lost: VecDeque<Waiting>, now: Now) {
-        self.counters.lanes_lost.add(1);
         for waiting in lost {
             match self.asker(&waiting) {
                 Some(at) if waiting.begun => self.close(at),
@@ -159,11 +158,11 @@ impl Hall {
             end_head(self.date.at(now), keep_alive, request.head.is_1_0, bytes);
         }
         bytes.extend_from_slice(piece.body);
-        if piece.ends {
+        if piece.left == 0 {
             client.request = None;
         }
-        match client.send(bytes) {
-            Ok(()) if piece.ends && client.is_flushed() => self.replied(at, now),
+        match client.send(bytes, piece.left) {
+            Ok(()) if piece.left == 0 && client.is_flushed() => self.replied(at, now),
             Ok(()) => self.timers.enter(at, Wait::Write, now.mono_ms),
             Err(_) => self.close(at),
         }

@@ -194,6 +194,8 @@ pub fn until(what: &str, done: impl Fn() -> bool) {
 pub fn connect_from(host: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
     use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+    // Small, so that what is not read waits on the other side soon.
+    rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 16 * 1024)?;
     bind(&socket, &SocketAddr::new(host, 0))?;
     connect(&socket, &to)?;
     let stream = TcpStream::from(socket);
