@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use edge_common::{Served, Xorshift, connect_from, one_response, serve, statuses, to_end, until};
+use mqtt_publisher_lite::config::Cidr;
 use mqtt_publisher_lite::edge::Settings;
 
 /// Deadlines short enough for a test, long enough for a busy machine.
@@ -165,7 +166,7 @@ fn when_all_are_in_work_the_new_one_is_turned_away() {
 fn a_proxy_is_exempt_and_names_its_clients() {
     let served = serve(|s| {
         s.max_connections_per_ip = 2;
-        s.trusted_proxies = vec![([127, 0, 0, 3].into(), 32)];
+        s.trusted_proxies = vec![Cidr::parse("127.0.0.3").unwrap()];
     });
     let ask = b"GET /x HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 9.9.9.9, 203.0.113.7\r\n\r\n";
     let mut streams: Vec<_> =

@@ -30,7 +30,8 @@ pub enum Arrival {
 }
 
 impl Listener {
-    /// Watches the socket.
+    /// Takes the socket, from which nobody is let in before [`Listener::open`]; who comes earlier
+    /// waits in the system's queue.
     ///
     /// # Errors
     /// When the system has nothing left.
@@ -38,8 +39,13 @@ impl Listener {
         socket.set_nonblocking(true)?;
         // Listening again only lengthens the queue, which the standard library keeps at 128.
         rustix::net::listen(&socket, BACKLOG)?;
-        let socket = poll.watch(socket, KEY, Interest::READ)?;
+        let socket = poll.watch(socket, KEY, Interest::NONE)?;
         Ok(Listener { socket, paused_until_ms: None })
+    }
+
+    /// Begins to let clients in.
+    pub fn open(&mut self) {
+        self.set(Interest::READ);
     }
 
     /// When accepting goes on after a pause.

@@ -219,6 +219,9 @@ impl Edge {
             }
         } else if !self.shared.ready.load(Ordering::Relaxed) && self.lanes.are_up() {
             self.shared.ready.store(true, Ordering::Release);
+            if let Some(listener) = &mut self.listener {
+                listener.open();
+            }
         }
     }
 
