@@ -6,7 +6,6 @@ use super::answer::{end_head, problem_response};
 use super::client::{After, Client, Input};
 use super::conn::{Phase, Request, Step};
 use super::hall::Hall;
-use super::head::Origin;
 use super::lane::{Lane, Lanes, Piece, Waiting};
 use super::poll::Ready;
 use super::timers::Wait;
@@ -68,9 +67,7 @@ impl Hall {
     fn take(&mut self, at: usize, input: &[u8], lanes: &mut Lanes, now: Now) {
         let number = self.next_number();
         let Some(client) = client(&mut self.clients, at) else { return };
-        let proxies = client.is_proxy.then_some(&self.proxies);
-        let origin = Origin { number, peer: client.peer, proxies };
-        match client.reader.take(input, origin, &mut self.request_bytes) {
+        match client.take(input, number, &self.proxies, &mut self.request_bytes) {
             Ok(Step::More) => self.await_rest(at, now),
             Ok(Step::Continue) => {
                 self.await_rest(at, now);
