@@ -71,11 +71,12 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::api::Api;
+use crate::ca::publisher::Publisher;
 use crate::ca::{Ca, CaSettings};
 use crate::config::Config;
 use crate::files::FolderLock;
 use crate::jwt::{Claims, Signer};
-use crate::provisioner::Provisioner;
+use crate::provisioner::{Provisioner, Rules};
 use crate::server::Server;
 use crate::store::TokenStore;
 use crate::store::failover::Failover;
@@ -121,16 +122,16 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let signer = Signer::new(&token_secret(config)?);
     let ledger = Arc::new(load_ledger(config, &ca));
     let store = open_store(config, &signer, &ledger)?;
+    let publisher = publish(config, &ca)?;
     let provisioner = Arc::new(Provisioner::new(
         Arc::clone(&store.tokens),
         ledger,
-        Arc::clone(&ca),
+        Arc::clone(&publisher),
         signer,
-        config.token_ttl_s,
-        config.reenroll,
+        rules(config),
     ));
     seek_redis(config, &ca, &store)?;
-    watch_clock(ca, store.failover.clone())?;
+    watch_clock(publisher, store.failover.clone())?;
     let api = Arc::new(Api::new(provisioner, config));
     let (events, happened) = mpsc::channel();
     let edge_ended = events.clone();
@@ -220,6 +221,24 @@ fn load_ledger(config: &Config, ca: &Ca) -> Ledger {
     ledger
 }
 
+fn rules(config: &Config) -> Rules {
+    Rules {
+        token_ttl_s: config.token_ttl_s,
+        reenroll: config.reenroll,
+        renew_revokes: config.renew_revokes,
+        renew_after_expiry_days: config.renew_after_expiry_days,
+    }
+}
+
+/// Publishes the list of revoked certificates, now if the clock allows, and from then on.
+fn publish(config: &Config, ca: &Arc<Ca>) -> Result<Arc<Publisher>, RunError> {
+    let publisher = Arc::new(Publisher::new(Arc::clone(ca), config.crl_hook.clone()));
+    publisher.keep_fresh(clock::now());
+    let worker = Arc::clone(&publisher);
+    spawn("crl", move || worker.work_forever())?;
+    Ok(publisher)
+}
+
 /// The stores and what has to be told to stop.
 struct Stores {
     tokens: Arc<dyn TokenStore>,
@@ -267,7 +286,8 @@ fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
 }
 
 /// While the clock is not set, watches it, so that the CA is made or judged within a second.
-fn watch_clock(ca: Arc<Ca>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
+fn watch_clock(publisher: Arc<Publisher>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
+    let ca = Arc::clone(publisher.ca());
     if ca.clock_is_plausible(clock::now()) {
         return Ok(());
     }
@@ -286,6 +306,7 @@ fn watch_clock(ca: Arc<Ca>, failover: Option<Arc<Failover>>) -> Result<(), RunEr
             }
             (Ok(_), None) => {}
         }
+        publisher.keep_fresh(clock::now());
         enter_ca(&ca, failover.as_ref());
     })
 }
