@@ -277,7 +277,7 @@ fn s_client(stage: &Stage, more: &[&str]) -> (Response, String) {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     // What it says of itself stands before and in between; the answer begins where HTTP does.
     let start = said.find("HTTP/1.1 ").unwrap_or_else(|| panic!("no answer: {said}"));
-    let mut answer = https::parse(said[start..].as_bytes());
+    let mut answer = https::parse(&said.as_bytes()[start..]);
     let length = answer.header("Content-Length").unwrap().parse().unwrap();
     answer.body.truncate(length);
     (answer, said)
