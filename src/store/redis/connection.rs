@@ -25,6 +25,10 @@ const TIMEOUT_GRAIN: Duration = Duration::from_millis(5);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 3;
+/// What is said of an answer that did not come.
+const LATE: &str = "no answer in time";
+/// However long connecting took, the greeting has this much time.
+const LEAST_GREETING: Duration = Duration::from_millis(20);
 
 /// The reply to one command: a value, or why this command was refused.
 pub(super) type Reply = Result<Value, StoreError>;
@@ -45,9 +49,11 @@ impl Connection {
         commands: &Commands,
         deadline: Instant,
     ) -> Result<Vec<Reply>, Down> {
-        let sent = |error: RedisError| lost(reason(&error), true);
+        let sent = |error| failure(&error);
         let left = time_left(deadline).ok_or_else(|| late(false))?;
         self.inner.set_write_timeout(Some(left)).map_err(sent)?;
+        // Writing also reads while TLS shakes hands.
+        self.limit_reading(left).map_err(sent)?;
         self.inner.send_packed_command(commands.bytes()).map_err(sent)?;
         (0..commands.count()).map(|_| self.receive(deadline)).collect()
     }
@@ -55,17 +61,20 @@ impl Connection {
     /// One reply; an error of the server is a reply like any other.
     fn receive(&mut self, deadline: Instant) -> Result<Reply, Down> {
         let left = time_left(deadline).ok_or_else(|| late(true))?;
-        if self.timeout.abs_diff(left) > TIMEOUT_GRAIN {
-            let set = self.inner.set_read_timeout(Some(left));
-            set.map_err(|error| lost(reason(&error), true))?;
-            self.timeout = left;
-        }
+        self.limit_reading(left).map_err(|error| failure(&error))?;
         match self.inner.recv_response() {
             Ok(Value::ServerError(error)) => Ok(Err(refusal(&error))),
             Ok(value) => Ok(Ok(value)),
-            Err(error) if error.is_timeout() => Err(late(true)),
-            Err(error) => Err(lost(reason(&error), true)),
+            Err(error) => Err(failure(&error)),
         }
+    }
+
+    fn limit_reading(&mut self, left: Duration) -> Result<(), RedisError> {
+        if self.timeout.abs_diff(left) > TIMEOUT_GRAIN {
+            self.inner.set_read_timeout(Some(left))?;
+            self.timeout = left;
+        }
+        Ok(())
     }
 }
 
@@ -74,8 +83,13 @@ fn lost(why: String, maybe_done: bool) -> Down {
     Down { why, kind: DownKind::Lost, maybe_done, dying: None }
 }
 
+/// What was sent may have arrived.
+fn failure(error: &RedisError) -> Down {
+    if error.is_timeout() { late(true) } else { lost(reason(error), true) }
+}
+
 fn late(maybe_done: bool) -> Down {
-    lost("no answer within REDIS_TIMEOUT_MS".to_owned(), maybe_done)
+    lost(LATE.to_owned(), maybe_done)
 }
 
 fn time_left(deadline: Instant) -> Option<Duration> {
@@ -86,6 +100,8 @@ fn time_left(deadline: Instant) -> Option<Duration> {
 pub(super) struct Pool {
     client: Client,
     tls: bool,
+    /// For connecting and greeting. An eighth of what was configured is left for the look-up of the
+    /// name and for saying why it failed before the start stops waiting.
     connect_timeout: Duration,
     size: usize,
     state: Mutex<State>,
@@ -114,7 +130,7 @@ impl Pool {
         Ok(Pool {
             client,
             tls: config.tls,
-            connect_timeout: config.connect_timeout,
+            connect_timeout: config.connect_timeout * 7 / 8,
             size: config.pool_size.max(1),
             state: Mutex::default(),
             put_back: Condvar::new(),
@@ -166,8 +182,10 @@ impl Pool {
         greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         self.close();
+        let deadline = Instant::now() + self.connect_timeout;
         let mut first = self.connect()?;
-        let hello = greet(&mut first, Instant::now() + self.connect_timeout)?;
+        let deadline = deadline.max(Instant::now() + LEAST_GREETING);
+        let hello = greet(&mut first, deadline).map_err(|error| self.explained(error))?;
         let mut fresh = vec![first];
         while fresh.len() < self.size {
             match self.connect() {
@@ -195,26 +213,36 @@ impl Pool {
     }
 
     fn connect_error(&self, error: &RedisError) -> StoreError {
-        if let Some((_, server)) =
-            error.clone().into_server_errors().as_deref().and_then(<[_]>::first)
-        {
+        let server = error.clone().into_server_errors();
+        if let Some((_, server)) = server.as_deref().and_then(<[_]>::first) {
             return refusal(server);
         }
-        let why = match error.kind() {
+        match error.kind() {
             ErrorKind::AuthenticationFailed | ErrorKind::Server(_) | ErrorKind::Extension => {
                 let why = format!("wrong user name or password? {}", reason(error));
-                return StoreError::Down(Down { kind: DownKind::Refused, ..lost(why, false) });
+                StoreError::Down(Down { kind: DownKind::Refused, ..lost(why, false) })
             }
-            _ if error.is_timeout() => "no connection within REDIS_CONNECT_TIMEOUT_MS".to_owned(),
-            _ if self.tls && reason(error).contains("corrupt message") => {
-                format!("TLS failed, is this a plain port? {}", reason(error))
+            _ if error.is_timeout() => self.explained(StoreError::Down(late(false))),
+            _ if error.is_connection_refusal() => StoreError::Down(lost(reason(error), false)),
+            _ => self.explained(StoreError::Down(lost(reason(error), false))),
+        }
+    }
+
+    /// A server that speaks TLS, asked in plain, hangs up; a plain one, asked in TLS, waits for the
+    /// end of what it takes for a command, or answers with an error that is no TLS.
+    fn explained(&self, error: StoreError) -> StoreError {
+        let StoreError::Down(down) = error else { return error };
+        let is_late = down.why == LATE;
+        let why = match down.kind {
+            DownKind::Lost if self.tls && (is_late || down.why.contains("corrupt message")) => {
+                format!("TLS failed, is this a plain port? {}", down.why)
             }
-            _ if !self.tls && error.is_connection_dropped() && !error.is_connection_refusal() => {
-                format!("connection closed, does the server want TLS? {}", reason(error))
+            DownKind::Lost if !self.tls && !is_late && down.why.contains("end of file") => {
+                format!("connection closed, does the server want TLS? {}", down.why)
             }
-            _ => reason(error),
+            _ => down.why,
         };
-        StoreError::Down(lost(why, false))
+        StoreError::Down(Down { why, ..down })
     }
 }
 

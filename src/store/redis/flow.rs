@@ -63,7 +63,9 @@ pub(super) fn of(op: &Op, now: Now) -> Box<dyn Flow> {
     match op {
         Op::Issue(token) => Box::new(Issue::new(token.clone(), now)),
         Op::Replace(token) => Box::new(Replace(Issue::new(token.clone(), now))),
-        Op::TakeBack(token) | Op::Finish(token) => Box::new(Remove(token.clone())),
+        Op::TakeBack(token) | Op::Finish(token) => {
+            Box::new(Remove { token: token.clone(), then: Outcome::Done })
+        }
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
         Op::GiveBack(token, serial) => {
             Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
@@ -521,18 +523,21 @@ impl Flow for Withdraw {
 }
 
 /// The token is used up, or was never handed out: claim, token and count go.
-struct Remove(Token);
+struct Remove {
+    token: Token,
+    then: Outcome,
+}
 
 impl Flow for Remove {
     fn send(&self, layout: &Layout, out: &mut Commands) {
-        let Token { compact, hash, claims } = &self.0;
+        let Token { compact, hash, claims } = &self.token;
         out.push(&layout.free_claim(&claims.device_id, compact));
         out.push(&layout.delete_token(compact));
         out.push(&layout.remove_live(hash));
     }
 
     fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(Outcome::Done)))
+        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(self.then)))
     }
 }
 
@@ -568,11 +573,12 @@ impl Flow for Enter {
         out.push(&layout.get_mark(&self.hash));
         out.push(&layout.set_mark(&self.hash, &layout.mark(self.mark), mark_ms(&self.claims)));
         out.push(&layout.remove_live(&self.hash));
-        // Of a token that an earlier run of this instance redeemed, only hash and times are known.
+        out.push(&layout.get_claim(&self.claims.device_id));
+        // Of a token that an earlier run of this instance redeemed, only hash and times are known,
+        // and the claim may still show it whole.
         let again = layout.signer.sign(self.claims.clone());
         if again.hash == self.hash {
             out.push(&layout.delete_token(&again.compact));
-            out.push(&layout.free_claim(&self.claims.device_id, &again.compact));
         }
     }
 
@@ -583,7 +589,16 @@ impl Flow for Enter {
                     && !other.ends_with(" killed")
                     && !layout.is_own_attempt(other)
             });
-            Next::done(Outcome::Marked(twice))
+            let marked = Outcome::Marked(twice);
+            replies.skip();
+            replies.skip();
+            match replies.text()?.filter(|claim| TokenHash::of(claim) == self.hash) {
+                Some(compact) => {
+                    let token = Token { compact, hash: self.hash, claims: self.claims };
+                    Next::trip(Remove { token, then: marked })
+                }
+                None => Next::done(marked),
+            }
         }))
     }
 }
