@@ -403,7 +403,7 @@ impl Failover {
             }
             Ok(Outcome::Unknown) => {
                 self.ledger.release(hash, serial);
-                self.judge_unknown(state, hash, now)
+                self.judge_unknown(state, hash, late, now)
             }
             other => {
                 self.ledger.release(hash, serial);
@@ -413,11 +413,15 @@ impl Failover {
     }
 
     /// Redis does not know the token. If memory does, Redis has lost data: everything is carried
-    /// over again. Shortly after an outage another instance may still have to carry it over.
-    fn judge_unknown(&self, state: &mut State, hash: &TokenHash, now: Now) -> Answer {
+    /// over again. Shortly after an outage another instance may still have to carry it over. And
+    /// what a Redis says that has been lost meanwhile, by this batch even, decides nothing.
+    fn judge_unknown(&self, state: &mut State, hash: &TokenHash, late: bool, now: Now) -> Answer {
         const ABOUT_TO_END_MS: u64 = 2000;
+        if late || state.mode != Mode::Primary {
+            return Err(StoreError::Undecided);
+        }
         let copy = self.memory.live(hash, now).filter(|copy| copy.left_ms > ABOUT_TO_END_MS);
-        if copy.is_some() && self.policy == OutageRedeem::Own && state.mode == Mode::Primary {
+        if copy.is_some() && self.policy == OutageRedeem::Own {
             state.run_id = None;
             self.suspect(state, "Redis has lost a token of this instance".to_owned());
             return Err(StoreError::Undecided);
