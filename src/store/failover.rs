@@ -386,6 +386,10 @@ impl Failover {
         now: Now,
     ) -> Answer {
         let hash = &token.hash;
+        if late {
+            // While the attempt ran, the token was left out of the lists.
+            self.carry_again(state, hash, now);
+        }
         match result {
             Ok(Outcome::Granted) => {
                 if !self.ledger.grant(hash, serial) {
@@ -448,7 +452,8 @@ impl Failover {
         killed.into_iter().next()
     }
 
-    /// A token that memory granted and that was given back: its carried mark took it from Redis.
+    /// A token that memory granted and that was given back: its carried mark took it from Redis. Or
+    /// one that Redis may have lost while an attempt had it. If it is used after all, it stays here.
     fn carry_again(&self, state: &mut State, hash: &TokenHash, now: Now) {
         if self.memory.live(hash, now).is_some() {
             state.note_carry(*hash);
