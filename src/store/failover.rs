@@ -677,8 +677,7 @@ impl Failover {
     /// Carries the first operations of the list over. What fails stays listed.
     fn carry_batch(&self) -> Result<Tally, StoreError> {
         let now = clock::now();
-        let works = locked(&self.state).todo.take(BATCH);
-        let ops: Vec<Option<Op>> = works.iter().map(|work| self.op_of(work, now)).collect();
+        let (works, ops) = self.take_batch(now);
         let sent: Vec<Op> = ops.iter().flatten().cloned().collect();
         let mut results = if sent.is_empty() { Vec::new() } else { self.remote.run(&sent, now) };
         let mut results = results.drain(..);
@@ -703,6 +702,15 @@ impl Failover {
             }
         }
         error.map_or(Ok(tally), Err)
+    }
+
+    /// Under the lock, so that no redemption from memory comes between the look whether a token is
+    /// spent and the note that it is in Redis: with `OUTAGE_REDEEM=none` it must be one or the other.
+    fn take_batch(&self, now: Now) -> (Vec<Work>, Vec<Option<Op>>) {
+        let mut state = locked(&self.state);
+        let works = state.todo.take(BATCH);
+        let ops = works.iter().map(|work| self.op_of(work, now)).collect();
+        (works, ops)
     }
 
     /// The operation that does a piece of work, judged by what is true now.
