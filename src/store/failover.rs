@@ -27,7 +27,7 @@ use crate::serial::Serial;
 use crate::store::ledger::{Begin, Ledger};
 use crate::store::memory::Memory;
 use crate::store::{
-    Answer, Dead, Down, DownKind, Kill, Mark, Op, Outcome, Status, StoreError, TokenStore, locked,
+    Answer, Dead, Down, DownKind, Kill, Op, Outcome, Status, StoreError, TokenStore, locked,
 };
 
 mod todo;
@@ -739,10 +739,9 @@ impl Failover {
     fn carried(&self, work: Work, op: &Op, outcome: &Outcome) {
         match (work, op, outcome) {
             (Work::Withdraw(token, serial), ..) => self.ledger.release_unknown(&token.hash, serial),
-            (_, Op::Mark(hash, Mark::Serial(serial), claims), Outcome::Marked(Some(other))) => {
+            (_, Op::Mark(hash, _, claims), Outcome::Marked(Some(both))) => {
                 log::error!(
-                    "token {} of device {} was redeemed twice: here with serial {serial}, and by \
-                     instance and serial {other}",
+                    "token {} of device {} was redeemed twice, as instance and serial: {both}",
                     hash.short(),
                     claims.device_id
                 );

@@ -589,7 +589,8 @@ impl Flow for Enter {
                     && !other.ends_with(" killed")
                     && !layout.is_own_attempt(other)
             });
-            Next::done(Outcome::Marked(twice))
+            let both = twice.map(|other| format!("{} and {other}", layout.mark(self.mark)));
+            Next::done(Outcome::Marked(both))
         }))
     }
 }
