@@ -405,6 +405,12 @@ impl Failover {
                 state.todo.withdraw(token, serial);
                 Err(StoreError::Undecided)
             }
+            Err(StoreError::Failed(why)) => {
+                // Not what Redis answers, but the mark may stand.
+                self.ledger.release(hash, serial);
+                state.todo.withdraw(token, serial);
+                Err(StoreError::Failed(why))
+            }
             Ok(Outcome::Unknown) => {
                 self.ledger.release(hash, serial);
                 self.judge_unknown(state, hash, late, now)
