@@ -17,7 +17,7 @@ use crate::ca::{Ca, CaError};
 use crate::clock::{self, Now};
 use crate::config::Reenroll;
 use crate::device::DeviceId;
-use crate::jwt::{Claims, Signer, Token};
+use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::ledger::Ledger;
@@ -171,7 +171,7 @@ impl Provisioner {
     ) -> Result<Job, Problem> {
         self.issuer(now)?;
         if self.reenroll == Reenroll::Deny && self.ca.registry().has_active(&device, now) {
-            return Err(refused(Code::DeviceHasActiveCertificate, &device, client));
+            return Err(not_issued(Code::DeviceHasActiveCertificate, &device));
         }
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
@@ -185,14 +185,17 @@ impl Provisioner {
     ///
     /// # Errors
     /// The first of these that fails.
-    pub fn check_token(&self, compact: &str, client: IpAddr, now: Now) -> Result<Token, Problem> {
+    pub fn check_token(&self, compact: &str, now: Now) -> Result<Token, Problem> {
         if !self.ca.clock_is_plausible(now) {
             return Err(Code::ClockNotSet.into());
         }
         self.signer.verify(compact, now.unix_s()).map_err(|error| {
-            let problem = Problem::from(error);
-            log::info!("token refused: {problem}, from {client}");
-            problem
+            // Of a token that has merely expired, the log may say whose it was.
+            let claims = self.signer.verify_signature(compact).ok();
+            match claims {
+                Some(claims) => refused(error, &TokenHash::of(compact), &claims.device_id),
+                None => error.into(),
+            }
         })
     }
 
@@ -211,18 +214,14 @@ impl Provisioner {
         client: IpAddr,
         now: Now,
     ) -> Result<Job, Problem> {
-        let owner = token.claims.device_id.clone();
-        let refuse = |problem: Problem| {
-            log::info!("token {} of {owner} refused: {problem}, from {client}", token.hash.short());
-            problem
-        };
-        let csr = Csr::parse(csr).map_err(|error| refuse(error.into()))?;
+        let owner = &token.claims.device_id;
+        let csr = Csr::parse(csr).map_err(|error| refused(error, &token.hash, owner))?;
         if device.is_some_and(|device| device.trim() != owner.as_str()) {
-            return Err(refuse(Code::TokenDeviceMismatch.into()));
+            return Err(refused(Code::TokenDeviceMismatch, &token.hash, owner));
         }
-        csr.belongs_to(&owner).map_err(|error| refuse(error.into()))?;
+        csr.belongs_to(owner).map_err(|error| refused(error, &token.hash, owner))?;
         self.issuer(now)?;
-        self.look(&token, now).map_err(|code| refuse(code.into()))?;
+        self.look(&token, now).map_err(|code| refused(code, &token.hash, owner))?;
         let serial = Serial::random();
         let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
         Ok(Job::Redeem(Box::new(Redeem { token, csr, serial, user_id, client })))
@@ -303,27 +302,28 @@ impl Provisioner {
         back: &mut Vec<Op>,
         now: Now,
     ) -> Result<Done, Problem> {
-        let Issue { token, replace, client } = issue;
+        let Issue { token, client, .. } = issue;
         let device = &token.claims.device_id;
-        match answer {
-            Ok(Outcome::Issued { .. }) => {}
+        let killed = match answer {
+            Ok(Outcome::Issued { killed }) => killed,
             Ok(Outcome::AlreadyActive { expires_at_ms }) => {
                 let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
-                let problem = refused(Code::TokenAlreadyActive, device, client);
-                return Err(problem
+                return Err(not_issued(Code::TokenAlreadyActive, device)
                     .field("expiresAt", clock::rfc3339(expires_at_ms))
                     .field("expiresInSeconds", left_s));
             }
-            other => return Err(unexpected(other)),
-        }
+            other => return Err(unexpected(other).log_more(format!("device {device}"))),
+        };
         // The device may have redeemed another token between the first look and the claim.
         if self.reenroll == Reenroll::Deny && self.ca.registry().has_active(device, now) {
-            let problem = refused(Code::DeviceHasActiveCertificate, device, client);
+            let problem = not_issued(Code::DeviceHasActiveCertificate, device);
             back.push(Op::TakeBack(token));
             return Err(problem);
         }
-        let how = if replace { "replaced" } else { "issued" };
-        log::info!("token {} {how} for {device}, to {client}", token.hash.short());
+        log::info!("token {} issued for {device}, to {client}", token.hash.short());
+        if let Some(old) = killed {
+            log::info!("token {} of {device} killed: replaced, by {client}", old.hash.short());
+        }
         Ok(Done::Issued(token))
     }
 
@@ -397,8 +397,7 @@ impl Provisioner {
                 if problem.code != Code::TokenAlreadyUsed {
                     back.push(Op::GiveBack(redeem.token.clone(), redeem.serial));
                 }
-                redeem.log_refusal(&problem);
-                Recording::Done(Err(problem))
+                Recording::Done(Err(redeem.refused(problem)))
             }
         }
     }
@@ -437,8 +436,7 @@ impl Provisioner {
         }
         let problem = Problem::from(error);
         log::error!("certificate {} could not be recorded: {problem}", redeem.serial);
-        redeem.log_refusal(&problem);
-        Err(problem)
+        Err(redeem.refused(problem))
     }
 }
 
@@ -492,9 +490,8 @@ impl Redeem {
         );
     }
 
-    fn log_refusal(&self, problem: &Problem) {
-        let (hash, device) = (self.token.hash.short(), &self.token.claims.device_id);
-        log::info!("token {hash} of {device} refused: {problem}, from {}", self.client);
+    fn refused(&self, problem: Problem) -> Problem {
+        refused(problem, &self.token.hash, &self.token.claims.device_id)
     }
 }
 
@@ -506,8 +503,7 @@ fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
         Ok(Outcome::Unknown) => Problem::from(Code::TokenNotFound),
         other => unexpected(other),
     };
-    redeem.log_refusal(&problem);
-    Err(problem)
+    Err(redeem.refused(problem))
 }
 
 /// What a store answers when it does not do what it was asked.
@@ -527,8 +523,11 @@ fn not_committed() -> RegistryError {
     RegistryError::NotWritten { why: "no result".to_owned(), left_behind: true }
 }
 
-fn refused(code: Code, device: &DeviceId, client: IpAddr) -> Problem {
-    let problem = Problem::from(code);
-    log::info!("onboarding of {device} refused: {problem}, from {client}");
-    problem
+/// For the log: which token was refused. The client is told nothing that it did not send.
+fn refused(problem: impl Into<Problem>, hash: &TokenHash, device: &DeviceId) -> Problem {
+    problem.into().log_more(format!("token {} of {device}", hash.short()))
+}
+
+fn not_issued(code: Code, device: &DeviceId) -> Problem {
+    Problem::from(code).log_more(format!("device {device}"))
 }

@@ -213,7 +213,7 @@ impl Memory {
         let hash = table.claims.get(device)?;
         let entry = table.live(hash, now)?;
         let free = self.ledger.knows_as_spent(hash);
-        (!free).then(|| now.unix_ms.saturating_add(entry.ends_ms.saturating_sub(now.mono_ms)))
+        (!free).then(|| entry.claims.exp.saturating_mul(1000))
     }
 
     fn insert(

@@ -224,7 +224,7 @@ impl Pool {
             return refusal(server);
         }
         match error.kind() {
-            ErrorKind::AuthenticationFailed | ErrorKind::Server(_) | ErrorKind::Extension => {
+            ErrorKind::AuthenticationFailed => {
                 let why = format!("wrong user name or password? {}", reason(error));
                 StoreError::Down(Down { kind: DownKind::Refused, ..lost(why, false) })
             }
