@@ -5,8 +5,10 @@
 //! away the service goes on from memory and loses nothing that it can keep.
 //!
 //! ```text
-//!  device ──▶ tiny_http ──▶ workers (server) ──▶ api ──▶ provisioner ──▶ store (Redis ⇄ memory)
-//!                                                             └────────▶ ca (CSR, sign, record)
+//!  device ──TCP/TLS──▶ edge ──whole, bounded requests──▶ lanes: tiny_http and a worker each (server)
+//!                                                                   │
+//!                      store (Redis ⇄ memory) ◀── provisioner ◀── api (routes, handlers)
+//!                                                     └──▶ ca (CSR, sign, record, CRL)
 //! ```
 //!
 //! The modules below stand in reading order, and each imports only what stands in its row or above:
@@ -17,7 +19,8 @@
 //! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
-//! | 4 | [`server`] | layer 0, [`api`] |
+//! | 3 | [`edge`] | layer 0 |
+//! | 4 | [`server`] | layer 0, [`api`], [`edge`] |
 //! | 5 | [`cli`] [`logging`] [`healthcheck`], this file, `main` | everything |
 //!
 //! Invariants:
@@ -48,6 +51,7 @@ pub mod ca;
 pub mod provisioner;
 
 pub mod api;
+pub mod edge;
 
 pub mod server;
 
@@ -56,12 +60,14 @@ pub mod healthcheck;
 pub mod logging;
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::api::Api;
@@ -107,7 +113,7 @@ fn failed(error: impl fmt::Display) -> RunError {
 pub fn run(config: &Config) -> Result<(), RunError> {
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
     // Before anything else, so that no signal finds the process without a handler.
-    let signals = Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
     files::make_dir(&config.data_dir, 0o755).map_err(failed)?;
     files::make_dir(&config.ca.dir, 0o755).map_err(failed)?;
     let _locks = lock_folders(config)?;
@@ -125,13 +131,19 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     ));
     seek_redis(config, &ca, &store)?;
     watch_clock(ca, store.failover.clone())?;
-    let address = SocketAddr::new(config.http.host, config.http.port);
     let api = Arc::new(Api::new(provisioner, config));
-    let server = Server::start(address, config.http.workers, api).map_err(failed)?;
-    announce(config, address, store.tokens.status().redis_serves);
-    wait_for_signal(signals);
+    let (events, happened) = mpsc::channel();
+    let edge_ended = events.clone();
+    let server = Server::start(config, &api, move |error| {
+        // Nobody listens any more only if the process is ending.
+        let _ = edge_ended.send(Event::EdgeEnded(error));
+    });
+    let server = server.map_err(failed)?;
+    announce(config, store.tokens.status().redis_serves);
+    forward_signals(signals, events)?;
+    let ended = serve_until_told(&server, &happened);
     stop(server, &store);
-    Ok(())
+    ended
 }
 
 /// Signs a server's certificate with the CA, for the broker or for our own HTTPS. Takes no lock and
@@ -278,16 +290,49 @@ fn watch_clock(ca: Arc<Ca>, failover: Option<Arc<Failover>>) -> Result<(), RunEr
     })
 }
 
-fn announce(config: &Config, address: SocketAddr, redis_serves: bool) {
+fn announce(config: &Config, redis_serves: bool) {
     let scheme = if config.http.tls.is_some() { "https" } else { "http" };
+    let address = SocketAddr::new(config.http.host, config.http.port);
     let store = if redis_serves { "Redis" } else { "In-Memory" };
     log::info!("🔐 Provisioning API: {scheme}://{address}/api/v1/onboarding ({store})");
 }
 
-fn wait_for_signal(mut signals: Signals) {
-    if let Some(signal) = signals.forever().next() {
-        let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
-        log::info!("{name}: finishing what was begun");
+/// What the main thread waits for.
+enum Event {
+    Signal(i32),
+    EdgeEnded(io::Error),
+}
+
+fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<(), RunError> {
+    spawn("signals", move || {
+        for signal in signals.forever() {
+            if events.send(Event::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    })
+}
+
+/// Returns when the process is to end, with an error if it failed.
+fn serve_until_told(server: &Server, happened: &mpsc::Receiver<Event>) -> Result<(), RunError> {
+    loop {
+        match happened.recv() {
+            Ok(Event::Signal(SIGHUP)) => reload(server),
+            Ok(Event::Signal(signal)) => {
+                let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
+                log::info!("{name}: finishing what was begun");
+                return Ok(());
+            }
+            Ok(Event::EdgeEnded(error)) => return Err(failed(format!("the edge failed: {error}"))),
+            Err(_) => return Err(failed("no thread is left that could report a signal")),
+        }
+    }
+}
+
+fn reload(server: &Server) {
+    match server.reload_tls() {
+        Ok(()) => log::info!("SIGHUP: TLS certificate and key were read again"),
+        Err(error) => log::error!("SIGHUP: the old TLS certificate stays: {error}"),
     }
 }
 

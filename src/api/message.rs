@@ -10,9 +10,6 @@ use crate::config::Secret;
 use crate::json;
 use crate::problem::{Code, Problem};
 
-/// Longest request body, in bytes: a CSR of a 4096-bit key in base64 of PEM is 3 KiB.
-pub const MAX_BODY_BYTES: usize = 64 * 1024;
-
 /// The methods that any endpoint has, and the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
@@ -72,8 +69,8 @@ pub struct Request {
     pub content_type: Option<String>,
     /// `Accept`
     pub accept: Option<String>,
-    /// The body; `None` if it is longer than [`MAX_BODY_BYTES`].
-    pub body: Option<Vec<u8>>,
+    /// The body; empty if there is none.
+    pub body: Vec<u8>,
     /// Who sent it.
     pub client: IpAddr,
 }
@@ -82,10 +79,9 @@ impl Request {
     /// The body as a JSON object; no body is an empty one.
     ///
     /// # Errors
-    /// 413, 415 or 400. A form that a browser could be made to post is a 415.
+    /// 415 or 400. A form that a browser could be made to post is a 415.
     pub fn json(&self) -> Result<Map<String, Value>, Problem> {
-        let body = self.body.as_ref().ok_or(Code::BodyTooLarge)?;
-        if body.is_empty() {
+        if self.body.is_empty() {
             return Ok(Map::new());
         }
         let media_type = self.content_type.as_deref().unwrap_or_default();
@@ -93,7 +89,7 @@ impl Request {
         if !media_type.eq_ignore_ascii_case("application/json") {
             return Err(Code::UnsupportedMediaType.into());
         }
-        json::object(body).map_err(|error| {
+        json::object(&self.body).map_err(|error| {
             Problem::from(Code::InvalidJson).log(format!("{:?} in the body", error.classify()))
         })
     }
@@ -232,7 +228,7 @@ mod tests {
             authorization: None,
             content_type: content_type.map(Into::into),
             accept: None,
-            body: Some(body.into()),
+            body: body.into(),
             client: [127, 0, 0, 1].into(),
         }
     }
@@ -250,8 +246,6 @@ mod tests {
         for bad in ["[]", "null", "{", "{\"a\":1,\"a\":2}", "\u{feff}{}"] {
             assert_eq!(code(Some("application/json"), bad), Err(Code::InvalidJson), "{bad}");
         }
-        let too_long = Request { body: None, ..request(None, "") };
-        assert_eq!(too_long.json().map_err(|p| p.code), Err(Code::BodyTooLarge));
     }
 
     #[test]

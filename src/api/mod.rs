@@ -8,6 +8,7 @@ mod certificates;
 mod message;
 mod onboarding;
 mod operations;
+mod rate_limit;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,13 +20,15 @@ use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job, Provisioner};
 use crate::store::Op;
 
-pub use message::{MAX_BODY_BYTES, Method, Reply, Request};
+pub use message::{Method, Reply, Request};
+use rate_limit::RateLimit;
 
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
     onboarding_api_key: Option<Secret>,
     admin_api_key: Option<Secret>,
+    onboarding_limit: RateLimit,
 }
 
 /// The answers to a batch of requests.
@@ -95,6 +98,7 @@ impl Api {
             provisioner,
             onboarding_api_key: config.onboarding_api_key.clone(),
             admin_api_key: config.admin_api_key.clone(),
+            onboarding_limit: RateLimit::new(config.http.onboarding_rate_limit),
         }
     }
 

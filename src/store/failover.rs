@@ -27,7 +27,7 @@ use crate::serial::Serial;
 use crate::store::ledger::{Begin, Ledger};
 use crate::store::memory::Memory;
 use crate::store::{
-    Answer, Dead, Down, DownKind, Kill, Mark, Op, Outcome, Status, StoreError, TokenStore, locked,
+    Answer, Dead, Down, DownKind, Kill, Op, Outcome, Status, StoreError, TokenStore, locked,
 };
 
 mod todo;
@@ -386,6 +386,10 @@ impl Failover {
         now: Now,
     ) -> Answer {
         let hash = &token.hash;
+        if late {
+            // While the attempt ran, the token was left out of the lists.
+            self.carry_again(state, hash, now);
+        }
         match result {
             Ok(Outcome::Granted) => {
                 if !self.ledger.grant(hash, serial) {
@@ -401,9 +405,15 @@ impl Failover {
                 state.todo.withdraw(token, serial);
                 Err(StoreError::Undecided)
             }
+            Err(StoreError::Failed(why)) => {
+                // Not what Redis answers, but the mark may stand.
+                self.ledger.release(hash, serial);
+                state.todo.withdraw(token, serial);
+                Err(StoreError::Failed(why))
+            }
             Ok(Outcome::Unknown) => {
                 self.ledger.release(hash, serial);
-                self.judge_unknown(state, hash, now)
+                self.judge_unknown(state, hash, late, now)
             }
             other => {
                 self.ledger.release(hash, serial);
@@ -413,11 +423,15 @@ impl Failover {
     }
 
     /// Redis does not know the token. If memory does, Redis has lost data: everything is carried
-    /// over again. Shortly after an outage another instance may still have to carry it over.
-    fn judge_unknown(&self, state: &mut State, hash: &TokenHash, now: Now) -> Answer {
+    /// over again. Shortly after an outage another instance may still have to carry it over. And
+    /// what a Redis says that has been lost meanwhile, by this batch even, decides nothing.
+    fn judge_unknown(&self, state: &mut State, hash: &TokenHash, late: bool, now: Now) -> Answer {
         const ABOUT_TO_END_MS: u64 = 2000;
+        if late || state.mode != Mode::Primary {
+            return Err(StoreError::Undecided);
+        }
         let copy = self.memory.live(hash, now).filter(|copy| copy.left_ms > ABOUT_TO_END_MS);
-        if copy.is_some() && self.policy == OutageRedeem::Own && state.mode == Mode::Primary {
+        if copy.is_some() && self.policy == OutageRedeem::Own {
             state.run_id = None;
             self.suspect(state, "Redis has lost a token of this instance".to_owned());
             return Err(StoreError::Undecided);
@@ -444,7 +458,8 @@ impl Failover {
         killed.into_iter().next()
     }
 
-    /// A token that memory granted and that was given back: its carried mark took it from Redis.
+    /// A token that memory granted and that was given back: its carried mark took it from Redis. Or
+    /// one that Redis may have lost while an attempt had it. If it is used after all, it stays here.
     fn carry_again(&self, state: &mut State, hash: &TokenHash, now: Now) {
         if self.memory.live(hash, now).is_some() {
             state.note_carry(*hash);
@@ -668,8 +683,7 @@ impl Failover {
     /// Carries the first operations of the list over. What fails stays listed.
     fn carry_batch(&self) -> Result<Tally, StoreError> {
         let now = clock::now();
-        let works = locked(&self.state).todo.take(BATCH);
-        let ops: Vec<Option<Op>> = works.iter().map(|work| self.op_of(work, now)).collect();
+        let (works, ops) = self.take_batch(now);
         let sent: Vec<Op> = ops.iter().flatten().cloned().collect();
         let mut results = if sent.is_empty() { Vec::new() } else { self.remote.run(&sent, now) };
         let mut results = results.drain(..);
@@ -694,6 +708,15 @@ impl Failover {
             }
         }
         error.map_or(Ok(tally), Err)
+    }
+
+    /// Under the lock, so that no redemption from memory comes between the look whether a token is
+    /// spent and the note that it is in Redis: with `OUTAGE_REDEEM=none` it must be one or the other.
+    fn take_batch(&self, now: Now) -> (Vec<Work>, Vec<Option<Op>>) {
+        let mut state = locked(&self.state);
+        let works = state.todo.take(BATCH);
+        let ops = works.iter().map(|work| self.op_of(work, now)).collect();
+        (works, ops)
     }
 
     /// The operation that does a piece of work, judged by what is true now.
@@ -722,10 +745,9 @@ impl Failover {
     fn carried(&self, work: Work, op: &Op, outcome: &Outcome) {
         match (work, op, outcome) {
             (Work::Withdraw(token, serial), ..) => self.ledger.release_unknown(&token.hash, serial),
-            (_, Op::Mark(hash, Mark::Serial(serial), claims), Outcome::Marked(Some(other))) => {
+            (_, Op::Mark(hash, _, claims), Outcome::Marked(Some(both))) => {
                 log::error!(
-                    "token {} of device {} was redeemed twice: here with serial {serial}, and by \
-                     instance and serial {other}",
+                    "token {} of device {} was redeemed twice, as instance and serial: {both}",
                     hash.short(),
                     claims.device_id
                 );

@@ -19,6 +19,7 @@ pub mod clock;
 pub mod csr;
 pub mod history;
 pub mod http;
+pub mod instance;
 pub mod load;
 pub mod proxy;
 pub mod redis;

@@ -78,8 +78,11 @@ impl Todo {
         self.withdrawals.retain(|(of, _), _| of != hash);
     }
 
-    /// Notes a kill; of two for one device the later one covers both.
+    /// Notes a kill; of two for one device the later one covers both. What is issued from now on
+    /// is not meant.
     pub fn note_kill(&mut self, kill: Kill, now: Now) {
+        let issued_by_s = kill.issued_by_s.min(now.unix_s());
+        let kill = Kill { issued_by_s, ..kill };
         let oldest = now.unix_s().saturating_sub(MAX_LIFETIME_S);
         self.kills.retain(|_, kill| kill.issued_by_s >= oldest);
         self.kills.insert(kill.device.clone(), kill);

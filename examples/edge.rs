@@ -1,0 +1,61 @@
+//! For measuring: a constant answer behind the edge, and the same from bare `tiny_http`.
+//!
+//! `cargo run --release --example edge -- [lanes]` serves through the edge on port 39102 (HTTPS if
+//! `TLS_CERT` and `TLS_KEY` are set), and bare on port 39103.
+
+use std::error::Error;
+use std::net::Ipv4Addr;
+use std::thread;
+
+use mqtt_publisher_lite::edge::{Edge, Kind, Settings, TlsFiles};
+use mqtt_publisher_lite::server::{Lane, Reply, header, open_lanes};
+
+const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","version":"1.0.0"}"#;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    env_logger::init();
+    let lanes: usize = std::env::args().nth(1).map_or(Ok(1), |n| n.parse())?;
+    thread::spawn(bare);
+    let dir = std::env::temp_dir().join(format!("edge-example-{}", std::process::id()));
+    let mut kinds = vec![Kind::Plain; lanes];
+    kinds.push(Kind::Certificate);
+    let lanes = open_lanes(&dir, &kinds)?;
+    let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
+    for lane in lanes {
+        thread::spawn(move || work(&lane));
+    }
+    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, 39102).into());
+    if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
+        settings.tls = Some(TlsFiles { certificate: certificate.into(), key: key.into() });
+    }
+    if let Ok(limit) = std::env::var("MAX_CONNECTIONS_PER_IP") {
+        settings.max_connections_per_ip = limit.parse()?;
+    }
+    Ok(Edge::open(settings, addresses)?.run()?)
+}
+
+fn work(lane: &Lane) {
+    let mut batch = Vec::new();
+    while lane.next_batch(16, &mut batch) {
+        for call in batch.drain(..) {
+            let headers = header("Content-Type", "application/json").into_iter().collect();
+            let body = match call.target().strip_prefix("/bytes?").map(str::parse) {
+                Some(Ok(n)) => vec![b'x'; n],
+                _ => BODY.as_bytes().to_vec(),
+            };
+            call.answer(Reply { status: 200, headers, body });
+        }
+    }
+}
+
+fn bare() {
+    let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, 39103)) else { return };
+    for request in server.incoming_requests() {
+        let content_type = header("Content-Type", "application/json");
+        let mut response = tiny_http::Response::from_string(BODY);
+        if let Some(field) = content_type {
+            response = response.with_header(field);
+        }
+        let _ = request.respond(response);
+    }
+}

@@ -1,0 +1,359 @@
+//! One client's bytes, turned into requests one at a time. No I/O: bytes in, steps out.
+//!
+//! A request that arrives in one piece is read where it lies and costs no memory; only what is
+//! incomplete is copied. What a client sends behind a request waits, unread, until that request is
+//! answered.
+
+use super::BODY_MAX;
+use super::chunked::Decoder;
+use super::head::{self, Framing, Head, Origin};
+use crate::problem::Code;
+
+/// Empty lines before a request line that are read past (RFC 9112, 2.2, asks for one).
+const BLANK_LINES_MAX: u8 = 4;
+
+/// Where a client stands with its present request.
+#[derive(Default)]
+pub struct Reader {
+    state: State,
+    /// Bytes that came in and are not read yet: part of a head, or what waits behind a request.
+    pending: Vec<u8>,
+    /// How much of `pending` was searched for the end of the head.
+    seen: usize,
+    blank_lines: u8,
+    /// The request as the lane will get it, as far as it has come.
+    whole: Vec<u8>,
+}
+
+#[derive(Default)]
+enum State {
+    #[default]
+    Head,
+    Length(Request, usize),
+    Chunked(Request, usize, Decoder),
+    /// A request is being answered.
+    Busy,
+}
+
+/// What is known of a whole request besides the bytes for the lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The number in the private field.
+    pub number: u64,
+    /// What the head said.
+    pub head: Head,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Wait for more bytes.
+    More,
+    /// Tell the client to go on, then wait for more bytes.
+    Continue,
+    /// A request is whole.
+    Whole(Request),
+}
+
+/// What a client that sends nothing more would be late with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing has come yet.
+    Idle,
+    /// Part of a head has come.
+    Head,
+    /// Part of a body is missing.
+    Body,
+    /// Nothing: it is our turn.
+    Busy,
+}
+
+impl Reader {
+    /// Where the client stands.
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Head if self.pending.is_empty() => Phase::Idle,
+            State::Head => Phase::Head,
+            State::Length(..) | State::Chunked(..) => Phase::Body,
+            State::Busy => Phase::Busy,
+        }
+    }
+
+    /// Bytes of memory held.
+    pub fn held(&self) -> usize {
+        self.pending.capacity() + self.whole.capacity()
+    }
+
+    /// The request is answered: the next one's turn.
+    pub fn answered(&mut self) {
+        self.state = State::Head;
+        self.blank_lines = 0;
+    }
+
+    /// Whether something waits behind the request in work.
+    pub fn has_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Throws away what waits behind the request in work.
+    pub fn drop_pending(&mut self) {
+        self.pending = Vec::new();
+    }
+
+    /// Forgets everything that is held; nothing more will be read from this client.
+    pub fn stop(&mut self) {
+        *self = Reader { state: State::Busy, ..Reader::default() };
+    }
+
+    /// Takes `input`; a request that it makes whole is written to `out`.
+    ///
+    /// # Errors
+    /// Why the request is refused. The connection cannot be read any further.
+    pub fn take(
+        &mut self,
+        input: &[u8],
+        origin: Origin<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<Step, Code> {
+        out.clear();
+        if self.pending.is_empty() {
+            let (used, step) = self.read(input, origin, out)?;
+            self.pending.extend_from_slice(input.get(used..).unwrap_or_default());
+            return Ok(step);
+        }
+        let mut all = std::mem::take(&mut self.pending);
+        all.extend_from_slice(input);
+        let (used, step) = self.read(&all, origin, out)?;
+        all.drain(..used);
+        // Nothing is kept for a client that has nothing outstanding.
+        self.pending = if all.is_empty() { Vec::new() } else { all };
+        Ok(step)
+    }
+
+    fn read(
+        &mut self,
+        input: &[u8],
+        origin: Origin<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, Step), Code> {
+        let mut used = 0;
+        if matches!(self.state, State::Head) {
+            used = self.skip_blank_lines(input)?;
+            let rest = input.get(used..).unwrap_or_default();
+            let Some(length) = head::find_end(rest, self.seen)? else {
+                self.seen = rest.len();
+                return Ok((used, Step::More));
+            };
+            self.seen = 0;
+            self.begin(rest.get(..length).unwrap_or_default(), origin, out)?;
+            used += length;
+        }
+        let rest = input.get(used..).unwrap_or_default();
+        let (more, step) = self.body(rest, out)?;
+        Ok((used + more, step))
+    }
+
+    fn skip_blank_lines(&mut self, input: &[u8]) -> Result<usize, Code> {
+        let mut rest = input;
+        while let Some(tail) = rest.strip_prefix(b"\r\n") {
+            self.blank_lines += 1;
+            if self.blank_lines > BLANK_LINES_MAX {
+                return Err(Code::BadRequest);
+            }
+            self.seen = 0;
+            rest = tail;
+        }
+        Ok(input.len() - rest.len())
+    }
+
+    /// Writes the head for the lane at the start of `out`.
+    fn begin(&mut self, buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<(), Code> {
+        let head = head::read(buf, origin, out)?;
+        let request = Request { number: origin.number, head };
+        self.state = match head.framing {
+            Framing::Length(length) => State::Length(request, length),
+            Framing::Chunked => State::Chunked(request, out.len(), Decoder::default()),
+        };
+        Ok(())
+    }
+
+    /// Takes what there is of the body. `out` holds the head, or nothing if `whole` does.
+    fn body(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Step), Code> {
+        let stored = out.is_empty();
+        let target = if stored { &mut self.whole } else { &mut *out };
+        let (used, request, done) = match &mut self.state {
+            State::Length(request, left) => {
+                let part = input.get(..*left).unwrap_or(input);
+                target.extend_from_slice(part);
+                *left -= part.len();
+                (part.len(), *request, *left == 0)
+            }
+            State::Chunked(request, head_length, decoder) => {
+                let (used, done) = decoder.feed(input, target, BODY_MAX)?;
+                let length = target.len() - *head_length;
+                head::fill_length(target, *head_length, length)?;
+                (used, *request, done)
+            }
+            State::Head | State::Busy => return Ok((0, Step::More)),
+        };
+        if done {
+            self.state = State::Busy;
+            out.extend_from_slice(&std::mem::take(&mut self.whole));
+            return Ok((used, Step::Whole(request)));
+        }
+        if !stored {
+            self.whole = out.to_vec();
+            out.clear();
+        }
+        let waits = request.head.expects_continue && !stored && input.is_empty();
+        Ok((used, if waits { Step::Continue } else { Step::More }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::edge::FIELDS_MAX;
+    use std::net::{IpAddr, Ipv4Addr};
+
+    const ORIGIN: Origin<'static> =
+        Origin { number: 1, peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), proxies: None };
+
+    /// Seeded, so that a failure repeats.
+    struct Xorshift(u64);
+
+    impl Xorshift {
+        fn below(&mut self, bound: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 % bound as u64) as usize
+        }
+    }
+
+    /// All requests in `input`, cut as `next` says, each as the lane gets it; then the refusal.
+    fn requests(
+        input: &[u8],
+        mut next: impl FnMut() -> usize,
+    ) -> (Vec<Vec<u8>>, Option<Code>, usize) {
+        let (mut reader, mut out, mut whole) = (Reader::default(), Vec::new(), Vec::new());
+        let (mut rest, mut most) = (input, 0);
+        while !rest.is_empty() {
+            let (mut piece, tail) = rest.split_at(next().clamp(1, rest.len()));
+            rest = tail;
+            loop {
+                match reader.take(piece, ORIGIN, &mut out) {
+                    Ok(Step::Whole(_)) => {
+                        whole.push(out.clone());
+                        assert_eq!(reader.phase(), Phase::Busy);
+                        reader.answered();
+                        piece = &[];
+                        if reader.has_pending() {
+                            continue;
+                        }
+                    }
+                    Ok(Step::More | Step::Continue) => {}
+                    Err(code) => return (whole, Some(code), most),
+                }
+                most = most.max(reader.held());
+                break;
+            }
+        }
+        (whole, None, most)
+    }
+
+    fn sample() -> Vec<u8> {
+        let body = "b".repeat(3000);
+        [
+            "GET /1 HTTP/1.1\r\nHost: a\r\n\r\n",
+            "\r\nPOST /2 HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello",
+            "POST /3 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3;x\r\nabc\r\n0\r\nT: u\r\n\r\n",
+            &format!("POST /4 HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len()),
+            "POST /5 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            "GET /6 HTTP/1.1\r\n\r\nGET /7 HTTP/1.1\r\nHost: a\r\n\r\n",
+        ]
+        .concat()
+        .into_bytes()
+    }
+
+    #[test]
+    fn the_same_requests_however_the_bytes_are_split() {
+        let input = sample();
+        let (whole, refused, _) = requests(&input, || input.len());
+        assert_eq!((whole.len(), refused), (5, Some(Code::BadRequest)));
+        assert!(whole[2].ends_with(b"Content-Length: 00003\r\n\r\nabc"));
+        let expected = (&whole, refused);
+        let (bytewise, code, _) = requests(&input, || 1);
+        assert_eq!((&bytewise, code), expected);
+        for seed in 1..500 {
+            let mut random = Xorshift(seed);
+            let bound = 1 + random.below(300);
+            let (split, code, _) = requests(&input, || random.below(bound));
+            assert_eq!((&split, code), expected, "seed {seed}");
+        }
+    }
+
+    /// Whatever is sent, the outcome does not depend on how it is split, and memory is bounded.
+    #[test]
+    fn damaged_bytes_are_read_alike_however_they_are_split() {
+        let (clean, mut refusals) = (sample(), 0);
+        for seed in 1..4000 {
+            let mut random = Xorshift(seed * 0x9e37_79b9);
+            let mut input = clean.clone();
+            for _ in 0..1 + random.below(4) {
+                let at = random.below(input.len());
+                match random.below(4) {
+                    0 => input[at] = random.below(256) as u8,
+                    1 => drop(input.remove(at)),
+                    2 => input.insert(at, b"\r\n :;,0\x00\x80\t"[random.below(10)]),
+                    _ => input.truncate(at.max(1)),
+                }
+            }
+            let at_once = requests(&input, || input.len());
+            let bytewise = requests(&input, || 1);
+            assert_eq!((&at_once.0, at_once.1), (&bytewise.0, bytewise.1), "seed {seed}");
+            assert!(bytewise.2 <= 4 * (clean.len() + FIELDS_MAX), "seed {seed}: {}", bytewise.2);
+            refusals += usize::from(at_once.1.is_some());
+        }
+        assert!(refusals > 1000, "{refusals}");
+    }
+
+    #[test]
+    fn endless_input_is_refused_before_it_costs_much() {
+        let check = |start: &str, endless: &str, expected: Code| {
+            let mut input = start.as_bytes().to_vec();
+            input.extend(endless.bytes().cycle().take(400_000));
+            for step in [1, 100, 65_536] {
+                let (whole, code, most) = requests(&input, || step);
+                assert_eq!((whole.len(), code), (0, Some(expected)), "{start:?} {endless:?}");
+                assert!(most <= 160 * 1024, "{most} bytes held for {start:?} {endless:?}");
+            }
+        };
+        check("GET /", "a", Code::HeadersTooLarge);
+        check("GET / HTTP/1.1\r\nHost: ", "a", Code::HeadersTooLarge);
+        check("GET / HTTP/1.1\r\nHost: a\r\n", "X: y\r\n", Code::HeadersTooLarge);
+        check("", "\r\n", Code::BadRequest);
+        let chunked = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+        check(&format!("{chunked}1;"), "x", Code::BadRequest);
+        check(&format!("{chunked}0"), "0", Code::BadRequest);
+        check(&format!("{chunked}0\r\n"), "X: y\r\n", Code::HeadersTooLarge);
+        check(chunked, "1\r\nx\r\n", Code::BodyTooLarge);
+        check(chunked, "fff\r\n", Code::BadRequest);
+    }
+
+    #[test]
+    fn an_idle_client_holds_nothing() {
+        let (mut reader, mut out) = (Reader::default(), Vec::new());
+        for piece in sample().chunks(7) {
+            if reader.take(piece, ORIGIN, &mut out).is_err() {
+                break;
+            }
+            if reader.phase() == Phase::Busy {
+                reader.answered();
+            }
+            if reader.phase() == Phase::Idle {
+                assert_eq!(reader.held(), 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! All clients that are in: who is let in, who has to go, and when. What they ask is served by
+//! [`super::serve`].
+
+use std::io;
+use std::net::{IpAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::answer::Date;
+use super::client::Client;
+use super::conn::Phase;
+use super::lane::Lanes;
+use super::limits::{Budget, PerAddress, counted_as};
+use super::listen::Arrival;
+use super::poll::{Interest, Poll, Watched};
+use super::proxies::Networks;
+use super::timers::{Lists, Timers, Wait};
+use super::tls::Acceptor;
+use super::{Counters, Deadlines, Settings};
+use crate::clock::Now;
+use crate::problem::Code;
+
+/// Everyone who is in.
+pub struct Hall {
+    pub(super) clients: Vec<Option<Client>>,
+    pub(super) free: Vec<usize>,
+    pub(super) timers: Timers,
+    /// One list: whoever had a request answered last stands last, so the front gives way.
+    pub(super) ages: Lists<1>,
+    pub(super) per_address: PerAddress,
+    pub(super) budget: Budget,
+    acceptor: Option<Arc<Acceptor>>,
+    pub(super) proxies: Networks,
+    pub(super) counters: Arc<Counters>,
+    /// Clients that were answered and have sent more already.
+    pub(super) waiting: Vec<usize>,
+    /// The number of the latest request.
+    pub(super) number: u64,
+    pub(super) date: Date,
+    /// The request that is being read, and the reply that is being written.
+    pub(super) request_bytes: Vec<u8>,
+    pub(super) reply_bytes: Vec<u8>,
+    /// The head of an answer as the lane's end wrote it.
+    pub(super) answer_head: Vec<u8>,
+    pub(super) max_per_address: usize,
+    pub(super) max_waiting: usize,
+    pub(super) is_draining: bool,
+}
+
+impl Hall {
+    /// An empty hall.
+    pub fn new(settings: Settings, acceptor: Option<Arc<Acceptor>>) -> Self {
+        let size = settings.max_connections;
+        let deadlines = settings.deadlines;
+        Hall {
+            clients: std::iter::repeat_with(|| None).take(size).collect(),
+            free: (0..size).rev().collect(),
+            timers: Timers::new(size, |wait| length(&deadlines, wait)),
+            ages: Lists::new(size),
+            per_address: PerAddress::default(),
+            budget: Budget::new(settings.max_buffer_bytes),
+            acceptor,
+            proxies: Networks::new(settings.trusted_proxies),
+            counters: Arc::default(),
+            waiting: Vec::new(),
+            number: 0,
+            date: Date::default(),
+            request_bytes: Vec::new(),
+            reply_bytes: Vec::new(),
+            answer_head: Vec::new(),
+            max_per_address: settings.max_connections_per_ip,
+            max_waiting: settings.max_waiting,
+            is_draining: false,
+        }
+    }
+
+    /// What is counted here.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Nobody is in.
+    pub fn is_empty(&self) -> bool {
+        self.free.len() == self.clients.len()
+    }
+
+    /// When the next client is late.
+    pub fn next_due(&self) -> Option<u64> {
+        self.timers.next_due()
+    }
+
+    /// A number for one more request.
+    pub fn next_number(&mut self) -> u64 {
+        self.number += 1;
+        self.number
+    }
+
+    /// Whatever the sockets did, what it means for the counters.
+    pub fn count(&self, lanes_lost: u64) {
+        self.counters.lanes_lost.set(lanes_lost);
+        self.counters.open.set((self.clients.len() - self.free.len()) as u64);
+        self.counters.held_bytes.set(self.budget.held() as u64);
+    }
+
+    /// Lets a new client in, and somebody else out if it must be.
+    pub fn arrived(&mut self, arrival: Arrival, poll: &Poll, first_key: usize, now: Now) {
+        let Arrival::Client(stream, peer) = arrival else {
+            self.counters.accept_pauses.add(1);
+            self.give_way(|_| true);
+            return;
+        };
+        self.counters.accepted.add(1);
+        let is_proxy = self.proxies.contains(peer);
+        let Some(at) = self.place_for(peer, is_proxy) else {
+            self.counters.turned_away.add(1);
+            return;
+        };
+        let tls = self.acceptor.as_ref().map(|acceptor| acceptor.accept().map(Box::new));
+        match (watch(stream, poll, at + first_key), tls.transpose()) {
+            (Ok(stream), Ok(tls)) => {
+                self.enter(at, Client::new(stream, tls, peer, is_proxy), now);
+            }
+            (_, Err(e)) => log::error!("no TLS for client {peer}: {e}"),
+            (Err(e), _) => log::debug!("client {peer} was gone at once: {e}"),
+        }
+    }
+
+    /// A free place, if need be that of somebody who gives way.
+    fn place_for(&mut self, peer: IpAddr, is_proxy: bool) -> Option<usize> {
+        if !is_proxy && self.per_address.count(peer) >= self.max_per_address {
+            let site = counted_as(peer);
+            if !self.give_way(|client| !client.is_proxy && counted_as(client.peer) == site) {
+                return None;
+            }
+        }
+        if self.free.is_empty() {
+            self.give_way(|_| true);
+        }
+        self.free.last().copied()
+    }
+
+    fn enter(&mut self, at: usize, client: Client, now: Now) {
+        self.free.pop();
+        if !client.is_proxy {
+            self.per_address.add(client.peer);
+        }
+        if let Some(place) = self.clients.get_mut(at) {
+            *place = Some(client);
+        }
+        self.ages.push_back(0, at);
+        let wait = if self.acceptor.is_some() { Wait::Handshake } else { Wait::Head };
+        self.timers.restart(at, wait, now.mono_ms);
+        self.settle(at, now);
+    }
+
+    /// Closes the client that had a request answered (or arrived) longest ago and has none in
+    /// work, among those that may go. False if there is none.
+    fn give_way(&mut self, may_go: impl Fn(&Client) -> bool) -> bool {
+        let idle = |at: &usize| {
+            let client = self.clients.get(*at).and_then(Option::as_ref);
+            client.is_some_and(|client| client.request.is_none() && may_go(client))
+        };
+        let Some(at) = self.ages.iter(0).find(idle) else { return false };
+        self.counters.gave_way.add(1);
+        self.close(at);
+        true
+    }
+
+    /// Lets a client out.
+    pub(super) fn close(&mut self, at: usize) {
+        let Some(client) = self.clients.get_mut(at).and_then(Option::take) else { return };
+        if !client.is_proxy {
+            self.per_address.remove(client.peer);
+        }
+        self.budget.change(client.counted, 0);
+        self.timers.remove(at);
+        self.ages.remove(at);
+        self.free.push(at);
+    }
+
+    /// Lets out or refuses whoever is past a deadline.
+    pub fn expire(&mut self, now: Now) {
+        while let Some((at, wait)) = self.timers.expired(now.mono_ms) {
+            if !matches!(wait, Wait::KeepAlive | Wait::Linger) {
+                self.counters.timed_out.add(1);
+            }
+            match wait {
+                // Whoever said nothing is told nothing.
+                Wait::Head if self.phase(at) == Some(Phase::Idle) => self.close(at),
+                Wait::Head | Wait::Body => self.refuse(at, Code::RequestTimeout, now),
+                Wait::Work => self.refuse(at, Code::ServiceUnavailable, now),
+                Wait::Handshake | Wait::Write | Wait::KeepAlive | Wait::Linger => self.close(at),
+            }
+        }
+    }
+
+    /// From now on every reply is the last on its connection.
+    pub fn begin_drain(&mut self) {
+        self.is_draining = true;
+    }
+
+    /// Closes whoever has nothing in progress; a request that has just come in is taken first.
+    pub fn close_idle(&mut self, lanes: &mut Lanes, buf: &mut [u8], now: Now) {
+        let kinds = [Wait::Handshake, Wait::Head, Wait::KeepAlive];
+        let quiet: Vec<usize> = kinds.into_iter().flat_map(|w| self.timers.all(w)).collect();
+        for at in quiet {
+            self.read(at, lanes, buf, now);
+            if self.phase(at) == Some(Phase::Idle) {
+                self.close(at);
+            }
+        }
+    }
+
+    fn phase(&self, at: usize) -> Option<Phase> {
+        self.clients.get(at)?.as_ref().map(|client| client.reader.phase())
+    }
+}
+
+fn watch(stream: TcpStream, poll: &Poll, key: usize) -> io::Result<Watched<TcpStream>> {
+    stream.set_nonblocking(true)?;
+    // A reply is written whole; there is nothing to wait for.
+    stream.set_nodelay(true)?;
+    poll.watch(stream, key, Interest::READ)
+}
+
+fn length(deadlines: &Deadlines, wait: Wait) -> Duration {
+    match wait {
+        Wait::Handshake => deadlines.handshake,
+        Wait::Head => deadlines.head,
+        // The head's part is over when this one starts, so both together are the whole request.
+        Wait::Body => deadlines.request.saturating_sub(deadlines.head),
+        Wait::Work => deadlines.work,
+        Wait::Write => deadlines.write,
+        Wait::KeepAlive => deadlines.keep_alive,
+        Wait::Linger => deadlines.linger,
+    }
+}

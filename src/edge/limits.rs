@@ -1,0 +1,131 @@
+//! What all clients together may take: descriptors, connections per address, bytes.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Connections at once, by the address that counts.
+#[derive(Default)]
+pub struct PerAddress(HashMap<IpAddr, usize>);
+
+impl PerAddress {
+    /// Connections of this address now.
+    pub fn count(&self, peer: IpAddr) -> usize {
+        self.0.get(&counted_as(peer)).copied().unwrap_or(0)
+    }
+
+    /// One more.
+    pub fn add(&mut self, peer: IpAddr) {
+        *self.0.entry(counted_as(peer)).or_insert(0) += 1;
+    }
+
+    /// One less; an address without connections is forgotten.
+    pub fn remove(&mut self, peer: IpAddr) {
+        let address = counted_as(peer);
+        if let Some(count) = self.0.get_mut(&address) {
+            *count -= 1;
+            if *count == 0 {
+                self.0.remove(&address);
+            }
+        }
+    }
+}
+
+/// Whose connection it is: one IPv4 address, or one IPv6 /64, which is what a site gets.
+pub fn counted_as(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
+/// All bytes held for clients.
+pub struct Budget {
+    max: usize,
+    held: usize,
+}
+
+/// A client that holds less than this, a head for instance, is not refused for what others hold
+/// until everything is taken.
+const SMALL: usize = 4 * 1024;
+
+impl Budget {
+    /// At most `max` bytes.
+    pub fn new(max: usize) -> Self {
+        Budget { max, held: 0 }
+    }
+
+    /// Replaces what one client held by what it holds now.
+    pub fn change(&mut self, before: usize, after: usize) {
+        self.held = self.held.saturating_sub(before).saturating_add(after);
+    }
+
+    /// Bytes held now.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
+    /// So many bytes more, held elsewhere, may be held besides.
+    pub fn fits(&self, more: usize) -> bool {
+        self.held.saturating_add(more) <= self.max
+    }
+
+    /// More is held than may be.
+    pub fn is_over(&self) -> bool {
+        self.held > self.max
+    }
+
+    /// A client that holds `bytes` of a request may keep them. A quarter of the budget is out of
+    /// reach of large bodies, so that a flood of them leaves room for replies and small requests.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.held <= if bytes > SMALL { self.max - self.max / 4 } else { self.max }
+    }
+}
+
+/// Raises the limit on open files to `wanted`, as far as that is allowed, and returns it.
+///
+/// # Errors
+/// When the system refuses what it said it would allow.
+pub fn raise_open_files(wanted: u64) -> io::Result<u64> {
+    let limit = getrlimit(Resource::Nofile);
+    let current = limit.current.unwrap_or(u64::MAX);
+    let reachable = wanted.min(limit.maximum.unwrap_or(u64::MAX));
+    if current >= reachable {
+        return Ok(current);
+    }
+    setrlimit(Resource::Nofile, Rlimit { current: Some(reachable), maximum: limit.maximum })?;
+    Ok(reachable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_site_counts_as_one() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let mut per = PerAddress::default();
+        per.add(ip("2001:db8::1"));
+        per.add(ip("2001:db8::ffff:1"));
+        per.add(ip("::ffff:10.0.0.1"));
+        assert_eq!(per.count(ip("2001:db8::2")), 2);
+        assert_eq!(per.count(ip("2001:db8:0:1::2")), 0);
+        assert_eq!(per.count(ip("10.0.0.1")), 1);
+        per.remove(ip("10.0.0.1"));
+        per.remove(ip("10.0.0.1"));
+        assert_eq!((per.count(ip("10.0.0.1")), per.0.len()), (0, 1));
+    }
+
+    #[test]
+    fn large_bodies_leave_room_for_small_requests() {
+        let mut budget = Budget::new(1000);
+        budget.change(0, 800);
+        assert!(!budget.has_room(SMALL + 1) && budget.has_room(SMALL) && !budget.is_over());
+        budget.change(100, 400);
+        assert!(!budget.has_room(1) && budget.is_over());
+        budget.change(1100, 0);
+        assert_eq!(budget.held(), 0);
+    }
+}

@@ -1,0 +1,110 @@
+//! The listening socket: whatever `accept` says, accepting goes on.
+
+use std::io;
+use std::net::{IpAddr, TcpListener, TcpStream};
+
+use super::poll::{Interest, Poll, Watched};
+
+/// The key of the listener.
+pub const KEY: usize = 0;
+/// Connections that the system holds for us, if it allows as many; where there is no room, the
+/// client's SYN is dropped, and it waits a second before it tries again.
+const BACKLOG: i32 = 4096;
+/// Connections taken in one go, so that those who are in already do not wait for all who come.
+const AT_ONCE: usize = 256;
+/// The pause when descriptors or memory are short: the sockets wait in the backlog meanwhile.
+const PAUSE_MS: u64 = 100;
+
+/// Where clients arrive.
+pub struct Listener {
+    socket: Watched<TcpListener>,
+    paused_until_ms: Option<u64>,
+}
+
+/// What came of accepting.
+pub enum Arrival {
+    /// A client.
+    Client(TcpStream, IpAddr),
+    /// No descriptor or no memory is left; somebody should go.
+    Shortage,
+}
+
+impl Listener {
+    /// Takes the socket, from which nobody is let in before [`Listener::open`]; who comes earlier
+    /// waits in the system's queue.
+    ///
+    /// # Errors
+    /// When the system has nothing left.
+    pub fn new(socket: TcpListener, poll: &Poll) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        // Listening again only lengthens the queue, which the standard library keeps at 128.
+        rustix::net::listen(&socket, BACKLOG)?;
+        let socket = poll.watch(socket, KEY, Interest::NONE)?;
+        Ok(Listener { socket, paused_until_ms: None })
+    }
+
+    /// Begins to let clients in.
+    pub fn open(&mut self) {
+        self.set(Interest::READ);
+    }
+
+    /// When accepting goes on after a pause.
+    pub fn due(&self) -> Option<u64> {
+        self.paused_until_ms
+    }
+
+    /// A pause is over.
+    pub fn is_due(&self, now_ms: u64) -> bool {
+        self.paused_until_ms.is_some_and(|until| until <= now_ms)
+    }
+
+    /// Takes whoever waits, at most `AT_ONCE`.
+    pub fn accept(&mut self, now_ms: u64, arrived: &mut dyn FnMut(Arrival)) {
+        if self.is_due(now_ms) {
+            self.paused_until_ms = None;
+            self.set(Interest::READ);
+        }
+        if self.paused_until_ms.is_some() {
+            return;
+        }
+        for _ in 0..AT_ONCE {
+            match self.socket.accept() {
+                Ok((stream, peer)) => arrived(Arrival::Client(stream, peer.ip().to_canonical())),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if is_about_one_client(&e) => {}
+                Err(e) => {
+                    self.pause(&e, now_ms);
+                    return arrived(Arrival::Shortage);
+                }
+            }
+        }
+    }
+
+    fn pause(&mut self, why: &io::Error, now_ms: u64) {
+        log::warn!("accepting no connections for {PAUSE_MS} ms: {why}");
+        self.paused_until_ms = Some(now_ms + PAUSE_MS);
+        self.set(Interest::NONE);
+    }
+
+    fn set(&mut self, interest: Interest) {
+        if let Err(e) = self.socket.set(interest) {
+            log::error!("cannot watch the listener: {e}");
+        }
+    }
+}
+
+/// The connection was gone before it was taken; on Linux also its network errors (accept(2)).
+fn is_about_one_client(e: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    let gone = [
+        K::ConnectionAborted,
+        K::ConnectionReset,
+        K::Interrupted,
+        K::NetworkDown,
+        K::NetworkUnreachable,
+        K::HostUnreachable,
+        K::PermissionDenied,
+        K::TimedOut,
+    ];
+    gone.contains(&e.kind())
+}

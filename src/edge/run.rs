@@ -1,0 +1,273 @@
+//! The loop: wait once, then readable clients, lanes, new clients, deadlines.
+//!
+//! In that order, because whatever the clients of one wake-up ask is then written down each lane
+//! together, and what the lanes answer lets in what waited behind it.
+
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::hall::Hall;
+use super::lane::Lanes;
+use super::limits::raise_open_files;
+use super::listen::Listener;
+use super::poll::{Poll, Ready, Waker};
+use super::tls::{Acceptor, TlsError};
+use super::{Counters, LaneAddress, Settings};
+use crate::clock::{self, Now};
+
+/// Sockets reported by one wait; more are reported by the next.
+const BATCH: NonZeroUsize = NonZeroUsize::new(256).unwrap();
+/// What one read takes at most; all connections share the buffer.
+const READ: usize = 64 * 1024;
+/// Descriptors besides those of clients: files, Redis, lanes and their servers.
+const OTHER_FILES: usize = 64;
+/// Where the keys of the lanes begin; 0 is the listener, and clients come after the lanes.
+const LANES: usize = 1;
+
+/// The edge, before or while it runs.
+pub struct Edge {
+    poll: Poll,
+    listener: Option<Listener>,
+    lanes: Lanes,
+    hall: Hall,
+    shared: Arc<Shared>,
+    local_addr: SocketAddr,
+    first_client: usize,
+    drain: Duration,
+    drained_by_ms: Option<u64>,
+}
+
+/// Why the edge cannot open.
+#[derive(Debug)]
+pub enum OpenError {
+    /// The address, or what the system has left.
+    Io(io::Error),
+    /// The TLS certificate or key.
+    Tls(TlsError),
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            OpenError::Io(why) => why.fmt(f),
+            OpenError::Tls(why) => why.fmt(f),
+        }
+    }
+}
+
+impl Error for OpenError {}
+
+impl From<io::Error> for OpenError {
+    fn from(error: io::Error) -> Self {
+        OpenError::Io(error)
+    }
+}
+
+impl From<TlsError> for OpenError {
+    fn from(error: TlsError) -> Self {
+        OpenError::Tls(error)
+    }
+}
+
+/// What other threads may ask of a running edge.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+    waker: Waker,
+}
+
+struct Shared {
+    stop: AtomicBool,
+    ready: AtomicBool,
+    acceptor: Option<Arc<Acceptor>>,
+}
+
+impl Handle {
+    /// No new connections; requests in progress are answered; then [`Edge::run`] returns.
+    pub fn shutdown(&self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+
+    /// Reads the TLS certificate and key again, here, in the caller's thread; connections that are
+    /// open go on. Nothing to do without TLS.
+    ///
+    /// # Errors
+    /// When they cannot be used; then the old ones stay.
+    pub fn reload_tls(&self) -> Result<(), TlsError> {
+        self.shared.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.reload())
+    }
+
+    /// All lanes have answered a request at least once.
+    pub fn is_ready(&self) -> bool {
+        self.shared.ready.load(Ordering::Acquire)
+    }
+}
+
+impl Edge {
+    /// Listens, and raises the limit on open files to what the connections need; where it cannot
+    /// be raised that far, fewer connections are allowed.
+    ///
+    /// # Errors
+    /// When the address is taken, the system has nothing left, or the TLS files cannot be used.
+    pub fn open(settings: Settings, lanes: Vec<LaneAddress>) -> Result<Self, OpenError> {
+        let acceptor = settings.tls.clone().map(Acceptor::new).transpose()?.map(Arc::new);
+        let settings = fit_to_open_files(settings)?;
+        let poll = Poll::new(BATCH)?;
+        let socket = TcpListener::bind(settings.listen)?;
+        let local_addr = socket.local_addr()?;
+        let listener = Listener::new(socket, &poll)?;
+        let drain = settings.deadlines.drain;
+        let first_client = LANES + lanes.len();
+        Ok(Edge {
+            listener: Some(listener),
+            lanes: Lanes::new(lanes, LANES, settings.deadlines.work),
+            hall: Hall::new(settings, acceptor.clone()),
+            shared: Arc::new(Shared {
+                stop: AtomicBool::new(false),
+                ready: AtomicBool::new(false),
+                acceptor,
+            }),
+            local_addr,
+            first_client,
+            drain,
+            drained_by_ms: None,
+            poll,
+        })
+    }
+
+    /// Where it listens, the port chosen by the system included.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// For other threads.
+    pub fn handle(&self) -> Handle {
+        Handle { shared: Arc::clone(&self.shared), waker: self.poll.waker() }
+    }
+
+    /// What the edge counts.
+    pub fn counters(&self) -> Arc<Counters> {
+        self.hall.counters()
+    }
+
+    /// Serves until [`Handle::shutdown`] and everyone is answered.
+    ///
+    /// # Errors
+    /// When the readiness queue itself fails.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut buf = vec![0; READ];
+        while !self.is_drained() {
+            let limit = self.next_due_in(clock::now());
+            self.poll.wait(limit)?;
+            self.turn(&mut buf, clock::now());
+        }
+        Ok(())
+    }
+
+    fn turn(&mut self, buf: &mut [u8], now: Now) {
+        let mut accept = false;
+        for ready in self.poll.ready() {
+            match ready.key.checked_sub(self.first_client) {
+                Some(at) => self.hall.client_ready(at, ready, &mut self.lanes, buf, now),
+                None => accept |= ready.key < LANES,
+            }
+        }
+        self.flush_lanes(now);
+        self.read_lanes(buf, now);
+        self.hall.serve_waiting(&mut self.lanes, now);
+        self.tend_lanes(now);
+        self.flush_lanes(now);
+        if accept || self.listener.as_ref().is_some_and(|l| l.is_due(now.mono_ms)) {
+            self.accept(now);
+        }
+        self.hall.expire(now);
+        if self.shared.stop.load(Ordering::Acquire) {
+            self.drain(buf, now);
+        }
+        self.hall.count(self.lanes.lost());
+    }
+
+    fn read_lanes(&mut self, buf: &mut [u8], now: Now) {
+        for Ready { key, readable, .. } in self.poll.ready() {
+            if let Some(lane) = self.lanes.by_key(key).filter(|_| readable) {
+                self.hall.lane_ready(lane, buf, now);
+            }
+        }
+    }
+
+    fn flush_lanes(&mut self, now: Now) {
+        for lane in self.lanes.iter_mut() {
+            if let Err(e) = lane.flush() {
+                let lost = lane.lose(&e.to_string(), now.mono_ms);
+                self.hall.lane_lost(lost, now);
+            }
+        }
+    }
+
+    fn tend_lanes(&mut self, now: Now) {
+        if self.lanes.next_due().is_some_and(|at| at <= now.mono_ms) {
+            for lane in self.lanes.iter_mut() {
+                let lost = lane.tend(&self.poll, self.hall.next_number(), now.mono_ms);
+                self.hall.lane_lost(lost, now);
+            }
+        } else if !self.shared.ready.load(Ordering::Relaxed) && self.lanes.are_up() {
+            self.shared.ready.store(true, Ordering::Release);
+            if let Some(listener) = &mut self.listener {
+                listener.open();
+            }
+        }
+    }
+
+    fn accept(&mut self, now: Now) {
+        let Some(listener) = &mut self.listener else { return };
+        let hall = &mut self.hall;
+        let poll = &self.poll;
+        let first = self.first_client;
+        listener.accept(now.mono_ms, &mut |found| hall.arrived(found, poll, first, now));
+    }
+
+    /// The listener closes only when everyone who was let in by the system is let in here.
+    fn drain(&mut self, buf: &mut [u8], now: Now) {
+        if self.drained_by_ms.is_none() {
+            let length = u64::try_from(self.drain.as_millis()).unwrap_or(u64::MAX);
+            self.drained_by_ms = Some(now.mono_ms.saturating_add(length));
+            self.accept(now);
+            self.listener = None;
+            self.hall.begin_drain();
+        }
+        self.hall.close_idle(&mut self.lanes, buf, now);
+        self.flush_lanes(now);
+    }
+
+    fn is_drained(&self) -> bool {
+        self.drained_by_ms.is_some_and(|by| self.hall.is_empty() || by <= clock::now().mono_ms)
+    }
+
+    fn next_due_in(&self, now: Now) -> Option<Duration> {
+        let listener = self.listener.as_ref().and_then(Listener::due);
+        let due = [self.hall.next_due(), self.lanes.next_due(), listener, self.drained_by_ms];
+        let next = due.into_iter().flatten().min()?;
+        Some(Duration::from_millis(next.saturating_sub(now.mono_ms)))
+    }
+}
+
+fn fit_to_open_files(mut settings: Settings) -> io::Result<Settings> {
+    let wanted = settings.max_connections + OTHER_FILES;
+    let allowed = raise_open_files(wanted as u64)?;
+    let allowed = usize::try_from(allowed).unwrap_or(usize::MAX);
+    if allowed < wanted {
+        settings.max_connections = allowed.saturating_sub(OTHER_FILES).max(1);
+        log::warn!(
+            "open files are limited to {allowed}: at most {} connections",
+            settings.max_connections
+        );
+    }
+    Ok(settings)
+}

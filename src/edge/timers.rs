@@ -1,0 +1,231 @@
+//! Deadlines without a timer per connection: one list per kind of deadline.
+//!
+//! All deadlines of a kind are equally long, so whoever enters a list last is due last: each list
+//! is ordered by itself, entering and leaving are a few writes, and only the fronts are looked at.
+//! The front of a list is also the one that has waited longest, which is who gives way.
+
+use std::time::Duration;
+
+/// "No connection" in a link.
+const NONE: u32 = u32::MAX;
+
+/// `N` ordered lists over the same connections; each connection stands in at most one.
+pub struct Lists<const N: usize> {
+    ends: [Ends; N],
+    links: Vec<Link>,
+}
+
+#[derive(Clone, Copy)]
+struct Ends {
+    first: u32,
+    last: u32,
+}
+
+#[derive(Clone, Copy)]
+struct Link {
+    prev: u32,
+    next: u32,
+    list: Option<u8>,
+}
+
+const FREE: Link = Link { prev: NONE, next: NONE, list: None };
+
+impl<const N: usize> Lists<N> {
+    /// Empty lists for the connections 0 to `size` - 1.
+    pub fn new(size: usize) -> Self {
+        Lists { ends: [Ends { first: NONE, last: NONE }; N], links: vec![FREE; size] }
+    }
+
+    /// Which list the connection stands in.
+    pub fn list_of(&self, at: usize) -> Option<usize> {
+        self.links.get(at)?.list.map(usize::from)
+    }
+
+    /// Moves the connection to the end of `list`.
+    pub fn push_back(&mut self, list: usize, at: usize) {
+        self.remove(at);
+        let (Some(ends), Ok(me), Ok(name)) =
+            (self.ends.get_mut(list), u32::try_from(at), u8::try_from(list))
+        else {
+            return;
+        };
+        let Some(link) = self.links.get_mut(at) else { return };
+        let last = ends.last;
+        *link = Link { prev: last, next: NONE, list: Some(name) };
+        ends.last = me;
+        match self.links.get_mut(last as usize) {
+            Some(before) => before.next = me,
+            None => ends.first = me,
+        }
+    }
+
+    /// Takes the connection out of the list it stands in.
+    pub fn remove(&mut self, at: usize) {
+        let Some(link) = self.links.get_mut(at) else { return };
+        let Link { prev, next, list: Some(list) } = std::mem::replace(link, FREE) else { return };
+        let Some(ends) = self.ends.get_mut(usize::from(list)) else { return };
+        match self.links.get_mut(prev as usize) {
+            Some(before) => before.next = next,
+            None => ends.first = next,
+        }
+        match self.links.get_mut(next as usize) {
+            Some(after) => after.prev = prev,
+            None => ends.last = prev,
+        }
+    }
+
+    /// The connection that has stood in `list` longest.
+    pub fn front(&self, list: usize) -> Option<usize> {
+        known(self.ends.get(list)?.first)
+    }
+
+    /// From the longest standing in `list` to the latest.
+    pub fn iter(&self, list: usize) -> impl Iterator<Item = usize> + '_ {
+        let next = |at: &usize| known(self.links.get(*at)?.next);
+        std::iter::successors(self.front(list), next)
+    }
+}
+
+fn known(at: u32) -> Option<usize> {
+    (at != NONE).then_some(at as usize)
+}
+
+/// What a connection has to do by its deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Finish the TLS handshake.
+    Handshake,
+    /// Send the rest of the head.
+    Head,
+    /// Send the rest of the body.
+    Body,
+    /// Be answered by its lane.
+    Work,
+    /// Take the whole reply.
+    Write,
+    /// Send the next request.
+    KeepAlive,
+    /// Close its side after our last reply.
+    Linger,
+}
+
+const KINDS: [Wait; 7] = [
+    Wait::Handshake,
+    Wait::Head,
+    Wait::Body,
+    Wait::Work,
+    Wait::Write,
+    Wait::KeepAlive,
+    Wait::Linger,
+];
+
+/// The deadlines of all connections.
+pub struct Timers {
+    lists: Lists<{ KINDS.len() }>,
+    due: Vec<u64>,
+    lengths_ms: [u64; KINDS.len()],
+}
+
+impl Timers {
+    /// Deadlines for the connections 0 to `size` - 1; `length` tells how long each kind is.
+    pub fn new(size: usize, length: impl Fn(Wait) -> Duration) -> Self {
+        let ms = |wait| u64::try_from(length(wait).as_millis()).unwrap_or(u64::MAX);
+        Timers { lists: Lists::new(size), due: vec![0; size], lengths_ms: KINDS.map(ms) }
+    }
+
+    /// Starts a deadline; one of the same kind that runs already goes on.
+    pub fn enter(&mut self, at: usize, wait: Wait, now_ms: u64) {
+        if self.waits_for(at) != Some(wait) {
+            self.restart(at, wait, now_ms);
+        }
+    }
+
+    /// Starts a deadline anew.
+    pub fn restart(&mut self, at: usize, wait: Wait, now_ms: u64) {
+        let length = self.lengths_ms.get(wait as usize).copied().unwrap_or(0);
+        if let Some(due) = self.due.get_mut(at) {
+            *due = now_ms.saturating_add(length);
+            self.lists.push_back(wait as usize, at);
+        }
+    }
+
+    /// What the connection has to do.
+    pub fn waits_for(&self, at: usize) -> Option<Wait> {
+        KINDS.get(self.lists.list_of(at)?).copied()
+    }
+
+    /// Ends the connection's deadline.
+    pub fn remove(&mut self, at: usize) {
+        self.lists.remove(at);
+    }
+
+    /// Who has waited longest for this.
+    pub fn longest(&self, wait: Wait) -> Option<usize> {
+        self.lists.front(wait as usize)
+    }
+
+    /// Everyone who waits for this.
+    pub fn all(&self, wait: Wait) -> impl Iterator<Item = usize> + '_ {
+        self.lists.iter(wait as usize)
+    }
+
+    /// When the next deadline is due.
+    pub fn next_due(&self) -> Option<u64> {
+        self.fronts().map(|(due, ..)| due).min()
+    }
+
+    /// A connection that is past its deadline.
+    pub fn expired(&self, now_ms: u64) -> Option<(usize, Wait)> {
+        self.fronts().find(|(due, ..)| *due <= now_ms).map(|(_, at, wait)| (at, wait))
+    }
+
+    fn fronts(&self) -> impl Iterator<Item = (u64, usize, Wait)> + '_ {
+        KINDS.into_iter().filter_map(|wait| {
+            let at = self.longest(wait)?;
+            Some((self.due.get(at).copied()?, at, wait))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_keep_their_order_through_moves_and_removals() {
+        let mut lists = Lists::<2>::new(5);
+        for at in 0..5 {
+            lists.push_back(0, at);
+        }
+        lists.remove(0);
+        lists.remove(0);
+        lists.push_back(0, 2);
+        lists.push_back(1, 4);
+        lists.push_back(1, 99);
+        assert_eq!(lists.iter(0).collect::<Vec<_>>(), [1, 3, 2]);
+        assert_eq!(lists.iter(1).collect::<Vec<_>>(), [4]);
+        lists.remove(2);
+        lists.remove(1);
+        lists.remove(3);
+        assert_eq!(lists.front(0), None);
+        lists.push_back(0, 3);
+        assert_eq!(lists.iter(0).collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn a_running_deadline_is_not_put_off() {
+        let mut timers = Timers::new(2, |wait| match wait {
+            Wait::Head => Duration::from_millis(10),
+            _ => Duration::from_millis(100),
+        });
+        timers.enter(0, Wait::Head, 0);
+        timers.enter(1, Wait::KeepAlive, 0);
+        timers.enter(0, Wait::Head, 9);
+        assert_eq!(timers.next_due(), Some(10));
+        assert_eq!(timers.expired(9), None);
+        assert_eq!(timers.expired(10), Some((0, Wait::Head)));
+        timers.remove(0);
+        assert_eq!(timers.expired(99), None);
+        assert_eq!(timers.expired(100), Some((1, Wait::KeepAlive)));
+    }
+}

@@ -1,0 +1,110 @@
+//! HTTPS: the certificate and key on disk, read again when asked to.
+//!
+//! The configuration is swapped as a whole: connections keep the one they began with, new ones get
+//! the new one, and files that cannot be used change nothing.
+
+use std::error::Error;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustls::crypto::ring;
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::version::{TLS12, TLS13};
+use rustls::{ServerConfig, ServerConnection};
+
+/// Where the server's certificate and key are.
+#[derive(Clone, Debug)]
+pub struct Files {
+    /// The certificate and what leads from it to a root, PEM.
+    pub certificate: PathBuf,
+    /// Its private key, PEM: PKCS#8, PKCS#1 or SEC1.
+    pub key: PathBuf,
+}
+
+/// Why the files cannot be used.
+#[derive(Debug)]
+pub enum TlsError {
+    /// Not there, or not PEM.
+    File(PathBuf, pem::Error),
+    /// No certificate in the file.
+    Empty(PathBuf),
+    /// The two do not make a server.
+    Unusable(rustls::Error),
+}
+
+impl fmt::Display for TlsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TlsError::File(path, why) => write!(f, "{}: {why}", path.display()),
+            TlsError::Empty(path) => write!(f, "{}: no certificate in it", path.display()),
+            TlsError::Unusable(why) => write!(f, "certificate and key: {why}"),
+        }
+    }
+}
+
+impl Error for TlsError {}
+
+impl From<rustls::Error> for TlsError {
+    fn from(error: rustls::Error) -> Self {
+        TlsError::Unusable(error)
+    }
+}
+
+/// The configuration that new connections get.
+pub struct Acceptor {
+    files: Files,
+    config: Mutex<Arc<ServerConfig>>,
+}
+
+impl Acceptor {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// When they cannot be used.
+    pub fn new(files: Files) -> Result<Self, TlsError> {
+        let config = Mutex::new(load(&files)?);
+        Ok(Acceptor { files, config })
+    }
+
+    /// Reads the files again.
+    ///
+    /// # Errors
+    /// When they cannot be used; then everything stays as it was.
+    pub fn reload(&self) -> Result<(), TlsError> {
+        let config = load(&self.files)?;
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = config;
+        Ok(())
+    }
+
+    /// The server's side of a new connection.
+    ///
+    /// # Errors
+    /// When rustls finds its configuration wanting.
+    pub fn accept(&self) -> Result<ServerConnection, rustls::Error> {
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        ServerConnection::new(Arc::clone(&config))
+    }
+}
+
+fn load(files: &Files) -> Result<Arc<ServerConfig>, TlsError> {
+    let chain = certificates(&files.certificate)?;
+    let key = PrivateKeyDer::from_pem_file(&files.key)
+        .map_err(|e| TlsError::File(files.key.clone(), e))?;
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_protocol_versions(&[&TLS12, &TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // A session lives in the client's ticket, not in our memory.
+    config.ticketer = ring::Ticketer::new()?;
+    Ok(Arc::new(config))
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let failed = |e| TlsError::File(path.to_path_buf(), e);
+    let chain = CertificateDer::pem_file_iter(path).map_err(failed)?;
+    let chain = chain.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    if chain.is_empty() { Err(TlsError::Empty(path.to_path_buf())) } else { Ok(chain) }
+}

@@ -1,0 +1,166 @@
+//! The edge, the lanes behind it with their workers, and the orderly stop.
+//!
+//! A worker takes the request that waits in its lane and whatever waits behind it, has the API
+//! answer them as one batch, and does what could wait after the replies. Alone, a request is a batch
+//! of one and waits for nobody.
+
+mod lane;
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crate::api::{self, Api, Method, Request};
+use crate::config::{Config, Http};
+use crate::edge::{self, Edge, Kind};
+
+pub use lane::{Call, Lane, LaneError, Reply, Stopper, header, open_lanes};
+
+/// Most requests in one batch. More would move all clients in one lump.
+const BATCH: usize = 16;
+/// Enough for signing with RSA 4096 and for the deepest JSON, several times over.
+const STACK_BYTES: usize = 512 * 1024;
+
+/// Why the server cannot serve.
+#[derive(Debug)]
+pub enum ServerError {
+    /// A lane cannot be opened.
+    Lane(LaneError),
+    /// The address cannot be listened on, or the TLS files cannot be used.
+    Edge(SocketAddr, edge::OpenError),
+    /// A thread cannot be started.
+    Thread(io::Error),
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ServerError::Lane(error) => write!(f, "cannot open a lane: {error}"),
+            ServerError::Edge(address, error) => write!(f, "cannot serve on {address}: {error}"),
+            ServerError::Thread(error) => write!(f, "cannot start a thread: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for ServerError {}
+
+/// A listening server and its workers.
+pub struct Server {
+    edge: JoinHandle<()>,
+    handle: edge::Handle,
+    workers: Vec<(Stopper, JoinHandle<()>)>,
+}
+
+impl Server {
+    /// Listens, and answers with `api`. If the edge ever fails, `ended` is called with the reason.
+    ///
+    /// # Errors
+    /// When the address is taken, the TLS files cannot be used, or a lane or thread cannot be made.
+    pub fn start(
+        config: &Config,
+        api: &Arc<Api>,
+        ended: impl FnOnce(io::Error) + Send + 'static,
+    ) -> Result<Self, ServerError> {
+        let address = SocketAddr::new(config.http.host, config.http.port);
+        let lanes = open_lanes(&config.run_dir, &kinds(config.http.workers));
+        let lanes = lanes.map_err(ServerError::Lane)?;
+        let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
+        let edge = Edge::open(edge_settings(&config.http, address), addresses);
+        let edge = edge.map_err(|error| ServerError::Edge(address, error))?;
+        let handle = edge.handle();
+        let mut workers = Vec::new();
+        for lane in lanes {
+            let (stopper, api) = (lane.stopper(), Arc::clone(api));
+            workers.push((stopper, spawn("worker", move || work(&lane, &api))?));
+        }
+        let edge = spawn("edge", move || {
+            if let Err(error) = edge.run() {
+                ended(error);
+            }
+        })?;
+        Ok(Server { edge, handle, workers })
+    }
+
+    /// Reads the TLS certificate and key again; connections that are open go on.
+    ///
+    /// # Errors
+    /// When they cannot be used; the old ones stay.
+    pub fn reload_tls(&self) -> Result<(), edge::TlsError> {
+        self.handle.reload_tls()
+    }
+
+    /// Stops listening, answers what is in progress, and ends all threads.
+    pub fn stop(self) {
+        self.handle.shutdown();
+        // Neither the edge nor a worker panics: each request of a batch is guarded.
+        let _ = self.edge.join();
+        for (stopper, worker) in self.workers {
+            stopper.stop();
+            let _ = worker.join();
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, ServerError> {
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
+    builder.spawn(work).map_err(ServerError::Thread)
+}
+
+/// One lane a worker. Certificates wait for the disk and have lanes of their own; half, so that
+/// neither kind can starve the other.
+fn kinds(workers: usize) -> Vec<Kind> {
+    let certificates = (workers / 2).max(1);
+    let plain = workers.saturating_sub(certificates).max(1);
+    let plain = std::iter::repeat_n(Kind::Plain, plain);
+    plain.chain(std::iter::repeat_n(Kind::Certificate, certificates)).collect()
+}
+
+fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
+    let tls = http.tls.as_ref();
+    edge::Settings {
+        tls: tls.map(|files| edge::TlsFiles {
+            certificate: files.cert.clone(),
+            key: files.key.clone(),
+        }),
+        max_connections: http.max_connections,
+        max_connections_per_ip: http.max_connections_per_ip,
+        max_buffer_bytes: http.max_buffer_bytes,
+        trusted_proxies: http.trusted_proxies.clone(),
+        ..edge::Settings::new(address)
+    }
+}
+
+fn work(lane: &Lane, api: &Api) {
+    let mut calls = Vec::new();
+    while lane.next_batch(BATCH, &mut calls) {
+        let requests: Vec<Request> = calls.iter_mut().map(request).collect();
+        let answers = api.answer(&requests);
+        for (call, reply) in calls.drain(..).zip(answers.replies) {
+            call.answer(lane_reply(reply));
+        }
+        api.clean_up(&answers.after);
+    }
+}
+
+fn request(call: &mut Call) -> Request {
+    let (path, query) = call.target().split_once('?').unwrap_or((call.target(), ""));
+    let field = |name| call.header(name).map(str::to_owned);
+    Request {
+        method: Method::parse(call.method().as_str()),
+        path: path.to_owned(),
+        query: query.to_owned(),
+        authorization: field("Authorization"),
+        content_type: field("Content-Type"),
+        accept: field("Accept"),
+        client: call.client().parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        body: call.take_body(),
+    }
+}
+
+fn lane_reply(reply: api::Reply) -> Reply {
+    let fields = reply.fields.iter();
+    let headers = fields.filter_map(|(name, value)| header(name, value)).collect();
+    Reply { status: reply.status, headers, body: reply.body }
+}
