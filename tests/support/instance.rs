@@ -151,7 +151,18 @@ pub fn certificates(services: &[&Service]) -> usize {
 #[track_caller]
 pub fn cut_off(service: &Service, proxy: &Proxy) {
     proxy.set(Mode::Refuse);
+    notice_loss(service);
+}
+
+/// Makes the instance look at its Redis, which is gone, and waits until it has decided that it is:
+/// before that it answers redemptions with 503.
+#[track_caller]
+pub fn notice_loss(service: &Service) {
     service.health();
+    wait::for_true("it is an outage", || {
+        let log = service.log();
+        log.rfind("Redis is lost") > log.rfind("Redis is back")
+    });
     service.wait_for_storage("memory");
 }
 
