@@ -12,12 +12,20 @@
 
 mod support;
 
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
 use support::check_error;
+use support::history::{History, Op};
+use support::http::Client;
 use support::instance::{
     self, Device, certificate, certificates, cut_off, issued, mark, mark_key, onboard, reconnect,
     redeem, refused_as_used, replace, revoke, token, token_key,
 };
-use support::proxy::{Proxy, Stop};
+use support::load;
+use support::proxy::{Mode, Proxy, Stop, Way};
 use support::redis::Redis;
 use support::service::Service;
 
@@ -181,4 +189,83 @@ fn both_onboard_the_same_device() {
         }
         assert_eq!(certificates(&pair.both()), 2);
     }
+}
+
+/// Every token is presented at both instances at once, while the network does its worst to each of
+/// them and Redis is restarted, with its data and without: `none` holds all the same.
+#[test]
+fn none_grants_nothing_twice_whatever_breaks() {
+    const LASTS: Duration = Duration::from_secs(6);
+    let mut redis = Redis::start(&[]);
+    let proxies = [Proxy::start(redis.port()), Proxy::start(redis.port())];
+    let env = [("OUTAGE_REDEEM", "none"), ("REDIS_TIMEOUT_MS", "200")];
+    let one = instance::first(&proxies[0].url(), &env);
+    let two = instance::another(&one, &proxies[1].url(), &env);
+    let (servers, history, stop) = ([one.http, two.http], History::new(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        for n in 0..4 {
+            let (servers, history, stop) = (&servers, &history, &stop);
+            scope.spawn(move || {
+                let devices: Vec<Device> =
+                    (0..8).map(|k| Device::new(&format!("d-{n}-{k}"))).collect();
+                for turn in (0..).take_while(|_| !stop.load(Ordering::Relaxed)) {
+                    redeem_at_both(servers, history, &devices[turn % 8], turn + n);
+                }
+            });
+        }
+        let begin = Instant::now();
+        for turn in (0..).take_while(|_| begin.elapsed() < LASTS) {
+            break_something(&proxies[turn % 2], &mut redis, turn);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let granted: Vec<String> = history
+        .events()
+        .into_iter()
+        .filter(|event| event.op == Op::Redeem && event.status == 200)
+        .map(|event| event.token)
+        .collect();
+    let distinct: HashSet<&String> = granted.iter().collect();
+    println!(
+        "{} of {} tokens redeemed",
+        distinct.len(),
+        history.outstanding().len() + granted.len()
+    );
+    assert_eq!(distinct.len(), granted.len(), "redeemed twice\n{}\n{}", one.log(), two.log());
+    assert_eq!(certificates(&[&one, &two]), granted.len());
+    assert!(granted.len() > 50, "there was work");
+}
+
+fn redeem_at_both(servers: &[Client; 2], history: &History, device: &Device, turn: usize) {
+    let issued = history.observe(Op::Onboard, &device.name, "", || {
+        instance::try_replace(&servers[turn % 2], device)
+    });
+    thread::scope(|scope| {
+        for server in servers.iter().filter(|_| issued.status == 200) {
+            scope.spawn(|| {
+                let present = || {
+                    let sign = || load::sign(server, &issued.token, &device.csr);
+                    let event = history.observe(Op::Redeem, &device.name, &issued.token, sign);
+                    thread::sleep(Duration::from_millis(if event.status == 503 { 50 } else { 0 }));
+                    event.status == 503
+                };
+                let _tries = (0..20).take_while(|_| present()).count();
+            });
+        }
+    });
+}
+
+fn break_something(proxy: &Proxy, redis: &mut Redis, turn: usize) {
+    match (turn / 2) % 7 {
+        0 => proxy.set(Mode::SwallowReplies),
+        1 => proxy.set(Mode::HoldCommands),
+        2 => redis.restart(true),
+        3 => proxy.cut_after(Way::ToService, 1000 + turn * 77),
+        4 => proxy.set(Mode::Refuse),
+        5 => redis.restart(false),
+        _ => proxy.reset(),
+    }
+    thread::sleep(Duration::from_millis(250));
+    proxy.set(Mode::Pass);
+    thread::sleep(Duration::from_millis(150));
 }

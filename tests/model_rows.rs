@@ -22,7 +22,7 @@ use support::clock::{FakeClock, now_s};
 use support::http::Response;
 use support::instance::{
     Device, another, certificate, certificates, claim_key, cut_off, first, issued, mark, mark_key,
-    onboard, reconnect, redeem, refused_as_used, replace, revoke, token, token_key,
+    notice_loss, onboard, reconnect, redeem, refused_as_used, replace, revoke, token, token_key,
 };
 use support::load;
 use support::proxy::{Mode, Proxy, Stop};
@@ -153,6 +153,31 @@ fn row_4_the_reply_to_a_give_back_is_lost() {
     assert_eq!(certificates(&[&one, &two]), 1);
 }
 
+/// The mark of an attempt without an answer stands; the next attempt is granted from memory under
+/// another serial, and fails: the token is free, and to others, too.
+#[test]
+fn row_4_the_mark_of_an_earlier_attempt_is_withdrawn_too() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let one = first(&proxy.url(), &[]);
+    let two = another(&one, &redis.url(), &[]);
+    let d = Device::new("d");
+    let compact = token(&one, &d);
+    proxy.set(Mode::SwallowReplies);
+    check_error(&redeem(&one, &compact, &d), 503, "SERVICE_UNAVAILABLE", "no answer came");
+    assert!(redis.exists(&mark_key(&compact)));
+    notice_loss(&one);
+    fs::rename(one.data("ca/certs"), one.data("ca/certs.away")).unwrap();
+    check_error(&redeem(&one, &compact, &d), 503, "SERVICE_UNAVAILABLE", "not recorded");
+    let granted = one.log().matches("could not be recorded").count();
+    assert_eq!(granted, 1, "from memory");
+    fs::rename(one.data("ca/certs.away"), one.data("ca/certs")).unwrap();
+    reconnect(&one, &proxy);
+    assert!(!redis.exists(&mark_key(&compact)), "{}", redis.cli(&["GET", &mark_key(&compact)]));
+    certificate(&two, &compact, &d);
+    refused_as_used(&[&one, &two], &compact, &d);
+}
+
 #[test]
 fn row_5_a_crash_between_mark_and_record() {
     let redis = Redis::start(&[]);
@@ -213,8 +238,7 @@ fn row_7_two_workers_at_the_moment_of_loss() {
             let through_redis = scope.spawn(|| redeem(&service, &compact, &d));
             marked.wait();
             redis.kill9();
-            service.health();
-            service.wait_for_storage("memory");
+            notice_loss(&service);
             check_error(&redeem(&service, &compact, &d), 401, "TOKEN_ALREADY_USED", "from memory");
             if answered {
                 marked.release();
@@ -291,8 +315,7 @@ fn row_10_consumed_in_the_outage_then_restarted() {
     let compact = token(&one, &d);
     redis.save();
     redis.kill9();
-    one.health();
-    one.wait_for_storage("memory");
+    notice_loss(&one);
     let serial = certificate(&one, &compact, &d);
     one.kill9();
     one.restart();
@@ -393,6 +416,7 @@ fn row_14_redis_is_back_with_data_of_a_second_ago() {
     let compact = token(&two, &d);
     redis.save();
     let serial = certificate(&one, &compact, &d);
+    wait::for_true("it is cleaned up", || !redis.exists(&token_key(&compact)));
     redis.kill9();
     redis.start_again();
     assert!(redis.exists(&token_key(&compact)) && !redis.exists(&mark_key(&compact)));
@@ -442,7 +466,7 @@ fn row_17_a_dead_mark_is_judged_by_the_hash_of_the_token() {
     let compact = token(&service, &d);
     proxy.set(Mode::HoldCommands);
     check_error(&redeem(&service, &compact, &d), 503, "SERVICE_UNAVAILABLE", "its mark is late");
-    service.wait_for_storage("memory");
+    notice_loss(&service);
     let serial = certificate(&service, &compact, &d);
     proxy.set(Mode::Pass); // now the first attempt's mark arrives
     service.wait_for_storage("redis");
@@ -576,4 +600,50 @@ fn row_20_a_mark_is_carried_over_a_tentative_one() {
     assert!(redis.exists(&token_key(&compact)), "c carries its copy over");
     refused_as_used(&[&a, &b, &c], &compact, &d);
     assert_eq!(certificates(&[&a, &b, &c]), 1);
+}
+
+/// What is carried over while b's commands are on their way comes between them.
+fn carried_between_the_commands(dead_mark: bool, pattern: &str) {
+    let mut redis = Redis::start(&[]);
+    let proxies = [(); 3].map(|()| Proxy::start(redis.port()));
+    let a = first(&proxies[0].url(), &[]);
+    let b = another(&a, &proxies[1].url(), SLOW);
+    let c = another(&a, &proxies[2].url(), &[]);
+    let d = Device::new("d");
+    let compact = token(&c, &d);
+    certificate(&a, &compact, &d);
+    cut_off(&a, &proxies[0]);
+    cut_off(&c, &proxies[2]);
+    redis.restart(false);
+    b.health();
+    b.wait_for_storage("redis");
+    if dead_mark {
+        redis.cli(&["SET", &mark_key(&compact), &mark(&b, &"4".repeat(32)), "EX", "300"]);
+    }
+    let between = proxies[1].trap(pattern, Stop::Within);
+    thread::scope(|scope| {
+        let attempt = scope.spawn(|| redeem(&b, &compact, &d));
+        between.wait();
+        let tentative = redis.cli(&["GET", &mark_key(&compact)]);
+        assert!(tentative.starts_with(&mark(&b, "")) && !tentative.contains("4444"), "{tentative}");
+        reconnect(&a, &proxies[0]);
+        reconnect(&c, &proxies[2]);
+        assert!(redis.exists(&token_key(&compact)), "c carries its copy over");
+        between.release();
+        check_error(&attempt.join().unwrap(), 401, "TOKEN_ALREADY_USED", "a's mark stands");
+    });
+    refused_as_used(&[&a, &b, &c], &compact, &d);
+    assert_eq!(certificates(&[&a, &b, &c]), 1);
+}
+
+#[test]
+fn row_20_the_mark_is_read_last() {
+    carried_between_the_commands(false, "EXISTS");
+}
+
+/// Row 21: b takes its own dead mark over while a's mark is carried, c carries its copy.
+#[test]
+fn row_21_the_mark_is_read_last_when_a_dead_one_is_taken_over() {
+    // The end of the compare-and-set, which no other command has before an EXISTS.
+    carried_between_the_commands(true, "360000\r\n*2\r\n$6\r\nEXISTS");
 }

@@ -100,8 +100,7 @@ fn after(how: Return, noticed: bool) {
     redis.kill9();
     if noticed {
         for service in [&one, &two] {
-            service.health();
-            service.wait_for_storage("memory");
+            instance::notice_loss(service);
         }
     }
     redis.start_again();
@@ -171,8 +170,7 @@ fn the_service_is_restarted_in_the_outage() {
         certificate(&one, &of_d, &d);
         redis.kill9();
         for service in [&one, &two] {
-            service.health();
-            service.wait_for_storage("memory");
+            instance::notice_loss(service);
         }
         certificate(&one, &of_e, &e);
         assert_eq!(one.terminate().code, Some(0));

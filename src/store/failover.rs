@@ -569,7 +569,6 @@ impl Failover {
         if !self.ledger.grant(hash, serial) {
             return Ok(Outcome::AlreadyUsed);
         }
-        state.todo.forget_withdrawal(hash);
         state.note_mark(*hash);
         Ok(Outcome::Granted)
     }

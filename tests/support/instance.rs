@@ -1,13 +1,14 @@
 //! Instances of the program as the tests of the token protocol need them, and what is asked of them:
 //! one CA, one secret, both keys set, devices that may enrol again.
 
+use std::io;
 use std::thread;
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::csr::Csr;
-use super::http::Response;
+use super::http::{Client, Response};
 use super::proxy::{Mode, Proxy};
 use super::service::{Service, Setup};
 use super::{check_error, token, wait};
@@ -70,10 +71,21 @@ pub fn replace(service: &Service, device: &Device) -> Response {
     ask_for_token(service, device, true)
 }
 
+#[track_caller]
 fn ask_for_token(service: &Service, device: &Device, replace: bool) -> Response {
-    let headers = [("Authorization", &*format!("Bearer {ONBOARDING_KEY}"))];
-    let body = json!({"device_id": device.name, "replace": replace});
-    service.http.post_with("/api/v1/onboarding", &headers, &body)
+    try_ask_for_token(&service.http, device, replace).unwrap()
+}
+
+/// As [`replace`]; an error is no answer within the time-out.
+pub fn try_replace(server: &Client, device: &Device) -> io::Result<Response> {
+    try_ask_for_token(server, device, true)
+}
+
+fn try_ask_for_token(server: &Client, device: &Device, replace: bool) -> io::Result<Response> {
+    let bearer = format!("Bearer {ONBOARDING_KEY}");
+    let headers = [("Content-Type", "application/json"), ("Authorization", &*bearer)];
+    let body = json!({"device_id": device.name, "replace": replace}).to_string();
+    server.try_request("POST", "/api/v1/onboarding", &headers, body.as_bytes())
 }
 
 /// The token of an onboarding that must succeed.
@@ -151,7 +163,18 @@ pub fn certificates(services: &[&Service]) -> usize {
 #[track_caller]
 pub fn cut_off(service: &Service, proxy: &Proxy) {
     proxy.set(Mode::Refuse);
+    notice_loss(service);
+}
+
+/// Makes the instance look at its Redis, which is gone, and waits until it has decided that it is:
+/// before that it answers redemptions with 503.
+#[track_caller]
+pub fn notice_loss(service: &Service) {
     service.health();
+    wait::for_true("it is an outage", || {
+        let log = service.log();
+        log.rfind("Redis is lost") > log.rfind("Redis is back")
+    });
     service.wait_for_storage("memory");
 }
 
