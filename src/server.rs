@@ -136,8 +136,11 @@ impl Lane {
         if is_proof {
             call.respond(Reply { status: 204, headers: Vec::new(), body: Vec::new() });
         } else {
-            call.read_body();
-            batch.push(call);
+            // A body that stops short is a lane that broke: nobody acts on half a request, and
+            // dropping the call is its answer.
+            if call.read_body() {
+                batch.push(call);
+            }
         }
     }
 }
@@ -195,14 +198,15 @@ impl Call {
     }
 
     /// A body must be read to its end, or what is behind it in the lane is never seen.
-    fn read_body(&mut self) {
-        let Some(request) = &mut self.request else { return };
+    fn read_body(&mut self) -> bool {
+        let Some(request) = &mut self.request else { return false };
         let length = request.body_length().unwrap_or(0).min(edge::BODY_MAX);
-        if length > 0 {
-            self.body.reserve_exact(length);
-            // A lane that breaks is the edge's to notice; the answer goes nowhere then.
-            let _ = request.as_reader().read_to_end(&mut self.body);
+        if length == 0 {
+            return true;
         }
+        self.body.reserve_exact(length);
+        let read = request.as_reader().read_to_end(&mut self.body);
+        read.is_ok_and(|n| n == length)
     }
 
     fn respond(&mut self, reply: Reply) {

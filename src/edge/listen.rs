@@ -14,11 +14,14 @@ const BACKLOG: i32 = 4096;
 const AT_ONCE: usize = 256;
 /// The pause when descriptors or memory are short: the sockets wait in the backlog meanwhile.
 const PAUSE_MS: u64 = 100;
+/// Pauses come ten a second while it lasts; the log gets one line in so many milliseconds.
+const WARN_EVERY_MS: u64 = 60_000;
 
 /// Where clients arrive.
 pub struct Listener {
     socket: Watched<TcpListener>,
     paused_until_ms: Option<u64>,
+    next_warning_ms: u64,
 }
 
 /// What came of accepting.
@@ -39,7 +42,7 @@ impl Listener {
         // Listening again only lengthens the queue, which the standard library keeps at 128.
         rustix::net::listen(&socket, BACKLOG)?;
         let socket = poll.watch(socket, KEY, Interest::READ)?;
-        Ok(Listener { socket, paused_until_ms: None })
+        Ok(Listener { socket, paused_until_ms: None, next_warning_ms: 0 })
     }
 
     /// When accepting goes on after a pause.
@@ -75,7 +78,10 @@ impl Listener {
     }
 
     fn pause(&mut self, why: &io::Error, now_ms: u64) {
-        log::warn!("accepting no connections for {PAUSE_MS} ms: {why}");
+        if self.next_warning_ms <= now_ms {
+            self.next_warning_ms = now_ms + WARN_EVERY_MS;
+            log::warn!("accepting no connections for {PAUSE_MS} ms at a time: {why}");
+        }
         self.paused_until_ms = Some(now_ms + PAUSE_MS);
         self.set(Interest::NONE);
     }
