@@ -20,10 +20,6 @@ use super::{Counters, Deadlines, Settings};
 use crate::clock::Now;
 use crate::problem::Code;
 
-/// How many give way each time accepting pauses: the files that this frees are there for the rest
-/// of the process first.
-const GO_AT_SHORTAGE: usize = 16;
-
 /// Everyone who is in.
 pub struct Hall {
     pub(super) clients: Vec<Option<Client>>,
@@ -110,7 +106,9 @@ impl Hall {
     pub fn arrived(&mut self, arrival: Arrival, poll: &Poll, first_key: usize, now: Now) {
         let Arrival::Client(stream, peer) = arrival else {
             self.counters.accept_pauses.add(1);
-            for _ in 0..GO_AT_SHORTAGE {
+            // What this frees is there for the rest of the process first.
+            let inside = self.clients.len() - self.free.len();
+            for _ in 0..(inside / 8).max(1) {
                 self.give_way(|_| true);
             }
             return;

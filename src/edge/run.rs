@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use super::client::TLS_HELD;
 use super::hall::Hall;
 use super::lane::Lanes;
 use super::limits::raise_open_files;
@@ -118,7 +119,7 @@ impl Edge {
     /// When the address is taken, the system has nothing left, or the TLS files cannot be used.
     pub fn open(settings: Settings, lanes: Vec<LaneAddress>) -> Result<Self, OpenError> {
         let acceptor = settings.tls.clone().map(Acceptor::new).transpose()?.map(Arc::new);
-        let settings = fit_to_open_files(settings)?;
+        let settings = fit_to_open_files(fit_to_budget(settings))?;
         let poll = Poll::new(BATCH)?;
         let socket = TcpListener::bind(settings.listen)?;
         let local_addr = socket.local_addr()?;
@@ -253,6 +254,19 @@ impl Edge {
         let next = due.into_iter().flatten().min()?;
         Some(Duration::from_millis(next.saturating_sub(now.mono_ms)))
     }
+}
+
+/// Idle TLS connections may hold half of the budget; the rest is for requests and replies.
+fn fit_to_budget(mut settings: Settings) -> Settings {
+    let affordable = (settings.max_buffer_bytes / 2 / TLS_HELD).max(1);
+    if settings.tls.is_some() && affordable < settings.max_connections {
+        settings.max_connections = affordable;
+        log::info!(
+            "{} bytes for clients allow {affordable} TLS connections",
+            settings.max_buffer_bytes
+        );
+    }
+    settings
 }
 
 fn fit_to_open_files(mut settings: Settings) -> io::Result<Settings> {
