@@ -23,11 +23,11 @@ use crate::problem::Code;
 /// Everyone who is in.
 pub struct Hall {
     pub(super) clients: Vec<Option<Client>>,
-    pub(super) free: Vec<usize>,
+    free: Vec<usize>,
     pub(super) timers: Timers,
     /// One list: whoever had a request answered last stands last, so the front gives way.
     pub(super) ages: Lists<1>,
-    pub(super) per_address: PerAddress,
+    per_address: PerAddress,
     pub(super) budget: Budget,
     acceptor: Option<Arc<Acceptor>>,
     pub(super) proxies: Networks,
@@ -35,14 +35,14 @@ pub struct Hall {
     /// Clients that were answered and have sent more already.
     pub(super) waiting: Vec<usize>,
     /// The number of the latest request.
-    pub(super) number: u64,
+    number: u64,
     pub(super) date: Date,
     /// The request that is being read, and the reply that is being written.
     pub(super) request_bytes: Vec<u8>,
     pub(super) reply_bytes: Vec<u8>,
     /// The head of an answer as the lane's end wrote it.
     pub(super) answer_head: Vec<u8>,
-    pub(super) max_per_address: usize,
+    max_per_address: usize,
     pub(super) max_waiting: usize,
     pub(super) is_draining: bool,
 }

@@ -16,7 +16,7 @@ use super::client::TLS_HELD;
 use super::hall::Hall;
 use super::lane::Lanes;
 use super::limits::raise_open_files;
-use super::listen::Listener;
+use super::listen::{BACKLOG, Listener};
 use super::poll::{Poll, Ready, Waker};
 use super::tls::{Acceptor, TlsError};
 use super::{Counters, LaneAddress, Settings};
@@ -123,7 +123,8 @@ impl Edge {
         let poll = Poll::new(BATCH)?;
         let socket = TcpListener::bind(settings.listen)?;
         let local_addr = socket.local_addr()?;
-        let listener = Listener::new(socket, &poll)?;
+        let places = settings.max_connections.min(settings.max_connections_per_ip);
+        let listener = Listener::new(socket, &poll, places)?;
         let drain = settings.deadlines.drain;
         let first_client = LANES + lanes.len();
         Ok(Edge {
@@ -223,12 +224,12 @@ impl Edge {
         }
     }
 
-    fn accept(&mut self, now: Now) {
-        let Some(listener) = &mut self.listener else { return };
+    fn accept(&mut self, now: Now) -> bool {
+        let Some(listener) = &mut self.listener else { return false };
         let hall = &mut self.hall;
         let poll = &self.poll;
         let first = self.first_client;
-        listener.accept(now.mono_ms, &mut |found| hall.arrived(found, poll, first, now));
+        listener.accept(now.mono_ms, &mut |found| hall.arrived(found, poll, first, now))
     }
 
     /// The listener closes only when everyone who was let in by the system is let in here.
@@ -236,7 +237,9 @@ impl Edge {
         if self.drained_by_ms.is_none() {
             let length = u64::try_from(self.drain.as_millis()).unwrap_or(u64::MAX);
             self.drained_by_ms = Some(now.mono_ms.saturating_add(length));
-            self.accept(now);
+            // Bounded, because new ones may come as fast as they are taken.
+            let mut rounds = 0..BACKLOG;
+            while self.accept(now) && rounds.next().is_some() {}
             self.listener = None;
             self.hall.begin_drain();
         }
