@@ -190,6 +190,7 @@ impl Hall {
                 self.check(at, Client::resume);
             }
             After::Close => {
+                client.reader.stop();
                 self.timers.restart(at, Wait::Linger, now.mono_ms);
                 self.check(at, Client::linger);
             }
