@@ -43,7 +43,10 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
 const DEADLINES: &[(&str, &str)] = &[
     ("src/store/redis.rs", "a batch has one deadline, which is counted on the socket's clock"),
     ("src/store/redis/connection.rs", "time-outs of sockets are what is left until it"),
-    ("src/store/failover.rs", "the last round of a carry-over has a deadline of the same kind"),
+    (
+        "src/store/failover/supervisor.rs",
+        "the last round of a carry-over has a deadline of the same kind",
+    ),
 ];
 
 #[test]
