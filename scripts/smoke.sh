@@ -35,7 +35,7 @@ trap 'exit 143' TERM
 
 fail() {
     echo "FAILED: $*" >&2
-    [ ! -s "$work/body" ] || sed 's/^/answer: /' "$work/body" >&2
+    [ ! -s "$work/body" ] || printf 'answer: %s\n' "$(cat "$work/body")" >&2
     exit 1
 }
 

@@ -107,6 +107,15 @@ impl Problem {
         self
     }
 
+    /// Says `more` to the log, before what it is told already.
+    pub fn log_more(mut self, more: impl fmt::Display) -> Self {
+        self.log = Some(match self.log {
+            Some(why) => format!("{more}: {why}"),
+            None => more.to_string(),
+        });
+        self
+    }
+
     /// The HTTP status.
     pub fn status(&self) -> u16 {
         self.code.row().0

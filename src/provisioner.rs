@@ -20,7 +20,7 @@ use crate::ca::{Ca, CaError};
 use crate::clock::{self, Now};
 use crate::config::Reenroll;
 use crate::device::DeviceId;
-use crate::jwt::{Claims, Signer, Token};
+use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::ledger::Ledger;
@@ -208,7 +208,7 @@ impl Provisioner {
     ) -> Result<Job, Problem> {
         self.issuer(now)?;
         if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(&device, now) {
-            return Err(refused(Code::DeviceHasActiveCertificate, &device, client));
+            return Err(not_issued(Code::DeviceHasActiveCertificate, &device));
         }
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
@@ -222,14 +222,17 @@ impl Provisioner {
     ///
     /// # Errors
     /// The first of these that fails.
-    pub fn check_token(&self, compact: &str, client: IpAddr, now: Now) -> Result<Token, Problem> {
+    pub fn check_token(&self, compact: &str, now: Now) -> Result<Token, Problem> {
         if !self.ca().clock_is_plausible(now) {
             return Err(Code::ClockNotSet.into());
         }
         self.signer.verify(compact, now.unix_s()).map_err(|error| {
-            let problem = Problem::from(error);
-            log::info!("token refused: {problem}, from {client}");
-            problem
+            // Of a token that has merely expired, the log may say whose it was.
+            let claims = self.signer.verify_signature(compact).ok();
+            match claims {
+                Some(claims) => refused(error, &TokenHash::of(compact), &claims.device_id),
+                None => error.into(),
+            }
         })
     }
 
@@ -248,18 +251,14 @@ impl Provisioner {
         client: IpAddr,
         now: Now,
     ) -> Result<Job, Problem> {
-        let owner = token.claims.device_id.clone();
-        let refuse = |problem: Problem| {
-            log::info!("token {} of {owner} refused: {problem}, from {client}", token.hash.short());
-            problem
-        };
-        let csr = Csr::parse(csr).map_err(|error| refuse(error.into()))?;
+        let owner = &token.claims.device_id;
+        let csr = Csr::parse(csr).map_err(|error| refused(error, &token.hash, owner))?;
         if device.is_some_and(|device| device.trim() != owner.as_str()) {
-            return Err(refuse(Code::TokenDeviceMismatch.into()));
+            return Err(refused(Code::TokenDeviceMismatch, &token.hash, owner));
         }
-        csr.belongs_to(&owner).map_err(|error| refuse(error.into()))?;
+        csr.belongs_to(owner).map_err(|error| refused(error, &token.hash, owner))?;
         self.issuer(now)?;
-        self.look(&token, now).map_err(|code| refuse(code.into()))?;
+        self.look(&token, now).map_err(|code| refused(code, &token.hash, owner))?;
         let serial = Serial::random();
         let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
         Ok(Job::Redeem(Box::new(Redeem { token, csr, serial, user_id, client })))
@@ -282,19 +281,10 @@ impl Provisioner {
     ///
     /// # Errors
     /// When there is none, it is not one of ours, or it no longer counts.
-    pub fn check_certificate(
-        &self,
-        der: Option<&[u8]>,
-        client: IpAddr,
-        now: Now,
-    ) -> Result<Record, Problem> {
+    pub fn check_certificate(&self, der: Option<&[u8]>, now: Now) -> Result<Record, Problem> {
         let der = der.ok_or(Code::ClientCertificateRequired)?;
         self.issuer(now)?;
-        let late_days = self.rules.renew_after_expiry_days;
-        self.ca().identify(der, late_days, now).map_err(|error| {
-            log::info!("renewal refused: {error}, from {client}");
-            error.into()
-        })
+        Ok(self.ca().identify(der, self.rules.renew_after_expiry_days, now)?)
     }
 
     /// Plans the renewal of the checked certificate `old` for the key in `csr`.
@@ -308,15 +298,11 @@ impl Provisioner {
         client: IpAddr,
         now: Now,
     ) -> Result<Job, Problem> {
-        let refuse = |problem: Problem| {
-            log::info!("renewal of {} refused: {problem}, from {client}", old.device);
-            problem
-        };
-        let csr = Csr::parse(csr).map_err(|error| refuse(error.into()))?;
-        csr.belongs_to(&old.device).map_err(|error| refuse(error.into()))?;
+        let csr = Csr::parse(csr).map_err(|error| not_issued(error, &old.device))?;
+        csr.belongs_to(&old.device).map_err(|error| not_issued(error, &old.device))?;
         if self.ca().registry().count_active(&old.device, now) >= MOST_ACTIVE {
-            let problem = Problem { retry_after_s: Some(3600), ..Code::RateLimited.into() };
-            return Err(refuse(problem.log("too many certificates that have not ended")));
+            let problem = not_issued(Code::RateLimited, &old.device);
+            return Err(Problem { retry_after_s: Some(3600), ..problem });
         }
         let serial = Serial::random();
         let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
@@ -339,7 +325,7 @@ impl Provisioner {
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
-        let ops: Vec<Op> = jobs.iter().filter_map(|job| job.op(now)).collect();
+        let ops: Vec<Op> = jobs.iter().filter_map(Job::op).collect();
         let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
         let mut answers = answers.into_iter();
         let mut left = Left::default();
@@ -391,27 +377,28 @@ impl Provisioner {
         back: &mut Vec<Op>,
         now: Now,
     ) -> Result<Done, Problem> {
-        let Issue { token, replace, client } = issue;
+        let Issue { token, client, .. } = issue;
         let device = &token.claims.device_id;
-        match answer {
-            Ok(Outcome::Issued { .. }) => {}
+        let killed = match answer {
+            Ok(Outcome::Issued { killed }) => killed,
             Ok(Outcome::AlreadyActive { expires_at_ms }) => {
                 let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
-                let problem = refused(Code::TokenAlreadyActive, device, client);
-                return Err(problem
+                return Err(not_issued(Code::TokenAlreadyActive, device)
                     .field("expiresAt", clock::rfc3339(expires_at_ms))
                     .field("expiresInSeconds", left_s));
             }
-            other => return Err(unexpected(other)),
-        }
+            other => return Err(unexpected(other).log_more(format!("device {device}"))),
+        };
         // The device may have redeemed another token between the first look and the claim.
         if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(device, now) {
-            let problem = refused(Code::DeviceHasActiveCertificate, device, client);
+            let problem = not_issued(Code::DeviceHasActiveCertificate, device);
             back.push(Op::TakeBack(token));
             return Err(problem);
         }
-        let how = if replace { "replaced" } else { "issued" };
-        log::info!("token {} {how} for {device}, to {client}", token.hash.short());
+        log::info!("token {} issued for {device}, to {client}", token.hash.short());
+        if let Some(old) = killed {
+            log::info!("token {} of {device} killed: replaced, by {client}", old.hash.short());
+        }
         Ok(Done::Issued(token))
     }
 
@@ -511,8 +498,7 @@ impl Provisioner {
                 if problem.code != Code::TokenAlreadyUsed {
                     left.back.extend(grant.give_back());
                 }
-                grant.log_refusal(&problem);
-                Recording::Done(Err(problem))
+                Recording::Done(Err(grant.refused(problem)))
             }
         }
     }
@@ -577,8 +563,7 @@ impl Provisioner {
         }
         let problem = Problem::from(error);
         log::error!("certificate {} could not be recorded: {problem}", signed.leaf.serial);
-        grant.log_refusal(&problem);
-        Err(problem)
+        Err(grant.refused(problem))
     }
 }
 
@@ -595,14 +580,15 @@ struct Left {
 
 impl Job {
     /// What the store is asked for it, if it is asked.
-    fn op(&self, now: Now) -> Option<Op> {
+    fn op(&self) -> Option<Op> {
         Some(match self {
             Job::Issue(Issue { token, replace: false, .. }) => Op::Issue(token.clone()),
             Job::Issue(Issue { token, replace: true, .. }) => Op::Replace(token.clone()),
             Job::Redeem(redeem) => Op::Consume(redeem.token.clone(), redeem.serial),
             Job::Renew(_) => return None,
+            // Whatever its `iat` says: another instance's clock may be ahead.
             Job::Revoke(Revoke { device, .. }) => {
-                Op::Kill(Kill { device: device.clone(), issued_by_s: now.unix_s(), spare: None })
+                Op::Kill(Kill { device: device.clone(), issued_by_s: u64::MAX, spare: None })
             }
             Job::Count => Op::Count,
         })
@@ -665,13 +651,11 @@ impl Grant {
         }
     }
 
-    fn log_refusal(&self, problem: &Problem) {
+    /// For the log: who was refused.
+    fn refused(&self, problem: Problem) -> Problem {
         match self {
-            Grant::Token(redeem) => redeem.log_refusal(problem),
-            Grant::Certificate(renew) => {
-                let (device, client) = (&renew.old.device, renew.client);
-                log::info!("renewal of {device} refused: {problem}, from {client}");
-            }
+            Grant::Token(redeem) => redeem.refused(problem),
+            Grant::Certificate(renew) => not_issued(problem, &renew.old.device),
         }
     }
 }
@@ -689,9 +673,8 @@ impl Redeem {
         );
     }
 
-    fn log_refusal(&self, problem: &Problem) {
-        let (hash, device) = (self.token.hash.short(), &self.token.claims.device_id);
-        log::info!("token {hash} of {device} refused: {problem}, from {}", self.client);
+    fn refused(&self, problem: Problem) -> Problem {
+        refused(problem, &self.token.hash, &self.token.claims.device_id)
     }
 }
 
@@ -703,8 +686,7 @@ fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
         Ok(Outcome::Unknown) => Problem::from(Code::TokenNotFound),
         other => unexpected(other),
     };
-    redeem.log_refusal(&problem);
-    Err(problem)
+    Err(redeem.refused(problem))
 }
 
 /// What a store answers when it does not do what it was asked.
@@ -724,8 +706,11 @@ fn not_committed() -> RegistryError {
     RegistryError::NotWritten { why: "no result".to_owned(), left_behind: true }
 }
 
-fn refused(code: Code, device: &DeviceId, client: IpAddr) -> Problem {
-    let problem = Problem::from(code);
-    log::info!("onboarding of {device} refused: {problem}, from {client}");
-    problem
+/// For the log: which token was refused. The client is told nothing that it did not send.
+fn refused(problem: impl Into<Problem>, hash: &TokenHash, device: &DeviceId) -> Problem {
+    problem.into().log_more(format!("token {} of {device}", hash.short()))
+}
+
+fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
+    problem.into().log_more(format!("device {device}"))
 }

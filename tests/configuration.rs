@@ -78,7 +78,6 @@ const BAD: &[(&str, &str, &[Variable])] = &[
     ("ONBOARDING_RATE_LIMIT", "-1", &[]),
     ("ONBOARDING_RATE_LIMIT", "few", &[]),
     ("TLS_CERT", "no/such/file.pem", &[("TLS_KEY", "no/such/file.pem")]),
-    ("TLS_KEY", "only-one-of-the-two.pem", &[]),
     ("JWT_SECRET_FILE", "no/such/file", &[]),
     ("ADMIN_API_KEY_FILE", "no/such/file", &[]),
     ("REDIS_PASSWORD_FILE", "no/such/file", &[("REDIS_HOST", "127.0.0.1")]),
@@ -129,6 +128,15 @@ fn bad_exit(name: &str, value: &str, exit: &Exit) -> Option<String> {
         Some(format!("the line does not show the value: {}", lines[0]))
     } else {
         None
+    }
+}
+
+#[test]
+fn a_certificate_and_its_key_go_together() {
+    for name in ["TLS_CERT", "TLS_KEY"] {
+        let exit = Setup::new().env(name, "one-of-the-two.pem").run();
+        assert_eq!(exit.code, Some(2), "{}", exit.log);
+        assert!(exit.log.contains("TLS_CERT") && exit.log.contains("TLS_KEY"), "{}", exit.log);
     }
 }
 

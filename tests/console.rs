@@ -116,9 +116,11 @@ fn a_server_certificate_for_the_broker() {
 
 #[test]
 fn a_server_certificate_needs_a_ca() {
-    let exit = Setup::new().args(&["server-certificate", "broker.example"]).run();
+    let setup = Setup::new().args(&["server-certificate", "broker.example"]);
+    let folder = setup.data("ca").display().to_string();
+    let exit = setup.run();
     assert!(matches!(exit.code, Some(1 | 2)), "{exit:?}");
-    assert!(exit.log.contains("root-ca"), "{}", exit.log);
+    assert!(exit.log.contains(&folder), "it says where it looked: {}", exit.log);
 }
 
 #[test]

@@ -86,6 +86,32 @@ fn killed_between_the_mark_and_the_record() {
     stage.check_gives_one();
 }
 
+/// The dead mark is taken over by comparing, not by writing: in the moment between the look and the
+/// take-over another instance may kill the token.
+#[test]
+fn a_token_that_is_killed_while_its_dead_mark_is_taken_over() {
+    let mut stage = Stage::set("5000");
+    let trap = stage.proxy.trap("used:", Stop::After);
+    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
+    let client = thread::spawn(move || sign(&http, &compact, &csr));
+    trap.wait();
+    stage.service.kill9();
+    assert!(client.join().unwrap().is_err());
+    drop(trap);
+    stage.restart();
+
+    let trap = stage.proxy.trap("\r\nEVAL\r\n", Stop::Before);
+    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
+    let client = thread::spawn(move || sign(&http, &compact, &csr).unwrap());
+    trap.wait();
+    let killed = "AAAAAAAAAAAAAAAAAAAAAA killed";
+    stage.redis.cli(&["SET", &stage.mark(), killed, "PX", "360000"]);
+    trap.release();
+    check_error(&client.join().unwrap(), 401, "TOKEN_ALREADY_USED", "killed meanwhile");
+    assert_eq!(stage.redis.cli(&["GET", &stage.mark()]), killed, "the other's mark stands");
+    assert!(stage.service.index().is_empty());
+}
+
 #[test]
 fn killed_before_the_mark_reaches_redis() {
     let mut stage = Stage::set("5000");

@@ -109,6 +109,22 @@ fn openssl_agrees_on_http_1_1_and_resumes() {
 }
 
 #[test]
+fn the_budget_limits_tls_connections() {
+    let certificate = Certificate::new("budget");
+    let served = serve(|s| {
+        s.tls = Some(certificate.files());
+        s.max_buffer_bytes = 1024 * 1024;
+    });
+    let streams: Vec<_> = (0..100).map(|_| served.connect()).collect();
+    until("all came", || served.counters.accepted.value() == 100);
+    assert_eq!(served.counters.open.value(), 64);
+    assert!(served.counters.held_bytes.value() <= 512 * 1024);
+    let large = "x".repeat(100_000) + " 200";
+    assert_eq!(curl(&served, &certificate, "/bytes?100000", &[]), large);
+    drop(streams);
+}
+
+#[test]
 fn whoever_does_not_speak_tls_is_closed_and_disturbs_nobody() {
     let certificate = Certificate::new("garbage");
     let served = serve(|s| {

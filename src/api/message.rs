@@ -189,20 +189,27 @@ impl Json {
 
     /// Adds a field.
     pub fn field(&mut self, name: &str, value: impl Into<Value>) -> &mut Self {
-        if self.0.len() > 1 {
-            self.0.push(',');
-        }
-        let value: Value = value.into();
-        self.0.push_str(&format!("\"{name}\":{value}"));
-        self
+        self.written(name, &value.into().to_string())
     }
 
     /// Adds an object.
     pub fn object(&mut self, name: &str, fields: &mut Json) -> &mut Self {
+        self.written(name, &fields.end())
+    }
+
+    /// Adds a list of values that are JSON already.
+    pub fn array(&mut self, name: &str, values: &[String]) -> &mut Self {
+        self.written(name, &format!("[{}]", values.join(",")))
+    }
+
+    fn written(&mut self, name: &str, json: &str) -> &mut Self {
         if self.0.len() > 1 {
             self.0.push(',');
         }
-        self.0.push_str(&format!("\"{name}\":{}}}", fields.0));
+        self.0.push('"');
+        self.0.push_str(name);
+        self.0.push_str("\":");
+        self.0.push_str(json);
         self
     }
 

@@ -15,6 +15,8 @@ mod sign_csr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use log::Level;
+
 use crate::clock::{self, Now};
 use crate::config::{Config, Secret};
 use crate::problem::{Code, Problem};
@@ -70,19 +72,19 @@ const ROUTES: &[Route] = &[
     route(Method::Post, "/api/v1/sign-csr", "redeem a token for a certificate", sign_csr::plan),
     route(
         Method::Get,
-        "/api/v1/certificates/{}/status",
+        "/api/v1/certificates/{device_id}/status",
         "a device's newest certificate",
         certificates::status,
     ),
     route(
         Method::Get,
-        "/api/v1/certificates/{}/download",
+        "/api/v1/certificates/{id}/download",
         "a certificate and its CA",
         certificates::download,
     ),
     route(
         Method::Delete,
-        "/api/v1/certificates/{}",
+        "/api/v1/certificates/{device_id}",
         "revoke a device (admin)",
         certificates::revoke,
     ),
@@ -170,25 +172,30 @@ impl Api {
         Err(Problem::from(Code::MethodNotAllowed).field("allow", allow))
     }
 
-    /// An error as a reply. What only the log may know goes there.
+    /// An error as a reply, and its one line in the log. Who was refused, and what could not be
+    /// served, is of interest; what was merely asked wrongly is noise that anyone can make.
     fn problem(&self, request: &Request, problem: &Problem, now: Now) -> Reply {
-        let (Request { method, path, client, .. }, status) = (request, problem.status());
-        match status {
-            500 => log::error!("{method} {path} from {client}: {problem}"),
-            501..=599 => log::warn!("{method} {path} from {client}: {problem}"),
-            _ => log::debug!("{method} {path} from {client}: {problem}"),
-        }
+        let level = match problem.status() {
+            500 => Level::Error,
+            401 | 403 | 409 | 429 => Level::Info,
+            _ if problem.log.is_some() => Level::Info,
+            _ => Level::Debug,
+        };
+        let Request { method, path, client, .. } = request;
+        // A path may be 8 KiB, and anyone can send one.
+        let path: String = path.chars().take(80).collect();
+        log::log!(level, "{method} {path} refused: {problem}, from {client}");
         Reply::problem(problem, now)
     }
 }
 
-/// What stands in the place of `{}`, if the path fits the pattern; empty for one without.
+/// What stands in the place of `{…}`, if the path fits the pattern; empty for one without.
 fn captured<'a>(pattern: &str, segments: &[&'a str]) -> Option<&'a str> {
     let mut name = "";
     let mut pattern = pattern.split('/');
     for segment in segments {
         match pattern.next()? {
-            "{}" if !segment.is_empty() => name = segment,
+            wild if wild.starts_with('{') && !segment.is_empty() => name = segment,
             literal if literal == *segment => {}
             _ => return None,
         }
@@ -224,14 +231,14 @@ mod tests {
         let fits =
             |pattern, path: &'static str| captured(pattern, &path.split('/').collect::<Vec<_>>());
         assert_eq!(fits("/health", "/health"), Some(""));
-        assert_eq!(fits("/a/{}/status", "/a/d-1/status"), Some("d-1"));
+        assert_eq!(fits("/a/{id}/status", "/a/d-1/status"), Some("d-1"));
         for (pattern, path) in [
             ("/health", "/health/"),
             ("/health", "//health"),
             ("/health", "/Health"),
-            ("/a/{}/status", "/a//status"),
-            ("/a/{}/status", "/a/b/c/status"),
-            ("/a/{}", "/a"),
+            ("/a/{id}/status", "/a//status"),
+            ("/a/{id}/status", "/a/b/c/status"),
+            ("/a/{id}", "/a"),
         ] {
             assert_eq!(fits(pattern, path), None, "{pattern} {path}");
         }

@@ -11,10 +11,9 @@ use crate::provisioner::Done;
 
 pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
     // Before the key is looked at, so that keys cannot be tried at leisure.
-    api.onboarding_limit.admit(request.client, now).map_err(|seconds| {
-        log::info!("onboarding refused: RATE_LIMITED, from {}", request.client);
-        Problem { retry_after_s: Some(seconds), ..Code::RateLimited.into() }
-    })?;
+    let admitted = api.onboarding_limit.admit(request.client, now);
+    admitted
+        .map_err(|seconds| Problem { retry_after_s: Some(seconds), ..Code::RateLimited.into() })?;
     let authenticated = match &api.onboarding_api_key {
         Some(key) if !request.bears(key) => return Err(Code::ApiKeyRequired.into()),
         key => key.is_some(),

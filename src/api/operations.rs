@@ -1,7 +1,5 @@
 //! What operators ask: health, readiness, the list of endpoints.
 
-use serde_json::{Value, json};
-
 use super::message::Json;
 use super::{Api, Plan, ROUTES, Reply, Request};
 use crate::clock::Now;
@@ -41,7 +39,6 @@ pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, P
     if !reasons.is_empty() {
         return Err(Problem::from(Code::ServiceUnavailable)
             .text("Not ready")
-            .log(reasons.join(", "))
             .field("reasons", reasons));
     }
     let mut json = Json::new();
@@ -55,16 +52,19 @@ pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, P
 
 /// `GET /api`
 pub(super) fn list(_: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
-    let endpoints: Vec<Value> = ROUTES
+    let endpoints: Vec<String> = ROUTES
         .iter()
         .map(|route| {
-            let path = route.path.replace("{}", "{id}");
-            json!({ "method": route.method.to_string(), "path": path, "description": route.what })
+            let mut json = Json::new();
+            json.field("method", route.method.to_string())
+                .field("path", route.path)
+                .field("description", route.what);
+            json.end()
         })
         .collect();
     let mut json = Json::new();
     json.field("name", env!("CARGO_PKG_NAME"))
         .field("version", VERSION)
-        .field("endpoints", endpoints);
+        .array("endpoints", &endpoints);
     Ok(Plan::Reply(Reply::json(json.end())))
 }

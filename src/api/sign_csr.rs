@@ -12,7 +12,7 @@ pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Pl
     let body = request.json()?;
     let token = request.bearer().or_else(|| text(&body, "provisioning_token"));
     let token = token.ok_or(Code::TokenMissing)?;
-    let token = api.provisioner.check_token(token, request.client, now)?;
+    let token = api.provisioner.check_token(token, now)?;
     let csr = text(&body, "csr").ok_or(Code::CsrRequired)?;
     let device = match body.get("device_id") {
         None | Some(Value::Null) => None,

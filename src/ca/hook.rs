@@ -9,11 +9,13 @@ use std::io;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use std::os::unix::process::CommandExt as _;
 
 use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::clock;
 
 /// How long the program may take.
 pub const LIMIT: Duration = Duration::from_secs(10);
@@ -80,12 +82,12 @@ pub fn run(program: &Path, list: &Path, limit: Duration) -> Result<(), HookError
 /// Looks at the child more and more seldom, so that a quick one is not waited for and a slow one
 /// costs little.
 fn end_of(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
-    let (begin, mut pause) = (Instant::now(), LOOK.0);
+    let (begin, mut pause) = (clock::now().mono_ms, LOOK.0);
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if begin.elapsed() >= limit {
+        if u128::from(clock::now().mono_ms - begin) >= limit.as_millis() {
             return Ok(None);
         }
         thread::sleep(pause);
@@ -99,6 +101,7 @@ mod tests {
     use crate::files::test_dir::TestDir;
     use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
+    use std::time::Instant;
 
     fn script(dir: &TestDir, text: &str) -> std::path::PathBuf {
         let path = dir.join("hook");

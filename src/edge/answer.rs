@@ -193,3 +193,75 @@ fn reason(status: u16) -> &'static str {
         _ => "Internal Server Error",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Now = Now { unix_ms: 784_111_777_123, mono_ms: 0 };
+
+    #[test]
+    fn a_refusal_is_a_whole_response() {
+        let text = String::from_utf8(problem_response(Code::BodyTooLarge, NOW, true)).unwrap();
+        assert_eq!(
+            text,
+            "HTTP/1.1 413 Content Too Large\r\n\
+             Content-Type: application/json; charset=utf-8\r\n\
+             X-Error-Code: BODY_TOO_LARGE\r\n\
+             Content-Length: 135\r\n\
+             Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n\
+             Connection: close\r\n\r\n\
+             {\"success\":false,\"error\":\"The request body must be at most 65536 bytes\",\
+             \"code\":\"BODY_TOO_LARGE\",\"timestamp\":\"1994-11-06T08:49:37.123Z\"}"
+        );
+    }
+
+    #[test]
+    fn every_problem_has_what_its_status_asks_for() {
+        for code in Code::ALL {
+            let (status, ..) = code.row();
+            let text = String::from_utf8(problem_response(*code, NOW, false)).unwrap();
+            let has = |field: &str| text.contains(&format!("\r\n{field}: "));
+            assert!(text.ends_with("\r\n\r\n"), "{text}");
+            assert_eq!(has("Allow"), status == 405);
+            assert_eq!(has("WWW-Authenticate"), status == 401);
+            assert_eq!(has("Retry-After"), matches!(status, 429 | 503));
+            let generic = text.contains("Internal Server Error");
+            assert_eq!(generic, status == 500, "{status} has no reason phrase");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_cut_to_what_a_client_may_see() {
+        let head = b"HTTP/1.1 200 OK\r\nServer: tiny\r\nDate: -\r\nX-Edge: 12\r\nX-Secret: s\r\n\
+                     Content-Type: text/plain\r\nContent-Length: 3\r\n\r\nabc";
+        let mut out = Vec::new();
+        let answer = read(head, &mut out).unwrap().unwrap();
+        assert_eq!((answer.used, answer.number, answer.length), (head.len() - 3, 12, 3));
+        end_head("now", true, true, &mut out);
+        let expected = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\
+                        Date: now\r\nConnection: keep-alive\r\n\r\n";
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
+        for cut in 0..answer.used {
+            assert_eq!(read(&head[..cut], &mut Vec::new()), Ok(None), "{cut}");
+        }
+    }
+
+    #[test]
+    fn an_answer_that_cannot_be_told_apart_is_an_error() {
+        let answer = |fields: &str| {
+            read(format!("HTTP/1.1 200 OK\r\n{fields}\r\n").as_bytes(), &mut Vec::new())
+        };
+        assert!(answer("X-Edge: 1\r\nContent-Length: 0\r\n").is_ok());
+        for bad in [
+            "Content-Length: 0\r\n",
+            "X-Edge: 1\r\n",
+            "X-Edge: x\r\nContent-Length: 0\r\n",
+            "X-Edge: 1\r\nContent-Length: -1\r\n",
+            "X-Edge: 1\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n",
+        ] {
+            assert!(answer(bad).is_err(), "{bad:?}");
+        }
+        assert!(read(b"HTTP/1.1 100 Continue\r\n\r\n", &mut Vec::new()).is_err());
+    }
+}

@@ -35,8 +35,8 @@ pub struct Client {
     pub counted: usize,
 }
 
-/// What a TLS connection holds between records, as measured.
-const TLS_HELD: usize = 6 * 1024;
+/// What an idle TLS connection holds, as measured: 7.6 MB for 1,000.
+pub const TLS_HELD: usize = 8 * 1024;
 
 /// What happens when a reply is out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,11 +23,11 @@ use crate::problem::Code;
 /// Everyone who is in.
 pub struct Hall {
     pub(super) clients: Vec<Option<Client>>,
-    pub(super) free: Vec<usize>,
+    free: Vec<usize>,
     pub(super) timers: Timers,
     /// One list: whoever had a request answered last stands last, so the front gives way.
     pub(super) ages: Lists<1>,
-    pub(super) per_address: PerAddress,
+    per_address: PerAddress,
     pub(super) budget: Budget,
     acceptor: Option<Arc<Acceptor>>,
     pub(super) proxies: Networks,
@@ -35,14 +35,14 @@ pub struct Hall {
     /// Clients that were answered and have sent more already.
     pub(super) waiting: Vec<usize>,
     /// The number of the latest request.
-    pub(super) number: u64,
+    number: u64,
     pub(super) date: Date,
     /// The request that is being read, and the reply that is being written.
     pub(super) request_bytes: Vec<u8>,
     pub(super) reply_bytes: Vec<u8>,
     /// The head of an answer as the lane's end wrote it.
     pub(super) answer_head: Vec<u8>,
-    pub(super) max_per_address: usize,
+    max_per_address: usize,
     pub(super) max_waiting: usize,
     pub(super) is_draining: bool,
 }
@@ -106,7 +106,11 @@ impl Hall {
     pub fn arrived(&mut self, arrival: Arrival, poll: &Poll, first_key: usize, now: Now) {
         let Arrival::Client(stream, peer) = arrival else {
             self.counters.accept_pauses.add(1);
-            self.give_way(|_| true);
+            // What this frees is there for the rest of the process first.
+            let inside = self.clients.len() - self.free.len();
+            for _ in 0..(inside / 8).max(1) {
+                self.give_way(|_| true);
+            }
             return;
         };
         self.counters.accepted.add(1);

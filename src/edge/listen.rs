@@ -9,16 +9,20 @@ use super::poll::{Interest, Poll, Watched};
 pub const KEY: usize = 0;
 /// Connections that the system holds for us, if it allows as many; where there is no room, the
 /// client's SYN is dropped, and it waits a second before it tries again.
-const BACKLOG: i32 = 4096;
+pub const BACKLOG: u16 = 4096;
 /// Connections taken in one go, so that those who are in already do not wait for all who come.
-const AT_ONCE: usize = 256;
+const AT_ONCE_MAX: usize = 256;
 /// The pause when descriptors or memory are short: the sockets wait in the backlog meanwhile.
 const PAUSE_MS: u64 = 100;
+/// Pauses come ten a second while it lasts; the log gets one line in so many milliseconds.
+const WARN_EVERY_MS: u64 = 60_000;
 
 /// Where clients arrive.
 pub struct Listener {
     socket: Watched<TcpListener>,
     paused_until_ms: Option<u64>,
+    next_warning_ms: u64,
+    at_once: usize,
 }
 
 /// What came of accepting.
@@ -31,16 +35,18 @@ pub enum Arrival {
 
 impl Listener {
     /// Takes the socket, from which nobody is let in before [`Listener::open`]; who comes earlier
-    /// waits in the system's queue.
+    /// waits in the system's queue. `places` is how many connections there may be: no more than a
+    /// quarter are taken in one go, so that nobody has to give way before it was first read.
     ///
     /// # Errors
     /// When the system has nothing left.
-    pub fn new(socket: TcpListener, poll: &Poll) -> io::Result<Self> {
+    pub fn new(socket: TcpListener, poll: &Poll, places: usize) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         // Listening again only lengthens the queue, which the standard library keeps at 128.
-        rustix::net::listen(&socket, BACKLOG)?;
+        rustix::net::listen(&socket, BACKLOG.into())?;
         let socket = poll.watch(socket, KEY, Interest::NONE)?;
-        Ok(Listener { socket, paused_until_ms: None })
+        let at_once = (places / 4).clamp(1, AT_ONCE_MAX);
+        Ok(Listener { socket, paused_until_ms: None, next_warning_ms: 0, at_once })
     }
 
     /// Begins to let clients in.
@@ -58,30 +64,35 @@ impl Listener {
         self.paused_until_ms.is_some_and(|until| until <= now_ms)
     }
 
-    /// Takes whoever waits, at most `AT_ONCE`.
-    pub fn accept(&mut self, now_ms: u64, arrived: &mut dyn FnMut(Arrival)) {
+    /// Takes whoever waits, up to the bound. True if more may wait.
+    pub fn accept(&mut self, now_ms: u64, arrived: &mut dyn FnMut(Arrival)) -> bool {
         if self.is_due(now_ms) {
             self.paused_until_ms = None;
             self.set(Interest::READ);
         }
         if self.paused_until_ms.is_some() {
-            return;
+            return false;
         }
-        for _ in 0..AT_ONCE {
+        for _ in 0..self.at_once {
             match self.socket.accept() {
                 Ok((stream, peer)) => arrived(Arrival::Client(stream, peer.ip().to_canonical())),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(e) if is_about_one_client(&e) => {}
                 Err(e) => {
                     self.pause(&e, now_ms);
-                    return arrived(Arrival::Shortage);
+                    arrived(Arrival::Shortage);
+                    return false;
                 }
             }
         }
+        true
     }
 
     fn pause(&mut self, why: &io::Error, now_ms: u64) {
-        log::warn!("accepting no connections for {PAUSE_MS} ms: {why}");
+        if self.next_warning_ms <= now_ms {
+            self.next_warning_ms = now_ms + WARN_EVERY_MS;
+            log::warn!("accepting no connections for {PAUSE_MS} ms at a time: {why}");
+        }
         self.paused_until_ms = Some(now_ms + PAUSE_MS);
         self.set(Interest::NONE);
     }

@@ -93,7 +93,9 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Serve HTTPS with these.
     pub tls: Option<TlsFiles>,
-    /// Connections at once; each costs a descriptor and about half a KiB.
+    /// Connections at once; each costs a descriptor and about half a KiB. With TLS each holds
+    /// 8 KiB more, and there are never more than half of `max_buffer_bytes` pays for: 512 by
+    /// default.
     pub max_connections: usize,
     /// Connections at once of one IPv4 address or one IPv6 /64, so that one host cannot take all.
     pub max_connections_per_ip: usize,

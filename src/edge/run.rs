@@ -12,10 +12,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use super::client::TLS_HELD;
 use super::hall::Hall;
 use super::lane::Lanes;
 use super::limits::raise_open_files;
-use super::listen::Listener;
+use super::listen::{BACKLOG, Listener};
 use super::poll::{Poll, Ready, Waker};
 use super::tls::{Acceptor, TlsError};
 use super::{Counters, LaneAddress, Settings};
@@ -118,11 +119,12 @@ impl Edge {
     /// When the address is taken, the system has nothing left, or the TLS files cannot be used.
     pub fn open(settings: Settings, lanes: Vec<LaneAddress>) -> Result<Self, OpenError> {
         let acceptor = settings.tls.clone().map(Acceptor::new).transpose()?.map(Arc::new);
-        let settings = fit_to_open_files(settings)?;
+        let settings = fit_to_open_files(fit_to_budget(settings))?;
         let poll = Poll::new(BATCH)?;
         let socket = TcpListener::bind(settings.listen)?;
         let local_addr = socket.local_addr()?;
-        let listener = Listener::new(socket, &poll)?;
+        let places = settings.max_connections.min(settings.max_connections_per_ip);
+        let listener = Listener::new(socket, &poll, places)?;
         let drain = settings.deadlines.drain;
         let first_client = LANES + lanes.len();
         Ok(Edge {
@@ -225,12 +227,12 @@ impl Edge {
         }
     }
 
-    fn accept(&mut self, now: Now) {
-        let Some(listener) = &mut self.listener else { return };
+    fn accept(&mut self, now: Now) -> bool {
+        let Some(listener) = &mut self.listener else { return false };
         let hall = &mut self.hall;
         let poll = &self.poll;
         let first = self.first_client;
-        listener.accept(now.mono_ms, &mut |found| hall.arrived(found, poll, first, now));
+        listener.accept(now.mono_ms, &mut |found| hall.arrived(found, poll, first, now))
     }
 
     /// The listener closes only when everyone who was let in by the system is let in here.
@@ -238,7 +240,9 @@ impl Edge {
         if self.drained_by_ms.is_none() {
             let length = u64::try_from(self.drain.as_millis()).unwrap_or(u64::MAX);
             self.drained_by_ms = Some(now.mono_ms.saturating_add(length));
-            self.accept(now);
+            // Bounded, because new ones may come as fast as they are taken.
+            let mut rounds = 0..BACKLOG;
+            while self.accept(now) && rounds.next().is_some() {}
             self.listener = None;
             self.hall.begin_drain();
         }
@@ -256,6 +260,19 @@ impl Edge {
         let next = due.into_iter().flatten().min()?;
         Some(Duration::from_millis(next.saturating_sub(now.mono_ms)))
     }
+}
+
+/// Idle TLS connections may hold half of the budget; the rest is for requests and replies.
+fn fit_to_budget(mut settings: Settings) -> Settings {
+    let affordable = (settings.max_buffer_bytes / 2 / TLS_HELD).max(1);
+    if settings.tls.is_some() && affordable < settings.max_connections {
+        settings.max_connections = affordable;
+        log::info!(
+            "{} bytes for clients allow {affordable} TLS connections",
+            settings.max_buffer_bytes
+        );
+    }
+    settings
 }
 
 fn fit_to_open_files(mut settings: Settings) -> io::Result<Settings> {

@@ -11,7 +11,10 @@ use std::io::{self, Cursor};
 use std::mem;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use tiny_http::{Header, Method, Request, Response, Server, StatusCode};
 
@@ -21,6 +24,9 @@ use crate::problem::Code;
 
 /// What a Unix socket's path may have, its final zero not counted (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
+
+/// The pause between attempts to replace a server.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Why there are no lanes.
 #[derive(Debug)]
@@ -64,19 +70,35 @@ fn make_private(dir: &Path) -> io::Result<()> {
 
 /// The worker's end of a lane.
 pub struct Lane {
-    server: Arc<Server>,
+    shared: Arc<Shared>,
     address: LaneAddress,
     fixed: [Header; 2],
 }
 
+#[derive(Default)]
+struct Shared {
+    /// `None` while a server that failed is replaced.
+    server: Mutex<Option<Arc<Server>>>,
+    stopped: AtomicBool,
+}
+
+impl Shared {
+    fn server(&self) -> MutexGuard<'_, Option<Arc<Server>>> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Ends a lane's [`Lane::next_batch`] from another thread.
 #[derive(Clone)]
-pub struct Stopper(Arc<Server>);
+pub struct Stopper(Arc<Shared>);
 
 impl Stopper {
     /// Ends the present wait, or the next one.
     pub fn stop(&self) {
-        self.0.unblock();
+        self.0.stopped.store(true, Ordering::Release);
+        if let Some(server) = &*self.0.server() {
+            server.unblock();
+        }
     }
 }
 
@@ -85,17 +107,31 @@ impl Lane {
         if path.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(LaneError::PathTooLong(path));
         }
-        let failed = |why: Box<dyn Error + Send + Sync>| LaneError::Open(path.clone(), why);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(e.into())),
+        let constant = |name| {
+            header(name, "-").ok_or_else(|| LaneError::Open(path.clone(), "a bad constant".into()))
+        };
+        // Ready-made, or `tiny_http` makes its own for each answer; the edge drops both.
+        let fixed = [constant("Date")?, constant("Server")?];
+        let lane = Lane {
+            shared: Arc::default(),
+            address: LaneAddress { kind, path: path.clone() },
+            fixed,
+        };
+        lane.listen().map_err(|e| LaneError::Open(path, e))?;
+        Ok(lane)
+    }
+
+    /// Puts a new server in the place of the present one, if any.
+    fn listen(&self) -> Result<Arc<Server>, Box<dyn Error + Send + Sync>> {
+        // The old one goes first: as it goes, it removes the socket's file.
+        drop(self.shared.server().take());
+        match fs::remove_file(&self.address.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e.into()),
             _ => {}
         }
-        let server = Server::http_unix(&path).map_err(failed)?;
-        let fixed = [header("Date", "-"), header("Server", "-")];
-        let fixed = fixed.map(|h| h.ok_or("a constant field is malformed"));
-        let [date, name] = fixed;
-        let fixed = [date.map_err(|e| failed(e.into()))?, name.map_err(|e| failed(e.into()))?];
-        Ok(Lane { server: Arc::new(server), address: LaneAddress { kind, path }, fixed })
+        let server = Arc::new(Server::http_unix(&self.address.path)?);
+        *self.shared.server() = Some(Arc::clone(&server));
+        Ok(server)
     }
 
     /// What the edge has to know.
@@ -105,22 +141,51 @@ impl Lane {
 
     /// For the thread that ends the worker.
     pub fn stopper(&self) -> Stopper {
-        Stopper(Arc::clone(&self.server))
+        Stopper(Arc::clone(&self.shared))
     }
 
     /// Waits for a request, then takes up to `bound` with those that wait behind it. The requests
     /// by which the edge proves the lane are answered here. False when [`Stopper::stop`] was
-    /// called or the server has failed.
+    /// called.
     pub fn next_batch(&self, bound: usize, batch: &mut Vec<Call>) -> bool {
+        let present = self.shared.server().clone();
+        let Some(server) = present else { return self.replace_server() };
         while batch.is_empty() {
-            let Ok(request) = self.server.recv() else { return false };
-            self.admit(request, batch);
+            match self.next(&server) {
+                Ok(Some(request)) => self.admit(request, batch),
+                Ok(None) => return false,
+                Err(_) if self.is_stopped() => return false,
+                Err(e) => {
+                    // After an error in `accept`, `tiny_http` never accepts again.
+                    log::warn!("lane {}: {e}", self.address.path.display());
+                    drop(server);
+                    return self.replace_server();
+                }
+            }
             while batch.len() < bound {
-                let Ok(Some(request)) = self.server.try_recv() else { break };
+                let Ok(Some(request)) = server.try_recv() else { break };
                 self.admit(request, batch);
             }
         }
         true
+    }
+
+    /// `None` when stopped and nothing waits: `try_recv` may have swallowed what ends `recv`.
+    fn next(&self, server: &Server) -> io::Result<Option<Request>> {
+        if self.is_stopped() { server.try_recv() } else { server.recv().map(Some) }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.shared.stopped.load(Ordering::Acquire)
+    }
+
+    /// Returns with an empty batch, so that the caller comes back to the new server.
+    fn replace_server(&self) -> bool {
+        if let Err(e) = self.listen() {
+            log::error!("lane {}: {e}", self.address.path.display());
+            thread::sleep(RETRY);
+        }
+        !self.is_stopped()
     }
 
     fn admit(&self, request: Request, batch: &mut Vec<Call>) {
@@ -138,8 +203,11 @@ impl Lane {
         if is_proof {
             call.respond(Reply { status: 204, headers: Vec::new(), body: Vec::new() });
         } else {
-            call.read_body();
-            batch.push(call);
+            // A body that stops short is a lane that broke: nobody acts on half a request, and
+            // dropping the call is its answer.
+            if call.read_body() {
+                batch.push(call);
+            }
         }
     }
 }
@@ -208,14 +276,15 @@ impl Call {
     }
 
     /// A body must be read to its end, or what is behind it in the lane is never seen.
-    fn read_body(&mut self) {
-        let Some(request) = &mut self.request else { return };
+    fn read_body(&mut self) -> bool {
+        let Some(request) = &mut self.request else { return false };
         let length = request.body_length().unwrap_or(0).min(edge::BODY_MAX);
-        if length > 0 {
-            self.body.reserve_exact(length);
-            // A lane that breaks is the edge's to notice; the answer goes nowhere then.
-            let _ = request.as_reader().read_to_end(&mut self.body);
+        if length == 0 {
+            return true;
         }
+        self.body.reserve_exact(length);
+        let read = request.as_reader().read_to_end(&mut self.body);
+        read.is_ok_and(|n| n == length)
     }
 
     fn respond(&mut self, reply: Reply) {
@@ -255,4 +324,74 @@ fn unanswered() -> Reply {
 pub fn header(name: &str, value: &str) -> Option<Header> {
     let fine = value.bytes().all(|b| matches!(b, b' '..=b'~'));
     fine.then(|| Header::from_bytes(name, value).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn folder(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("server-{}-{name}", std::process::id()))
+    }
+
+    /// What the edge would read for this request.
+    fn exchange(lane: &Lane, request: &str) -> String {
+        let mut stream = UnixStream::connect(&lane.address().path).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut batch = Vec::new();
+        assert!(lane.next_batch(16, &mut batch));
+        assert_eq!((batch[0].target(), batch[0].client()), ("/x", "192.0.2.1"));
+        drop(batch);
+        let mut text = String::new();
+        while !text.contains("\r\n\r\n") {
+            let mut buf = [0; 4096];
+            let n = stream.read(&mut buf).unwrap();
+            text.push_str(std::str::from_utf8(&buf[..n]).unwrap());
+        }
+        text
+    }
+
+    #[test]
+    fn a_call_that_is_dropped_answers_500_with_its_number() {
+        let dir = folder("drop");
+        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
+        let mode = fs::metadata(&dir).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let text = exchange(&lane, "GET /x HTTP/1.1\r\nX-Edge: 42 192.0.2.1\r\n\r\n");
+        assert!(text.starts_with("HTTP/1.1 500 ") && text.contains("X-Edge: 42\r\n"), "{text}");
+        drop(lane);
+        fs::remove_dir(dir).unwrap();
+    }
+
+    #[test]
+    fn a_server_is_replaced_in_its_place() {
+        let dir = folder("replace");
+        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
+        lane.listen().unwrap();
+        let text = exchange(&lane, "GET /x HTTP/1.1\r\nX-Edge: 7 192.0.2.1\r\n\r\n");
+        assert!(text.contains("X-Edge: 7\r\n"), "{text}");
+        // A stale file, as after a crash, is in nobody's way.
+        drop(lane);
+        fs::write(dir.join("lane-0.sock"), "").unwrap();
+        drop(open_lanes(&dir, &[Kind::Plain]).unwrap());
+        fs::remove_dir(dir).unwrap();
+    }
+
+    #[test]
+    fn a_path_that_does_not_fit_is_named() {
+        let long = folder(&"x".repeat(100));
+        let error = open_lanes(&long, &[Kind::Plain]).map(|_| ()).unwrap_err();
+        assert!(matches!(&error, LaneError::PathTooLong(_)), "{error}");
+        fs::remove_dir(long).unwrap();
+    }
+
+    #[test]
+    fn fields_cannot_break_the_line() {
+        assert!(header("X-A", "fine").is_some());
+        for bad in ["a\r\nX-B: c", "a\nb", "\0", "\u{e4}"] {
+            assert!(header("X-A", bad).is_none(), "{bad:?}");
+        }
+    }
 }

@@ -165,9 +165,9 @@ impl Ledger {
 }
 
 fn entry(state: State, claims: Claims, now: Now) -> Entry {
-    // By whichever clock is later: a wall clock that jumped must not end it early.
-    let by_wall = claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms);
-    let lasts = by_wall.clamp(0, claims.lifetime_s() * 1000) + MARGIN_MS;
+    // The whole lifetime, as a mark in Redis: were it what the wall clock says is left, one that is
+    // ahead for a while would end it early.
+    let lasts = claims.lifetime_s() * 1000 + MARGIN_MS;
     Entry { state, claims, ends_ms: now.mono_ms.saturating_add(lasts) }
 }
 
@@ -254,14 +254,24 @@ mod tests {
     }
 
     #[test]
-    fn entries_end_a_minute_after_their_token() {
+    fn entries_last_a_lifetime_and_a_minute() {
         let ledger = Ledger::new(100);
         let t = token("d", 300);
         ledger.kill(t.hash, t.claims.clone(), at(10));
-        assert_eq!(ledger.reap(at(11)), Some(360_000));
-        assert_eq!(ledger.reap(at(359)), Some(360_000));
-        assert_eq!(ledger.reap(at(360)), None);
+        assert_eq!(ledger.reap(at(11)), Some(370_000));
+        assert_eq!(ledger.reap(at(369)), Some(370_000));
+        assert_eq!(ledger.reap(at(370)), None);
         assert!(!ledger.knows_as_spent(&t.hash));
+    }
+
+    #[test]
+    fn a_wall_clock_that_is_ahead_ends_no_entry() {
+        let ledger = Ledger::new(100);
+        let t = token("d", 300);
+        let ahead = Now { unix_ms: at(86_400).unix_ms, mono_ms: at(10).mono_ms };
+        ledger.kill(t.hash, t.claims.clone(), ahead);
+        ledger.reap(at(290));
+        assert!(ledger.knows_as_killed(&t.hash), "the clock was set right, the token is live");
     }
 
     #[test]

@@ -104,7 +104,8 @@ impl Memory {
         Ok(dead)
     }
 
-    /// Kills every live token of the device that `kill` means; answers which those were.
+    /// Kills every live token of the device that `kill` means, also one that is being redeemed: its
+    /// certificate may not be signed yet. Answers which those were.
     pub fn kill(&self, kill: &Kill, now: Now) -> Vec<Dead> {
         let mut table = locked(&self.table);
         let meant = |hash: &TokenHash, entry: &Entry| {
@@ -112,7 +113,7 @@ impl Memory {
                 && entry.claims.iat <= kill.issued_by_s
                 && kill.spare != Some(*hash)
                 && entry.ends_ms > now.mono_ms
-                && !self.ledger.knows_as_spent(hash)
+                && !self.ledger.knows_as_killed(hash)
         };
         let killed: Vec<_> = table
             .tokens
@@ -141,10 +142,10 @@ impl Memory {
         table.tokens.iter().filter(|(_, e)| e.ends_ms > now.mono_ms).map(|(h, _)| *h).collect()
     }
 
-    /// Notes that a command carrying the token was sent to Redis.
-    pub fn note_in_redis(&self, hash: &TokenHash) {
+    /// Notes whether a command carrying the token was sent to Redis.
+    pub fn note_in_redis(&self, hash: &TokenHash, in_redis: bool) {
         if let Some(entry) = locked(&self.table).tokens.get_mut(hash) {
-            entry.in_redis = true;
+            entry.in_redis = in_redis;
         }
     }
 
@@ -212,7 +213,7 @@ impl Memory {
         let hash = table.claims.get(device)?;
         let entry = table.live(hash, now)?;
         let free = self.ledger.knows_as_spent(hash);
-        (!free).then(|| now.unix_ms.saturating_add(entry.ends_ms.saturating_sub(now.mono_ms)))
+        (!free).then(|| entry.claims.exp.saturating_mul(1000))
     }
 
     fn insert(
@@ -396,6 +397,23 @@ mod tests {
         assert_eq!(revoke(u64::MAX, None), none, "already dead");
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(one(&memory, Op::Consume(new, Serial([1; 16])), at(2)), used);
+    }
+
+    #[test]
+    fn a_token_under_redemption_is_killed_too() {
+        let memory = memory(10);
+        let t = token("d", 0);
+        one(&memory, Op::Issue(t.clone()), at(0)).unwrap();
+        let granted = one(&memory, Op::Consume(t.clone(), Serial([1; 16])), at(1));
+        assert_eq!(granted, Ok(Outcome::Granted));
+        let device = t.claims.device_id.clone();
+        let kill = Op::Kill(Kill { device, issued_by_s: u64::MAX, spare: None });
+        let dead = Dead { hash: t.hash, claims: t.claims.clone() };
+        assert_eq!(one(&memory, kill, at(1)), Ok(Outcome::Killed(Some(dead))));
+        assert!(memory.ledger.knows_as_killed(&t.hash), "whoever signs looks at this last");
+        one(&memory, Op::GiveBack(t.clone(), Serial([1; 16])), at(1)).unwrap();
+        let again = one(&memory, Op::Consume(t, Serial([2; 16])), at(1));
+        assert_eq!(again, Ok(Outcome::AlreadyUsed));
     }
 
     #[test]

@@ -95,7 +95,8 @@ pub enum Outcome {
     Killed(Option<Dead>),
     /// `Count`: live tokens, which is also the number of devices that have one.
     Counted(u64),
-    /// `Mark`: done; names who else redeemed the token, as `<instance> <serial>`, if anyone did.
+    /// `Mark`: done; if another instance redeemed the token too, names both, as
+    /// `<instance> <serial> and <instance> <serial>`.
     Marked(Option<String>),
     /// The others: done, or noted to be done when Redis is back.
     Done,

@@ -21,6 +21,7 @@ pub mod device;
 pub mod history;
 pub mod http;
 pub mod https;
+pub mod instance;
 pub mod load;
 pub mod mosquitto;
 pub mod proxy;

@@ -12,8 +12,8 @@
 //!
 //! * [`Mode`] holds for all connections and is switched by [`Proxy::set`].
 //! * A **trap** ([`Proxy::trap`]) stops one connection at one moment: when a command whose bytes
-//!   contain a pattern is about to reach Redis ([`Stop::Before`]) or has reached it and been
-//!   answered ([`Stop::After`]). The test waits for it, does its damage (kills the program, lets its
+//!   contain a pattern is about to reach Redis ([`Stop::Before`]), has reached it up to the end of the
+//!   pattern ([`Stop::Within`]), or has reached it and been answered ([`Stop::After`]). The test waits for it, does its damage (kills the program, lets its
 //!   time-out pass, kills Redis …) and then releases it or throws away what is held. Bytes held on
 //!   their way to Redis are delivered even if the program has closed or died in the meantime: that
 //!   is how a command arrives late.
@@ -62,8 +62,11 @@ pub enum Mode {
 /// Where a trap stops its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// Before the command reaches Redis.
+    /// Before the command reaches Redis, with all that is sent together with it.
     Before,
+    /// When all up to the end of the pattern has reached Redis, and nothing behind it: other clients'
+    /// commands come in the middle of what was sent in one go.
+    Within,
     /// When Redis has answered, before the answer passes.
     After,
 }
@@ -347,7 +350,9 @@ impl Shared {
         let end = chunk.bytes.is_empty();
         match (way, link.trapped()) {
             (_, Some((_, TrapState::Dropped))) => return Fate::Close,
-            (Way::ToRedis, Some((Stop::Before, TrapState::Sprung))) => return Fate::Wait,
+            (Way::ToRedis, Some((Stop::Before | Stop::Within, TrapState::Sprung))) => {
+                return Fate::Wait;
+            }
             (Way::ToService, Some((Stop::After, state))) => match state {
                 TrapState::Answering => {
                     set_trap(link, TrapState::Sprung);
@@ -454,9 +459,22 @@ impl Shared {
     /// Does with the chunk what the rules say.
     fn deliver(&self, link: &Link, way: Way, chunk: &Chunk) -> After {
         let mut rules = self.rules();
-        if way == Way::ToRedis {
-            spring(&mut rules, link, chunk);
+        let sprung = if way == Way::ToRedis { spring(&mut rules, link, chunk) } else { None };
+        let Some(at) = sprung else { return self.deliver_whole(rules, link, way, chunk) };
+        let (ahead, rest) = chunk.bytes.split_at(at);
+        if !ahead.is_empty() {
+            self.send(link, way, ahead);
         }
+        self.deliver_whole(rules, link, way, &Chunk { at: chunk.at, bytes: rest.to_vec() })
+    }
+
+    fn deliver_whole(
+        &self,
+        mut rules: MutexGuard<'_, Rules>,
+        link: &Link,
+        way: Way,
+        chunk: &Chunk,
+    ) -> After {
         loop {
             if rules.closed {
                 return After::Closed;
@@ -515,23 +533,30 @@ enum After {
     Closed,
 }
 
-/// Looks whether commands run into a trap that is armed.
-fn spring(rules: &mut Rules, link: &Link, chunk: &Chunk) {
+/// Looks whether commands run into a trap that is armed. Answers how much of the chunk is to pass
+/// nevertheless, if it is a trap in the middle.
+fn spring(rules: &mut Rules, link: &Link, chunk: &Chunk) -> Option<usize> {
     let mut tail = link.pipes[Way::ToRedis as usize].tail.lock().unwrap();
+    let before = tail.len();
     tail.extend_from_slice(&chunk.bytes);
-    let hit = rules.traps.iter().position(|trap| {
-        *trap.state.lock().unwrap() == TrapState::Armed
-            && tail.windows(trap.pattern.len()).any(|w| w == trap.pattern)
-    });
-    if let Some(at) = hit {
+    let end_in = |trap: &Armed| {
+        let armed = *trap.state.lock().unwrap() == TrapState::Armed;
+        let at = tail.windows(trap.pattern.len()).position(|w| armed && w == trap.pattern)?;
+        Some((at + trap.pattern.len()).saturating_sub(before))
+    };
+    let hit = rules.traps.iter().enumerate().find_map(|(n, trap)| Some((n, end_in(trap)?)));
+    let mut passes = None;
+    if let Some((at, end)) = hit {
         let Armed { stop, state, .. } = rules.traps.remove(at);
         *link.trap.lock().unwrap() = Some((stop, state));
-        let next = if stop == Stop::Before { TrapState::Sprung } else { TrapState::Answering };
+        let next = if stop == Stop::After { TrapState::Answering } else { TrapState::Sprung };
         set_trap(link, next);
+        passes = (stop == Stop::Within).then_some(end);
     }
     let keep = rules.traps.iter().map(|trap| trap.pattern.len()).max().unwrap_or_default();
     let cut = tail.len().saturating_sub(keep);
     tail.drain(..cut);
+    passes
 }
 
 fn set_trap(link: &Link, to: TrapState) {

@@ -62,7 +62,8 @@ impl Todo {
     }
 
     /// Notes a mark to withdraw. The oldest go when there are too many: this instance takes its own
-    /// dead marks over, and for the others they end with their tokens.
+    /// dead marks over, and for the others they end with their tokens. One for a token that is granted
+    /// to another attempt stays: if that fails as well, no mark goes over this one.
     pub fn withdraw(&mut self, token: &Token, serial: Serial) {
         self.withdrawals.insert((token.hash, serial), token.clone());
         if self.withdrawals.len() > MOST_WITHDRAWALS
@@ -73,13 +74,11 @@ impl Todo {
         }
     }
 
-    /// The attempt's token was granted to another attempt of ours, whose mark goes over its.
-    pub fn forget_withdrawal(&mut self, hash: &TokenHash) {
-        self.withdrawals.retain(|(of, _), _| of != hash);
-    }
-
-    /// Notes a kill; of two for one device the later one covers both.
+    /// Notes a kill; of two for one device the later one covers both. What is issued from now on
+    /// is not meant.
     pub fn note_kill(&mut self, kill: Kill, now: Now) {
+        let issued_by_s = kill.issued_by_s.min(now.unix_s());
+        let kill = Kill { issued_by_s, ..kill };
         let oldest = now.unix_s().saturating_sub(MAX_LIFETIME_S);
         self.kills.retain(|_, kill| kill.issued_by_s >= oldest);
         self.kills.insert(kill.device.clone(), kill);

@@ -175,26 +175,32 @@ impl Pool {
         self.put_back.notify_all();
     }
 
-    /// Connects anew, name resolution included, greets on the first connection, and replaces all
+    /// Connects anew, name resolution included, greets on the last connection, and replaces all
     /// connections. One is enough to serve; a server may allow no more.
+    ///
+    /// On the last, because the server may start again in between: then the others fail when they
+    /// are used, which is noticed. Were the last one not the one that was asked who it is talking
+    /// to, it would serve another server, empty perhaps, as if it were the one that was greeted.
     pub fn reopen<T>(
         &self,
         greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         self.close();
         let deadline = Instant::now() + self.connect_timeout;
-        let mut first = self.connect()?;
-        let deadline = deadline.max(Instant::now() + LEAST_GREETING);
-        let hello = greet(&mut first, deadline).map_err(|error| self.explained(error))?;
-        let mut fresh = vec![first];
-        while fresh.len() < self.size {
+        let mut last = self.connect()?;
+        let mut fresh = Vec::with_capacity(self.size);
+        let mut refused = None;
+        while refused.is_none() && fresh.len() + 1 < self.size {
             match self.connect() {
-                Ok(connection) => fresh.push(connection),
-                Err(error) => {
-                    log::warn!("Redis gives {} of {} connections: {error}", fresh.len(), self.size);
-                    break;
-                }
+                Ok(connection) => fresh.push(std::mem::replace(&mut last, connection)),
+                Err(error) => refused = Some(error),
             }
+        }
+        let deadline = deadline.max(Instant::now() + LEAST_GREETING);
+        let hello = greet(&mut last, deadline).map_err(|error| self.explained(error))?;
+        fresh.push(last);
+        if let Some(error) = refused {
+            log::warn!("Redis gives {} of {} connections: {error}", fresh.len(), self.size);
         }
         let mut state = locked(&self.state);
         state.generation += 1;
@@ -218,7 +224,7 @@ impl Pool {
             return refusal(server);
         }
         match error.kind() {
-            ErrorKind::AuthenticationFailed | ErrorKind::Server(_) | ErrorKind::Extension => {
+            ErrorKind::AuthenticationFailed => {
                 let why = format!("wrong user name or password? {}", reason(error));
                 StoreError::Down(Down { kind: DownKind::Refused, ..lost(why, false) })
             }

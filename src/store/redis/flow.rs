@@ -489,16 +489,22 @@ impl Flow for TakeMarkOver {
         let mark = layout.mark(Mark::Serial(self.attempt.serial));
         out.push(&layout.take_mark_over(hash, &self.dead, &mark, claims));
         out.push(&layout.exists_token(compact));
+        out.push(&layout.get_mark(hash));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
         Next::of(marked_or_not(replies).and_then(|mut replies| {
-            let taken = replies.number()? == 1;
+            replies.skip();
             let there = replies.number()? == 1;
-            if !taken {
-                return Next::done(Outcome::AlreadyUsed);
+            match replies.text()? {
+                Some(mark) if mark == layout.mark(Mark::Serial(self.attempt.serial)) => {
+                    self.attempt.marked(there)
+                }
+                // Ours was taken over in its turn, by a kill or by a mark carried over.
+                Some(_) => Next::done(Outcome::AlreadyUsed),
+                // The dead one was withdrawn just now.
+                None => Err(StoreError::Undecided),
             }
-            self.attempt.marked(there)
         }))
     }
 }
@@ -589,7 +595,8 @@ impl Flow for Enter {
                     && !other.ends_with(" killed")
                     && !layout.is_own_attempt(other)
             });
-            let marked = Outcome::Marked(twice);
+            let both = twice.map(|other| format!("{} and {other}", layout.mark(self.mark)));
+            let marked = Outcome::Marked(both);
             replies.skip();
             replies.skip();
             match replies.text()?.filter(|claim| TokenHash::of(claim) == self.hash) {
@@ -669,5 +676,51 @@ impl Flow for RemoveEnded {
 
     fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
         Next::of(Replies::new(replies).number().and_then(|_| Next::done(Outcome::Done)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::DeviceId;
+    use crate::jwt::Signer;
+
+    fn layout() -> Layout {
+        let signer = Signer::new(b"secret");
+        Layout { prefix: String::new(), instance: "a".to_owned(), signer, patience_ms: 1000 }
+    }
+
+    fn attempt() -> Consume {
+        let device_id = DeviceId::parse("d").unwrap();
+        let claims = Claims { device_id, iat: 1, exp: 301, jti: None };
+        Consume { token: Signer::new(b"secret").sign(claims), serial: Serial([1; 16]) }
+    }
+
+    fn text(text: &str) -> Reply {
+        Ok(Value::BulkString(text.as_bytes().to_vec()))
+    }
+
+    fn end(flow: impl Flow, replies: Vec<Reply>) -> Answer {
+        match Box::new(flow).receive(&layout(), replies) {
+            Next::Done(answer) => answer,
+            Next::Trip(_) => panic!("another trip"),
+        }
+    }
+
+    /// Between the take-over and the look at the token another instance carried its mark over ours,
+    /// and a third its copy of the token.
+    #[test]
+    fn a_taken_over_mark_must_still_be_ours_when_the_token_was_seen() {
+        let take_over = || TakeMarkOver { attempt: attempt(), dead: "a 00".to_owned() };
+        let ours = layout().mark(Mark::Serial(Serial([1; 16])));
+        let replies = |taken, mark| vec![Ok(Value::Int(taken)), Ok(Value::Int(1)), text(mark)];
+        assert_eq!(end(take_over(), replies(1, &ours)), Ok(Outcome::Granted));
+        assert_eq!(end(take_over(), replies(1, "b 02")), Ok(Outcome::AlreadyUsed));
+        assert_eq!(end(take_over(), replies(0, "b 02")), Ok(Outcome::AlreadyUsed));
+        let withdrawn = vec![Ok(Value::Int(0)), Ok(Value::Int(1)), Ok(Value::Nil)];
+        assert_eq!(end(take_over(), withdrawn), Err(StoreError::Undecided), "nobody used it");
+        let mut commands = Commands::default();
+        take_over().send(&layout(), &mut commands);
+        assert_eq!(commands.count(), 3, "the mark is read, last");
     }
 }

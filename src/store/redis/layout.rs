@@ -185,8 +185,8 @@ impl Layout {
         })
     }
 
-    /// Who are you, can I write, and whose CA do you know? In one round trip, and the writing is
-    /// real: a server that is full or a replica refuses only writes.
+    /// Who are you, can I write, may I do all that I will have to do, and whose CA do you know? In one
+    /// round trip, and the writing is real: a server that is full or a replica refuses only writes.
     pub fn greet(
         &self,
         connection: &mut Connection,
@@ -197,33 +197,56 @@ impl Layout {
         let mut commands = Commands::default();
         commands.push(&command("INFO", "server"));
         commands.push(&command("INFO", "memory"));
-        commands.push(&compare_and_delete(&key, ""));
+        let rights = self.push_every_kind(&mut commands);
         if let Some(ca) = ca {
             commands.push(command("SET", &key).arg(ca).arg("NX"));
         }
         commands.push(&command("GET", &key));
         let mut replies =
-            Replies::new(connection.round_trip(&commands, deadline).map_err(StoreError::Down)?);
-        let server = replies.text().ok().flatten().unwrap_or_default();
-        let memory = replies.text().ok().flatten().unwrap_or_default();
-        replies.number().map_err(needs_eval)?;
+            connection.round_trip(&commands, deadline).map_err(StoreError::Down)?.into_iter();
+        let mut information = Replies::new(replies.by_ref().take(2).collect());
+        let server = information.text().ok().flatten().unwrap_or_default();
+        let memory = information.text().ok().flatten().unwrap_or_default();
+        replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), |e| Err(for_acl(e)))?;
+        let mut replies = Replies::new(replies.collect());
         if ca.is_some() {
-            replies.text()?;
+            replies.text().map_err(for_acl)?;
         }
-        let entered = replies.text()?;
+        let entered = replies.text().map_err(for_acl)?;
         Ok(Hello {
             run_id: info(&server, "run_id"),
             eviction: info(&memory, "maxmemory_policy").filter(|policy| policy != "noeviction"),
             foreign_ca: entered.filter(|entered| ca.is_some_and(|ca| ca != entered)),
         })
     }
+
+    /// Every command that is used, on every kind of key, in a form that changes nothing: a right
+    /// that the user lacks is to be found before it is needed. Answers how many these are.
+    fn push_every_kind(&self, commands: &mut Commands) -> usize {
+        let before = commands.count();
+        let (token, device) = (self.key("token:", ""), self.key("device:", ""));
+        let (used, live) = (self.key("used:", ""), self.key("live", ""));
+        commands.push(&command("DEL", &token));
+        commands.push(&command("EXISTS", &token));
+        commands.push(&command("GET", &device));
+        commands.push(&command("PTTL", &device));
+        commands.push(&compare_and_delete(&device, ""));
+        commands.push(&command("GET", &used));
+        commands.push(&compare_and_delete(&used, ""));
+        commands.push(command("ZADD", &live).arg("XX").arg(0).arg(""));
+        commands.push(command("ZREM", &live).arg(""));
+        commands.push(&self.count_live(u64::MAX / 1000));
+        commands.push(&self.oldest_live(0, 1));
+        commands.push(&self.time());
+        commands.count() - before
+    }
 }
 
-/// The error of the compare-and-delete in the greeting, with what to do about it.
-fn needs_eval(error: StoreError) -> StoreError {
+/// An error in the greeting, with what to do about it.
+fn for_acl(error: StoreError) -> StoreError {
     match error {
         StoreError::Down(down) if down.why.starts_with("NOPERM") => {
-            let why = format!("{} (the user needs +eval, see README)", down.why);
+            let why = format!("{} (README: the rights that the ACL user needs)", down.why);
             StoreError::Down(Down { why, ..down })
         }
         other => other,
