@@ -2,6 +2,7 @@
 //! environment than the test says.
 
 use std::fs::{self, File, OpenOptions};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -94,6 +95,10 @@ impl Setup {
             fs::copy(other.data("ca").join(file), ca.join(file)).unwrap();
         }
         self
+    }
+
+    fn serves_https(&self) -> bool {
+        self.env.iter().any(|(name, value)| name == "TLS_CERT" && !value.is_empty())
     }
 
     /// The folder in which the program will run; `data/` is in it.
@@ -210,7 +215,12 @@ impl Service {
             if let Some(status) = self.child().try_wait().unwrap() {
                 return Some(Err(status.code()));
             }
-            probe.try_request("GET", "/health", &[], b"").ok().map(|_| Ok(()))
+            // Over HTTPS it says nothing to this client, but whoever is let in will be served.
+            let ready = match self.setup.serves_https() {
+                true => TcpStream::connect(self.http.addr).is_ok(),
+                false => probe.try_request("GET", "/health", &[], b"").is_ok(),
+            };
+            ready.then_some(Ok(()))
         });
         match ready {
             Some(Ok(())) => Ok(()),
