@@ -408,12 +408,12 @@ impl Provisioner {
             Ok(Outcome::Killed(dead)) => dead,
             other => return Err(unexpected(other)),
         };
+        if let Some(dead) = &killed {
+            log::info!("token {} of {device} killed, by {client}", dead.hash.short());
+        }
         let serials = self.ca().registry().revoke(&device, clock::now())?;
         for serial in &serials {
             log::info!("certificate {serial} of {device} revoked, by {client}");
-        }
-        if let Some(dead) = &killed {
-            log::info!("token {} of {device} killed, by {client}", dead.hash.short());
         }
         if serials.is_empty() && killed.is_none() && !self.is_owed(&device) {
             return Err(Problem::from(Code::CertificateNotFound)
@@ -662,7 +662,7 @@ impl Grant {
 
 impl Redeem {
     fn log_signed(&self, leaf: &Leaf) {
-        let user = self.user_id.as_deref().map(|user| format!(", user {user}"));
+        let user = self.user_id.as_deref().map(|user| format!(", user {user:?}"));
         log::info!(
             "certificate {} signed for {}, token {} consumed, by {}{}",
             leaf.serial,

@@ -99,7 +99,12 @@ impl From<FilesError> for RegistryError {
 
 impl From<RegistryError> for Problem {
     fn from(error: RegistryError) -> Self {
-        Problem::from(Code::ServiceUnavailable).log(error)
+        // What cannot be read now will not be readable in a second.
+        let code = match &error {
+            RegistryError::Unreadable(_) | RegistryError::Garbled { .. } => Code::InternalError,
+            RegistryError::NotWritten { .. } => Code::ServiceUnavailable,
+        };
+        Problem::from(code).log(error)
     }
 }
 

@@ -8,7 +8,9 @@ mod lane;
 
 use std::fmt;
 use std::io;
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -97,7 +99,7 @@ impl Server {
     /// Stops listening, answers what is in progress, and ends all threads.
     pub fn stop(self) {
         self.handle.shutdown();
-        // Neither the edge nor a worker panics: each request of a batch is guarded.
+        // How a thread ended does not matter any more.
         let _ = self.edge.join();
         for (stopper, worker) in self.workers {
             stopper.stop();
@@ -138,13 +140,18 @@ fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
 fn work(lane: &Lane, api: &Api) {
     let mut calls = Vec::new();
     while lane.next_batch(BATCH, &mut calls) {
-        let requests: Vec<Request> = calls.iter_mut().map(request).collect();
-        let answers = api.answer(&requests);
-        for (call, reply) in calls.drain(..).zip(answers.replies) {
-            call.answer(lane_reply(reply));
-        }
-        api.clean_up(&answers.after);
+        // What panics outside a handler costs its batch; calls left unanswered answer 500.
+        let _ = catch_unwind(AssertUnwindSafe(|| answer(api, mem::take(&mut calls))));
     }
+}
+
+fn answer(api: &Api, mut calls: Vec<Call>) {
+    let requests: Vec<Request> = calls.iter_mut().map(request).collect();
+    let answers = api.answer(&requests);
+    for (call, reply) in calls.into_iter().zip(answers.replies) {
+        call.answer(lane_reply(reply));
+    }
+    api.clean_up(&answers.after);
 }
 
 fn request(call: &mut Call) -> Request {
