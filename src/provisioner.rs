@@ -416,6 +416,12 @@ impl Provisioner {
             log::info!("certificate {serial} of {device} revoked, by {client}");
         }
         if serials.is_empty() && killed.is_none() && !self.is_owed(&device) {
+            let status = self.store.status();
+            if status.redis_enabled && !status.redis_serves {
+                // If there is a token, it dies when Redis is back; whether there is, nobody knows.
+                let why = format!("device {device}: its token is looked for when Redis is back");
+                return Err(Problem::from(Code::ServiceUnavailable).log(why));
+            }
             return Err(Problem::from(Code::CertificateNotFound)
                 .text("No certificate found for this device"));
         }
