@@ -15,7 +15,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`config`] [`files`] | layer 0 |
+//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] | layer 0 |
 //! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
@@ -40,6 +40,8 @@ pub mod serial;
 pub mod json;
 pub mod jwt;
 pub mod problem;
+
+pub mod metrics;
 
 pub mod config;
 pub mod files;
@@ -75,6 +77,7 @@ use crate::ca::{Ca, CaSettings};
 use crate::config::Config;
 use crate::files::FolderLock;
 use crate::jwt::{Claims, Signer};
+use crate::metrics::Metrics;
 use crate::provisioner::Provisioner;
 use crate::server::Server;
 use crate::store::TokenStore;
@@ -120,7 +123,8 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let ca = Arc::new(open_ca(config)?);
     let signer = Signer::new(&token_secret(config)?);
     let ledger = Arc::new(load_ledger(config, &ca));
-    let store = open_store(config, &signer, &ledger)?;
+    let metrics = Arc::new(Metrics::new(api::endpoints()));
+    let store = open_store(config, &signer, &ledger, &metrics)?;
     let provisioner = Arc::new(Provisioner::new(
         Arc::clone(&store.tokens),
         ledger,
@@ -128,13 +132,14 @@ pub fn run(config: &Config) -> Result<(), RunError> {
         signer,
         config.token_ttl_s,
         config.reenroll,
+        Arc::clone(&metrics),
     ));
     seek_redis(config, &ca, &store)?;
     watch_clock(ca, store.failover.clone())?;
-    let api = Arc::new(Api::new(provisioner, config));
+    let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
     let (events, happened) = mpsc::channel();
     let edge_ended = events.clone();
-    let server = Server::start(config, &api, move |error| {
+    let server = Server::start(config, &api, &metrics, move |error| {
         // Nobody listens any more only if the process is ending.
         let _ = edge_ended.send(Event::EdgeEnded(error));
     });
@@ -227,7 +232,12 @@ struct Stores {
     failover: Option<Arc<Failover>>,
 }
 
-fn open_store(config: &Config, signer: &Signer, ledger: &Arc<Ledger>) -> Result<Stores, RunError> {
+fn open_store(
+    config: &Config,
+    signer: &Signer,
+    ledger: &Arc<Ledger>,
+    metrics: &Arc<Metrics>,
+) -> Result<Stores, RunError> {
     let memory = Arc::new(Memory::new(config.memory_max_tokens, Arc::clone(ledger)));
     let reaper = Arc::clone(&memory);
     spawn("reaper", move || reaper.reap_forever())?;
@@ -238,7 +248,8 @@ fn open_store(config: &Config, signer: &Signer, ledger: &Arc<Ledger>) -> Result<
     };
     log::info!("💾 Initializing Redis (Token Persistence)...");
     let instance = files::read_or_create_secret(&config.data_dir.join("instance-id"), 16);
-    let remote = RedisStore::new(redis, instance.map_err(failed)?, signer.clone());
+    let remote =
+        RedisStore::new(redis, instance.map_err(failed)?, signer.clone(), Arc::clone(metrics));
     let failover = Arc::new(Failover::new(
         Box::new(remote.map_err(failed)?),
         Arc::clone(&memory),

@@ -18,6 +18,7 @@ use crate::clock::{self, Now};
 use crate::config::Reenroll;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, Signer, Token, TokenHash};
+use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::ledger::Ledger;
@@ -31,6 +32,7 @@ pub struct Provisioner {
     signer: Signer,
     token_ttl_s: u64,
     reenroll: Reenroll,
+    metrics: Arc<Metrics>,
 }
 
 /// A piece of work that has passed all checks that need no store.
@@ -111,8 +113,9 @@ impl Provisioner {
         signer: Signer,
         token_ttl_s: u64,
         reenroll: Reenroll,
+        metrics: Arc<Metrics>,
     ) -> Self {
-        Provisioner { store, ledger, ca, signer, token_ttl_s, reenroll }
+        Provisioner { store, ledger, ca, signer, token_ttl_s, reenroll, metrics }
     }
 
     /// The CA and its record, for what is only read.
@@ -321,7 +324,9 @@ impl Provisioner {
             return Err(problem);
         }
         log::info!("token {} issued for {device}, to {client}", token.hash.short());
+        self.metrics.tokens_issued.add(1);
         if let Some(old) = killed {
+            self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed: replaced, by {client}", old.hash.short());
         }
         Ok(Done::Issued(token))
@@ -334,10 +339,12 @@ impl Provisioner {
             other => return Err(unexpected(other)),
         };
         let serials = self.ca.registry().revoke(&device, clock::now())?;
+        self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
             log::info!("certificate {serial} of {device} revoked, by {client}");
         }
         if let Some(dead) = &killed {
+            self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, by {client}", dead.hash.short());
         }
         if serials.is_empty() && killed.is_none() {
@@ -428,6 +435,8 @@ impl Provisioner {
     ) -> Result<Done, Problem> {
         let Err(error) = result else {
             redeem.log_signed(&signed.leaf);
+            self.metrics.tokens_consumed.add(1);
+            self.metrics.certificates_issued.add(1);
             after.push(Op::Finish(redeem.token));
             return Ok(Done::Signed(Box::new(signed)));
         };
