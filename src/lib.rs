@@ -21,7 +21,7 @@
 //! | 3 | [`api`] | layers 0 to 2 |
 //! | 3 | [`edge`] | layer 0 |
 //! | 4 | [`server`] | layer 0, [`api`], [`edge`] |
-//! | 5 | [`cli`] [`logging`] [`healthcheck`], this file, `main` | everything |
+//! | 5 | [`cli`] [`logging`] [`healthcheck`] [`notify`], this file, `main` | everything |
 //!
 //! Invariants:
 //! - [`provisioner`] knows no HTTP, no Redis, no environment. Only `main` reads the environment;
@@ -60,12 +60,13 @@ pub mod server;
 pub mod cli;
 pub mod healthcheck;
 pub mod logging;
+pub mod notify;
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -74,10 +75,11 @@ use signal_hook::iterator::Signals;
 
 use crate::api::Api;
 use crate::ca::{Ca, CaSettings};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::files::FolderLock;
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
+use crate::notify::Manager;
 use crate::provisioner::Provisioner;
 use crate::server::Server;
 use crate::store::TokenStore;
@@ -109,11 +111,14 @@ fn failed(error: impl fmt::Display) -> RunError {
     RunError(error.to_string())
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT. `reread` reads the configuration again, for SIGHUP.
 ///
 /// # Errors
 /// What kept the server from starting.
-pub fn run(config: &Config) -> Result<(), RunError> {
+pub fn run(
+    config: &Config,
+    reread: impl Fn() -> Result<Config, ConfigError>,
+) -> Result<(), RunError> {
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
     // Before anything else, so that no signal finds the process without a handler.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
@@ -138,7 +143,7 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     watch_clock(ca, store.failover.clone())?;
     let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
     let (events, happened) = mpsc::channel();
-    let edge_ended = events.clone();
+    let (edge_ended, answering) = (events.clone(), events.clone());
     let server = Server::start(config, &api, &metrics, move |error| {
         // Nobody listens any more only if the process is ending.
         let _ = edge_ended.send(Event::EdgeEnded(error));
@@ -146,8 +151,11 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let server = server.map_err(failed)?;
     announce(config, store.tokens.status().redis_serves);
     forward_signals(signals, events)?;
-    let ended = serve_until_told(&server, &happened);
-    stop(server, &store);
+    let service = Running { config, api, server, store, answering };
+    let mut manager = Manager::new(&config.supervision, clock::now());
+    let ended = service.until_told(&happened, &mut manager, reread);
+    manager.stopping();
+    service.stop();
     ended
 }
 
@@ -312,6 +320,8 @@ fn announce(config: &Config, redis_serves: bool) {
 enum Event {
     Signal(i32),
     EdgeEnded(io::Error),
+    /// Every worker has answered.
+    Answering,
 }
 
 fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<(), RunError> {
@@ -324,43 +334,101 @@ fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<
     })
 }
 
-/// Returns when the process is to end, with an error if it failed.
-fn serve_until_told(server: &Server, happened: &mpsc::Receiver<Event>) -> Result<(), RunError> {
-    loop {
-        match happened.recv() {
-            Ok(Event::Signal(SIGHUP)) => reload(server),
-            Ok(Event::Signal(signal)) => {
-                let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
-                log::info!("{name}: finishing what was begun");
-                return Ok(());
+/// The service while it serves.
+struct Running<'a> {
+    config: &'a Config,
+    api: Arc<Api>,
+    server: Server,
+    store: Stores,
+    answering: mpsc::Sender<Event>,
+}
+
+impl Running<'_> {
+    /// Returns when the process is to end, with an error if it failed.
+    fn until_told(
+        &self,
+        happened: &mpsc::Receiver<Event>,
+        manager: &mut Manager,
+        reread: impl Fn() -> Result<Config, ConfigError>,
+    ) -> Result<(), RunError> {
+        loop {
+            self.report(manager);
+            let event = match manager.due_in(clock::now()) {
+                None => happened.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(limit) => happened.recv_timeout(limit),
+            };
+            match event {
+                Ok(Event::Signal(SIGHUP)) => {
+                    manager.reloading();
+                    self.reload(reread());
+                    manager.reloaded();
+                }
+                Ok(Event::Signal(signal)) => {
+                    let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
+                    log::info!("{name}: finishing what was begun");
+                    return Ok(());
+                }
+                Ok(Event::EdgeEnded(error)) => {
+                    return Err(failed(format!("the edge failed: {error}")));
+                }
+                Ok(Event::Answering) => manager.alive(),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(failed("no thread is left that could report a signal"));
+                }
             }
-            Ok(Event::EdgeEnded(error)) => return Err(failed(format!("the edge failed: {error}"))),
-            Err(_) => return Err(failed("no thread is left that could report a signal")),
         }
     }
-}
 
-fn reload(server: &Server) {
-    match server.reload_tls() {
-        Ok(()) => log::info!("SIGHUP: TLS certificate and key were read again"),
-        Err(error) => log::error!("SIGHUP: the old TLS certificate stays: {error}"),
+    /// When it is time to: has the service prove that it lives, and says how it is.
+    fn report(&self, manager: &mut Manager) {
+        if !manager.is_due(clock::now()) {
+            return;
+        }
+        let answering = self.answering.clone();
+        // Nobody listens any more only if the process is ending.
+        self.server.prove(move || drop(answering.send(Event::Answering)));
+        let status = self.store.tokens.status();
+        manager.status(match (status.redis_enabled, status.redis_serves) {
+            (_, true) => "Tokens are in Redis",
+            (true, false) => "Redis is away, tokens are in memory until it is back",
+            (false, false) => "Tokens are in memory",
+        });
     }
-}
 
-/// Ends the process after the longest time, whatever still hangs.
-fn stop(server: Server, stores: &Stores) {
-    let watchdog = spawn("drain", || {
-        thread::sleep(DRAIN);
-        log::warn!("not all requests were finished in time");
-        std::process::exit(0);
-    });
-    server.stop();
-    if let Some(failover) = &stores.failover {
-        failover.stop();
+    /// TLS files and API keys are read again. What cannot be used changes nothing at all.
+    fn reload(&self, later: Result<Config, ConfigError>) {
+        let later = match later {
+            Ok(later) => later,
+            Err(error) => return log::error!("SIGHUP: everything stays as it was: {error}"),
+        };
+        if let Err(error) = self.server.reload_tls() {
+            return log::error!("SIGHUP: everything stays as it was: {error}");
+        }
+        self.api.set_keys(&later);
+        log::info!("SIGHUP: TLS certificate and key and the API keys were read again");
+        for name in self.config.fixed_changes(&later) {
+            log::warn!("SIGHUP: {name} has changed, which takes effect at the next start only");
+        }
+        let new = |warning: &&String| !self.config.warnings.contains(warning);
+        later.warnings.iter().filter(new).for_each(|warning| log::warn!("{warning}"));
     }
-    stores.memory.stop();
-    drop(watchdog);
-    log::info!("stopped");
+
+    /// Ends the process after the longest time, whatever still hangs.
+    fn stop(self) {
+        let watchdog = spawn("drain", || {
+            thread::sleep(DRAIN);
+            log::warn!("not all requests were finished in time");
+            std::process::exit(0);
+        });
+        self.server.stop();
+        if let Some(failover) = &self.store.failover {
+            failover.stop();
+        }
+        self.store.memory.stop();
+        drop(watchdog);
+        log::info!("stopped");
+    }
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), RunError> {

@@ -31,7 +31,7 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("tiny_http", &["src/server/lane.rs"], "the seam behind which the server can be changed"),
     ("httparse", &["src/edge"], "behind it requests are well formed"),
     ("polling", &["src/edge"], "nothing else waits for many sockets"),
-    ("rustix", &["src/edge"], "socket options and the limit on open files"),
+    ("rustix", &["src/edge", "src/clock.rs"], "socket options, open files, the machine's clock"),
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),
     ("rcgen", &["src/ca"], "only the CA signs"),

@@ -12,7 +12,7 @@ mod rate_limit;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use log::Level;
 
@@ -29,10 +29,24 @@ use rate_limit::RateLimit;
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
-    onboarding_api_key: Option<Secret>,
-    admin_api_key: Option<Secret>,
+    keys: RwLock<Arc<Keys>>,
     onboarding_limit: RateLimit,
     metrics: Arc<Metrics>,
+}
+
+/// What callers must bear; `None` as in [`Config`].
+struct Keys {
+    onboarding: Option<Secret>,
+    admin: Option<Secret>,
+}
+
+impl Keys {
+    fn of(config: &Config) -> Arc<Self> {
+        Arc::new(Keys {
+            onboarding: config.onboarding_api_key.clone(),
+            admin: config.admin_api_key.clone(),
+        })
+    }
 }
 
 /// The answers to a batch of requests.
@@ -106,11 +120,20 @@ impl Api {
     pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
         Api {
             provisioner,
-            onboarding_api_key: config.onboarding_api_key.clone(),
-            admin_api_key: config.admin_api_key.clone(),
+            keys: RwLock::new(Keys::of(config)),
             onboarding_limit: RateLimit::new(config.http.onboarding_rate_limit),
             metrics,
         }
+    }
+
+    /// From the next request on, both keys are those of `config`.
+    pub fn set_keys(&self, config: &Config) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Keys::of(config);
+    }
+
+    /// The keys as they are now; a request looks once, so that it sees both old or both new.
+    fn keys(&self) -> Arc<Keys> {
+        Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Answers the requests of one batch, each for itself: one that panics answers 500.

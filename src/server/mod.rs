@@ -95,6 +95,11 @@ impl Server {
         self.handle.reload_tls()
     }
 
+    /// Calls `answered` when every worker has answered a request that took the way of all requests.
+    pub fn prove(&self, answered: impl FnOnce() + Send + 'static) {
+        self.handle.prove(answered);
+    }
+
     /// Stops listening, answers what is in progress, and ends all threads.
     pub fn stop(self) {
         self.handle.shutdown();
