@@ -1,7 +1,7 @@
 //! For measuring: a constant answer behind the edge, and the same from bare `tiny_http`.
 //!
-//! `cargo run --release --example edge -- [lanes]` serves through the edge on port 39102 (HTTPS if
-//! `TLS_CERT` and `TLS_KEY` are set), and bare on port 39103.
+//! `cargo run --release --example edge -- [lanes]` serves through the edge on port 19102 (HTTPS if
+//! `TLS_CERT` and `TLS_KEY` are set), and bare on port 19103.
 
 use std::error::Error;
 use std::net::Ipv4Addr;
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for lane in lanes {
         thread::spawn(move || work(&lane));
     }
-    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, 39102).into());
+    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, 19102).into());
     if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
         settings.tls = Some(TlsFiles { certificate: certificate.into(), key: key.into() });
     }
@@ -49,7 +49,7 @@ fn work(lane: &Lane) {
 }
 
 fn bare() {
-    let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, 39103)) else { return };
+    let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, 19103)) else { return };
     for request in server.incoming_requests() {
         let content_type = header("Content-Type", "application/json");
         let mut response = tiny_http::Response::from_string(BODY);

@@ -3,9 +3,10 @@
 #
 # usage: scripts/test.sh [arguments for cargo test]
 #
-# Tests need real parts: redis-server, openssl, curl, faketime, shellcheck, and PyJWT in a virtual
-# environment in the build folder. On Debian, as root, missing ones are installed by apt-get;
-# elsewhere this says what is missing and fails. No test is ever skipped.
+# Tests need real parts: redis-server, mosquitto and its clients, openssl, curl, busybox, faketime,
+# prlimit, shellcheck, and PyJWT in a virtual environment in the build folder. On Debian, as root,
+# missing ones are installed by apt-get; elsewhere this says what is missing and fails. No test is
+# ever skipped.
 set -eu
 cd "$(dirname "$0")/.."
 build=${CARGO_TARGET_DIR:-target}
@@ -16,6 +17,10 @@ has() { command -v "$1" >/dev/null 2>&1; }
 missing() {
     has redis-server || echo redis-server
     has redis-cli || echo redis-tools
+    has mosquitto || echo mosquitto
+    has mosquitto_pub || echo mosquitto-clients
+    has busybox || echo busybox
+    has prlimit || echo util-linux
     has openssl || echo openssl
     has curl || echo curl
     has faketime || echo faketime

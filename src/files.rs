@@ -102,13 +102,25 @@ pub fn make_dir(path: &Path, mode: u32) -> Result<(), FilesError> {
 /// When it could not be written. The old file is then still there, unless it was the last step, the
 /// sync of the folder, that failed: then either may be.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
+    write_atomic_by(path, mode, |file| file.write_all(bytes))
+}
+
+/// As [`write_atomic`], for what is too large to be held whole: `write` writes it, bit by bit.
+///
+/// # Errors
+/// As there, and when `write` fails.
+pub fn write_atomic_by(
+    path: &Path,
+    mode: u32,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> Result<(), FilesError> {
     let dir = folder_of(path);
     let mut beside = std::ffi::OsString::from(".");
     beside.push(path.file_name().unwrap_or_default());
     beside.push(".new");
     let beside = dir.join(beside);
     remove_if_there(&beside)?; // left by a crash, perhaps with another mode
-    let written = create_new_synced(&beside, bytes, mode)
+    let written = create_synced(&beside, mode, write)
         .and_then(|()| fs::rename(&beside, path).map_err(FilesError::io("cannot write", path)));
     if let Err(e) = written {
         let _ = fs::remove_file(&beside); // the error that counts is the first
@@ -122,10 +134,18 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesErr
 /// # Errors
 /// When the name is taken, or the file cannot be written; then part of it may stay.
 pub fn create_new_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
+    create_synced(path, mode, |file| file.write_all(bytes))
+}
+
+fn create_synced(
+    path: &Path,
+    mode: u32,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> Result<(), FilesError> {
     let create = || {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
         file.set_permissions(Permissions::from_mode(mode))?; // the umask may have taken bits
-        file.write_all(bytes)?;
+        write(&mut file)?;
         file.sync_all()
     };
     create().map_err(FilesError::io("cannot write", path))

@@ -74,13 +74,14 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::api::Api;
+use crate::ca::publisher::Publisher;
 use crate::ca::{Ca, CaSettings};
 use crate::config::{Config, ConfigError};
 use crate::files::FolderLock;
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
 use crate::notify::Manager;
-use crate::provisioner::Provisioner;
+use crate::provisioner::{Provisioner, Rules};
 use crate::server::Server;
 use crate::store::TokenStore;
 use crate::store::failover::Failover;
@@ -130,17 +131,17 @@ pub fn run(
     let ledger = Arc::new(load_ledger(config, &ca));
     let metrics = Arc::new(Metrics::new(api::endpoints()));
     let store = open_store(config, &signer, &ledger, &metrics)?;
+    let publisher = publish(config, &ca)?;
     let provisioner = Arc::new(Provisioner::new(
         Arc::clone(&store.tokens),
         ledger,
-        Arc::clone(&ca),
+        Arc::clone(&publisher),
         signer,
-        config.token_ttl_s,
-        config.reenroll,
+        rules(config),
         Arc::clone(&metrics),
     ));
     seek_redis(config, &ca, &store)?;
-    watch_clock(ca, store.failover.clone())?;
+    watch_clock(publisher, store.failover.clone())?;
     let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
     let (events, happened) = mpsc::channel();
     let (edge_ended, answering) = (events.clone(), events.clone());
@@ -233,6 +234,24 @@ fn load_ledger(config: &Config, ca: &Ca) -> Ledger {
     ledger
 }
 
+fn rules(config: &Config) -> Rules {
+    Rules {
+        token_ttl_s: config.token_ttl_s,
+        reenroll: config.reenroll,
+        renew_revokes: config.renew_revokes,
+        renew_after_expiry_days: config.renew_after_expiry_days,
+    }
+}
+
+/// Publishes the list of revoked certificates, now if the clock allows, and from then on.
+fn publish(config: &Config, ca: &Arc<Ca>) -> Result<Arc<Publisher>, RunError> {
+    let publisher = Arc::new(Publisher::new(Arc::clone(ca), config.crl_hook.clone()));
+    publisher.keep_fresh(clock::now());
+    let worker = Arc::clone(&publisher);
+    spawn("crl", move || worker.work_forever())?;
+    Ok(publisher)
+}
+
 /// The stores and what has to be told to stop.
 struct Stores {
     tokens: Arc<dyn TokenStore>,
@@ -286,7 +305,8 @@ fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
 }
 
 /// While the clock is not set, watches it, so that the CA is made or judged within a second.
-fn watch_clock(ca: Arc<Ca>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
+fn watch_clock(publisher: Arc<Publisher>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
+    let ca = Arc::clone(publisher.ca());
     if ca.clock_is_plausible(clock::now()) {
         return Ok(());
     }
@@ -305,6 +325,7 @@ fn watch_clock(ca: Arc<Ca>, failover: Option<Arc<Failover>>) -> Result<(), RunEr
             }
             (Ok(_), None) => {}
         }
+        publisher.keep_fresh(clock::now());
         enter_ca(&ca, failover.as_ref());
     })
 }

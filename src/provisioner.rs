@@ -1,18 +1,21 @@
-//! The domain: issue a token, redeem it for a certificate, revoke.
+//! The domain: issue a token, redeem it for a certificate, renew that, revoke.
 //!
 //! It knows no HTTP and no Redis. Work comes in batches, which share their round trips to the store
 //! and their `fsync`, in fixed phases: what can be refused without the store was refused when the
 //! job was planned → the store, first round → under the record's lock: check, sign and enter one
-//! after the other → the store, second round: what must be given back before the answer. What can
-//! wait until after the answer is returned as [`Batch::after`].
+//! after the other → if anything was revoked, one new list → the store, second round: what must be
+//! given back before the answer. What can wait until after the answer is returned as
+//! [`Batch::after`].
 
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::ca::csr::Csr;
+use crate::ca::identity::{self, IdentityError};
 use crate::ca::issuer::{Issuer, Leaf};
-use crate::ca::registry::{Entries, Redeemed, RegistryError};
+use crate::ca::publisher::Publisher;
+use crate::ca::registry::{Entries, Record, Redeemed, RegistryError};
 use crate::ca::{Ca, CaError};
 use crate::clock::{self, Now};
 use crate::config::Reenroll;
@@ -24,15 +27,31 @@ use crate::serial::Serial;
 use crate::store::ledger::Ledger;
 use crate::store::{Answer, Kill, Op, Outcome, Status, StoreError, TokenStore};
 
+/// Certificates of one device that are neither expired nor revoked, at which it gets no further one
+/// by renewal: a client that renews in a loop must not fill the disk.
+const MOST_ACTIVE: usize = 16;
+
 /// Issues tokens and redeems them.
 pub struct Provisioner {
     store: Arc<dyn TokenStore>,
     ledger: Arc<Ledger>,
-    ca: Arc<Ca>,
+    publisher: Arc<Publisher>,
     signer: Signer,
-    token_ttl_s: u64,
-    reenroll: Reenroll,
+    rules: Rules,
     metrics: Arc<Metrics>,
+}
+
+/// What the configuration says of tokens and certificates.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Lifetime of a token in seconds.
+    pub token_ttl_s: u64,
+    /// May a device that has an active certificate onboard again?
+    pub reenroll: Reenroll,
+    /// Renewal revokes the certificate that it replaces.
+    pub renew_revokes: bool,
+    /// For how many days after its expiry a certificate can be renewed.
+    pub renew_after_expiry_days: u32,
 }
 
 /// A piece of work that has passed all checks that need no store.
@@ -42,6 +61,8 @@ pub enum Job {
     Issue(Issue),
     /// Redeem a token for a certificate.
     Redeem(Box<Redeem>),
+    /// Sign another certificate for a device that has one.
+    Renew(Box<Renew>),
     /// Revoke a device's certificates and kill its token.
     Revoke(Revoke),
     /// Count the live tokens.
@@ -63,6 +84,16 @@ pub struct Redeem {
     csr: Csr,
     serial: Serial,
     user_id: Option<String>,
+    client: IpAddr,
+}
+
+/// A planned renewal.
+#[derive(Debug)]
+pub struct Renew {
+    /// The certificate that the device has shown.
+    old: Record,
+    csr: Csr,
+    serial: Serial,
     client: IpAddr,
 }
 
@@ -105,27 +136,26 @@ pub struct Batch {
 }
 
 impl Provisioner {
-    /// A provisioner over these parts. `token_ttl_s` is the lifetime of a token in seconds.
+    /// A provisioner over these parts.
     pub fn new(
         store: Arc<dyn TokenStore>,
         ledger: Arc<Ledger>,
-        ca: Arc<Ca>,
+        publisher: Arc<Publisher>,
         signer: Signer,
-        token_ttl_s: u64,
-        reenroll: Reenroll,
+        rules: Rules,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Provisioner { store, ledger, ca, signer, token_ttl_s, reenroll, metrics }
+        Provisioner { store, ledger, publisher, signer, rules, metrics }
     }
 
     /// The CA and its record, for what is only read.
     pub fn ca(&self) -> &Ca {
-        &self.ca
+        self.publisher.ca()
     }
 
     /// The lifetime of a new token in seconds.
     pub fn token_ttl_s(&self) -> u64 {
-        self.token_ttl_s
+        self.rules.token_ttl_s
     }
 
     /// Which store answers.
@@ -139,6 +169,8 @@ impl Provisioner {
         if let Err(error) = self.issuer(now) {
             reasons.push(error.to_string());
         }
+        // It is written as certificates are, so neither can these be.
+        reasons.extend(self.publisher.failure());
         let status = self.store.status();
         if status.full {
             reasons.push(StoreError::Full.to_string());
@@ -149,11 +181,16 @@ impl Provisioner {
         reasons
     }
 
+    /// What is well today and will not be for long.
+    pub fn warnings(&self, now: Now) -> Vec<String> {
+        self.publisher.warning(now).into_iter().collect()
+    }
+
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {
-        if !self.ca.clock_is_plausible(now) {
+        if !self.ca().clock_is_plausible(now) {
             return Err(CaError::ClockNotSet);
         }
-        let issuer = self.ca.issuer().ok_or(CaError::ClockNotSet)?;
+        let issuer = self.ca().issuer().ok_or(CaError::ClockNotSet)?;
         issuer.check_dates(now)?;
         Ok(issuer)
     }
@@ -173,13 +210,13 @@ impl Provisioner {
         now: Now,
     ) -> Result<Job, Problem> {
         self.issuer(now)?;
-        if self.reenroll == Reenroll::Deny && self.ca.registry().has_active(&device, now) {
+        if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(&device, now) {
             return Err(not_issued(Code::DeviceHasActiveCertificate, &device));
         }
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
         let iat = now.unix_s();
-        let exp = iat + self.token_ttl_s;
+        let exp = iat + self.rules.token_ttl_s;
         let token = self.signer.sign(Claims { device_id: device, iat, exp, jti: Some(jti) });
         Ok(Job::Issue(Issue { token, replace, client }))
     }
@@ -189,7 +226,7 @@ impl Provisioner {
     /// # Errors
     /// The first of these that fails.
     pub fn check_token(&self, compact: &str, now: Now) -> Result<Token, Problem> {
-        if !self.ca.clock_is_plausible(now) {
+        if !self.ca().clock_is_plausible(now) {
             return Err(Code::ClockNotSet.into());
         }
         self.signer.verify(compact, now.unix_s()).map_err(|error| {
@@ -233,14 +270,46 @@ impl Provisioner {
     /// A token that this instance knows as spent is refused before an active certificate, which is
     /// most likely its own.
     fn look(&self, token: &Token, now: Now) -> Result<(), Code> {
-        let look = self.ca.registry().look(&token.hash, &token.claims.device_id, now);
+        let look = self.ca().registry().look(&token.hash, &token.claims.device_id, now);
         if look.recorded_token || self.ledger.knows_as_spent(&token.hash) {
             return Err(Code::TokenAlreadyUsed);
         }
-        if self.reenroll == Reenroll::Deny && look.active_certificate {
+        if self.rules.reenroll == Reenroll::Deny && look.active_certificate {
             return Err(Code::DeviceHasActiveCertificate);
         }
         Ok(())
+    }
+
+    /// Checks the certificate that a client has shown.
+    ///
+    /// # Errors
+    /// When there is none, it is not one of ours, or it no longer counts.
+    pub fn check_certificate(&self, der: Option<&[u8]>, now: Now) -> Result<Record, Problem> {
+        let der = der.ok_or(Code::ClientCertificateRequired)?;
+        self.issuer(now)?;
+        Ok(self.ca().identify(der, self.rules.renew_after_expiry_days, now)?)
+    }
+
+    /// Plans the renewal of the checked certificate `old` for the key in `csr`.
+    ///
+    /// # Errors
+    /// When the CSR is refused or is not the device's, or the device has renewed too often.
+    pub fn plan_renew(
+        &self,
+        old: Record,
+        csr: &str,
+        client: IpAddr,
+        now: Now,
+    ) -> Result<Job, Problem> {
+        let csr = Csr::parse(csr).map_err(|error| not_issued(error, &old.device))?;
+        csr.belongs_to(&old.device).map_err(|error| not_issued(error, &old.device))?;
+        if self.ca().registry().count_active(&old.device, now) >= MOST_ACTIVE {
+            let problem = not_issued(Code::RateLimited, &old.device);
+            return Err(Problem { retry_after_s: Some(3600), ..problem });
+        }
+        let serial = Serial::random();
+        let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
+        Ok(Job::Renew(Box::new(Renew { old, csr, serial, client })))
     }
 
     /// Plans the revocation of what `device` has.
@@ -248,7 +317,7 @@ impl Provisioner {
     /// # Errors
     /// When the clock is not set: a revocation has a date.
     pub fn plan_revoke(&self, device: DeviceId, client: IpAddr, now: Now) -> Result<Job, Problem> {
-        if !self.ca.clock_is_plausible(now) {
+        if !self.ca().clock_is_plausible(now) {
             return Err(Code::ClockNotSet.into());
         }
         Ok(Job::Revoke(Revoke { device, client }))
@@ -259,20 +328,18 @@ impl Provisioner {
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
-        let ops: Vec<Op> = jobs.iter().map(Job::op).collect();
+        let ops: Vec<Op> = jobs.iter().filter_map(Job::op).collect();
         let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
-        let mut second_round = Vec::new();
-        let mut after = Vec::new();
-        let decided: Vec<Decided> = jobs
-            .into_iter()
-            .zip(answers)
-            .map(|(job, answer)| self.decide(job, answer, &mut second_round, now))
-            .collect();
-        let done = self.record(decided, &mut second_round, &mut after, now);
-        if !second_round.is_empty() {
-            self.store.run(&second_round, clock::now());
+        let mut answers = answers.into_iter();
+        let mut left = Left::default();
+        let decided: Vec<Decided> =
+            jobs.into_iter().map(|job| self.decide(job, &mut answers, &mut left, now)).collect();
+        let mut done = self.record(decided, &mut left, now);
+        self.publish_revoked(&mut done, &left.superseded);
+        if !left.back.is_empty() {
+            self.store.run(&left.back, clock::now());
         }
-        Batch { done, after }
+        Batch { done, after: left.after }
     }
 
     /// Runs what could wait until after the answers.
@@ -282,16 +349,24 @@ impl Provisioner {
         }
     }
 
-    /// Reads the store's answer; only granted redemptions have anything left to do.
-    fn decide(&self, job: Job, answer: Answer, back: &mut Vec<Op>, now: Now) -> Decided {
+    /// Reads the store's answer; only what is to be signed has anything left to do.
+    fn decide(
+        &self,
+        job: Job,
+        answers: &mut impl Iterator<Item = Answer>,
+        left: &mut Left,
+        now: Now,
+    ) -> Decided {
+        let mut answer = || answers.next().unwrap_or(Err(StoreError::Undecided));
         match job {
-            Job::Issue(issue) => Decided::Done(self.issued(issue, answer, back, now)),
-            Job::Redeem(redeem) => match granted(&redeem, answer) {
-                Ok(()) => Decided::Granted(redeem),
+            Job::Issue(issue) => Decided::Done(self.issued(issue, answer(), &mut left.back, now)),
+            Job::Redeem(redeem) => match granted(&redeem, answer()) {
+                Ok(()) => Decided::Granted(Grant::Token(redeem)),
                 Err(problem) => Decided::Done(Err(problem)),
             },
-            Job::Revoke(revoke) => Decided::Done(self.revoked(revoke, answer)),
-            Job::Count => Decided::Done(match answer {
+            Job::Renew(renew) => Decided::Granted(Grant::Certificate(renew)),
+            Job::Revoke(revoke) => Decided::Done(self.revoked(revoke, answer())),
+            Job::Count => Decided::Done(match answer() {
                 Ok(Outcome::Counted(count)) => Ok(Done::Counted(count)),
                 other => Err(unexpected(other)),
             }),
@@ -318,7 +393,7 @@ impl Provisioner {
             other => return Err(unexpected(other).log_more(format!("device {device}"))),
         };
         // The device may have redeemed another token between the first look and the claim.
-        if self.reenroll == Reenroll::Deny && self.ca.registry().has_active(device, now) {
+        if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(device, now) {
             let problem = not_issued(Code::DeviceHasActiveCertificate, device);
             back.push(Op::TakeBack(token));
             return Err(problem);
@@ -338,7 +413,7 @@ impl Provisioner {
             Ok(Outcome::Killed(dead)) => dead,
             other => return Err(unexpected(other)),
         };
-        let serials = self.ca.registry().revoke(&device, clock::now())?;
+        let serials = self.ca().registry().revoke(&device, clock::now())?;
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
             log::info!("certificate {serial} of {device} revoked, by {client}");
@@ -347,36 +422,65 @@ impl Provisioner {
             self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, by {client}", dead.hash.short());
         }
-        if serials.is_empty() && killed.is_none() {
+        if serials.is_empty() && killed.is_none() && !self.is_owed(&device) {
             return Err(Problem::from(Code::CertificateNotFound)
                 .text("No certificate found for this device"));
         }
         Ok(Done::Revoked(device))
     }
 
-    /// Under the record's lock: checks, signs and enters one redemption after the other, then makes
-    /// all entries durable at once.
+    /// The device's certificate is revoked, but the list that says so could not be published: then a
+    /// second attempt is answered like the first, not that there is nothing to revoke.
+    fn is_owed(&self, device: &DeviceId) -> bool {
+        let newest = || self.ca().registry().newest(device);
+        self.publisher.failure().is_some() && newest().is_some_and(|r| r.revoked_at.is_some())
+    }
+
+    /// Revokes what was renewed, and publishes one list for all that the batch has revoked. A
+    /// revocation that no broker can learn of is no success; it is tried again by itself.
+    fn publish_revoked(&self, done: &mut [Result<Done, Problem>], superseded: &[Serial]) {
+        let mut changed = done.iter().any(|done| matches!(done, Ok(Done::Revoked(_))));
+        match self.ca().registry().revoke_these(superseded, clock::now()) {
+            Ok(serials) => {
+                self.metrics.certificates_revoked.add(serials.len() as u64);
+                serials
+                    .iter()
+                    .for_each(|serial| log::info!("certificate {serial} revoked: renewed"));
+                changed |= !serials.is_empty();
+            }
+            // The device has its new certificate, which is what it asked for.
+            Err(error) => log::error!("what was renewed could not be revoked: {error}"),
+        }
+        let Some(Err(error)) = changed.then(|| self.publisher.publish(clock::now())) else {
+            return;
+        };
+        let problem = Problem::from(error).text("Revoked, but the CRL could not be published yet");
+        let revoked = done.iter_mut().filter(|done| matches!(done, Ok(Done::Revoked(_))));
+        revoked.for_each(|done| *done = Err(problem.clone()));
+    }
+
+    /// Under the record's lock: checks, signs and enters one after the other, then makes all entries
+    /// durable at once.
     fn record(
         &self,
         decided: Vec<Decided>,
-        back: &mut Vec<Op>,
-        after: &mut Vec<Op>,
+        left: &mut Left,
         now: Now,
     ) -> Vec<Result<Done, Problem>> {
         if !decided.iter().any(|decided| matches!(decided, Decided::Granted(_))) {
             return decided.into_iter().filter_map(Decided::into_done).collect();
         }
-        let mut entries = self.ca.registry().begin();
+        let mut entries = self.ca().registry().begin();
         let signed: Vec<Recording> =
-            decided.into_iter().map(|d| self.enter(d, &mut entries, back, now)).collect();
+            decided.into_iter().map(|d| self.enter(d, &mut entries, left, now)).collect();
         let mut committed = entries.commit().into_iter();
         signed
             .into_iter()
             .map(|recording| match recording {
                 Recording::Done(done) => done,
-                Recording::Entered(redeem, signed) => {
+                Recording::Entered(grant, signed) => {
                     let result = committed.next().unwrap_or_else(|| Err(not_committed()));
-                    self.recorded(*redeem, signed, result, back, after)
+                    self.recorded(grant, signed, result, left)
                 }
             })
             .collect()
@@ -386,89 +490,135 @@ impl Provisioner {
         &self,
         decided: Decided,
         entries: &mut Entries<'_>,
-        back: &mut Vec<Op>,
+        left: &mut Left,
         now: Now,
     ) -> Recording {
-        let redeem = match decided {
+        let grant = match decided {
             Decided::Done(done) => return Recording::Done(done),
-            Decided::Granted(redeem) => redeem,
+            Decided::Granted(grant) => grant,
         };
-        match self.sign(&redeem, entries, now) {
+        match self.sign(&grant, entries, now) {
             Ok(signed) => {
-                let Token { hash, claims, .. } = &redeem.token;
-                let token = Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp };
-                entries.add(&signed.leaf, Some(token));
-                Recording::Entered(redeem, signed)
+                entries.add(&signed.leaf, grant.token());
+                Recording::Entered(grant, signed)
             }
             Err(problem) => {
                 if problem.code != Code::TokenAlreadyUsed {
-                    back.push(Op::GiveBack(redeem.token.clone(), redeem.serial));
+                    left.back.extend(grant.give_back());
                 }
-                Recording::Done(Err(redeem.refused(problem)))
+                Recording::Done(Err(grant.refused(problem)))
             }
         }
     }
 
     /// The last look, then the signature. A panic in it costs this request alone.
-    fn sign(&self, redeem: &Redeem, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
-        let Redeem { token, csr, serial, .. } = redeem;
-        let device = &token.claims.device_id;
-        if entries.knows_token(&token.hash) || self.ledger.knows_as_killed(&token.hash) {
-            return Err(Code::TokenAlreadyUsed.into());
-        }
-        if self.reenroll == Reenroll::Deny && entries.has_active(device, now) {
-            return Err(Code::DeviceHasActiveCertificate.into());
-        }
+    fn sign(&self, grant: &Grant, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
+        let (csr, device, serial) = match grant {
+            Grant::Token(redeem) => {
+                self.look_again(redeem, entries, now)?;
+                (&redeem.csr, &redeem.token.claims.device_id, redeem.serial)
+            }
+            Grant::Certificate(renew) => {
+                self.judge_again(renew, now)?;
+                (&renew.csr, &renew.old.device, renew.serial)
+            }
+        };
         let issuer = self.issuer(now)?;
-        let leaf = catch_unwind(AssertUnwindSafe(|| issuer.sign(csr, device, *serial, now)))
+        let leaf = catch_unwind(AssertUnwindSafe(|| issuer.sign(csr, device, serial, now)))
             .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
         Ok(Signed { leaf, issuer })
     }
 
+    fn look_again(&self, redeem: &Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
+        let token = &redeem.token;
+        if entries.knows_token(&token.hash) || self.ledger.knows_as_killed(&token.hash) {
+            return Err(Code::TokenAlreadyUsed);
+        }
+        let device = &token.claims.device_id;
+        if self.rules.reenroll == Reenroll::Deny && entries.has_active(device, now) {
+            return Err(Code::DeviceHasActiveCertificate);
+        }
+        Ok(())
+    }
+
+    /// It may have been revoked since it was shown; not any more while the record is locked.
+    fn judge_again(&self, renew: &Renew, now: Now) -> Result<(), IdentityError> {
+        let record = self.ca().registry().by_serial(&renew.old.serial);
+        let record = record.ok_or(IdentityError::NotOurs("gone from the record"))?;
+        identity::still_counts(&record, self.rules.renew_after_expiry_days, now)
+    }
+
+    fn count(&self, grant: &Grant) {
+        match grant {
+            Grant::Token(_) => {
+                self.metrics.tokens_consumed.add(1);
+                self.metrics.certificates_issued.add(1);
+            }
+            Grant::Certificate(_) => self.metrics.certificates_renewed.add(1),
+        }
+    }
+
     fn recorded(
         &self,
-        redeem: Redeem,
+        grant: Grant,
         signed: Signed,
         result: Result<(), RegistryError>,
-        back: &mut Vec<Op>,
-        after: &mut Vec<Op>,
+        left: &mut Left,
     ) -> Result<Done, Problem> {
         let Err(error) = result else {
-            redeem.log_signed(&signed.leaf);
-            self.metrics.tokens_consumed.add(1);
-            self.metrics.certificates_issued.add(1);
-            after.push(Op::Finish(redeem.token));
+            grant.log_signed(&signed.leaf);
+            self.count(&grant);
+            match grant {
+                Grant::Token(redeem) => left.after.push(Op::Finish(redeem.token)),
+                Grant::Certificate(renew) if self.rules.renew_revokes => {
+                    left.superseded.push(renew.old.serial);
+                }
+                Grant::Certificate(_) => {}
+            }
             return Ok(Done::Signed(Box::new(signed)));
         };
         if !error.left_behind() {
-            back.push(Op::GiveBack(redeem.token.clone(), redeem.serial));
+            left.back.extend(grant.give_back());
         }
         let problem = Problem::from(error);
-        log::error!("certificate {} could not be recorded: {problem}", redeem.serial);
-        Err(redeem.refused(problem))
+        log::error!("certificate {} could not be recorded: {problem}", signed.leaf.serial);
+        Err(grant.refused(problem))
     }
 }
 
+/// What a batch leaves to be done.
+#[derive(Default)]
+struct Left {
+    /// Before the answers: what must be given back.
+    back: Vec<Op>,
+    /// After the answers.
+    after: Vec<Op>,
+    /// Certificates that were renewed and must be revoked.
+    superseded: Vec<Serial>,
+}
+
 impl Job {
-    fn op(&self) -> Op {
-        match self {
+    /// What the store is asked for it, if it is asked.
+    fn op(&self) -> Option<Op> {
+        Some(match self {
             Job::Issue(Issue { token, replace: false, .. }) => Op::Issue(token.clone()),
             Job::Issue(Issue { token, replace: true, .. }) => Op::Replace(token.clone()),
             Job::Redeem(redeem) => Op::Consume(redeem.token.clone(), redeem.serial),
+            Job::Renew(_) => return None,
             // Whatever its `iat` says: another instance's clock may be ahead.
             Job::Revoke(Revoke { device, .. }) => {
                 Op::Kill(Kill { device: device.clone(), issued_by_s: u64::MAX, spare: None })
             }
             Job::Count => Op::Count,
-        }
+        })
     }
 }
 
 /// A job after the store's first answer.
 enum Decided {
     Done(Result<Done, Problem>),
-    /// The token is this attempt's; the certificate is still to be signed.
-    Granted(Box<Redeem>),
+    /// The certificate is still to be signed.
+    Granted(Grant),
 }
 
 impl Decided {
@@ -480,10 +630,53 @@ impl Decided {
     }
 }
 
+/// What entitles to a certificate.
+enum Grant {
+    /// A token, which is now this attempt's.
+    Token(Box<Redeem>),
+    /// An earlier certificate.
+    Certificate(Box<Renew>),
+}
+
 /// A job in the recording phase.
 enum Recording {
     Done(Result<Done, Problem>),
-    Entered(Box<Redeem>, Signed),
+    Entered(Grant, Signed),
+}
+
+impl Grant {
+    /// The token that the record will name.
+    fn token(&self) -> Option<Redeemed> {
+        let Grant::Token(redeem) = self else { return None };
+        let Token { hash, claims, .. } = &redeem.token;
+        Some(Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp })
+    }
+
+    fn give_back(&self) -> Option<Op> {
+        let Grant::Token(redeem) = self else { return None };
+        Some(Op::GiveBack(redeem.token.clone(), redeem.serial))
+    }
+
+    fn log_signed(&self, leaf: &Leaf) {
+        match self {
+            Grant::Token(redeem) => redeem.log_signed(leaf),
+            Grant::Certificate(renew) => log::info!(
+                "certificate {} signed for {}, in renewal of {}, by {}",
+                leaf.serial,
+                leaf.device,
+                renew.old.serial,
+                renew.client
+            ),
+        }
+    }
+
+    /// For the log: who was refused.
+    fn refused(&self, problem: Problem) -> Problem {
+        match self {
+            Grant::Token(redeem) => redeem.refused(problem),
+            Grant::Certificate(renew) => not_issued(problem, &renew.old.device),
+        }
+    }
 }
 
 impl Redeem {
@@ -537,6 +730,6 @@ fn refused(problem: impl Into<Problem>, hash: &TokenHash, device: &DeviceId) -> 
     problem.into().log_more(format!("token {} of {device}", hash.short()))
 }
 
-fn not_issued(code: Code, device: &DeviceId) -> Problem {
-    Problem::from(code).log_more(format!("device {device}"))
+fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
+    problem.into().log_more(format!("device {device}"))
 }

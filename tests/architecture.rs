@@ -31,7 +31,11 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("tiny_http", &["src/server/lane.rs"], "the seam behind which the server can be changed"),
     ("httparse", &["src/edge"], "behind it requests are well formed"),
     ("polling", &["src/edge"], "nothing else waits for many sockets"),
-    ("rustix", &["src/edge", "src/clock.rs"], "socket options, open files, the machine's clock"),
+    (
+        "rustix",
+        &["src/edge", "src/ca/hook.rs", "src/clock.rs"],
+        "socket options, open files, the end of a process group, the machine's clock",
+    ),
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),
     ("rcgen", &["src/ca"], "only the CA signs"),
@@ -43,7 +47,10 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
 const DEADLINES: &[(&str, &str)] = &[
     ("src/store/redis.rs", "a batch has one deadline, which is counted on the socket's clock"),
     ("src/store/redis/connection.rs", "time-outs of sockets are what is left until it"),
-    ("src/store/failover.rs", "the last round of a carry-over has a deadline of the same kind"),
+    (
+        "src/store/failover/supervisor.rs",
+        "the last round of a carry-over has a deadline of the same kind",
+    ),
 ];
 
 #[test]

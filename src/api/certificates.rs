@@ -11,6 +11,8 @@ use crate::problem::{Code, Problem};
 use crate::provisioner::Done;
 use crate::serial::Serial;
 
+/// A CRL in DER (RFC 2585, 4.2).
+const PKIX_CRL: &str = "application/pkix-crl";
 /// RFC 8555, 9.1 registers `application/pem-certificate-chain`; deployed clients ask for this one.
 const PEM: &str = "application/x-pem-file";
 
@@ -67,6 +69,20 @@ pub(super) fn download(
 pub(super) fn ca(api: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
     let issuer = api.provisioner.ca().issuer().ok_or(Code::ClockNotSet)?;
     Ok(Plan::Reply(Reply::of_type(PEM, issuer.certificate_pem())))
+}
+
+/// `GET /api/v1/crl`
+pub(super) fn crl(api: &Api, request: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
+    let ca = api.provisioner.ca();
+    let none = match ca.clock_is_plausible(now) && ca.issuer().is_some() {
+        true => Code::ServiceUnavailable,
+        false => Code::ClockNotSet,
+    };
+    let list = ca.crl().ok_or(none)?;
+    Ok(Plan::Reply(match request.asks_for_format("der") {
+        true => Reply::of_type(PKIX_CRL, list.der.clone()),
+        false => Reply::of_type(PEM, list.pem.clone()),
+    }))
 }
 
 /// `DELETE /api/v1/certificates/{device_id}`

@@ -78,6 +78,8 @@ pub struct Request {
     pub body: Vec<u8>,
     /// Who sent it.
     pub client: IpAddr,
+    /// The certificate (DER) whose key the client has shown to hold; who issued it is not judged yet.
+    pub client_certificate: Option<Vec<u8>>,
 }
 
 impl Request {
@@ -242,6 +244,7 @@ mod tests {
             accept: None,
             body: body.into(),
             client: [127, 0, 0, 1].into(),
+            client_certificate: None,
         }
     }
 

@@ -9,6 +9,7 @@ mod message;
 mod onboarding;
 mod operations;
 mod rate_limit;
+mod renew;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -103,7 +104,9 @@ const ROUTES: &[Route] = &[
         "revoke a device (admin)",
         certificates::revoke,
     ),
+    route(Method::Post, "/api/v1/renew", "another certificate, by the present one", renew::plan),
     route(Method::Get, "/api/v1/ca", "the CA certificate", certificates::ca),
+    route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl),
     route(Method::Get, "/health", "how the service is", operations::health),
     route(Method::Get, "/ready", "whether it can issue and sign", operations::ready),
     route(Method::Get, "/metrics", "what was counted, for Prometheus", operations::metrics),

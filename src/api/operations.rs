@@ -44,6 +44,10 @@ pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, P
     }
     let mut json = Json::new();
     json.field("status", "ready");
+    let warnings = api.provisioner.warnings(now);
+    if !warnings.is_empty() {
+        json.field("warnings", warnings);
+    }
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 

@@ -42,7 +42,8 @@ pub(super) fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     Ok(Reply::json(json.timestamp(now)))
 }
 
-fn text<'a>(body: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
+/// A text field of the body that is not blank.
+pub(super) fn text<'a>(body: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
     body.get(name).and_then(Value::as_str).filter(|text| !text.trim().is_empty())
 }
 

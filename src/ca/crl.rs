@@ -3,6 +3,7 @@
 //! It is valid from a little before it is signed, since a broker whose clock lags would otherwise
 //! refuse every device, and a week long, though renewed daily.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use rcgen::{CertificateRevocationListParams, RevokedCertParams, SerialNumber};
@@ -79,13 +80,28 @@ impl Crl {
 
 /// The number of the list in the folder; 0 if there is none that can be read.
 pub fn last_number(dir: &Path) -> u64 {
-    let read = || {
-        let text = String::from_utf8(files::read(&dir.join(FILE)).ok()??).ok()?;
-        let [block] = <[_; 1]>::try_from(pem::blocks(&text)?).ok()?;
-        let (_, list) = CertificateRevocationList::from_der(&block.der).ok()?;
-        u64::try_from(list.crl_number()?).ok()
+    let number = |list: &CertificateRevocationList<'_>| u64::try_from(list.crl_number()?).ok();
+    read(dir, number).flatten().unwrap_or(0)
+}
+
+/// What the list in the folder names: serial number and time of revocation, in seconds since 1970.
+/// Empty if there is none that can be read.
+pub fn listed(dir: &Path) -> HashMap<Serial, u64> {
+    let entries = |list: &CertificateRevocationList<'_>| {
+        let entry = |r: &x509_parser::revocation_list::RevokedCertificate<'_>| {
+            let serial = Serial(r.raw_serial().try_into().ok()?);
+            Some((serial, u64::try_from(r.revocation_date.timestamp()).ok()?))
+        };
+        list.iter_revoked_certificates().filter_map(entry).collect()
     };
-    read().unwrap_or(0)
+    read(dir, entries).unwrap_or_default()
+}
+
+fn read<T>(dir: &Path, take: impl FnOnce(&CertificateRevocationList<'_>) -> T) -> Option<T> {
+    let text = String::from_utf8(files::read(&dir.join(FILE)).ok()??).ok()?;
+    let [block] = <[_; 1]>::try_from(pem::blocks(&text)?).ok()?;
+    let (_, list) = CertificateRevocationList::from_der(&block.der).ok()?;
+    Some(take(&list))
 }
 
 fn entry((serial, revoked_at): &(Serial, u64)) -> Result<RevokedCertParams, CaError> {

@@ -286,6 +286,19 @@ impl Issuer {
         Ok(ServerCertificate { certificate_pem: signed.pem(), key_pem: key.serialize_pem() })
     }
 
+    /// Whether this CA signed the certificate.
+    pub fn has_signed(&self, certificate: &X509Certificate<'_>) -> bool {
+        let Ok((_, ca)) = X509Certificate::from_der(&self.certificate_der) else { return false };
+        certificate.issuer().as_raw() == ca.subject().as_raw()
+            && verify_signature(
+                ca.public_key(),
+                &certificate.signature_algorithm,
+                &certificate.signature_value,
+                certificate.tbs_certificate.as_ref(),
+            )
+            .is_ok()
+    }
+
     /// First and last second of a certificate signed now.
     fn validity(&self, days: u64, now: Now) -> (u64, u64) {
         let now_s = now.unix_s();

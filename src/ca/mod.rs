@@ -1,16 +1,20 @@
 //! The certificate authority: who signs ([`issuer`]), what may be signed ([`csr`]), what has been
-//! signed ([`registry`]) and what of it no longer counts ([`crl`]).
+//! signed ([`registry`]), who shows it ([`identity`]) and what of it no longer counts ([`crl`], which
+//! [`publisher`] keeps fresh and [`hook`] tells the broker of).
 //!
 //! A clock that is not set decides nothing. So a CA is loaded at start, but made or judged by its
 //! dates only once the clock is plausible: [`Ca::settle`] is asked again until then.
 
 pub mod crl;
 pub mod csr;
+pub mod hook;
+pub mod identity;
 pub mod issuer;
 mod key;
 #[cfg(test)]
 mod openssl;
 mod pem;
+pub mod publisher;
 pub mod registry;
 
 use std::fmt;
@@ -215,6 +219,11 @@ impl Ca {
     /// Whether the clock stands neither before the program's build nor before the CA's `notBefore`.
     pub fn clock_is_plausible(&self, now: Now) -> bool {
         clock_is_plausible(self.issuer.get().map(|i| &**i), now)
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.settings.dir
     }
 
     /// The record of certificates.

@@ -9,7 +9,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, BufRead, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -18,7 +18,7 @@ use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
 use super::issuer::{self, BACKDATE_S, Leaf};
-use super::pem;
+use super::{crl, pem};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, FilesError};
@@ -34,6 +34,8 @@ const ATTRIBUTES: (&str, &str) = ("index.txt.attr", "unique_subject = no\n");
 const CERTS: &str = "certs";
 /// What the line before the PEM begins with.
 const TOKEN_LINE: &str = "Provisioning-Token: ";
+/// Bytes read and written at once when the database is copied.
+const COPIED: usize = 64 * 1024;
 /// How far two records of the same moment may disagree about the time, for clocks are set.
 const CLOCK_SLACK_S: u64 = 3600;
 
@@ -218,10 +220,10 @@ impl Registry {
         if files::read(&attributes)?.as_deref() != Some(ATTRIBUTES.1.as_bytes()) {
             files::write_atomic(&attributes, ATTRIBUTES.1.as_bytes(), 0o644)?;
         }
-        let rows = read_index(&dir.join(INDEX))?;
+        let (rows, torn) = read_index(&dir.join(INDEX))?;
         let registry =
             Registry { dir: dir.to_owned(), rows: RwLock::new(rows), writer: Mutex::default() };
-        registry.remove_unanswered()?;
+        registry.settle_strays(torn)?;
         registry.load_tokens(now.map(|n| n.unix_s()));
         Ok(registry)
     }
@@ -245,6 +247,11 @@ impl Registry {
     /// Whether the device has a certificate that is neither expired nor revoked.
     pub fn has_active(&self, device: &DeviceId, now: Now) -> bool {
         self.read().has_active(device, now)
+    }
+
+    /// How many certificates the device has that are neither expired nor revoked.
+    pub fn count_active(&self, device: &DeviceId, now: Now) -> usize {
+        self.read().of_device(device).filter(|row| row.is_active(now)).count()
     }
 
     /// Whether a certificate is recorded for the token. Known until the token has ended.
@@ -304,27 +311,56 @@ impl Registry {
     /// again is safe.
     pub fn revoke(&self, device: &DeviceId, now: Now) -> Result<Vec<Serial>, RegistryError> {
         let mut writer = self.lock_writer();
-        let rows = self.read();
-        let unexpired = |row: &&Row| row.record().status(now) == Status::Active;
+        let unexpired = |row: &&Row| row.is_active(now);
         let serials: Vec<Serial> =
-            rows.of_device(device).filter(unexpired).map(|r| r.serial).collect();
+            self.read().of_device(device).filter(unexpired).map(|r| r.serial).collect();
+        self.enter_revoked(&mut writer, &serials, now)?;
+        Ok(serials)
+    }
+
+    /// Revokes these of the certificates that are neither expired nor revoked, and says which. On
+    /// disk when it returns.
+    ///
+    /// # Errors
+    /// As [`Registry::revoke`].
+    pub fn revoke_these(&self, these: &[Serial], now: Now) -> Result<Vec<Serial>, RegistryError> {
+        let mut writer = self.lock_writer();
+        let rows = self.read();
+        let active = |s: &&Serial| rows.by_serial(s).is_some_and(|row| row.is_active(now));
+        let serials: Vec<Serial> = these.iter().filter(active).copied().collect();
         drop(rows);
+        self.enter_revoked(&mut writer, &serials, now)?;
+        Ok(serials)
+    }
+
+    fn enter_revoked(
+        &self,
+        writer: &mut Writer,
+        serials: &[Serial],
+        now: Now,
+    ) -> Result<(), RegistryError> {
         if serials.is_empty() {
-            return Ok(serials);
+            return Ok(());
         }
-        self.take_back(&mut writer)?;
+        self.take_back(writer)?;
+        // Line by line: a record of 100,000 certificates has 8 MB, which a gateway cannot spare twice.
         let path = self.dir.join(INDEX);
-        let text = String::from_utf8(files::read(&path)?.unwrap_or_default()).unwrap_or_default();
-        let revoked = with_revoked(&text, serials.iter().copied().collect(), now.unix_s())
-            .ok_or_else(|| {
-                let lost = format!("{} has lost a line of {device}", path.display());
-                RegistryError::Unreadable(lost)
-            })?;
-        files::write_atomic(&path, revoked.as_bytes(), 0o644)
+        let missing = serials.iter().copied().collect();
+        let lost = |serial: Serial| {
+            let whose = self.by_serial(&serial).map(|r| r.device.to_string()).unwrap_or_default();
+            io::Error::other(format!("{} has lost a line of {whose}", path.display()))
+        };
+        let copy = |new: &mut File| {
+            let old = BufReader::with_capacity(COPIED, File::open(&path)?);
+            let new = BufWriter::with_capacity(COPIED, new);
+            copy_revoked(old, new, missing, now.unix_s())?
+                .map_or(Ok(()), |serial| Err(lost(serial)))
+        };
+        files::write_atomic_by(&path, 0o644, copy)
             .map_err(|e| RegistryError::NotWritten { why: e.to_string(), left_behind: true })?;
         let mut rows = self.write();
         serials.iter().for_each(|s| rows.set_revoked(s, now.unix_s()));
-        Ok(serials)
+        Ok(())
     }
 
     fn pem_path(&self, serial: &Serial) -> PathBuf {
@@ -347,25 +383,61 @@ impl Registry {
 
 // What is done once, at start.
 impl Registry {
-    /// Removes certificates that have no line: the power went before they were answered.
-    fn remove_unanswered(&self) -> Result<(), RegistryError> {
+    /// Sees to certificates that have no line. Most likely the power went before they were answered,
+    /// and they are removed. But one that `crl.pem` lists, or that the torn line says was revoked,
+    /// had been answered: without its line the next list would let it in again.
+    fn settle_strays(&self, torn: Torn) -> Result<(), RegistryError> {
+        let strays = self.strays()?;
+        if strays.is_empty() {
+            return Ok(());
+        }
+        let listed = crl::listed(&self.dir);
+        for serial in strays {
+            let path = self.pem_path(&serial);
+            match (listed.get(&serial), torn) {
+                (Some(revoked_at), _) => self.put_back(&serial, Some(*revoked_at))?,
+                (None, Torn::Revoked) => self.put_back(&serial, None)?,
+                (None, _) => {
+                    log::warn!(
+                        "{} has no line in {INDEX}, so it was never answered: removed",
+                        path.display()
+                    );
+                    files::remove_if_there(&path)?;
+                }
+            }
+        }
+        Ok(files::sync_dir(&self.dir.join(CERTS))?)
+    }
+
+    fn strays(&self) -> Result<Vec<Serial>, RegistryError> {
         let certs = self.dir.join(CERTS);
         let unreadable = |e: io::Error| {
             RegistryError::Unreadable(format!("cannot read {}: {e}", certs.display()))
         };
+        let rows = self.read();
+        let mut strays = Vec::new();
         for entry in certs.read_dir().map_err(unreadable)? {
-            let path = entry.map_err(unreadable)?.path();
-            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            let serial = name.strip_suffix(".pem").and_then(Serial::from_hex);
-            if serial.is_some_and(|s| self.read().by_serial(&s).is_none()) {
-                log::warn!(
-                    "{} has no line in {INDEX}, so it was never answered: removed",
-                    path.display()
-                );
-                files::remove_if_there(&path)?;
-            }
+            let name = entry.map_err(unreadable)?.file_name();
+            let serial = name.to_str().and_then(|n| n.strip_suffix(".pem"));
+            let serial = serial.and_then(Serial::from_hex);
+            strays.extend(serial.filter(|s| rows.by_serial(s).is_none()));
         }
-        Ok(files::sync_dir(&certs)?)
+        Ok(strays)
+    }
+
+    /// Enters a certificate once more as revoked, then or, if that is not known, when it was signed.
+    fn put_back(&self, serial: &Serial, revoked_at: Option<u64>) -> Result<(), RegistryError> {
+        let path = self.pem_path(serial);
+        let text = files::read(&path)?.and_then(|bytes| String::from_utf8(bytes).ok());
+        let Some(mut row) = text.and_then(|text| read_row(&text, *serial)) else {
+            log::error!("{} lost its line in {INDEX} and cannot be read", path.display());
+            return Ok(());
+        };
+        row.revoked_at = revoked_at.unwrap_or(row.revoked_at);
+        log::warn!("{} is revoked but had no line in {INDEX}: put back", path.display());
+        self.append(&mut self.lock_writer(), row.line())?;
+        self.write().insert(row);
+        Ok(())
     }
 
     /// Loads the hashes of tokens that have not ended, from the newest record backwards until one is
@@ -594,12 +666,12 @@ impl Row {
 
     /// Status, end, revocation, serial, file and subject, as OpenSSL's `ca` writes them.
     fn line(&self) -> String {
-        format!(
-            "V\t{}\t\t{:X}\tunknown\t/CN={}\n",
-            asn1_time(self.expires_at),
-            self.serial,
-            self.device
-        )
+        let (status, revocation) = match self.revoked() {
+            Some(at) => ('R', asn1_time(at)),
+            None => ('V', String::new()),
+        };
+        let (end, serial, device) = (asn1_time(self.expires_at), self.serial, &self.device);
+        format!("{status}\t{end}\t{revocation}\t{serial:X}\tunknown\t/CN={device}\n")
     }
 }
 
@@ -650,26 +722,40 @@ impl Rows {
     }
 }
 
+/// What the line that was cut off `index.txt` began with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Torn {
+    /// No line was torn.
+    Nothing,
+    /// It was a new one: only those are appended.
+    New,
+    /// It was a revoked one, which this program never appends; something else has torn the file.
+    Revoked,
+}
+
 /// Reads `index.txt`, made if there is none. If the last line is torn, it is cut off: it was never
 /// synced, so its certificate was never answered.
-fn read_index(path: &Path) -> Result<Rows, RegistryError> {
+fn read_index(path: &Path) -> Result<(Rows, Torn), RegistryError> {
     let Some(bytes) = files::read(path)? else {
         files::write_atomic(path, b"", 0o644)?;
-        return Ok(Rows::default());
+        return Ok((Rows::default(), Torn::Nothing));
     };
     let count = bytes.iter().filter(|b| **b == b'\n').count();
     let mut rows = Rows { list: Vec::with_capacity(count), ..Rows::default() };
-    let mut good = 0;
+    let (mut good, mut torn) = (0, Torn::Nothing);
     for (number, line) in (1..).zip(bytes.split_inclusive(|b| *b == b'\n')) {
         match read_line(line).and_then(|row| rows.accept(row)) {
             Ok(()) => good += line.len(),
-            Err(_) if good + line.len() == bytes.len() && is_torn(line) => cut(path, good, number)?,
+            Err(_) if good + line.len() == bytes.len() && is_torn(line) => {
+                torn = if line.starts_with(b"R") { Torn::Revoked } else { Torn::New };
+                cut(path, good, number)?;
+            }
             Err(why) => {
                 return Err(RegistryError::Garbled { path: path.to_owned(), line: number, why });
             }
         }
     }
-    Ok(rows)
+    Ok((rows, torn))
 }
 
 impl Rows {
@@ -725,22 +811,34 @@ fn read_line(line: &[u8]) -> Result<Row, &'static str> {
     ))
 }
 
-/// The database with these certificates revoked; all else stays as it is to the letter, also what
-/// `openssl ca` has done meanwhile. `None` if one of them has no line.
-fn with_revoked(text: &str, mut serials: HashSet<Serial>, now_s: u64) -> Option<String> {
-    let mut changed = String::with_capacity(text.len() + serials.len() * 16);
-    for line in text.split_inclusive('\n') {
-        let fields: Vec<&str> = line.split('\t').collect();
-        let ours = fields.get(3).and_then(|s| Serial::from_hex(s)).filter(|s| serials.remove(s));
-        match (ours, fields.as_slice()) {
-            (Some(serial), ["V" | "E", end, _, _, rest @ ..]) => {
-                let (date, rest) = (asn1_time(now_s), rest.join("\t"));
-                changed.push_str(&format!("R\t{end}\t{date}\t{serial:X}\t{rest}"));
-            }
-            _ => changed.push_str(line),
+/// Copies the database with these certificates revoked; all else stays as it is to the letter, also
+/// what `openssl ca` has done meanwhile. Answers one that has no line, if there is one.
+fn copy_revoked(
+    mut old: impl BufRead,
+    mut new: impl io::Write,
+    mut serials: HashSet<Serial>,
+    now_s: u64,
+) -> io::Result<Option<Serial>> {
+    let mut line = Vec::new();
+    while old.read_until(b'\n', &mut line)? > 0 {
+        match revoked_line(&line, &mut serials, now_s) {
+            Some(revoked) => new.write_all(revoked.as_bytes())?,
+            None => new.write_all(&line)?,
         }
+        line.clear();
     }
-    serials.is_empty().then_some(changed)
+    new.flush()?;
+    Ok(serials.into_iter().next())
+}
+
+/// The line as revoked, if it is one of these, which it is then taken from.
+fn revoked_line(line: &[u8], serials: &mut HashSet<Serial>, now_s: u64) -> Option<String> {
+    let line = std::str::from_utf8(line).ok()?;
+    let serial = Serial::from_hex(line.split('\t').nth(3)?).filter(|s| serials.remove(s))?;
+    let fields: Vec<&str> = line.split('\t').collect();
+    let ["V" | "E", end, _, _, rest @ ..] = fields.as_slice() else { return None };
+    let (date, rest) = (asn1_time(now_s), rest.join("\t"));
+    Some(format!("R\t{end}\t{date}\t{serial:X}\t{rest}"))
 }
 
 /// UTCTime until 2049, GeneralizedTime from 2050 on (RFC 5280, 4.1.2.5).
@@ -785,6 +883,16 @@ fn read_stored(text: &str) -> Option<Stored> {
     };
     let fingerprint = issuer::fingerprint(&block.der);
     Some(Stored { fingerprint, created_at: not_before.saturating_add(BACKDATE_S), token, pem })
+}
+
+/// The row that a certificate's file stood for, revoked when it was signed.
+fn read_row(text: &str, serial: Serial) -> Option<Row> {
+    let stored = read_stored(text)?;
+    let [block] = <[_; 1]>::try_from(pem::blocks(&stored.pem)?).ok()?;
+    let (_, certificate) = X509Certificate::from_der(&block.der).ok()?;
+    let name = certificate.subject().iter_common_name().next()?.as_str().ok()?;
+    let expires_at = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
+    Some(Row::new(serial, DeviceId::parse(name)?, expires_at, Some(stored.created_at)))
 }
 
 fn read_redeemed(line: &str) -> Option<Redeemed> {
@@ -932,8 +1040,26 @@ mod tests {
         }
         fs::write(fixture.dir.join(INDEX), "").unwrap();
         let error = registry.revoke(&device("device-10"), now).unwrap_err();
-        assert!(error.to_string().ends_with("index.txt has lost a line of device-10"), "{error}");
+        assert!(error.to_string().contains("index.txt has lost a line of device-10"), "{error}");
         assert!(registry.has_active(&device("device-10"), now));
+    }
+
+    #[test]
+    fn single_certificates_are_revoked() {
+        let fixture = Fixture::new();
+        let registry = fixture.open();
+        let leaves = [(); 3].map(|()| fixture.leaf("device-1"));
+        leaves.iter().for_each(|leaf| enter(&registry, leaf, None).unwrap());
+        let [first, second, third] = leaves.map(|leaf| leaf.serial);
+        let (now, stranger) = (clock::now(), Serial([0x41; 16]));
+        assert_eq!(registry.revoke_these(&[second, stranger], now), Ok(vec![second]));
+        assert_eq!(registry.revoke_these(&[second], now), Ok(vec![]), "once is enough");
+        assert_eq!(registry.revoke_these(&[], now), Ok(vec![]));
+        for registry in [&registry, &fixture.open()] {
+            let revoked = |s| registry.by_serial(&s).unwrap().revoked_at.is_some();
+            assert_eq!([first, second, third].map(revoked), [false, true, false]);
+            assert_eq!(registry.count_active(&device("device-1"), now), 2);
+        }
     }
 
     #[test]

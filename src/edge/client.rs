@@ -5,9 +5,12 @@ use std::net::{IpAddr, Shutdown, TcpStream};
 
 use rustls::ServerConnection;
 
-use super::conn::{Reader, Request};
+use super::conn::{Reader, Request, Step};
+use super::head::Origin;
 use super::lane::is_transient;
 use super::poll::{Interest, Watched};
+use super::proxies::Networks;
+use crate::problem::Code;
 
 /// One connection.
 pub struct Client {
@@ -83,8 +86,29 @@ impl Client {
 
     /// Bytes of memory held.
     pub fn held(&self) -> usize {
-        let tls = if self.tls.is_some() { TLS_HELD } else { 0 };
+        let tls = self.tls.as_ref().map_or(0, |tls| TLS_HELD + certificates(tls));
         self.reader.held() + self.out.capacity() + tls
+    }
+
+    /// Takes bytes of a request, which has this number; see [`Reader::take`].
+    ///
+    /// # Errors
+    /// Why the request is refused.
+    pub fn take(
+        &mut self,
+        input: &[u8],
+        number: u64,
+        proxies: &Networks,
+        out: &mut Vec<u8>,
+    ) -> Result<Step, Code> {
+        let chain = self.tls.as_ref().and_then(|tls| tls.peer_certificates());
+        let origin = Origin {
+            number,
+            peer: self.peer,
+            proxies: self.is_proxy.then_some(proxies),
+            certificate: chain.and_then(|chain| chain.first()).map(|leaf| leaf.as_ref()),
+        };
+        self.reader.take(input, origin, out)
     }
 
     /// Nothing is left to write.
@@ -192,6 +216,11 @@ impl Client {
         self.stream.shutdown(Shutdown::Write)?;
         self.resume()
     }
+}
+
+/// Bytes of the client's certificates, which rustls keeps as long as the connection.
+fn certificates(tls: &ServerConnection) -> usize {
+    tls.peer_certificates().unwrap_or_default().iter().map(|der| der.len()).sum()
 }
 
 /// Taken from the socket at most once, so that nobody keeps the thread for long.

@@ -216,8 +216,12 @@ mod tests {
     use crate::edge::FIELDS_MAX;
     use std::net::{IpAddr, Ipv4Addr};
 
-    const ORIGIN: Origin<'static> =
-        Origin { number: 1, peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), proxies: None };
+    const ORIGIN: Origin<'static> = Origin {
+        number: 1,
+        peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+        proxies: None,
+        certificate: None,
+    };
 
     /// Seeded, so that a failure repeats.
     struct Xorshift(u64);

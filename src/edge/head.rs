@@ -7,11 +7,13 @@
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use httparse::{Header, Request};
 
 use super::chunked::is_token;
 use super::proxies::Networks;
-use super::{BODY_MAX, FIELDS_MAX, HEAD_MAX, Kind};
+use super::{BODY_MAX, FIELDS_MAX, HEAD_MAX, Kind, RENEWAL};
 use crate::problem::Code;
 
 /// What the connection needs to know about a request whose head is well formed.
@@ -49,6 +51,8 @@ pub struct Origin<'a> {
     pub peer: IpAddr,
     /// The trusted proxies, if the peer is one of them.
     pub proxies: Option<&'a Networks>,
+    /// The certificate whose key the peer holds, in DER.
+    pub certificate: Option<&'a [u8]>,
 }
 
 /// Looks for the end of the head in `buf`, of which `seen` bytes were looked at before.
@@ -109,7 +113,8 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     let framing = fields.framing()?;
     write_request_line(method, path, out);
     fields.write(request.headers, out)?;
-    write_private(origin, request.headers, out);
+    let certificate = origin.certificate.filter(|_| is_renewal(path.text()));
+    write_private(origin, certificate, request.headers, out);
     write_length(framing, out);
     Ok(Head {
         framing,
@@ -119,6 +124,10 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
         keep_alive: !fields.close && (version == 1 || fields.keep_alive),
         expects_continue: fields.expects_continue && version == 1,
     })
+}
+
+fn is_renewal(target: &str) -> bool {
+    target.split('?').next() == Some(RENEWAL)
 }
 
 /// Writes the length of a chunked body into the head that `whole` begins with.
@@ -344,9 +353,14 @@ fn write_request_line(method: &str, path: Path<'_>, out: &mut Vec<u8>) {
     out.extend_from_slice(b" HTTP/1.1\r\n");
 }
 
-/// `X-Edge: <request number> <client address>`; the client cannot set it, since no field of this
-/// name is let through.
-fn write_private(origin: Origin<'_>, headers: &[Header<'_>], out: &mut Vec<u8>) {
+/// `X-Edge: <request number> <client address>[ <certificate>]`; the client cannot set it, since no
+/// field of this name is let through.
+fn write_private(
+    origin: Origin<'_>,
+    certificate: Option<&[u8]>,
+    headers: &[Header<'_>],
+    out: &mut Vec<u8>,
+) {
     let client = match origin.proxies {
         Some(proxies) => proxies.client(origin.peer, values(headers, "X-Forwarded-For")),
         None => origin.peer,
@@ -355,6 +369,10 @@ fn write_private(origin: Origin<'_>, headers: &[Header<'_>], out: &mut Vec<u8>) 
     push_number(origin.number, out);
     out.push(b' ');
     push_address(client, out);
+    if let Some(der) = certificate {
+        out.push(b' ');
+        out.extend_from_slice(STANDARD.encode(der).as_bytes());
+    }
     out.extend_from_slice(b"\r\n");
 }
 
@@ -413,7 +431,7 @@ mod tests {
         let bytes = head.as_bytes();
         assert_eq!(find_end(bytes, 0)?, Some(bytes.len()), "{head:?}");
         let mut out = Vec::new();
-        let origin = Origin { number: 7, peer: PEER, proxies: None };
+        let origin = Origin { number: 7, peer: PEER, proxies: None, certificate: None };
         let head = read(bytes, origin, &mut out)?;
         Ok((head, String::from_utf8(out).unwrap()))
     }
@@ -442,9 +460,30 @@ mod tests {
         let networks = Networks::new(vec![Cidr::parse("192.0.2.0/24").unwrap()]);
         let head = b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 1.1.1.1, 2001:db8::9\r\n\r\n";
         let mut out = Vec::new();
-        let origin = Origin { number: 1, peer: PEER, proxies: Some(&networks) };
+        let proxies = Some(&networks);
+        let origin = Origin { number: 1, peer: PEER, proxies, certificate: None };
         read(head, origin, &mut out).unwrap();
         assert_eq!(out, b"GET / HTTP/1.1\r\nX-Edge: 1 2001:db8::9\r\n\r\n");
+    }
+
+    #[test]
+    fn a_certificate_goes_on_with_a_renewal_only() {
+        let private = |target: &str| {
+            let head = format!(
+                "POST {target} HTTP/1.1\r\nHost: a\r\nX-Edge: 9 ::1 AAAA\r\nX-Edge: x\r\n\r\n"
+            );
+            let mut out = Vec::new();
+            let certificate = Some([1, 2, 3, 4].as_slice());
+            let origin = Origin { number: 7, peer: PEER, proxies: None, certificate };
+            read(head.as_bytes(), origin, &mut out).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            assert_eq!(text.matches("X-Edge").count(), 1, "{text}");
+            text.split_once("X-Edge: ").unwrap().1.trim_end().to_owned()
+        };
+        assert_eq!(private("/api/v1/renew"), "7 192.0.2.1 AQIDBA==");
+        assert_eq!(private("http://a/api/v1/renew?x"), "7 192.0.2.1 AQIDBA==");
+        assert_eq!(private("/api/v1/sign-csr"), "7 192.0.2.1");
+        assert_eq!(private("/api/v1/renew/"), "7 192.0.2.1");
     }
 
     #[test]

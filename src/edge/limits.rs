@@ -80,7 +80,12 @@ impl Budget {
     /// A client that holds `bytes` of a request may keep them. A quarter of the budget is out of
     /// reach of large bodies, so that a flood of them leaves room for replies and small requests.
     pub fn has_room(&self, bytes: usize) -> bool {
-        self.held <= if bytes > SMALL { self.max - self.max / 4 } else { self.max }
+        self.held <= if Self::is_small(bytes) { self.max } else { self.max - self.max / 4 }
+    }
+
+    /// No more than a head and a little holds.
+    pub fn is_small(bytes: usize) -> bool {
+        bytes <= SMALL
     }
 }
 

@@ -49,7 +49,8 @@ pub const FIELDS_MAX: usize = 64;
 /// A request's body. The largest we know, a CSR for RSA 4096 in base64 of PEM, has 3 KiB.
 pub const BODY_MAX: usize = 64 * 1024;
 
-/// The field that carries `<request number> <client address>` to the worker and the number back.
+/// The field that carries `<request number> <client address>` to the worker and the number back;
+/// for a renewal also the client's certificate, DER in base64.
 pub const PRIVATE_FIELD: &str = "X-Edge";
 
 /// What kind of work a request is. Each kind has lanes of its own, so that one kind that is slow
@@ -67,11 +68,14 @@ impl Kind {
     fn of(method: &str, target: &str) -> Self {
         let path = target.split_once('?').map_or(target, |(path, _)| path);
         match (method, path) {
-            ("POST", "/api/v1/sign-csr" | "/api/v1/renew") => Kind::Certificate,
+            ("POST", "/api/v1/sign-csr" | RENEWAL) => Kind::Certificate,
             _ => Kind::Plain,
         }
     }
 }
+
+/// Where the client's certificate is asked for. Elsewhere it would be bytes for nothing.
+const RENEWAL: &str = "/api/v1/renew";
 
 /// Where a lane's worker listens, and for which kind of work.
 #[derive(Clone, Debug)]

@@ -6,8 +6,8 @@ use super::answer::{end_head, problem_response};
 use super::client::{After, Client, Input};
 use super::conn::{Phase, Request, Step};
 use super::hall::Hall;
-use super::head::Origin;
 use super::lane::{Lane, Lanes, Piece, Waiting};
+use super::limits::Budget;
 use super::poll::Ready;
 use super::timers::Wait;
 use crate::clock::Now;
@@ -68,9 +68,7 @@ impl Hall {
     fn take(&mut self, at: usize, input: &[u8], lanes: &mut Lanes, now: Now) {
         let number = self.next_number();
         let Some(client) = client(&mut self.clients, at) else { return };
-        let proxies = client.is_proxy.then_some(&self.proxies);
-        let origin = Origin { number, peer: client.peer, proxies };
-        match client.reader.take(input, origin, &mut self.request_bytes) {
+        match client.take(input, number, &self.proxies, &mut self.request_bytes) {
             Ok(Step::More) => self.await_rest(at, now),
             Ok(Step::Continue) => {
                 self.await_rest(at, now);
@@ -94,8 +92,8 @@ impl Hall {
     fn dispatch(&mut self, at: usize, request: Request, lanes: &mut Lanes, now: Now) {
         let Some(client) = client(&mut self.clients, at) else { return };
         client.request = Some(request);
+        let fits = self.make_room(lanes.held() + self.request_bytes.len());
         let bytes = &self.request_bytes;
-        let fits = self.budget.fits(lanes.held() + bytes.len());
         if !fits || !lanes.push(&request, at, bytes, self.max_waiting, now.mono_ms) {
             return self.refuse(at, Code::ServiceUnavailable, now);
         }
@@ -216,21 +214,33 @@ impl Hall {
             return;
         }
         match client.reader.phase() {
-            Phase::Head | Phase::Body if !self.budget.has_room(held) => {
-                self.refuse(at, Code::ServiceUnavailable, now);
+            Phase::Head | Phase::Body => {
+                // What is small gets in as long as a reply can give way.
+                let stays =
+                    self.budget.has_room(held) || (Budget::is_small(held) && self.make_room(0));
+                if !stays {
+                    self.refuse(at, Code::ServiceUnavailable, now);
+                }
             }
             Phase::Busy if self.budget.is_over() && client.reader.has_pending() => {
                 client.is_last = true;
                 client.reader.drop_pending();
                 self.settle(at, now);
             }
-            _ => {
-                while self.budget.is_over() {
-                    let Some(longest) = self.timers.longest(Wait::Write) else { break };
-                    self.close(longest);
-                }
+            Phase::Idle | Phase::Busy => {
+                self.make_room(0);
             }
         }
+    }
+
+    /// Makes room for so many bytes more: whoever is longest in taking a reply is closed. False if
+    /// nobody is left to close.
+    fn make_room(&mut self, more: usize) -> bool {
+        while !self.budget.fits(more) {
+            let Some(longest) = self.timers.longest(Wait::Write) else { return false };
+            self.close(longest);
+        }
+        true
     }
 
     /// Does something with a client's socket, and closes it if that fails.

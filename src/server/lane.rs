@@ -190,15 +190,16 @@ impl Lane {
 
     fn admit(&self, request: Request, batch: &mut Vec<Call>) {
         let named = |h: &&Header| h.field.equiv(edge::PRIVATE_FIELD);
-        let private = request.headers().iter().find(named).map(|h| h.value.as_str().to_owned());
-        let (number, client) = match private.as_deref().and_then(|v| v.split_once(' ')) {
-            Some((number, client)) => (number.to_owned(), client.to_owned()),
-            // Nobody but the edge can connect; without a number the edge closes the lane.
-            None => (String::new(), String::new()),
-        };
+        let private = request.headers().iter().find(named).map_or("", |h| h.value.as_str());
+        // Nobody but the edge can connect; without a number the edge closes the lane.
+        let mut words = private.split(' ').map(str::to_owned);
+        let number = words.next().unwrap_or_default();
+        let client = words.next().unwrap_or_default();
+        let certificate = words.next();
         let is_proof = client == "-";
         let fixed = self.fixed.clone();
-        let mut call = Call { request: Some(request), number, client, body: Vec::new(), fixed };
+        let body = Vec::new();
+        let mut call = Call { request: Some(request), number, client, certificate, body, fixed };
         if is_proof {
             call.respond(Reply { status: 204, headers: Vec::new(), body: Vec::new() });
         } else {
@@ -216,6 +217,7 @@ pub struct Call {
     request: Option<Request>,
     number: String,
     client: String,
+    certificate: Option<String>,
     body: Vec<u8>,
     fixed: [Header; 2],
 }
@@ -251,6 +253,11 @@ impl Call {
     /// The client's address as text.
     pub fn client(&self) -> &str {
         &self.client
+    }
+
+    /// The certificate whose key the client holds, DER in base64; only where it is asked for.
+    pub fn certificate(&self) -> Option<&str> {
+        self.certificate.as_deref()
     }
 
     /// The body, whole.

@@ -12,6 +12,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
 use crate::api::{self, Api, Method, Request};
 use crate::config::{Config, Http};
 use crate::edge::{self, Edge, Kind};
@@ -184,6 +187,7 @@ fn request(call: &mut Call) -> Request {
         content_type: field("Content-Type"),
         accept: field("Accept"),
         client: call.client().parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        client_certificate: call.certificate().and_then(|text| STANDARD.decode(text).ok()),
         body: call.take_body(),
     }
 }

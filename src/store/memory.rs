@@ -142,10 +142,10 @@ impl Memory {
         table.tokens.iter().filter(|(_, e)| e.ends_ms > now.mono_ms).map(|(h, _)| *h).collect()
     }
 
-    /// Notes that a command carrying the token was sent to Redis.
-    pub fn note_in_redis(&self, hash: &TokenHash) {
+    /// Notes whether a command carrying the token was sent to Redis.
+    pub fn note_in_redis(&self, hash: &TokenHash, in_redis: bool) {
         if let Some(entry) = locked(&self.table).tokens.get_mut(hash) {
-            entry.in_redis = true;
+            entry.in_redis = in_redis;
         }
     }
 

@@ -17,10 +17,13 @@
 
 pub mod clock;
 pub mod csr;
+pub mod device;
 pub mod history;
 pub mod http;
+pub mod https;
 pub mod instance;
 pub mod load;
+pub mod mosquitto;
 pub mod proxy;
 pub mod redis;
 pub mod service;

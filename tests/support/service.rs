@@ -10,8 +10,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::http::{Client, Response};
+use super::https;
 use super::temp::TempDir;
 use super::wait;
+
+/// A value for `ADMIN_API_KEY`.
+pub const ADMIN_KEY: &str = "admin-key-of-the-tests";
 
 /// How a process ended, and all it said.
 #[derive(Debug)]
@@ -210,6 +214,9 @@ impl Service {
             if let Some(status) = self.child().try_wait().unwrap() {
                 return Some(Err(status.code()));
             }
+            if self.is_tls() {
+                return https::is_served(self.port()).then_some(Ok(()));
+            }
             probe.try_request("GET", "/health", &[], b"").ok().map(|_| Ok(()))
         });
         match ready {
@@ -243,6 +250,10 @@ impl Service {
 
     pub fn port(&self) -> u16 {
         self.setup.port
+    }
+
+    fn is_tls(&self) -> bool {
+        self.setup.env.iter().any(|(name, _)| name == "TLS_CERT")
     }
 
     /// The folder in which it runs.
@@ -373,6 +384,21 @@ impl Service {
     pub fn sign_with(&self, token: &str, body: &Value) -> Response {
         let bearer = format!("Bearer {token}");
         self.http.post_with("/api/v1/sign-csr", &[("Authorization", &bearer)], body)
+    }
+
+    /// Onboards `device` and has `csr` signed, which must succeed.
+    #[track_caller]
+    pub fn enroll(&self, device: &str, csr: &str) -> Response {
+        let answer = self.sign(&self.token(device), csr);
+        assert_eq!(answer.status, 200, "signing {device}: {}\n{}", answer.text(), self.log());
+        answer
+    }
+
+    /// Revokes `device` with [`ADMIN_KEY`].
+    pub fn revoke(&self, device: &str) -> Response {
+        let bearer = format!("Bearer {ADMIN_KEY}");
+        let path = format!("/api/v1/certificates/{device}");
+        self.http.request("DELETE", &path, &[("Authorization", &bearer)], b"")
     }
 
     pub fn health(&self) -> Value {

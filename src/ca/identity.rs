@@ -1,0 +1,86 @@
+//! Who a TLS client is, by the certificate that it showed.
+//!
+//! The edge has seen that the client holds the certificate's key, and nothing else. Whether the
+//! certificate means anything is judged here, so that each refusal has a name.
+
+use std::fmt;
+
+use x509_parser::asn1_rs::FromDer as _;
+use x509_parser::certificate::X509Certificate;
+
+use super::Ca;
+use super::registry::Record;
+use crate::clock::Now;
+use crate::problem::{Code, Problem};
+use crate::serial::Serial;
+
+const DAY_S: u64 = 86_400;
+
+/// Why a certificate does not say who the client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IdentityError {
+    /// It was not issued to a device by this CA; why.
+    NotOurs(&'static str),
+    /// Its time is over.
+    Expired,
+    /// It is revoked.
+    Revoked,
+}
+
+impl fmt::Display for IdentityError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IdentityError::NotOurs(why) => write!(f, "client certificate: {why}"),
+            IdentityError::Expired => f.write_str("client certificate has expired"),
+            IdentityError::Revoked => f.write_str("client certificate is revoked"),
+        }
+    }
+}
+
+impl std::error::Error for IdentityError {}
+
+impl From<IdentityError> for Problem {
+    fn from(error: IdentityError) -> Self {
+        let code = match error {
+            IdentityError::NotOurs(_) => Code::ClientCertificateInvalid,
+            IdentityError::Expired => Code::ClientCertificateExpired,
+            IdentityError::Revoked => Code::ClientCertificateRevoked,
+        };
+        Problem::from(code).log(error)
+    }
+}
+
+impl Ca {
+    /// The record of the certificate that a client showed, if it is one of ours, is not revoked, and
+    /// has not ended more than `late_days` ago.
+    ///
+    /// # Errors
+    /// What speaks against it. That it is not ours comes first, since only of our own can the rest
+    /// be known; then that it is revoked, which is for good.
+    pub fn identify(&self, der: &[u8], late_days: u32, now: Now) -> Result<Record, IdentityError> {
+        let not_ours = IdentityError::NotOurs;
+        let (rest, certificate) =
+            X509Certificate::from_der(der).map_err(|_| not_ours("cannot be read"))?;
+        let issuer = self.issuer().ok_or(not_ours("there is no CA yet"))?;
+        if !rest.is_empty() || !issuer.has_signed(&certificate) {
+            return Err(not_ours("signed by another CA"));
+        }
+        let serial = <[u8; 16]>::try_from(certificate.raw_serial()).ok().map(Serial);
+        let record = serial.and_then(|serial| self.registry().by_serial(&serial));
+        let record = record.ok_or(not_ours("not in the record of devices"))?;
+        still_counts(&record, late_days, now)?;
+        Ok(record)
+    }
+}
+
+/// Whether a certificate in the record may be renewed now.
+///
+/// # Errors
+/// If it is revoked, or has ended more than `late_days` ago.
+pub fn still_counts(record: &Record, late_days: u32, now: Now) -> Result<(), IdentityError> {
+    if record.revoked_at.is_some() {
+        return Err(IdentityError::Revoked);
+    }
+    let last = record.expires_at.saturating_add(u64::from(late_days) * DAY_S);
+    if now.unix_s() > last { Err(IdentityError::Expired) } else { Ok(()) }
+}

@@ -1,0 +1,218 @@
+//! Keeps the list of revoked certificates published: after each revocation, when it is a day old, and
+//! again soon when it could not be written; and has the broker told.
+//!
+//! Whoever revokes publishes in its own thread, so that the answer comes after the list. The rest is
+//! done by one thread that sleeps until it is needed; while the hook runs in it, further changes are
+//! noted and make one more run.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::crl::Crl;
+use super::{Ca, CaError, crl, hook};
+use crate::clock::{self, Now};
+
+/// The longest sleep. The list is renewed daily by the wall clock, which may be set or have gone on
+/// while the machine was suspended, so it is looked at more often than that.
+const LOOK: Duration = Duration::from_secs(3600);
+/// The pause before a list that could not be written is tried again; doubled, up to the second.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// From when on the end of the CA is warned of.
+const CA_WARNING_S: u64 = 30 * DAY_S;
+const DAY_S: u64 = 86_400;
+
+/// Publishes the list of one CA.
+pub struct Publisher {
+    ca: Arc<Ca>,
+    /// `CRL_HOOK`
+    hook: Option<PathBuf>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// A list was written of which the hook does not know.
+    hook_due: bool,
+    /// There is something to look at.
+    woken: bool,
+    /// Why the last list could not be published.
+    failure: Option<String>,
+}
+
+impl Publisher {
+    /// A publisher that runs `hook` after each new list.
+    pub fn new(ca: Arc<Ca>, hook: Option<PathBuf>) -> Self {
+        Publisher { ca, hook, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// The CA whose list it is.
+    pub fn ca(&self) -> &Arc<Ca> {
+        &self.ca
+    }
+
+    /// Publishes what is revoked now; the broker is told soon after.
+    ///
+    /// # Errors
+    /// As [`Ca::publish_crl`]. It is then tried again without being asked.
+    pub fn publish(&self, now: Now) -> Result<Arc<Crl>, CaError> {
+        let published = self.ca.publish_crl(now);
+        let mut state = self.lock();
+        match &published {
+            Ok(_) => {
+                state.failure = None;
+                state.hook_due |= self.hook.is_some();
+                state.woken |= state.hook_due;
+            }
+            Err(error) => {
+                let why = format!("the CRL could not be published: {error}");
+                if state.failure.as_ref() != Some(&why) {
+                    log::error!("{why}");
+                }
+                // The first failure ends the long sleep; after that the pauses count.
+                state.woken |= state.failure.is_none();
+                state.failure = Some(why);
+            }
+        }
+        self.changed.notify_all();
+        published
+    }
+
+    /// Publishes a list if there is none, it is a day old, or the last could not be written; nothing
+    /// as long as there is no CA or the clock is not set. Warns of the CA's end.
+    pub fn keep_fresh(&self, now: Now) {
+        if self.ca.issuer().is_none() || !self.ca.clock_is_plausible(now) {
+            return;
+        }
+        let is_due = self.ca.crl().is_none_or(|list| list.is_due(now));
+        if is_due || self.failure().is_some() {
+            // What went wrong is logged and kept there.
+            let _ = self.publish(now);
+        }
+        if let Some(warning) = self.warning(now).filter(|_| is_due) {
+            log::warn!("{warning}");
+        }
+    }
+
+    /// Why the last list could not be published, if it could not.
+    pub fn failure(&self) -> Option<String> {
+        self.lock().failure.clone()
+    }
+
+    /// That the CA ends soon, if it does. No certificate outlives it.
+    pub fn warning(&self, now: Now) -> Option<String> {
+        let end = self.ca.issuer()?.not_after;
+        let left = end.checked_sub(now.unix_s()).filter(|left| *left < CA_WARNING_S)?;
+        let date = clock::rfc3339(end.saturating_mul(1000));
+        Some(format!("the CA ends in {} days, at {date}", left / DAY_S))
+    }
+
+    /// Does what is due, now and whenever it becomes so.
+    pub fn work_forever(&self) {
+        let mut pause = LOOK;
+        loop {
+            if self.wait(pause) {
+                self.run_hook();
+            }
+            self.keep_fresh(clock::now());
+            pause = match self.failure() {
+                None => LOOK,
+                Some(_) if pause > RETRY.1 => RETRY.0,
+                Some(_) => (pause * 2).min(RETRY.1),
+            };
+        }
+    }
+
+    /// Sleeps until there is something to look at; answers whether that is the hook.
+    fn wait(&self, pause: Duration) -> bool {
+        let state = self.lock();
+        let (mut state, _) = self
+            .changed
+            .wait_timeout_while(state, pause, |state| !state.woken)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.woken = false;
+        std::mem::take(&mut state.hook_due)
+    }
+
+    fn run_hook(&self) {
+        let Some(program) = &self.hook else { return };
+        let list = self.ca.dir().join(crl::FILE);
+        // The program may start elsewhere than we did.
+        let list = std::path::absolute(&list).unwrap_or(list);
+        match hook::run(program, &list, hook::LIMIT) {
+            Ok(()) => log::debug!("CRL_HOOK {} done", program.display()),
+            Err(error) => log::warn!("CRL_HOOK {}: {error}", program.display()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::CaSettings;
+    use crate::files::test_dir::TestDir;
+
+    fn publisher(dir: &TestDir, years: u32, now: Now) -> Publisher {
+        let settings =
+            CaSettings { dir: dir.join("ca"), root_validity_years: years, device_validity_days: 9 };
+        Publisher::new(Arc::new(Ca::open(&settings, now).unwrap()), None)
+    }
+
+    fn later(now: Now, s: u64) -> Now {
+        Now { unix_ms: now.unix_ms + s * 1000, ..now }
+    }
+
+    #[test]
+    fn a_list_is_renewed_daily() {
+        let (dir, now) = (TestDir::new(), clock::now());
+        let publisher = publisher(&dir, 1, now);
+        let number = |s: u64| {
+            publisher.keep_fresh(later(now, s));
+            publisher.ca.crl().unwrap().number
+        };
+        let first = number(0);
+        assert_eq!(number(DAY_S - 1), first);
+        let second = number(DAY_S);
+        assert!(second > first);
+        assert_eq!(number(DAY_S + 1), second);
+    }
+
+    #[test]
+    fn without_a_clock_there_is_no_list_and_no_failure() {
+        let dir = TestDir::new();
+        let publisher = publisher(&dir, 1, Now { unix_ms: 0, mono_ms: 0 });
+        publisher.keep_fresh(Now { unix_ms: 0, mono_ms: 0 });
+        assert_eq!((publisher.ca.crl(), publisher.failure()), (None, None));
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_written_is_tried_again() {
+        let (dir, now) = (TestDir::new(), clock::now());
+        let publisher = publisher(&dir, 1, now);
+        let file = dir.join("ca/crl.pem");
+        std::fs::create_dir_all(file.join("in the way")).unwrap();
+        assert!(publisher.publish(now).is_err());
+        let failure = publisher.failure().unwrap();
+        assert!(failure.contains("crl.pem"), "{failure}");
+        assert!(!publisher.wait(Duration::ZERO), "the hook is told of new lists only");
+        std::fs::remove_dir_all(&file).unwrap();
+        publisher.keep_fresh(now);
+        assert!(publisher.failure().is_none() && file.is_file());
+    }
+
+    #[test]
+    fn the_end_of_the_ca_is_warned_of() {
+        let (dir, now) = (TestDir::new(), clock::now());
+        let publisher = publisher(&dir, 1, now);
+        let end = publisher.ca.issuer().unwrap().not_after - now.unix_s();
+        assert_eq!(publisher.warning(later(now, end - 30 * DAY_S)), None);
+        let warning = publisher.warning(later(now, end - 10 * DAY_S)).unwrap();
+        assert!(warning.starts_with("the CA ends in 10 days, at 2"), "{warning}");
+        assert_eq!(publisher.warning(later(now, end + 1)), None, "that is an error then");
+    }
+}
