@@ -103,7 +103,7 @@ if touch "$new/x" 2>/dev/null; then fail "the root can be written to"; fi
 # inside COMMAND…: in the root, as the user, with nothing else in the environment.
 inside() {
     # shellcheck disable=SC2086 # the settings are words
-    exec env -i $setting $settings chroot --userspec="$user" --groups="${user#*:}" "$new" "$@"
+    exec env -i $setting $settings "$(command -v chroot)" --userspec="$user" --groups="${user#*:}" "$new" "$@"
 }
 settings="HTTP_HOST=127.0.0.1 PORT=$port REDIS_HOST=redis.chroot.test REDIS_PORT=$redis_port"
 settings="$settings REDIS_TLS=true REDIS_TLS_CA=/etc/redis-ca.crt REDIS_PASSWORD=secret-of-redis"
