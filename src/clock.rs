@@ -7,6 +7,7 @@
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::time::{ClockId, clock_gettime};
 use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
@@ -25,6 +26,13 @@ pub fn now() -> Now {
     static START: OnceLock<Instant> = OnceLock::new();
     let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Now { unix_ms: millis(unix), mono_ms: millis(START.get_or_init(Instant::now).elapsed()) }
+}
+
+/// Microseconds on the machine's own monotonic clock, for others on this machine who read it too.
+pub fn machine_us() -> u64 {
+    let at = clock_gettime(ClockId::Monotonic);
+    let parts = (u64::try_from(at.tv_sec), u64::try_from(at.tv_nsec));
+    parts.0.unwrap_or(0) * 1_000_000 + parts.1.unwrap_or(0) / 1_000
 }
 
 impl Now {

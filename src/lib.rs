@@ -15,13 +15,13 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`config`] [`files`] | layer 0 |
+//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] | layer 0 |
 //! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
 //! | 3 | [`edge`] | layer 0 |
 //! | 4 | [`server`] | layer 0, [`api`], [`edge`] |
-//! | 5 | [`cli`] [`logging`] [`healthcheck`], this file, `main` | everything |
+//! | 5 | [`cli`] [`logging`] [`healthcheck`] [`notify`], this file, `main` | everything |
 //!
 //! Invariants:
 //! - [`provisioner`] knows no HTTP, no Redis, no environment. Only `main` reads the environment;
@@ -41,6 +41,8 @@ pub mod json;
 pub mod jwt;
 pub mod problem;
 
+pub mod metrics;
+
 pub mod config;
 pub mod files;
 
@@ -58,13 +60,14 @@ pub mod server;
 pub mod cli;
 pub mod healthcheck;
 pub mod logging;
+pub mod notify;
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
@@ -75,9 +78,11 @@ use signal_hook::iterator::Signals;
 use crate::api::Api;
 use crate::ca::publisher::Publisher;
 use crate::ca::{Ca, CaSettings};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::files::FolderLock;
 use crate::jwt::{Claims, Signer};
+use crate::metrics::Metrics;
+use crate::notify::Manager;
 use crate::provisioner::{Provisioner, Rules};
 use crate::server::Server;
 use crate::store::TokenStore;
@@ -109,11 +114,14 @@ fn failed(error: impl fmt::Display) -> RunError {
     RunError(error.to_string())
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT. `reread` reads the configuration again, for SIGHUP.
 ///
 /// # Errors
 /// What kept the server from starting.
-pub fn run(config: &Config) -> Result<(), RunError> {
+pub fn run(
+    config: &Config,
+    reread: impl Fn() -> Result<Config, ConfigError>,
+) -> Result<(), RunError> {
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
     // Until it serves there is nothing to finish: whoever stops it is not made to wait for Redis.
     let starting = Arc::new(AtomicBool::new(true));
@@ -127,7 +135,8 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let ca = Arc::new(open_ca(config)?);
     let signer = Signer::new(&token_secret(config)?);
     let ledger = Arc::new(load_ledger(config, &ca));
-    let store = open_store(config, &signer, &ledger)?;
+    let metrics = Arc::new(Metrics::new(api::endpoints()));
+    let store = open_store(config, &signer, &ledger, &metrics)?;
     let publisher = publish(config, &ca)?;
     let provisioner = Arc::new(Provisioner::new(
         Arc::clone(&store.tokens),
@@ -135,13 +144,14 @@ pub fn run(config: &Config) -> Result<(), RunError> {
         Arc::clone(&publisher),
         signer,
         rules(config),
+        Arc::clone(&metrics),
     ));
     seek_redis(config, &ca, &store)?;
     watch_clock(publisher, store.failover.clone())?;
-    let api = Arc::new(Api::new(provisioner, config));
+    let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
     let (events, happened) = mpsc::channel();
-    let edge_ended = events.clone();
-    let server = Server::start(config, &api, move |error| {
+    let (edge_ended, answering) = (events.clone(), events.clone());
+    let server = Server::start(config, &api, &metrics, move |error| {
         // Nobody listens any more only if the process is ending.
         let _ = edge_ended.send(Event::EdgeEnded(error));
     });
@@ -149,8 +159,11 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     announce(config, store.tokens.status().redis_serves);
     starting.store(false, Ordering::SeqCst);
     forward_signals(signals, events)?;
-    let ended = serve_until_told(&server, &happened);
-    stop(server, &store);
+    let service = Running { config, api, server, store, answering };
+    let mut manager = Manager::new(&config.supervision, clock::now());
+    let ended = service.until_told(&happened, &mut manager, reread);
+    manager.stopping();
+    service.stop();
     ended
 }
 
@@ -255,7 +268,12 @@ struct Stores {
     failover: Option<Arc<Failover>>,
 }
 
-fn open_store(config: &Config, signer: &Signer, ledger: &Arc<Ledger>) -> Result<Stores, RunError> {
+fn open_store(
+    config: &Config,
+    signer: &Signer,
+    ledger: &Arc<Ledger>,
+    metrics: &Arc<Metrics>,
+) -> Result<Stores, RunError> {
     let memory = Arc::new(Memory::new(config.memory_max_tokens, Arc::clone(ledger)));
     let reaper = Arc::clone(&memory);
     spawn("reaper", move || reaper.reap_forever())?;
@@ -266,7 +284,8 @@ fn open_store(config: &Config, signer: &Signer, ledger: &Arc<Ledger>) -> Result<
     };
     log::info!("💾 Initializing Redis (Token Persistence)...");
     let instance = files::read_or_create_secret(&config.data_dir.join("instance-id"), 16);
-    let remote = RedisStore::new(redis, instance.map_err(failed)?, signer.clone());
+    let remote =
+        RedisStore::new(redis, instance.map_err(failed)?, signer.clone(), Arc::clone(metrics));
     let failover = Arc::new(Failover::new(
         Box::new(remote.map_err(failed)?),
         Arc::clone(&memory),
@@ -331,6 +350,8 @@ fn announce(config: &Config, redis_serves: bool) {
 enum Event {
     Signal(i32),
     EdgeEnded(io::Error),
+    /// Every worker has answered.
+    Answering,
 }
 
 fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<(), RunError> {
@@ -343,43 +364,101 @@ fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<
     })
 }
 
-/// Returns when the process is to end, with an error if it failed.
-fn serve_until_told(server: &Server, happened: &mpsc::Receiver<Event>) -> Result<(), RunError> {
-    loop {
-        match happened.recv() {
-            Ok(Event::Signal(SIGHUP)) => reload(server),
-            Ok(Event::Signal(signal)) => {
-                let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
-                log::info!("{name}: finishing what was begun");
-                return Ok(());
+/// The service while it serves.
+struct Running<'a> {
+    config: &'a Config,
+    api: Arc<Api>,
+    server: Server,
+    store: Stores,
+    answering: mpsc::Sender<Event>,
+}
+
+impl Running<'_> {
+    /// Returns when the process is to end, with an error if it failed.
+    fn until_told(
+        &self,
+        happened: &mpsc::Receiver<Event>,
+        manager: &mut Manager,
+        reread: impl Fn() -> Result<Config, ConfigError>,
+    ) -> Result<(), RunError> {
+        loop {
+            self.report(manager);
+            let event = match manager.due_in(clock::now()) {
+                None => happened.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(limit) => happened.recv_timeout(limit),
+            };
+            match event {
+                Ok(Event::Signal(SIGHUP)) => {
+                    manager.reloading();
+                    self.reload(reread());
+                    manager.reloaded();
+                }
+                Ok(Event::Signal(signal)) => {
+                    let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
+                    log::info!("{name}: finishing what was begun");
+                    return Ok(());
+                }
+                Ok(Event::EdgeEnded(error)) => {
+                    return Err(failed(format!("the edge failed: {error}")));
+                }
+                Ok(Event::Answering) => manager.alive(),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(failed("no thread is left that could report a signal"));
+                }
             }
-            Ok(Event::EdgeEnded(error)) => return Err(failed(format!("the edge failed: {error}"))),
-            Err(_) => return Err(failed("no thread is left that could report a signal")),
         }
     }
-}
 
-fn reload(server: &Server) {
-    match server.reload_tls() {
-        Ok(()) => log::info!("SIGHUP: TLS certificate and key were read again"),
-        Err(error) => log::error!("SIGHUP: the old TLS certificate stays: {error}"),
+    /// When it is time to: has the service prove that it lives, and says how it is.
+    fn report(&self, manager: &mut Manager) {
+        if !manager.is_due(clock::now()) {
+            return;
+        }
+        let answering = self.answering.clone();
+        // Nobody listens any more only if the process is ending.
+        self.server.prove(move || drop(answering.send(Event::Answering)));
+        let status = self.store.tokens.status();
+        manager.status(match (status.redis_enabled, status.redis_serves) {
+            (_, true) => "Tokens are in Redis",
+            (true, false) => "Redis is away, tokens are in memory until it is back",
+            (false, false) => "Tokens are in memory",
+        });
     }
-}
 
-/// Ends the process after the longest time, whatever still hangs.
-fn stop(server: Server, stores: &Stores) {
-    let watchdog = spawn("drain", || {
-        thread::sleep(DRAIN);
-        log::warn!("not all requests were finished in time");
-        std::process::exit(0);
-    });
-    server.stop();
-    if let Some(failover) = &stores.failover {
-        failover.stop();
+    /// TLS files and API keys are read again. What cannot be used changes nothing at all.
+    fn reload(&self, later: Result<Config, ConfigError>) {
+        let later = match later {
+            Ok(later) => later,
+            Err(error) => return log::error!("SIGHUP: everything stays as it was: {error}"),
+        };
+        if let Err(error) = self.server.reload_tls() {
+            return log::error!("SIGHUP: everything stays as it was: {error}");
+        }
+        self.api.set_keys(&later);
+        log::info!("SIGHUP: TLS certificate and key and the API keys were read again");
+        for name in self.config.fixed_changes(&later) {
+            log::warn!("SIGHUP: {name} has changed, which takes effect at the next start only");
+        }
+        let new = |warning: &&String| !self.config.warnings.contains(warning);
+        later.warnings.iter().filter(new).for_each(|warning| log::warn!("{warning}"));
     }
-    stores.memory.stop();
-    drop(watchdog);
-    log::info!("stopped");
+
+    /// Ends the process after the longest time, whatever still hangs.
+    fn stop(self) {
+        let watchdog = spawn("drain", || {
+            thread::sleep(DRAIN);
+            log::warn!("not all requests were finished in time");
+            std::process::exit(0);
+        });
+        self.server.stop();
+        if let Some(failover) = &self.store.failover {
+            failover.stop();
+        }
+        self.store.memory.stop();
+        drop(watchdog);
+        log::info!("stopped");
+    }
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), RunError> {

@@ -48,7 +48,7 @@ fn serve() -> ExitCode {
         return fail(FAILED, e);
     }
     config.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-    match mqtt_publisher_lite::run(&config) {
+    match mqtt_publisher_lite::run(&config, load) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if log::log_enabled!(log::Level::Error) => {
             log::error!("{e}");

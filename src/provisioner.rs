@@ -21,6 +21,7 @@ use crate::clock::{self, Now};
 use crate::config::Reenroll;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, Signer, Token, TokenHash};
+use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::ledger::Ledger;
@@ -37,6 +38,7 @@ pub struct Provisioner {
     publisher: Arc<Publisher>,
     signer: Signer,
     rules: Rules,
+    metrics: Arc<Metrics>,
 }
 
 /// What the configuration says of tokens and certificates.
@@ -141,8 +143,9 @@ impl Provisioner {
         publisher: Arc<Publisher>,
         signer: Signer,
         rules: Rules,
+        metrics: Arc<Metrics>,
     ) -> Self {
-        Provisioner { store, ledger, publisher, signer, rules }
+        Provisioner { store, ledger, publisher, signer, rules, metrics }
     }
 
     /// The CA and its record, for what is only read.
@@ -396,7 +399,9 @@ impl Provisioner {
             return Err(problem);
         }
         log::info!("token {} issued for {device}, to {client}", token.hash.short());
+        self.metrics.tokens_issued.add(1);
         if let Some(old) = killed {
+            self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed: replaced, by {client}", old.hash.short());
         }
         Ok(Done::Issued(token))
@@ -409,9 +414,11 @@ impl Provisioner {
             other => return Err(unexpected(other)),
         };
         if let Some(dead) = &killed {
+            self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, by {client}", dead.hash.short());
         }
         let serials = self.ca().registry().revoke(&device, clock::now())?;
+        self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
             log::info!("certificate {serial} of {device} revoked, by {client}");
         }
@@ -441,6 +448,7 @@ impl Provisioner {
         let mut changed = done.iter().any(|done| matches!(done, Ok(Done::Revoked(_))));
         match self.ca().registry().revoke_these(superseded, clock::now()) {
             Ok(serials) => {
+                self.metrics.certificates_revoked.add(serials.len() as u64);
                 serials
                     .iter()
                     .for_each(|serial| log::info!("certificate {serial} revoked: renewed"));
@@ -546,6 +554,16 @@ impl Provisioner {
         identity::still_counts(&record, self.rules.renew_after_expiry_days, now)
     }
 
+    fn count(&self, grant: &Grant) {
+        match grant {
+            Grant::Token(_) => {
+                self.metrics.tokens_consumed.add(1);
+                self.metrics.certificates_issued.add(1);
+            }
+            Grant::Certificate(_) => self.metrics.certificates_renewed.add(1),
+        }
+    }
+
     fn recorded(
         &self,
         grant: Grant,
@@ -555,6 +573,7 @@ impl Provisioner {
     ) -> Result<Done, Problem> {
         let Err(error) = result else {
             grant.log_signed(&signed.leaf);
+            self.count(&grant);
             match grant {
                 Grant::Token(redeem) => left.after.push(Op::Finish(redeem.token)),
                 Grant::Certificate(renew) if self.rules.renew_revokes => {

@@ -33,8 +33,8 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("polling", &["src/edge"], "nothing else waits for many sockets"),
     (
         "rustix",
-        &["src/edge", "src/ca/hook.rs"],
-        "socket options, the limit on open files, and the end of a process group",
+        &["src/edge", "src/ca/hook.rs", "src/clock.rs"],
+        "socket options, open files, the end of a process group, the machine's clock",
     ),
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),

@@ -202,3 +202,48 @@ fn a_client_that_leaves_does_not_shift_the_answers() {
     }
     assert_eq!(staged.counters.lanes_lost.value(), 0);
 }
+
+/// A proof on request is answered behind what waits, by every lane, and not while one hangs.
+#[test]
+fn the_lanes_prove_that_they_answer() {
+    let proven = |handle: &Handle| {
+        let answered = Arc::new(AtomicU32::new(0));
+        let told = Arc::clone(&answered);
+        handle.prove(move || {
+            told.fetch_add(1, Ordering::SeqCst);
+        });
+        answered
+    };
+    let served = edge_common::serve(|_| ());
+    for _ in 0..100 {
+        let answered = proven(&served.handle);
+        until("the lanes answer", || answered.load(Ordering::SeqCst) == 1);
+    }
+    // A worker that is at work on something else.
+    let mut slow = served.connect();
+    slow.write_all(b"POST /api/v1/renew?600 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    until("it is at work", || served.handled.load(Ordering::Relaxed) == 1);
+    let (first, second) = (proven(&served.handle), proven(&served.handle));
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(first.load(Ordering::SeqCst) + second.load(Ordering::SeqCst), 0);
+    until("it is done", || second.load(Ordering::SeqCst) == 1);
+    assert_eq!(first.load(Ordering::SeqCst), 0, "who asked again takes the place");
+    served.shutdown();
+}
+
+/// A lane that is lost meanwhile proves itself by what opens it again.
+#[test]
+fn a_proof_outlives_the_loss_of_its_lane() {
+    let staged = stage(|number, stream| number % 2 == 0 && well(number, stream));
+    for _ in 0..20 {
+        let told = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&told);
+        let mut stream = TcpStream::connect(staged.addr).unwrap();
+        stream.write_all(ASK).unwrap();
+        staged.handle.prove(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        });
+        until("the lane answers", || told.load(Ordering::SeqCst) == 1);
+        let _ = to_end(&mut stream);
+    }
+}

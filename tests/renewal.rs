@@ -201,6 +201,11 @@ fn renewal_may_revoke_what_it_replaces() {
     let again = stage.renew(Some(&old), &Csr::new("d").make());
     check_error(&again, 401, "CLIENT_CERTIFICATE_REVOKED", "the old one");
     assert_eq!(stage.renew(Some(&new), &Csr::new("d").make()).status, 200);
+    let metrics = https::ask(&stage.service, "/metrics", None, &[]).text();
+    for counted in ["issued\"} 1", "renewed\"} 2", "revoked\"} 2"] {
+        let line = format!("mqtt_lite_certificates_total{{event=\"{counted}\n");
+        assert!(metrics.contains(&line), "{line}{metrics}");
+    }
 }
 
 #[test]

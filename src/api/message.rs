@@ -39,6 +39,11 @@ impl Method {
             _ => Method::Other,
         }
     }
+
+    /// The method whose handler answers: `HEAD` works wherever `GET` does.
+    pub fn or_get(self) -> Self {
+        if self == Method::Head { Method::Get } else { self }
+    }
 }
 
 impl fmt::Display for Method {

@@ -13,12 +13,13 @@ mod renew;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use log::Level;
 
 use crate::clock::{self, Now};
 use crate::config::{Config, Secret};
+use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job, Provisioner};
 use crate::store::Op;
@@ -29,9 +30,24 @@ use rate_limit::RateLimit;
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
-    onboarding_api_key: Option<Secret>,
-    admin_api_key: Option<Secret>,
+    keys: RwLock<Arc<Keys>>,
     onboarding_limit: RateLimit,
+    metrics: Arc<Metrics>,
+}
+
+/// What callers must bear; `None` as in [`Config`].
+struct Keys {
+    onboarding: Option<Secret>,
+    admin: Option<Secret>,
+}
+
+impl Keys {
+    fn of(config: &Config) -> Arc<Self> {
+        Arc::new(Keys {
+            onboarding: config.onboarding_api_key.clone(),
+            admin: config.admin_api_key.clone(),
+        })
+    }
 }
 
 /// The answers to a batch of requests.
@@ -93,18 +109,34 @@ const ROUTES: &[Route] = &[
     route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl),
     route(Method::Get, "/health", "how the service is", operations::health),
     route(Method::Get, "/ready", "whether it can issue and sign", operations::ready),
+    route(Method::Get, "/metrics", "what was counted, for Prometheus", operations::metrics),
     route(Method::Get, "/api", "this list", operations::list),
 ];
 
+/// Method and pattern of each endpoint, for [`Metrics::new`].
+pub fn endpoints() -> impl Iterator<Item = (String, &'static str)> {
+    ROUTES.iter().map(|route| (route.method.to_string(), route.path))
+}
+
 impl Api {
-    /// The API as `config` wants it.
-    pub fn new(provisioner: Arc<Provisioner>, config: &Config) -> Self {
+    /// The API as `config` wants it. `metrics` counts what is answered, by [`endpoints`].
+    pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
         Api {
             provisioner,
-            onboarding_api_key: config.onboarding_api_key.clone(),
-            admin_api_key: config.admin_api_key.clone(),
+            keys: RwLock::new(Keys::of(config)),
             onboarding_limit: RateLimit::new(config.http.onboarding_rate_limit),
+            metrics,
         }
+    }
+
+    /// From the next request on, both keys are those of `config`.
+    pub fn set_keys(&self, config: &Config) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Keys::of(config);
+    }
+
+    /// The keys as they are now; a request looks once, so that it sees both old or both new.
+    fn keys(&self) -> Arc<Keys> {
+        Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Answers the requests of one batch, each for itself: one that panics answers 500.
@@ -124,7 +156,7 @@ impl Api {
             .collect();
         let batch = self.provisioner.run(jobs, now);
         let mut done = batch.done.into_iter();
-        let replies = planned
+        let replies: Vec<Reply> = planned
             .into_iter()
             .zip(requests)
             .map(|(planned, request)| match planned {
@@ -138,6 +170,9 @@ impl Api {
                 }
             })
             .collect();
+        for (request, reply) in requests.iter().zip(&replies) {
+            self.metrics.answered(endpoint(request), reply.status);
+        }
         Answers { replies, after: batch.after }
     }
 
@@ -150,18 +185,14 @@ impl Api {
         if request.path == "*" && request.method == Method::Options {
             return Ok(Plan::Reply(Reply::no_content("GET, HEAD, POST, DELETE, OPTIONS")));
         }
-        let segments: Vec<&str> = request.path.split('/').collect();
         let matching: Vec<(&Route, &str)> = ROUTES
             .iter()
-            .filter_map(|route| Some((route, captured(route.path, &segments)?)))
+            .filter_map(|route| Some((route, captured(route.path, &request.path)?)))
             .collect();
         if matching.is_empty() {
             return Err(Code::NotFound.into());
         }
-        let wanted = match request.method {
-            Method::Head => Method::Get,
-            other => other,
-        };
+        let wanted = request.method.or_get();
         if let Some((route, name)) = matching.iter().find(|(route, _)| route.method == wanted) {
             return (route.plan)(self, request, name, now);
         }
@@ -183,6 +214,7 @@ impl Api {
             400 if problem.log.is_some() && problem.code != Code::InvalidJson => Level::Info,
             _ => Level::Debug,
         };
+        self.metrics.problem(problem.code);
         let Request { method, path, client, .. } = request;
         // A path may be 8 KiB, and anyone can send one.
         let path: String = path.chars().take(80).collect();
@@ -191,14 +223,22 @@ impl Api {
     }
 }
 
+/// The row of the routing table that a request is for. Looked up once more for the count alone: it
+/// is cheap, and nothing else has to carry it along.
+fn endpoint(request: &Request) -> Option<usize> {
+    let wanted = request.method.or_get();
+    let fits = |row: &Route| row.method == wanted && captured(row.path, &request.path).is_some();
+    ROUTES.iter().position(fits)
+}
+
 /// What stands in the place of `{…}`, if the path fits the pattern; empty for one without.
-fn captured<'a>(pattern: &str, segments: &[&'a str]) -> Option<&'a str> {
+fn captured<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
     let mut name = "";
     let mut pattern = pattern.split('/');
-    for segment in segments {
+    for segment in path.split('/') {
         match pattern.next()? {
             wild if wild.starts_with('{') && !segment.is_empty() => name = segment,
-            literal if literal == *segment => {}
+            literal if literal == segment => {}
             _ => return None,
         }
     }
@@ -230,10 +270,8 @@ mod tests {
 
     #[test]
     fn paths_match_whole_and_capture_one_segment() {
-        let fits =
-            |pattern, path: &'static str| captured(pattern, &path.split('/').collect::<Vec<_>>());
-        assert_eq!(fits("/health", "/health"), Some(""));
-        assert_eq!(fits("/a/{id}/status", "/a/d-1/status"), Some("d-1"));
+        assert_eq!(captured("/health", "/health"), Some(""));
+        assert_eq!(captured("/a/{id}/status", "/a/d-1/status"), Some("d-1"));
         for (pattern, path) in [
             ("/health", "/health/"),
             ("/health", "//health"),
@@ -242,7 +280,7 @@ mod tests {
             ("/a/{id}/status", "/a/b/c/status"),
             ("/a/{id}", "/a"),
         ] {
-            assert_eq!(fits(pattern, path), None, "{pattern} {path}");
+            assert_eq!(captured(pattern, path), None, "{pattern} {path}");
         }
     }
 

@@ -3,6 +3,7 @@
 use super::message::Json;
 use super::{Api, Plan, ROUTES, Reply, Request};
 use crate::clock::Now;
+use crate::metrics::{MEDIA_TYPE, Page};
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job};
 
@@ -48,6 +49,32 @@ pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, P
         json.field("warnings", warnings);
     }
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+}
+
+/// `GET /metrics`
+pub(super) fn metrics(_: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+    Ok(Plan::Job(Job::Count, render_metrics))
+}
+
+fn render_metrics(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let Done::Counted(count) = done else { return Err(Code::InternalError.into()) };
+    let mut page = api.metrics.page(now);
+    store_state(api, count, &mut page);
+    Ok(Reply::of_type(MEDIA_TYPE, page.into_text()))
+}
+
+fn store_state(api: &Api, live: u64, page: &mut Page) {
+    let status = api.provisioner.store_status();
+    let name = "mqtt_lite_store_mode";
+    page.family(name, "gauge", "1 for the store that serves.");
+    page.sample(name, &[("mode", "redis")], u8::from(status.redis_serves));
+    page.sample(name, &[("mode", "memory")], u8::from(!status.redis_serves));
+    let help = "Whether Redis is configured.";
+    page.gauge("mqtt_lite_redis_enabled", help, u8::from(status.redis_enabled));
+    let help = "How often Redis was lost, or its connection doubted.";
+    page.counter("mqtt_lite_redis_losses_total", help, status.losses);
+    page.gauge("mqtt_lite_tokens_live", "Live tokens in the store that serves.", live);
+    page.gauge("mqtt_lite_store_full", "No room for a token.", u8::from(status.full));
 }
 
 /// `GET /api`

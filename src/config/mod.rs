@@ -9,6 +9,7 @@ mod cidr;
 mod describe;
 mod redis;
 mod secret;
+mod supervision;
 #[cfg(test)]
 mod tests;
 pub mod variables;
@@ -27,6 +28,7 @@ use rustls::sign::CertifiedKey;
 pub use self::cidr::Cidr;
 pub use self::redis::{PemFile, Redis};
 pub use self::secret::Secret;
+pub use self::supervision::Supervision;
 pub use self::vars::ConfigError;
 
 use self::variables as var;
@@ -75,6 +77,8 @@ pub struct Config {
     pub renew_revokes: bool,
     /// For how many days after its expiry a certificate can be renewed.
     pub renew_after_expiry_days: u32,
+    /// Who started us and wants to hear from us.
+    pub supervision: Supervision,
     /// What the operator should know although it does not stop the start: one line each.
     pub warnings: Vec<String>,
 }
@@ -189,6 +193,7 @@ impl Config {
             crl_hook: vars.optional_path(&var::CRL_HOOK)?,
             renew_revokes: vars.flag(&var::RENEW_REVOKES)?,
             renew_after_expiry_days: vars.number(&var::RENEW_AFTER_EXPIRY_DAYS)?,
+            supervision: Supervision::from_vars(&vars)?,
             warnings,
         };
         if let Some(tls) = &config.http.tls {
@@ -197,6 +202,24 @@ impl Config {
         }
         config.warn();
         Ok(config)
+    }
+
+    /// The variables that `later`, read from the same environment, has otherwise, and that a running
+    /// server cannot change.
+    pub fn fixed_changes(&self, later: &Config) -> Vec<&'static str> {
+        let password = |config: &Config| {
+            let redis = config.redis.as_ref()?;
+            redis.password.as_ref().map(|password| password.reveal().clone())
+        };
+        let roots =
+            |config: &Config| config.redis.as_ref()?.tls_ca.as_ref().map(|file| file.pem.clone());
+        let secret = |config: &Config| config.jwt_secret.as_ref().map(|s| s.reveal().clone());
+        let changed = [
+            (var::JWT_SECRET.name, secret(self) != secret(later)),
+            (var::REDIS_PASSWORD.name, password(self) != password(later)),
+            (var::REDIS_TLS_CA.name, roots(self) != roots(later)),
+        ];
+        changed.into_iter().filter(|(_, changed)| *changed).map(|(name, _)| name).collect()
     }
 
     /// Adds what is allowed but unwise in combination.

@@ -1,6 +1,7 @@
 //! Every variable with good and bad values, and that secrets stay inside.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use super::variables::Allowed;
 use super::*;
@@ -241,6 +242,28 @@ fn folders() {
     let longer = format!("{long}x");
     let reason = format!("the path \"{longer}\" for private sockets must be at most 90 bytes");
     check(&[("RUNTIME_DIRECTORY", &longer)], &format!("RUNTIME_DIRECTORY: {reason}"));
+}
+
+#[test]
+fn what_a_service_manager_says() {
+    assert_eq!(good(&[]).supervision, Supervision::default());
+    let socket = ("NOTIFY_SOCKET", "@/org/x");
+    let watchdog = ("WATCHDOG_USEC", "30000000");
+    let read = |more: &[(&str, &str)]| good(&[&[socket, watchdog], more].concat()).supervision;
+    let expected = Supervision {
+        notify_socket: Some("@/org/x".to_owned()),
+        watchdog: Some(Duration::from_secs(30)),
+        watchdog_pid: None,
+    };
+    assert_eq!(read(&[]), expected);
+    assert_eq!(read(&[("WATCHDOG_PID", "77")]).watchdog_pid, Some(77));
+    assert_eq!(expected.watchdog_of(1), Some(Duration::from_secs(30)));
+    let other = Supervision { watchdog_pid: Some(77), ..expected };
+    assert_eq!((other.watchdog_of(78), other.watchdog_of(77)), (None, other.watchdog));
+    // What is meant for nobody is not asked for.
+    assert_eq!(good(&[("WATCHDOG_USEC", "0")]).supervision.watchdog, None);
+    check(&[("WATCHDOG_USEC", "soon")], "WATCHDOG_USEC: must be a whole number of microseconds");
+    check(&[("WATCHDOG_PID", "-1")], "WATCHDOG_PID: must be the id of a process");
 }
 
 #[test]

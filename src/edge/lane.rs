@@ -46,6 +46,8 @@ pub struct Lane {
     /// How long the worker may take for a request.
     work_ms: u64,
     losses: u64,
+    /// A proof was asked for and none has been answered since.
+    unproven: bool,
 }
 
 enum Link {
@@ -98,6 +100,7 @@ impl Lanes {
             retry_ms: RETRY_MS.0,
             work_ms,
             losses: 0,
+            unproven: false,
         };
         Lanes(addresses.into_iter().enumerate().map(lane).collect())
     }
@@ -153,6 +156,11 @@ impl Lanes {
         self.0.iter().map(|lane| lane.losses).sum()
     }
 
+    /// Every lane has answered a proof since [`Lane::ask_proof`].
+    pub fn are_proven(&self) -> bool {
+        self.0.iter().all(|lane| !lane.unproven)
+    }
+
     /// Every lane has answered a request.
     pub fn are_up(&self) -> bool {
         self.0.iter().all(|lane| matches!(lane.link, Link::Up(_)))
@@ -192,6 +200,19 @@ impl Lane {
 
     fn prove(&mut self, stream: Watched<UnixStream>, number: u64, now_ms: u64) {
         self.link = Link::Proving(stream, now_ms + PROOF_MS);
+        self.push_proof(number, now_ms);
+    }
+
+    /// Has the worker answer a request of ours behind those that wait; a lane that is not up has one
+    /// to answer anyway.
+    pub fn ask_proof(&mut self, number: u64, now_ms: u64) {
+        if !self.unproven && matches!(self.link, Link::Up(_)) {
+            self.push_proof(number, now_ms);
+        }
+        self.unproven = true;
+    }
+
+    fn push_proof(&mut self, number: u64, now_ms: u64) {
         let proof = format!("OPTIONS * HTTP/1.1\r\nX-Edge: {number} -\r\n\r\n");
         self.out.extend_from_slice(proof.as_bytes());
         self.queue.push_back(Waiting {
@@ -297,6 +318,7 @@ impl Lane {
             }
             if left == 0 {
                 self.queue.pop_front();
+                self.unproven &= waiting.client.is_some();
                 self.proven();
             }
             deliver(Piece { waiting, head: scratch, body, left });

@@ -8,8 +8,8 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::client::TLS_HELD;
@@ -42,7 +42,12 @@ pub struct Edge {
     first_client: usize,
     drain: Duration,
     drained_by_ms: Option<u64>,
+    /// To be told when all lanes have answered.
+    proving: Option<Answered>,
 }
+
+/// Who is told, once, that all lanes have answered.
+type Answered = Box<dyn FnOnce() + Send>;
 
 /// Why the edge cannot open.
 #[derive(Debug)]
@@ -86,6 +91,9 @@ pub struct Handle {
 struct Shared {
     stop: AtomicBool,
     ready: AtomicBool,
+    asked: AtomicBool,
+    /// Who asked last.
+    asker: Mutex<Option<Answered>>,
     acceptor: Option<Arc<Acceptor>>,
 }
 
@@ -103,6 +111,17 @@ impl Handle {
     /// When they cannot be used; then the old ones stay.
     pub fn reload_tls(&self) -> Result<(), TlsError> {
         self.shared.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.reload())
+    }
+
+    /// Has every worker answer a request that goes down its lane like any other; when all have, and
+    /// clients are let in, the edge's thread calls `answered`. It is not called while the edge or a
+    /// worker hangs; who asks again takes the place of who asked before.
+    pub fn prove(&self, answered: impl FnOnce() + Send + 'static) {
+        let mut asker = self.shared.asker.lock().unwrap_or_else(PoisonError::into_inner);
+        *asker = Some(Box::new(answered));
+        self.shared.asked.store(true, Ordering::Release);
+        drop(asker);
+        self.waker.wake();
     }
 
     /// All lanes have answered a request at least once.
@@ -134,12 +153,15 @@ impl Edge {
             shared: Arc::new(Shared {
                 stop: AtomicBool::new(false),
                 ready: AtomicBool::new(false),
+                asked: AtomicBool::new(false),
+                asker: Mutex::new(None),
                 acceptor,
             }),
             local_addr,
             first_client,
             drain,
             drained_by_ms: None,
+            proving: None,
             poll,
         })
     }
@@ -185,6 +207,7 @@ impl Edge {
         self.read_lanes(buf, now);
         self.hall.serve_waiting(&mut self.lanes, now);
         self.tend_lanes(now);
+        self.prove_lanes(now);
         self.flush_lanes(now);
         if accept || self.listener.as_ref().is_some_and(|l| l.is_due(now.mono_ms)) {
             self.accept(now);
@@ -224,6 +247,26 @@ impl Edge {
             if let Some(listener) = &mut self.listener {
                 listener.open();
             }
+        }
+    }
+
+    fn prove_lanes(&mut self, now: Now) {
+        if self.shared.asked.load(Ordering::Relaxed) {
+            let mut asker = self.shared.asker.lock().unwrap_or_else(PoisonError::into_inner);
+            // Both under the lock, as they were set: no one who asks now is overlooked.
+            self.shared.asked.store(false, Ordering::Relaxed);
+            self.proving = asker.take();
+            drop(asker);
+            for lane in self.lanes.iter_mut() {
+                lane.ask_proof(self.hall.next_number(), now.mono_ms);
+            }
+        }
+        let is_ready = self.shared.ready.load(Ordering::Relaxed);
+        if is_ready
+            && self.lanes.are_proven()
+            && let Some(answered) = self.proving.take()
+        {
+            answered();
         }
     }
 

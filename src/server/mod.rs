@@ -20,6 +20,7 @@ use base64::engine::general_purpose::STANDARD;
 use crate::api::{self, Api, Method, Request};
 use crate::config::{Config, Http};
 use crate::edge::{self, Edge, Kind};
+use crate::metrics::{Metrics, Page};
 
 pub use lane::{Call, Lane, LaneError, Reply, Stopper, header, open_lanes};
 
@@ -66,6 +67,7 @@ impl Server {
     pub fn start(
         config: &Config,
         api: &Arc<Api>,
+        metrics: &Metrics,
         ended: impl FnOnce(io::Error) + Send + 'static,
     ) -> Result<Self, ServerError> {
         let address = SocketAddr::new(config.http.host, config.http.port);
@@ -74,6 +76,8 @@ impl Server {
         let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
         let edge = Edge::open(edge_settings(&config.http, address), addresses);
         let edge = edge.map_err(|error| ServerError::Edge(address, error))?;
+        let counters = edge.counters();
+        metrics.set_edge(move |page| show_edge(&counters, page));
         let handle = edge.handle();
         let mut workers = Vec::new();
         for lane in lanes {
@@ -94,6 +98,11 @@ impl Server {
     /// When they cannot be used; the old ones stay.
     pub fn reload_tls(&self) -> Result<(), edge::TlsError> {
         self.handle.reload_tls()
+    }
+
+    /// Calls `answered` when every worker has answered a request that took the way of all requests.
+    pub fn prove(&self, answered: impl FnOnce() + Send + 'static) {
+        self.handle.prove(answered);
     }
 
     /// Stops listening, answers what is in progress, and ends all threads.
@@ -134,6 +143,26 @@ fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
         max_buffer_bytes: http.max_buffer_bytes,
         trusted_proxies: http.trusted_proxies.clone(),
         ..edge::Settings::new(address)
+    }
+}
+
+fn show_edge(counters: &edge::Counters, page: &mut Page) {
+    let edge::Counters { open, held_bytes, .. } = counters;
+    page.gauge("mqtt_lite_edge_connections", "Connections open.", open.value());
+    page.gauge("mqtt_lite_edge_held_bytes", "Bytes held for clients.", held_bytes.value());
+    let totals = [
+        ("connections", "Connections accepted.", &counters.accepted),
+        ("gave_way", "Connections closed to make room.", &counters.gave_way),
+        ("turned_away", "New connections for which nobody gave way.", &counters.turned_away),
+        ("timed_out", "Connections closed because a deadline passed.", &counters.timed_out),
+        ("requests", "Requests handed to a worker.", &counters.requests),
+        ("refused", "Requests refused before a worker saw them.", &counters.refused),
+        ("lanes_lost", "Lanes to a worker lost and opened again.", &counters.lanes_lost),
+        ("handshakes_failed", "TLS handshakes that failed.", &counters.handshakes_failed),
+        ("accept_pauses", "Pauses for want of files or memory.", &counters.accept_pauses),
+    ];
+    for (what, help, counter) in totals {
+        page.counter(&format!("mqtt_lite_edge_{what}_total"), help, counter.value());
     }
 }
 

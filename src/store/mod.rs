@@ -164,6 +164,8 @@ pub struct Status {
     pub foreign_ca: bool,
     /// The store that serves has no room for another token.
     pub full: bool,
+    /// How often Redis was lost, or its connection doubted.
+    pub losses: u64,
 }
 
 /// What an operation ended in.

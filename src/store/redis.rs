@@ -17,12 +17,14 @@ mod connection;
 mod flow;
 mod layout;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::clock::Now;
 use crate::config;
 use crate::jwt::Signer;
+use crate::metrics::Metrics;
 use crate::store::failover::{Hello, Remote};
 use crate::store::{Answer, Down, Op, Status, StoreError, TokenStore};
 
@@ -34,13 +36,13 @@ use layout::Layout;
 const PRUNE_EVERY_MS: u64 = 60_000;
 
 /// The store of tokens in Redis.
-#[derive(Debug)]
 pub struct RedisStore {
     pool: Pool,
     layout: Layout,
     timeout: Duration,
     /// When the set of live tokens is to be pruned next, by [`Now::mono_ms`].
     prune_at_ms: AtomicU64,
+    metrics: Arc<Metrics>,
 }
 
 impl RedisStore {
@@ -53,6 +55,7 @@ impl RedisStore {
         config: &config::Redis,
         instance: String,
         signer: Signer,
+        metrics: Arc<Metrics>,
     ) -> Result<Self, StoreError> {
         Ok(RedisStore {
             pool: Pool::new(config)?,
@@ -64,6 +67,7 @@ impl RedisStore {
             },
             timeout: config.timeout,
             prune_at_ms: AtomicU64::new(0),
+            metrics,
         })
     }
 
@@ -88,6 +92,7 @@ impl TokenStore for RedisStore {
         }
         let deadline = Instant::now() + self.timeout;
         if let Err(broken) = self.run_flows(&mut flows, deadline) {
+            self.metrics.redis_failures.add(1);
             flows.iter_mut().for_each(|flow| flow.fail(&self.layout, &broken));
         }
         flows.truncate(ops.len());
@@ -108,7 +113,9 @@ impl RedisStore {
             let mut commands = layout::Commands::default();
             let counts: Vec<usize> =
                 flows.iter().map(|flow| flow.send(&self.layout, &mut commands)).collect();
+            let begun = Instant::now();
             let replies = connection.round_trip(&commands, deadline)?;
+            self.metrics.redis_trips.observe(begun.elapsed());
             let mut replies = replies.into_iter();
             for (flow, count) in flows.iter_mut().zip(counts) {
                 flow.receive(&self.layout, replies.by_ref().take(count).collect());

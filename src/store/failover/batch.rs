@@ -39,6 +39,7 @@ impl TokenStore for Failover {
             redis_serves,
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
+            losses: state.epoch,
         }
     }
 }

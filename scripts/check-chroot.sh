@@ -1,0 +1,153 @@
+#!/bin/sh
+# Runs the static program on a root file system that holds nothing else: the program, /etc/hosts,
+# /etc/resolv.conf and a data folder; no shell, no CA bundle, no /tmp, no /proc, and nothing but the
+# data folder can be written to. Laid out and run as contrib/docker/Dockerfile says: its COPY, ENV,
+# USER, ENTRYPOINT and HEALTHCHECK.
+#
+# usage: scripts/check-chroot.sh [PROGRAM]
+#
+# PROGRAM is dist/x86_64-unknown-linux-musl/mqtt-publisher-lite (scripts/build-static.sh) unless
+# named. Needs root (chroot, mount), redis-server with TLS, openssl and curl.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+bin=${1:-$root/dist/x86_64-unknown-linux-musl/mqtt-publisher-lite}
+dockerfile=$root/contrib/docker/Dockerfile
+work=$(mktemp -d)
+new=$work/root
+server=
+redis=
+
+finish() {
+    code=$?
+    trap - EXIT
+    for process in $server $redis; do
+        kill "$process" 2>/dev/null || true
+        wait "$process" 2>/dev/null || true
+    done
+    [ "$code" -eq 0 ] || [ ! -e "$work/log" ] || sed 's/^/server: /' "$work/log" >&2
+    umount "$new/data" 2>/dev/null || true
+    umount "$new" 2>/dev/null || true
+    rm -rf "$work"
+    exit "$code"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+fail() {
+    echo "chroot: $*" >&2
+    exit 1
+}
+
+ok() { echo "ok: $*"; }
+
+[ "$(id -u)" -eq 0 ] || fail "chroot and mount need root"
+[ -x "$bin" ] || fail "no program at $bin: scripts/build-static.sh makes it"
+for tool in redis-server openssl curl chroot mount; do
+    command -v $tool >/dev/null 2>&1 || fail "$tool is not installed"
+done
+
+# of INSTRUCTION: what stands behind it in the Dockerfile.
+of() { sed -n "s/^$1 //p" "$dockerfile"; }
+
+# The words of a list in JSON.
+words() { sed 's/^\[//; s/\]$//; s/", "/ /g; s/"//g'; }
+
+user=$(of USER)
+entry=$(of ENTRYPOINT | words)
+check=$(of HEALTHCHECK | sed 's/.* CMD //' | words)
+setting=$(of ENV)
+
+# --- The root, as the Dockerfile copies it.
+mkdir "$new" "$work/context" "$work/context/data" "$work/volume"
+cp "$bin" "$work/context/mqtt-publisher-lite"
+of COPY | while read -r line; do
+    owner=
+    case $line in --chown=*) owner=${line%% *} owner=${owner#--chown=} line=${line#* } ;; esac
+    cp -R "$work/context/${line%% *}" "$new${line#* }"
+    [ -z "$owner" ] || chown -R "$owner" "$new${line#* }"
+done
+mkdir "$new/etc"
+# What a container engine puts there, and one name that stands nowhere else.
+printf '127.0.0.1 localhost\n127.0.0.1 redis.chroot.test\n' >"$new/etc/hosts"
+echo 'nameserver 127.0.0.1' >"$new/etc/resolv.conf"
+
+# --- Redis with TLS, its certificate by a private CA for that name.
+cd "$work"
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=ca \
+    -days 2 -keyout ca.key -out ca.crt 2>/dev/null
+openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=redis \
+    -keyout redis.key -out redis.csr 2>/dev/null
+echo 'subjectAltName=DNS:redis.chroot.test' >san
+openssl x509 -req -in redis.csr -CA ca.crt -CAkey ca.key -days 2 -extfile san -out redis.crt 2>/dev/null
+free_port() {
+    port=$1
+    while curl --silent --max-time 1 "http://127.0.0.1:$port/" >/dev/null 2>&1; do port=$((port + 1)); done
+    echo "$port"
+}
+port=$(free_port $((20000 + $$ % 6000)))
+redis_port=$(free_port $((26000 + $$ % 6000)))
+redis-server --port 0 --tls-port "$redis_port" --tls-cert-file redis.crt --tls-key-file redis.key \
+    --tls-ca-cert-file ca.crt --tls-auth-clients no --bind 127.0.0.1 --save '' --dir "$work" \
+    --requirepass secret-of-redis >"$work/redis.log" &
+redis=$!
+cp ca.crt "$new/etc/redis-ca.crt"
+
+# --- Read-only, but for the volume.
+mount --bind "$new" "$new"
+mount --bind "$work/volume" "$new/data"
+chown "$user" "$work/volume"
+mount -o remount,bind,ro "$new"
+if touch "$new/x" 2>/dev/null; then fail "the root can be written to"; fi
+
+# inside COMMAND…: in the root, as the user, with nothing else in the environment.
+inside() {
+    # shellcheck disable=SC2086 # the settings are words
+    exec env -i $setting $settings "$(command -v chroot)" --userspec="$user" --groups="${user#*:}" "$new" "$@"
+}
+settings="HTTP_HOST=127.0.0.1 PORT=$port REDIS_HOST=redis.chroot.test REDIS_PORT=$redis_port"
+settings="$settings REDIS_TLS=true REDIS_TLS_CA=/etc/redis-ca.crt REDIS_PASSWORD=secret-of-redis"
+# shellcheck disable=SC2086 # a command and its arguments
+(inside $entry) >"$work/log" 2>&1 &
+server=$!
+tries=0
+# shellcheck disable=SC2086 # a command and its arguments
+until (inside $check) 2>/dev/null; do
+    kill -0 "$server" 2>/dev/null || fail "the server ended at its start"
+    tries=$((tries + 1))
+    [ "$tries" -lt 100 ] || fail "the server does not answer"
+    sleep 0.1
+done
+ok "the health check"
+curl --silent --fail "http://127.0.0.1:$port/health" >"$work/health"
+grep -q '"storage":"redis"' "$work/health" || fail "not with Redis: $(cat "$work/health")"
+ok "Redis over TLS, by the name in /etc/hosts, with a private CA"
+"$root/scripts/smoke.sh" "http://127.0.0.1:$port" >"$work/smoke" 2>&1 || fail "$(cat "$work/smoke")"
+ok "onboarding and signing"
+year=$(date -u +%Y)
+grep -q "\"timestamp\":\"$year-" "$work/health" || fail "the time: $(cat "$work/health")"
+owner=$(stat -c %u:%g "$work/volume/ca/root-ca.key")
+[ "$owner" = "$user" ] || fail "files of $owner"
+[ "$(sed -n 's/^CapEff:\t0*$/none/p' "/proc/$server/status")" = none ] || fail "it has capabilities"
+ok "$(sed -n 's/^VmRSS:[ \t]*/resident /p' "/proc/$server/status"), no capabilities"
+kill "$server"
+wait "$server" || fail "it ended with $?"
+server=
+# The public roots are in the program: a name that nobody resolves is the only thing that is missed.
+if grep -i 'no such file' "$work/log" >&2; then fail "it misses a file"; fi
+ok "an orderly end"
+settings="$settings REDIS_TLS_CA="
+# shellcheck disable=SC2086 # a command and its arguments
+(inside $entry) >"$work/log" 2>&1 &
+server=$!
+tries=0
+until grep -qi 'Failed to connect to Redis: .*certificate' "$work/log"; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 100 ] || fail "with the public roots a private CA must be refused"
+    sleep 0.1
+done
+ok "with the public roots, which are built in, the private CA is refused"
+kill "$server"
+wait "$server" || fail "it ended with $?"
+server=
+echo "chroot: all passed"

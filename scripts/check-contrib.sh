@@ -1,0 +1,220 @@
+#!/bin/sh
+# Checks the files of contrib/ with the tools that read them, as far as that can be done without
+# installing them: systemd-analyze and systemd-sysusers, strace against the unit's filter of system
+# calls, shellcheck and a stub of procd, monit, and the program itself.
+#
+# usage: scripts/check-contrib.sh
+#
+# MPL_BIN names the program; else target/release, else target/debug. On Debian, as root, missing
+# tools are installed. The Dockerfile is tried by scripts/check-chroot.sh, which has a static program.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+contrib=$root/contrib
+# Most that `systemd-analyze security` may find wanting, in tenths of its points (0 is best, 100 worst).
+threshold=12
+work=$(mktemp -d)
+server=
+
+finish() {
+    code=$?
+    trap - EXIT
+    [ -z "$server" ] || kill "$server" 2>/dev/null || true
+    rm -rf "$work"
+    exit "$code"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+fail() {
+    echo "contrib: $*" >&2
+    exit 1
+}
+
+ok() { echo "ok: $*"; }
+
+has() { command -v "$1" >/dev/null 2>&1; }
+
+missing() {
+    has systemd-analyze || echo systemd
+    has shellcheck || echo shellcheck
+    has strace || echo strace
+    has monit || echo monit
+    has curl || echo curl
+    has openssl || echo openssl
+}
+
+packages=$(missing | tr '\n' ' ')
+if [ -n "$packages" ]; then
+    if ! has apt-get || [ "$(id -u)" -ne 0 ]; then
+        fail "missing: $packages(these are Debian's names; as root on Debian, this script installs them)"
+    fi
+    apt-get update -qq
+    # shellcheck disable=SC2086 # one word for each package
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+fi
+
+build=${CARGO_TARGET_DIR:-$root/target}
+bin=${MPL_BIN:-}
+for candidate in "$build/release/mqtt-publisher-lite" "$build/debug/mqtt-publisher-lite"; do
+    [ -n "$bin" ] || [ ! -x "$candidate" ] || bin=$candidate
+done
+[ -n "$bin" ] || fail "no program: build it or set MPL_BIN"
+case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
+
+# --- systemd: the units as they are, with this program in its place.
+units=$work/units
+mkdir "$units"
+cp "$contrib"/systemd/*.service "$contrib"/systemd/*.path "$units"
+sed "s|^ExecStart=/usr/local/bin/mqtt-publisher-lite\$|ExecStart=$bin|" \
+    "$contrib/systemd/mqtt-publisher-lite.service" >"$units/mqtt-publisher-lite.service"
+grep -q "^ExecStart=$bin\$" "$units/mqtt-publisher-lite.service" || fail "the unit starts another program"
+for unit in mqtt-publisher-lite.service mosquitto-crl.path mosquitto-crl.service; do
+    systemd-analyze verify --man=no "$units/$unit" >"$work/verify" 2>&1 || fail "$unit: $(cat "$work/verify")"
+    # What is merely ignored, a key that is misspelt for instance, is only said.
+    grep -F "$units" "$work/verify" >&2 && fail "systemd-analyze finds fault with $unit"
+    ok "systemd-analyze verify $unit"
+done
+systemd-analyze security --no-pager --offline=true --threshold=$threshold \
+    "$units/mqtt-publisher-lite.service" >"$work/security" || fail "$(tail -1 "$work/security")"
+ok "$(tail -1 "$work/security" | sed 's/^[^O]*//; s/ [^ ]*$//')"
+mkdir -p "$work/sysroot/etc"
+systemd-sysusers --root="$work/sysroot" "$contrib/systemd/mqtt-publisher-lite.conf" 2>"$work/users" ||
+    fail "$(cat "$work/users")"
+grep -q '^mqtt-lite:' "$work/sysroot/etc/passwd" || fail "sysusers made no user"
+ok "systemd-sysusers makes mqtt-lite"
+
+# --- The filter of system calls: all that the program does on its whole way must be in it.
+# filter NAME: the system calls of a set, and of the sets in it.
+filter() {
+    systemd-analyze syscall-filter "$1" | sed -n 's/^    \([@a-z_0-9-]*\)$/\1/p' >"$work/set.$1"
+    grep -v '^@' "$work/set.$1" || true
+    for set in $(grep '^@' "$work/set.$1" || true); do filter "$set"; done
+}
+filter @system-service | sort -u >"$work/allowed"
+{ filter @privileged; filter @resources; } | sort -u >"$work/denied"
+# @privileged holds @chown, which also unprivileged programs call; what is denied is denied.
+comm -23 "$work/allowed" "$work/denied" >"$work/permitted"
+printf '%s\n' execve getrlimit prlimit64 >>"$work/permitted"
+port=$((20000 + $$ % 12000))
+while curl --silent --max-time 1 "http://127.0.0.1:$port/" >/dev/null 2>&1; do port=$((port + 1)); done
+# In the unit's mask, too: the broker must be able to read what it reads, and nobody the keys.
+(
+    umask 077
+    exec env -i PATH="$PATH" DATA_DIR="$work/data" PORT="$port" HTTP_HOST=127.0.0.1 \
+        NOTIFY_SOCKET="@mqtt-lite-nobody-$$" WATCHDOG_USEC=200000 \
+        strace -f -qq -o "$work/trace" "$bin"
+) 2>"$work/log" &
+server=$!
+tries=0
+until curl --silent --fail --max-time 2 --output /dev/null "http://127.0.0.1:$port/health"; do
+    kill -0 "$server" 2>/dev/null || fail "the server ended at its start: $(cat "$work/log")"
+    tries=$((tries + 1))
+    [ "$tries" -lt 200 ] || fail "the server does not answer"
+    sleep 0.1
+done
+"$root/scripts/smoke.sh" "http://127.0.0.1:$port" >/dev/null || fail "the smoke test"
+curl --silent --fail --output /dev/null "http://127.0.0.1:$port/metrics" || fail "/metrics"
+child=$(sed -n '1s/ .*//p' "$work/trace")
+kill -HUP "$child"
+sleep 0.5
+kill -TERM "$child"
+wait "$server" || fail "it did not end well: $(cat "$work/log")"
+server=
+# With or without an abi's number behind it.
+sed -n 's/^[0-9]* *\([a-z_0-9]*\)(.*/\1/p' "$work/trace" | sort -u >"$work/called"
+sort -u "$work/permitted" | comm -23 "$work/called" - >"$work/refused"
+[ ! -s "$work/refused" ] || fail "outside of the unit's filter: $(tr '\n' ' ' <"$work/refused")"
+ok "$(wc -l <"$work/called") system calls, all within the unit's filter"
+if grep -E '(mmap|mprotect|pkey_mprotect)\(.*PROT_WRITE\|PROT_EXEC' "$work/trace" >&2; then
+    fail "memory that can be written and executed"
+fi
+ok "no memory that can be written and executed"
+readable() { [ "$(stat -c %a "$work/data/$1")" = "$2" ] || fail "$1 has mode $(stat -c %a "$work/data/$1")"; }
+readable ca/root-ca.crt 644
+readable ca/root-ca.key 600
+readable ca 755
+readable jwt-secret 600
+[ ! -e "$work/data/ca/crl.pem" ] || readable ca/crl.pem 644
+ok "modes under the unit's mask"
+
+# --- The example of the environment: names that exist, and values that hold together.
+sed -n 's/^#\([A-Z_]*=\)/\1/p' "$contrib/environment.example" >"$work/environment"
+"$bin" --help >"$work/help"
+while IFS='=' read -r name _; do
+    grep -q "^ *${name%_FILE}\\b" "$work/help" || fail "environment.example: $name is no setting"
+done <"$work/environment"
+mkdir "$work/etc"
+sed "s|=/etc/mqtt-publisher-lite/|=$work/etc/|" "$work/environment" >"$work/etc/environment"
+for key in onboarding-api-key admin-api-key redis-password; do
+    head -c 24 /dev/urandom | base64 >"$work/etc/$key"
+done
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=x \
+    -keyout "$work/etc/server.key" -out "$work/etc/server.crt" 2>/dev/null
+cp "$work/etc/server.crt" "$work/etc/redis-ca.crt"
+# shellcheck disable=SC2046 # one word for each setting; the file allows no spaces
+env -i $(cat "$work/etc/environment") "$bin" check-config >/dev/null || fail "environment.example"
+ok "environment.example: $(wc -l <"$work/environment") settings"
+
+# --- OpenWrt: the script, with every function of procd that it calls written down.
+init=$contrib/openwrt/mqtt-publisher-lite.init
+sh -n "$init"
+shellcheck -s sh "$init"
+printf '# a remark\n\nPORT=4444\nREDIS_PASSWORD=a b\n' >"$work/etc/environment"
+stub() {
+    # shellcheck disable=SC2016 # to be expanded by the shell that runs it
+    echo 'tell() { printf "%s:" "$1"; shift; printf " <%s>" "$@"; echo; }'
+    for name in open_instance set_param append_param close_instance send_signal; do
+        echo "procd_$name() { tell $name \"\$@\"; }"
+    done
+    for name in user_add mkdir chown; do echo "$name() { tell $name \"\$@\"; }"; done
+    echo 'group_add_next() { echo 4711; }'
+    echo 'user_exists() { return 1; }'
+}
+{ stub; cat "$init"; echo 'start_service; reload_service'; } >"$work/run.sh"
+for shell in "sh" "busybox sh"; do
+    has "${shell%% *}" || continue
+    MPL_CONF=$work/etc $shell -eu "$work/run.sh" >"$work/calls" || fail "$shell: $(cat "$work/calls")"
+    cat >"$work/expected" <<EXPECTED
+user_add: <mqtt-lite> <> <4711>
+mkdir: <-p> <$work/etc/data>
+chown: <mqtt-lite> <$work/etc/data>
+open_instance: <>
+set_param: <command> </usr/bin/mqtt-publisher-lite>
+set_param: <user> <mqtt-lite>
+set_param: <no_new_privs> <1>
+set_param: <env> <DATA_DIR=$work/etc/data>
+append_param: <env> <PORT=4444>
+append_param: <env> <REDIS_PASSWORD=a b>
+set_param: <limits> <nofile=4096 4096> <core=0>
+set_param: <respawn> <3600> <5> <0>
+set_param: <term_timeout> <15>
+set_param: <stdout> <1>
+set_param: <stderr> <1>
+close_instance: <>
+send_signal: <mqtt-publisher-lite> <*> <HUP>
+EXPECTED
+    diff "$work/expected" "$work/calls" >&2 || fail "the init script does something else under $shell"
+    ok "the init script under $shell"
+done
+sed "s|^PROG=.*|PROG=$work/prog|" "$work/run.sh" | sed '$d' >"$work/check.sh"
+echo check >>"$work/check.sh"
+# shellcheck disable=SC2016 # to be expanded when it runs
+printf '#!/bin/sh\necho "$1 $PORT $REDIS_PASSWORD"\n' >"$work/prog"
+chmod +x "$work/prog"
+[ "$(MPL_CONF=$work/etc sh -eu "$work/check.sh")" = "healthcheck 4444 a b" ] || fail "the script's check"
+ok "the init script's check"
+
+# --- monit reads its own file.
+{ echo "set daemon 30"; cat "$contrib/monit/mqtt-publisher-lite.conf"; } >"$work/monitrc"
+chmod 600 "$work/monitrc"
+(cd "$work" && HOME=$work monit -t -c "$work/monitrc" >"$work/monit" 2>&1) || fail "$(cat "$work/monit")"
+ok "monit: $(tail -1 "$work/monit")"
+
+# --- The Dockerfile: what is checked and what is run is one program.
+dockerfile=$contrib/docker/Dockerfile
+grep -q '^FROM scratch$' "$dockerfile" || fail "the Dockerfile is not from scratch"
+entry=$(sed -n 's/^ENTRYPOINT \["\(.*\)"\]$/\1/p' "$dockerfile")
+grep -q "CMD \\[\"${entry:?}\", \"healthcheck\"\\]" "$dockerfile" || fail "the Dockerfile's HEALTHCHECK"
+ok "Dockerfile"
+echo "contrib: all passed"
