@@ -123,12 +123,13 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 }
 
 /// One lane a worker. Certificates wait for the disk and have lanes of their own; half, so that
-/// neither kind can starve the other.
+/// neither kind can starve the other. One more is for what is large.
 fn kinds(workers: usize) -> Vec<Kind> {
     let certificates = (workers / 2).max(1);
     let plain = workers.saturating_sub(certificates).max(1);
     let plain = std::iter::repeat_n(Kind::Plain, plain);
-    plain.chain(std::iter::repeat_n(Kind::Certificate, certificates)).collect()
+    let certificates = std::iter::repeat_n(Kind::Certificate, certificates);
+    plain.chain(certificates).chain([Kind::Bulk]).collect()
 }
 
 fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
@@ -168,7 +169,9 @@ fn show_edge(counters: &edge::Counters, page: &mut Page) {
 
 fn work(lane: &Lane, api: &Api) {
     let mut calls = Vec::new();
-    while lane.next_batch(BATCH, &mut calls) {
+    // The replies to a batch are held until all are made: large ones are made one by one.
+    let bound = if lane.address().kind == Kind::Bulk { 1 } else { BATCH };
+    while lane.next_batch(bound, &mut calls) {
         // What panics outside a handler costs its batch; calls left unanswered answer 500.
         let _ = catch_unwind(AssertUnwindSafe(|| answer(api, mem::take(&mut calls))));
     }
