@@ -12,6 +12,7 @@ pub mod redis;
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -162,6 +163,8 @@ pub struct Status {
     pub foreign_ca: bool,
     /// The store that serves has no room for another token.
     pub full: bool,
+    /// How long its answers take at present; nothing for one that is here.
+    pub round_trip: Duration,
 }
 
 /// What an operation ended in.
