@@ -13,6 +13,7 @@ mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 use log::Level;
 
@@ -136,6 +137,11 @@ impl Api {
             })
             .collect();
         Answers { replies, after: batch.after }
+    }
+
+    /// How long the store's answers take at present.
+    pub fn store_round_trip(&self) -> Duration {
+        self.provisioner.store_status().round_trip
     }
 
     /// Does what could wait until after the replies.

@@ -11,6 +11,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::api::{self, Api, Method, Request};
 use crate::config::{Config, Http};
@@ -18,8 +19,12 @@ use crate::edge::{self, Edge, Kind};
 
 pub use lane::{Call, Lane, LaneError, Reply, Stopper, header, open_lanes};
 
-/// Most requests in one batch. More would move all clients in one lump.
+/// Most requests in one batch while the store is near. More would move all clients in one lump.
 const BATCH: usize = 16;
+/// Most requests in one batch however far the store is.
+const BATCH_MOST: usize = 256;
+/// A store that takes this long is far.
+const FAR: Duration = Duration::from_millis(2);
 /// Enough for signing with RSA 4096 and for the deepest JSON, several times over.
 const STACK_BYTES: usize = 512 * 1024;
 
@@ -134,7 +139,13 @@ fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
 
 fn work(lane: &Lane, api: &Api) {
     let mut calls = Vec::new();
-    while lane.next_batch(BATCH, &mut calls) {
+    let mut last = 0;
+    loop {
+        let (bound, pause) = pace(api.store_round_trip(), last);
+        if !lane.next_batch(bound, pause, &mut calls) {
+            return;
+        }
+        last = calls.len();
         let requests: Vec<Request> = calls.iter_mut().map(request).collect();
         let answers = api.answer(&requests);
         for (call, reply) in calls.drain(..).zip(answers.replies) {
@@ -142,6 +153,20 @@ fn work(lane: &Lane, api: &Api) {
         }
         api.clean_up(&answers.after);
     }
+}
+
+/// How many requests a batch takes, and for how long a pause in their coming it waits.
+///
+/// A store that is far answers a batch in about the time of one request, so throughput is the batch
+/// over the round trip. And then whoever was answered together asks again together: a worker that
+/// went on at once would find the first of them only, and the others would wait for that trip to
+/// end. Who comes alone waits for nobody.
+fn pace(round_trip: Duration, last: usize) -> (usize, Duration) {
+    if round_trip < FAR {
+        return (BATCH, Duration::ZERO);
+    }
+    let pause = if last > 1 { round_trip / 20 } else { Duration::ZERO };
+    (BATCH_MOST, pause)
 }
 
 fn request(call: &mut Call) -> Request {
@@ -163,4 +188,18 @@ fn lane_reply(reply: api::Reply) -> Reply {
     let fields = reply.fields.iter();
     let headers = fields.filter_map(|(name, value)| header(name, value)).collect();
     Reply { status: reply.status, headers, body: reply.body }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_far_store_is_waited_for_and_only_in_company() {
+        let ms = Duration::from_millis;
+        assert_eq!(pace(Duration::ZERO, 9), (BATCH, Duration::ZERO));
+        assert_eq!(pace(ms(1), 16), (BATCH, Duration::ZERO));
+        assert_eq!(pace(ms(20), 1), (BATCH_MOST, Duration::ZERO));
+        assert_eq!(pace(ms(20), 2), (BATCH_MOST, ms(1)));
+    }
 }
