@@ -74,6 +74,7 @@ class Bench:
         self.work = pathlib.Path(tempfile.mkdtemp(prefix="bench-"))
         self.redis_port = free_port()
         self.log = self.work / "log"
+        self.load_before = os.getloadavg()[0]
 
     @contextlib.contextmanager
     def redis(self):
@@ -244,12 +245,12 @@ TOKENS = [0, 25_000, 50_000, 75_000, 100_000]
 
 def measure(bench, quick):
     series = Series()
-    rounds, seconds = (1, 1) if quick else (3, 3)
+    rounds, seconds = (1, 1) if quick else (bench.options.rounds, 2)
     for n in range(rounds):
         print(f"round {n + 1} of {rounds}", flush=True)
         with bench.redis():
             onboarding_round(bench, series, seconds, n)
-            flow_round(bench, series, 500 if quick else 2_000, n)
+            flow_round(bench, series, 200 if quick else 1_000, n)
             distance_round(bench, series, seconds, n)
         memory_round(bench, series, seconds, n)
     once(bench, series, 3 if quick else 31)
@@ -285,7 +286,7 @@ def flow_round(bench, series, devices, n):
     # With the record on the disk, where fsync decides, and in memory, where the service does.
     places = [("flow", str(bench.work), devices)]
     if os.path.isdir("/dev/shm"):
-        places.append(("flow in memory", "/dev/shm", 4 * devices))
+        places.append(("flow in memory", "/dev/shm", 10 * devices))
     for name, place, count in places:
         bench.flush()
         with tempfile.TemporaryDirectory(prefix="bench-", dir=place) as data:
@@ -428,13 +429,15 @@ def cpu_model():
 def markdown(bench, table, quick):
     redis = re.search(r"v=(\S+)", subprocess.run(["redis-server", "--version"], capture_output=True,
                                                  text=True).stdout).group(1)
-    load = os.getloadavg()[2]
+    before = bench.load_before
     lines = [
         "# Measurements", "",
         "Written by `scripts/bench.sh`" + (" --quick: **one short round, which means nothing**" if quick else "")
         + f" on {datetime.date.today().isoformat()}.", "",
         f"{os.cpu_count()} processors ({cpu_model()}), shared by the load, the server and Redis {redis}; "
-        f"load average over the last 15 minutes at the end: {load:.1f}. "
+        f"load average before the run: {before:.1f}. "
+        + ("**The machine was busy with other work: ranges are wide, and no ratio here decides "
+           "anything.** " if before > 1 else "") +
         "Each figure is the median of the rounds, with the lowest and the highest; a ratio is the median "
         "of the ratios within each round, so what slows a whole round does not move it. In each round "
         "service and yardstick run one after the other, each freshly started on an empty Redis, and "
@@ -501,6 +504,7 @@ def main():
     for name in ("program", "unbatched", "examples", "peer", "out"):
         parser.add_argument(f"--{name}", required=name != "unbatched")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     bench = Bench(options)
     try:

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Measures the service beside its yardsticks and writes docs/bench.md and docs/bench.svg.
 #
-# usage: scripts/bench.sh [--quick] [--no-build] [--out DIR]
+# usage: scripts/bench.sh [--quick | --rounds N] [--no-build] [--out DIR]
 #
 #   --quick      one short round, to see that everything runs; the figures mean nothing
+#   --rounds N   this many rounds, a minute each; else 5
 #   --no-build   measure the programs that are there
 #   --out DIR    write there instead of docs/
 #
@@ -18,10 +19,15 @@ set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=yes
 quick=
+rounds=5
 out=$root/docs
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) quick=--quick ;;
+        --rounds)
+            rounds=${2:?"--rounds needs a number"}
+            shift
+            ;;
         --no-build) build= ;;
         --out)
             out=${2:?"--out needs a folder"}
@@ -53,4 +59,4 @@ exec python3 benches/measure.py \
     --unbatched "${MPL_UNBATCHED:-}" \
     --examples "$target/release/examples" \
     --peer "$target/peer/release/peer" \
-    --out "$out" $quick
+    --out "$out" --rounds "$rounds" $quick
