@@ -1,12 +1,13 @@
 //! For measuring: a constant answer behind the edge, and the same from bare `tiny_http`. A target
 //! that ends in `?n` has n bytes, and `/api/v1/crl?n` comes from the lane for what is large.
 //!
-//! `cargo run --release --example edge -- [lanes]` serves through the edge on port 19102 (HTTPS if
-//! `TLS_CERT` and `TLS_KEY` are set), and bare on port 19103.
+//! `cargo run --release --example edge -- [lanes [port]]` serves through the edge on port 19102 (HTTPS
+//! if `TLS_CERT` and `TLS_KEY` are set), and bare on the port after it.
 
 use std::error::Error;
 use std::net::Ipv4Addr;
 use std::thread;
+use std::time::Duration;
 
 use mqtt_publisher_lite::edge::{Edge, Kind, Settings, TlsFiles};
 use mqtt_publisher_lite::server::{Lane, Reply, header, open_lanes};
@@ -16,7 +17,8 @@ const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","ver
 fn main() -> Result<(), Box<dyn Error>> {
     env_logger::init();
     let lanes: usize = std::env::args().nth(1).map_or(Ok(1), |n| n.parse())?;
-    thread::spawn(bare);
+    let port: u16 = std::env::args().nth(2).map_or(Ok(19102), |n| n.parse())?;
+    thread::spawn(move || bare(port + 1));
     let dir = std::env::temp_dir().join(format!("edge-example-{}", std::process::id()));
     let mut kinds = vec![Kind::Plain; lanes];
     kinds.extend([Kind::Certificate, Kind::Bulk]);
@@ -25,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for lane in lanes {
         thread::spawn(move || work(&lane));
     }
-    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, 19102).into());
+    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, port).into());
     if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
         settings.tls = Some(TlsFiles { certificate: certificate.into(), key: key.into() });
     }
@@ -38,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn work(lane: &Lane) {
     let mut batch = Vec::new();
     let bound = if lane.address().kind == Kind::Bulk { 1 } else { 16 };
-    while lane.next_batch(bound, &mut batch) {
+    while lane.next_batch(bound, Duration::ZERO, &mut batch) {
         for call in batch.drain(..) {
             let headers = header("Content-Type", "application/json").into_iter().collect();
             let body = match call.target().split_once('?').map(|(_, n)| n.parse()) {
@@ -50,8 +52,8 @@ fn work(lane: &Lane) {
     }
 }
 
-fn bare() {
-    let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, 19103)) else { return };
+fn bare(port: u16) {
+    let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, port)) else { return };
     for request in server.incoming_requests() {
         let content_type = header("Content-Type", "application/json");
         let mut response = tiny_http::Response::from_string(BODY);

@@ -9,8 +9,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::time::{ClockId, clock_gettime};
 use time::OffsetDateTime;
-use time::format_description::BorrowedFormatItem;
-use time::macros::format_description;
 
 /// One reading of both clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,14 +53,29 @@ pub fn build_date() -> u64 {
 
 /// `2025-11-27T10:00:00.000Z` (RFC 3339, UTC, milliseconds); the end of the year 9999 at most.
 pub fn rfc3339(unix_ms: u64) -> String {
-    const FORMAT: &[BorrowedFormatItem<'_>] =
-        format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
     const LAST_MS: u64 = 253_402_300_799_999;
     let nanos = i128::from(unix_ms.min(LAST_MS)) * 1_000_000;
-    OffsetDateTime::from_unix_timestamp_nanos(nanos)
-        .ok()
-        .and_then(|at| at.format(FORMAT).ok())
-        .unwrap_or_default()
+    let at = OffsetDateTime::from_unix_timestamp_nanos(nanos);
+    let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    // By hand, as it stands in every answer and every line of the log.
+    let mut text = String::with_capacity(24);
+    let mut put = |mut number: u32, digits: usize, end: char| {
+        let mut buffer = ['0'; 4];
+        for digit in buffer.iter_mut().take(digits).rev() {
+            *digit = char::from(b'0' + (number % 10) as u8);
+            number /= 10;
+        }
+        text.extend(buffer.iter().take(digits));
+        text.push(end);
+    };
+    put(at.year().unsigned_abs(), 4, '-');
+    put(u8::from(at.month()).into(), 2, '-');
+    put(at.day().into(), 2, 'T');
+    put(at.hour().into(), 2, ':');
+    put(at.minute().into(), 2, ':');
+    put(at.second().into(), 2, '.');
+    put(at.millisecond().into(), 3, 'Z');
+    text
 }
 
 fn millis(d: Duration) -> u64 {

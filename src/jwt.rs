@@ -69,13 +69,15 @@ impl TokenHash {
 
     /// The first 8 hexadecimal digits: enough to find a token in a log, useless to redeem it.
     pub fn short(&self) -> String {
-        self.0.iter().take(4).map(|b| format!("{b:02x}")).collect()
+        let [a, b, c, d, ..] = self.0;
+        format!("{:08x}", u32::from_be_bytes([a, b, c, d]))
     }
 }
 
 impl fmt::Display for TokenHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+        let (halves, _) = self.0.as_chunks::<16>();
+        halves.iter().try_for_each(|half| write!(f, "{:032x}", u128::from_be_bytes(*half)))
     }
 }
 

@@ -230,7 +230,8 @@ fn row_7_two_workers_at_the_moment_of_loss() {
     for answered in [true, false] {
         let mut redis = Redis::start(&[]);
         let proxy = Proxy::start(redis.port());
-        let service = first(&proxy.url(), SLOW);
+        // Two that redeem, beside two for all else.
+        let service = first(&proxy.url(), &[SLOW, &[("WORKERS", "4")]].concat());
         let d = Device::new("d");
         let compact = token(&service, &d);
         let marked = proxy.trap(&jwt::mark_of(&compact), Stop::After);

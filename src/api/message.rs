@@ -189,12 +189,23 @@ pub struct Json(String);
 impl Json {
     /// `{`
     pub fn new() -> Self {
-        Json(String::from("{"))
+        let mut text = String::with_capacity(512);
+        text.push('{');
+        Json(text)
     }
 
     /// Adds a field.
     pub fn field(&mut self, name: &str, value: impl Into<Value>) -> &mut Self {
-        self.written(name, &value.into().to_string())
+        match value.into() {
+            // Tokens, dates and PEM but for its line breaks: most of what there is.
+            Value::String(text) if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') => {
+                self.name(name).push('"');
+                self.0.push_str(&text);
+                self.0.push('"');
+                self
+            }
+            value => self.written(name, &value.to_string()),
+        }
     }
 
     /// Adds an object.
@@ -208,14 +219,18 @@ impl Json {
     }
 
     fn written(&mut self, name: &str, json: &str) -> &mut Self {
+        self.name(name).push_str(json);
+        self
+    }
+
+    fn name(&mut self, name: &str) -> &mut String {
         if self.0.len() > 1 {
             self.0.push(',');
         }
         self.0.push('"');
         self.0.push_str(name);
         self.0.push_str("\":");
-        self.0.push_str(json);
-        self
+        &mut self.0
     }
 
     /// Adds the field that closes every answer, and `}`.
@@ -226,7 +241,8 @@ impl Json {
 
     /// `}`
     pub fn end(&mut self) -> String {
-        format!("{}}}", self.0)
+        self.0.push('}');
+        std::mem::take(&mut self.0)
     }
 }
 

@@ -14,6 +14,7 @@ mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use log::Level;
 
@@ -174,6 +175,11 @@ impl Api {
             self.metrics.answered(endpoint(request), reply.status);
         }
         Answers { replies, after: batch.after }
+    }
+
+    /// How long the store's answers take at present.
+    pub fn store_round_trip(&self) -> Duration {
+        self.provisioner.store_status().round_trip
     }
 
     /// Does what could wait until after the replies.

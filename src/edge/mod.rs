@@ -20,7 +20,7 @@ mod chunked;
 mod client;
 mod conn;
 mod hall;
-mod head;
+pub mod head;
 mod lane;
 mod limits;
 mod listen;

@@ -25,6 +25,11 @@ use crate::problem::Code;
 /// What a Unix socket's path may have, its final zero not counted (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
 
+/// A batch whose bodies have this many bytes takes no more: they are ours to hold, not the edge's.
+const BATCH_BYTES: usize = 256 * 1024;
+/// However steadily requests come, a batch waits no longer than so many pauses.
+const PAUSES: u32 = 5;
+
 /// The pause between attempts to replace a server.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -144,10 +149,10 @@ impl Lane {
         Stopper(Arc::clone(&self.shared))
     }
 
-    /// Waits for a request, then takes up to `bound` with those that wait behind it. The requests
-    /// by which the edge proves the lane are answered here. False when [`Stopper::stop`] was
-    /// called.
-    pub fn next_batch(&self, bound: usize, batch: &mut Vec<Call>) -> bool {
+    /// Waits for a request, then takes up to `bound` with those that wait behind it, or come before
+    /// nothing has come for `pause`. The requests by which the edge proves the lane are answered
+    /// here. False when [`Stopper::stop`] was called.
+    pub fn next_batch(&self, bound: usize, pause: Duration, batch: &mut Vec<Call>) -> bool {
         let present = self.shared.server().clone();
         let Some(server) = present else { return self.replace_server() };
         while batch.is_empty() {
@@ -162,12 +167,32 @@ impl Lane {
                     return self.replace_server();
                 }
             }
-            while batch.len() < bound {
-                let Ok(Some(request)) = server.try_recv() else { break };
-                self.admit(request, batch);
-            }
+            self.gather(&server, bound, pause, batch);
         }
         true
+    }
+
+    fn gather(&self, server: &Server, bound: usize, pause: Duration, batch: &mut Vec<Call>) {
+        let mut bytes: usize = batch.iter().map(|call| call.body.len()).sum();
+        let longest = (pause * PAUSES).as_millis();
+        let began = clock::now().mono_ms;
+        let waits = || u128::from(clock::now().mono_ms.saturating_sub(began)) < longest;
+        while (1..bound).contains(&batch.len()) && bytes < BATCH_BYTES {
+            let next = match server.try_recv() {
+                Ok(None) if !pause.is_zero() && waits() => {
+                    // Woken with less than a millisecond left, it leaves the request where it is.
+                    server.recv_timeout(pause).and_then(|next| match next {
+                        None => server.try_recv(),
+                        next => Ok(next),
+                    })
+                }
+                next => next,
+            };
+            let Ok(Some(request)) = next else { return };
+            let before = batch.len();
+            self.admit(request, batch);
+            bytes += batch.get(before).map_or(0, |call| call.body.len());
+        }
     }
 
     /// `None` when stopped and nothing waits: `try_recv` may have swallowed what ends `recv`.
@@ -341,7 +366,7 @@ mod tests {
         let mut stream = UnixStream::connect(&lane.address().path).unwrap();
         stream.write_all(request.as_bytes()).unwrap();
         let mut batch = Vec::new();
-        assert!(lane.next_batch(16, &mut batch));
+        assert!(lane.next_batch(16, Duration::ZERO, &mut batch));
         assert_eq!((batch[0].target(), batch[0].client()), ("/x", "192.0.2.1"));
         drop(batch);
         let mut text = String::new();

@@ -13,6 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -24,8 +25,12 @@ use crate::metrics::{Metrics, Page};
 
 pub use lane::{Call, Lane, LaneError, Reply, Stopper, header, open_lanes};
 
-/// Most requests in one batch. More would move all clients in one lump.
+/// Most requests in one batch while the store is near. More would move all clients in one lump.
 const BATCH: usize = 16;
+/// Most requests in one batch however far the store is.
+const BATCH_MOST: usize = 256;
+/// A store that takes this long is far.
+const FAR: Duration = Duration::from_millis(2);
 /// Enough for signing with RSA 4096 and for the deepest JSON, several times over.
 const STACK_BYTES: usize = 512 * 1024;
 
@@ -169,9 +174,16 @@ fn show_edge(counters: &edge::Counters, page: &mut Page) {
 
 fn work(lane: &Lane, api: &Api) {
     let mut calls = Vec::new();
-    // The replies to a batch are held until all are made: large ones are made one by one.
-    let bound = if lane.address().kind == Kind::Bulk { 1 } else { BATCH };
-    while lane.next_batch(bound, &mut calls) {
+    let is_bulk = lane.address().kind == Kind::Bulk;
+    let mut last = 0;
+    loop {
+        let (bound, pause) = pace(api.store_round_trip(), last);
+        // The replies to a batch are held until all are made: large ones are made one by one.
+        let bound = if is_bulk { 1 } else { bound };
+        if !lane.next_batch(bound, pause, &mut calls) {
+            return;
+        }
+        last = calls.len();
         // What panics outside a handler costs its batch; calls left unanswered answer 500.
         let _ = catch_unwind(AssertUnwindSafe(|| answer(api, mem::take(&mut calls))));
     }
@@ -184,6 +196,20 @@ fn answer(api: &Api, mut calls: Vec<Call>) {
         call.answer(lane_reply(reply));
     }
     api.clean_up(&answers.after);
+}
+
+/// How many requests a batch takes, and for how long a pause in their coming it waits.
+///
+/// A store that is far answers a batch in about the time of one request, so throughput is the batch
+/// over the round trip. And then whoever was answered together asks again together: a worker that
+/// went on at once would find the first of them only, and the others would wait for that trip to
+/// end. Who comes alone waits for nobody.
+fn pace(round_trip: Duration, last: usize) -> (usize, Duration) {
+    if round_trip < FAR {
+        return (BATCH, Duration::ZERO);
+    }
+    let pause = if last > 1 { round_trip / 20 } else { Duration::ZERO };
+    (BATCH_MOST, pause)
 }
 
 fn request(call: &mut Call) -> Request {
@@ -206,4 +232,18 @@ fn lane_reply(reply: api::Reply) -> Reply {
     let fields = reply.fields.iter();
     let headers = fields.filter_map(|(name, value)| header(name, value)).collect();
     Reply { status: reply.status, headers, body: reply.body }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_far_store_is_waited_for_and_only_in_company() {
+        let ms = Duration::from_millis;
+        assert_eq!(pace(Duration::ZERO, 9), (BATCH, Duration::ZERO));
+        assert_eq!(pace(ms(1), 16), (BATCH, Duration::ZERO));
+        assert_eq!(pace(ms(20), 1), (BATCH_MOST, Duration::ZERO));
+        assert_eq!(pace(ms(20), 2), (BATCH_MOST, ms(1)));
+    }
 }

@@ -12,6 +12,7 @@ pub mod redis;
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -166,6 +167,8 @@ pub struct Status {
     pub full: bool,
     /// How often Redis was lost, or its connection doubted.
     pub losses: u64,
+    /// How long its answers take at present; nothing for one that is here.
+    pub round_trip: Duration,
 }
 
 /// What an operation ended in.

@@ -13,6 +13,7 @@
 //! key. No command names two keys, so clustered servers take them too. Nothing is ever sent twice.
 //! Each operation is a chain of [`Flow`]s, one a round trip; the flows of a batch share their trips.
 
+mod command;
 mod connection;
 mod flow;
 mod layout;
@@ -28,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::store::failover::{Hello, Remote};
 use crate::store::{Answer, Down, Op, Status, StoreError, TokenStore};
 
+use command::Commands;
 use connection::{Pool, Reply};
 use flow::{Flow, Next};
 use layout::Layout;
@@ -40,6 +42,8 @@ pub struct RedisStore {
     pool: Pool,
     layout: Layout,
     timeout: Duration,
+    /// What a round trip takes at present, in microseconds: a moving average.
+    round_trip_us: AtomicU64,
     /// When the set of live tokens is to be pruned next, by [`Now::mono_ms`].
     prune_at_ms: AtomicU64,
     metrics: Arc<Metrics>,
@@ -66,6 +70,7 @@ impl RedisStore {
                 patience_ms: u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
             },
             timeout: config.timeout,
+            round_trip_us: AtomicU64::new(0),
             prune_at_ms: AtomicU64::new(0),
             metrics,
         })
@@ -100,22 +105,36 @@ impl TokenStore for RedisStore {
     }
 
     fn status(&self) -> Status {
-        Status { redis_enabled: true, redis_serves: self.pool.is_open(), ..Status::default() }
+        Status {
+            redis_enabled: true,
+            redis_serves: self.pool.is_open(),
+            round_trip: Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed)),
+            ..Status::default()
+        }
     }
 }
 
 impl RedisStore {
+    /// An eighth of the average is the latest. Of two that come at once one may be left out.
+    fn note_round_trip(&self, took: Duration) {
+        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let average = self.round_trip_us.load(Ordering::Relaxed);
+        let average = average - average / 8 + took / 8;
+        self.round_trip_us.store(average, Ordering::Relaxed);
+    }
+
     /// Round trip after round trip until every flow has its answer. A connection that failed is
     /// closed, and its flows are not run again.
     fn run_flows(&self, flows: &mut [Running], deadline: Instant) -> Result<(), Down> {
         let mut connection = self.pool.take(deadline)?;
         while flows.iter().any(Running::is_waiting) {
-            let mut commands = layout::Commands::default();
+            let mut commands = Commands::default();
             let counts: Vec<usize> =
                 flows.iter().map(|flow| flow.send(&self.layout, &mut commands)).collect();
-            let begun = Instant::now();
+            let sent = Instant::now();
             let replies = connection.round_trip(&commands, deadline)?;
-            self.metrics.redis_trips.observe(begun.elapsed());
+            self.metrics.redis_trips.observe(sent.elapsed());
+            self.note_round_trip(sent.elapsed());
             let mut replies = replies.into_iter();
             for (flow, count) in flows.iter_mut().zip(counts) {
                 flow.receive(&self.layout, replies.by_ref().take(count).collect());
@@ -144,7 +163,7 @@ impl Running {
     }
 
     /// Adds the commands of this trip; answers how many.
-    fn send(&self, layout: &Layout, commands: &mut layout::Commands) -> usize {
+    fn send(&self, layout: &Layout, commands: &mut Commands) -> usize {
         let before = commands.count();
         if let Running::Waiting(flow) = self {
             flow.send(layout, commands);

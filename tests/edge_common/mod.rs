@@ -52,7 +52,7 @@ pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
 
 fn work(lane: &mqtt_publisher_lite::server::Lane, handled: &AtomicU64) {
     let mut batch = Vec::new();
-    while lane.next_batch(16, &mut batch) {
+    while lane.next_batch(16, std::time::Duration::ZERO, &mut batch) {
         for call in batch.drain(..) {
             handled.fetch_add(1, Ordering::Relaxed);
             let run = std::panic::AssertUnwindSafe(|| handle(call));

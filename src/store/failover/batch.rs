@@ -24,8 +24,12 @@ impl TokenStore for Failover {
         let mut answers: Vec<Option<Answer>> = ops.iter().map(|_| None).collect();
         let (sent, epoch) = self.begin(ops, now, &mut answers);
         if !sent.is_empty() {
-            let remote_ops: Vec<Op> = sent.iter().map(|sent| sent.op.clone()).collect();
-            let results = self.remote.run(&remote_ops, now);
+            let results = if sent.len() == ops.len() {
+                self.remote.run(ops, now)
+            } else {
+                let remote_ops: Vec<Op> = sent.iter().map(|sent| sent.op.clone()).collect();
+                self.remote.run(&remote_ops, now)
+            };
             self.end(&sent, results, epoch, now, &mut answers);
         }
         answers.into_iter().map(|answer| answer.unwrap_or(Err(StoreError::Undecided))).collect()
@@ -34,12 +38,14 @@ impl TokenStore for Failover {
     fn status(&self) -> Status {
         let state = locked(&self.state);
         let redis_serves = matches!(state.mode, Mode::Primary);
+        let remote = if redis_serves { self.remote.status() } else { Status::default() };
         Status {
             redis_enabled: true,
             redis_serves,
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
             losses: state.epoch,
+            round_trip: remote.round_trip,
         }
     }
 }

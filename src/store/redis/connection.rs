@@ -14,7 +14,7 @@ use redis::{
     RedisError, ServerError, ServerErrorKind, TlsCertificates, Value,
 };
 
-use super::layout::Commands;
+use super::command::Commands;
 use crate::config;
 use crate::store::{Down, DownKind, StoreError, locked};
 
@@ -38,8 +38,9 @@ pub(super) struct Connection {
     inner: redis::Connection,
     /// The pool's generation that it belongs to.
     generation: u64,
-    /// The read time-out that the socket has now.
+    /// The time-outs that the socket has now.
     timeout: Duration,
+    write_timeout: Duration,
 }
 
 impl Connection {
@@ -51,7 +52,7 @@ impl Connection {
     ) -> Result<Vec<Reply>, Down> {
         let sent = |error| failure(&error);
         let left = time_left(deadline).ok_or_else(|| late(false))?;
-        self.inner.set_write_timeout(Some(left)).map_err(sent)?;
+        self.limit_writing(left).map_err(sent)?;
         // Writing also reads while TLS shakes hands.
         self.limit_reading(left).map_err(sent)?;
         self.inner.send_packed_command(commands.bytes()).map_err(sent)?;
@@ -67,6 +68,14 @@ impl Connection {
             Ok(value) => Ok(Ok(value)),
             Err(error) => Err(failure(&error)),
         }
+    }
+
+    fn limit_writing(&mut self, left: Duration) -> Result<(), RedisError> {
+        if self.write_timeout.abs_diff(left) > TIMEOUT_GRAIN {
+            self.inner.set_write_timeout(Some(left))?;
+            self.write_timeout = left;
+        }
+        Ok(())
     }
 
     fn limit_reading(&mut self, left: Duration) -> Result<(), RedisError> {
@@ -217,7 +226,12 @@ impl Pool {
 
     fn connect(&self) -> Result<Connection, StoreError> {
         match self.client.get_connection_with_timeout(self.connect_timeout) {
-            Ok(inner) => Ok(Connection { inner, generation: 0, timeout: Duration::ZERO }),
+            Ok(inner) => Ok(Connection {
+                inner,
+                generation: 0,
+                timeout: Duration::ZERO,
+                write_timeout: Duration::ZERO,
+            }),
             Err(error) => Err(self.connect_error(&error)),
         }
     }

@@ -8,8 +8,9 @@ use std::vec::IntoIter;
 
 use redis::Value;
 
+use super::command::Commands;
 use super::connection::Reply;
-use super::layout::{Commands, Layout, mark_ms};
+use super::layout::{Layout, mark_ms};
 use crate::clock::Now;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
@@ -22,7 +23,7 @@ const REPLACE_TRIES: u8 = 3;
 /// Entries of the set of live tokens are kept this long after their end …
 const PRUNE_AFTER_MS: u64 = 3_600_000;
 /// … and this many are removed at once.
-const PRUNE_MOST: usize = 1000;
+const PRUNE_MOST: u64 = 1000;
 
 /// One round trip of one operation.
 pub(super) trait Flow {

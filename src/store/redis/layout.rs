@@ -2,10 +2,7 @@
 
 use std::time::Instant;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use redis::{Cmd, ToRedisArgs, cmd};
-
+use super::command::{Command, Commands, decimal};
 use super::connection::Connection;
 use super::flow::Replies;
 use crate::device::DeviceId;
@@ -13,6 +10,8 @@ use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::store::failover::Hello;
 use crate::store::ledger::MARGIN_MS;
 use crate::store::{Down, Mark, StoreError};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 
 /// Compare-and-set: 1 if the key held the expected value and now holds the new one.
 const COMPARE_AND_SET: &str = "if redis.call('GET',KEYS[1])==ARGV[1] then \
@@ -31,95 +30,97 @@ pub(super) struct Layout {
     pub patience_ms: u64,
 }
 
-/// Commands packed for one write.
-#[derive(Default)]
-pub(super) struct Commands {
-    bytes: Vec<u8>,
-    count: usize,
-}
-
-impl Commands {
-    pub fn push(&mut self, command: &Cmd) {
-        command.write_packed_command(&mut self.bytes);
-        self.count += 1;
-    }
-
-    pub fn count(&self) -> usize {
-        self.count
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
 impl Layout {
+    /// A command whose first word is a key.
+    fn on(&self, command: &str, kind: &str, name: &str) -> Command {
+        Command::new(command).joined(&[&self.prefix, kind, name])
+    }
+
     fn key(&self, kind: &str, name: &str) -> String {
         [&self.prefix, kind, name].concat()
     }
 
     /// Does not change anything that another instance might have changed before.
-    pub fn set_token(&self, token: &Token, left_ms: u64) -> Cmd {
-        let (device, compact) = (&token.claims.device_id, &token.compact);
-        let expires_ms = token.claims.exp * 1000;
-        // Neither name nor token needs escaping.
-        let json =
-            format!(r#"{{"deviceId":"{device}","token":"{compact}","expiresAt":{expires_ms}}}"#);
-        command("SET", self.key("token:", compact)).arg(json).arg("PX").arg(left_ms).to_owned()
+    pub fn set_token(&self, token: &Token, left_ms: u64) -> Command {
+        let (device, compact) = (token.claims.device_id.as_str(), &token.compact);
+        let mut digits = [0; 20];
+        let expires_ms = decimal(token.claims.exp * 1000, &mut digits);
+        self.on("SET", "token:", compact)
+            // Neither name nor token needs escaping.
+            .joined(&[
+                r#"{"deviceId":""#,
+                device,
+                r#"","token":""#,
+                compact,
+                r#"","expiresAt":"#,
+                expires_ms,
+                "}",
+            ])
+            .arg("PX")
+            .number(left_ms)
     }
 
-    pub fn delete_token(&self, compact: &str) -> Cmd {
-        command("DEL", self.key("token:", compact))
+    pub fn delete_token(&self, compact: &str) -> Command {
+        self.on("DEL", "token:", compact)
     }
 
-    pub fn exists_token(&self, compact: &str) -> Cmd {
-        command("EXISTS", self.key("token:", compact))
+    pub fn exists_token(&self, compact: &str) -> Command {
+        self.on("EXISTS", "token:", compact)
     }
 
-    pub fn claim_if_free(&self, token: &Token, left_ms: u64) -> Cmd {
-        let key = self.key("device:", token.claims.device_id.as_str());
-        command("SET", key).arg(&token.compact).arg("NX").arg("PX").arg(left_ms).to_owned()
+    pub fn claim_if_free(&self, token: &Token, left_ms: u64) -> Command {
+        self.on("SET", "device:", token.claims.device_id.as_str())
+            .arg(&token.compact)
+            .arg("NX")
+            .arg("PX")
+            .number(left_ms)
     }
 
-    pub fn get_claim(&self, device: &DeviceId) -> Cmd {
-        command("GET", self.key("device:", device.as_str()))
+    pub fn get_claim(&self, device: &DeviceId) -> Command {
+        self.on("GET", "device:", device.as_str())
     }
 
-    pub fn claim_left(&self, device: &DeviceId) -> Cmd {
-        command("PTTL", self.key("device:", device.as_str()))
+    pub fn claim_left(&self, device: &DeviceId) -> Command {
+        self.on("PTTL", "device:", device.as_str())
     }
 
-    pub fn take_claim_over(&self, from: &str, token: &Token, left_ms: u64) -> Cmd {
+    pub fn take_claim_over(&self, from: &str, token: &Token, left_ms: u64) -> Command {
         let key = self.key("device:", token.claims.device_id.as_str());
         compare_and_set(&key, from, &token.compact, left_ms)
     }
 
-    pub fn free_claim(&self, device: &DeviceId, compact: &str) -> Cmd {
+    pub fn free_claim(&self, device: &DeviceId, compact: &str) -> Command {
         compare_and_delete(&self.key("device:", device.as_str()), compact)
     }
 
-    pub fn mark_if_free(&self, hash: &TokenHash, mark: &str, claims: &Claims) -> Cmd {
-        self.set_mark(hash, mark, mark_ms(claims)).arg("NX").to_owned()
+    pub fn mark_if_free(&self, hash: &TokenHash, mark: &str, claims: &Claims) -> Command {
+        self.set_mark(hash, mark, mark_ms(claims)).arg("NX")
     }
 
     /// Over whatever stands there.
-    pub fn set_mark(&self, hash: &TokenHash, mark: &str, lasts_ms: u64) -> Cmd {
-        command("SET", self.mark_key(hash)).arg(mark).arg("PX").arg(lasts_ms).to_owned()
+    pub fn set_mark(&self, hash: &TokenHash, mark: &str, lasts_ms: u64) -> Command {
+        self.on("SET", "used:", &hash.to_string()).arg(mark).arg("PX").number(lasts_ms)
     }
 
-    pub fn get_mark(&self, hash: &TokenHash) -> Cmd {
-        command("GET", self.mark_key(hash))
+    pub fn get_mark(&self, hash: &TokenHash) -> Command {
+        self.on("GET", "used:", &hash.to_string())
     }
 
-    pub fn mark_left(&self, hash: &TokenHash) -> Cmd {
-        command("PTTL", self.mark_key(hash))
+    pub fn mark_left(&self, hash: &TokenHash) -> Command {
+        self.on("PTTL", "used:", &hash.to_string())
     }
 
-    pub fn take_mark_over(&self, hash: &TokenHash, from: &str, to: &str, claims: &Claims) -> Cmd {
+    pub fn take_mark_over(
+        &self,
+        hash: &TokenHash,
+        from: &str,
+        to: &str,
+        claims: &Claims,
+    ) -> Command {
         compare_and_set(&self.mark_key(hash), from, to, mark_ms(claims))
     }
 
-    pub fn withdraw_mark(&self, hash: &TokenHash, mark: &str) -> Cmd {
+    pub fn withdraw_mark(&self, hash: &TokenHash, mark: &str) -> Command {
         compare_and_delete(&self.mark_key(hash), mark)
     }
 
@@ -127,38 +128,34 @@ impl Layout {
         self.key("used:", &hash.to_string())
     }
 
-    pub fn add_live(&self, token: &Token) -> Cmd {
-        command("ZADD", self.key("live", ""))
-            .arg(token.claims.exp * 1000)
-            .arg(member(&token.hash))
-            .to_owned()
+    pub fn add_live(&self, token: &Token) -> Command {
+        self.on("ZADD", "live", "").number(token.claims.exp * 1000).arg(&member(&token.hash))
     }
 
-    pub fn remove_live(&self, hash: &TokenHash) -> Cmd {
-        command("ZREM", self.key("live", "")).arg(member(hash)).to_owned()
+    pub fn remove_live(&self, hash: &TokenHash) -> Command {
+        self.on("ZREM", "live", "").arg(&member(hash))
     }
 
     /// Seconds since 1970 and microseconds, by the clock that all instances share.
-    pub fn time(&self) -> Cmd {
-        cmd("TIME")
+    pub fn time(&self) -> Command {
+        Command::new("TIME")
     }
 
-    pub fn remove_live_members(&self, members: &[String]) -> Cmd {
-        command("ZREM", self.key("live", "")).arg(members).to_owned()
+    pub fn remove_live_members(&self, members: &[String]) -> Command {
+        members.iter().fold(self.on("ZREM", "live", ""), |command, member| command.arg(member))
     }
 
-    pub fn count_live(&self, after_ms: u64) -> Cmd {
-        command("ZCOUNT", self.key("live", "")).arg(format!("({after_ms}")).arg("+inf").to_owned()
+    pub fn count_live(&self, after_ms: u64) -> Command {
+        self.on("ZCOUNT", "live", "").arg(&format!("({after_ms}")).arg("+inf")
     }
 
-    pub fn oldest_live(&self, until_ms: u64, most: usize) -> Cmd {
-        command("ZRANGEBYSCORE", self.key("live", ""))
+    pub fn oldest_live(&self, until_ms: u64, most: u64) -> Command {
+        self.on("ZRANGEBYSCORE", "live", "")
             .arg("-inf")
-            .arg(until_ms)
+            .number(until_ms)
             .arg("LIMIT")
-            .arg(0)
-            .arg(most)
-            .to_owned()
+            .number(0)
+            .number(most)
     }
 
     /// `<instance> <serial>` or `<instance> killed`.
@@ -193,15 +190,14 @@ impl Layout {
         ca: Option<&str>,
         deadline: Instant,
     ) -> Result<Hello, StoreError> {
-        let key = self.key("ca", "");
         let mut commands = Commands::default();
-        commands.push(&command("INFO", "server"));
-        commands.push(&command("INFO", "memory"));
+        commands.push(&Command::new("INFO").arg("server"));
+        commands.push(&Command::new("INFO").arg("memory"));
         let rights = self.push_every_kind(&mut commands);
         if let Some(ca) = ca {
-            commands.push(command("SET", &key).arg(ca).arg("NX"));
+            commands.push(&self.on("SET", "ca", "").arg(ca).arg("NX"));
         }
-        commands.push(&command("GET", &key));
+        commands.push(&self.on("GET", "ca", ""));
         let mut replies =
             connection.round_trip(&commands, deadline).map_err(StoreError::Down)?.into_iter();
         let mut information = Replies::new(replies.by_ref().take(2).collect());
@@ -224,17 +220,16 @@ impl Layout {
     /// that the user lacks is to be found before it is needed. Answers how many these are.
     fn push_every_kind(&self, commands: &mut Commands) -> usize {
         let before = commands.count();
-        let (token, device) = (self.key("token:", ""), self.key("device:", ""));
-        let (used, live) = (self.key("used:", ""), self.key("live", ""));
-        commands.push(&command("DEL", &token));
-        commands.push(&command("EXISTS", &token));
-        commands.push(&command("GET", &device));
-        commands.push(&command("PTTL", &device));
+        let (device, used) = (self.key("device:", ""), self.key("used:", ""));
+        commands.push(&self.on("DEL", "token:", ""));
+        commands.push(&self.on("EXISTS", "token:", ""));
+        commands.push(&self.on("GET", "device:", ""));
+        commands.push(&self.on("PTTL", "device:", ""));
         commands.push(&compare_and_delete(&device, ""));
-        commands.push(&command("GET", &used));
+        commands.push(&self.on("GET", "used:", ""));
         commands.push(&compare_and_delete(&used, ""));
-        commands.push(command("ZADD", &live).arg("XX").arg(0).arg(""));
-        commands.push(command("ZREM", &live).arg(""));
+        commands.push(&self.on("ZADD", "live", "").arg("XX").number(0).arg(""));
+        commands.push(&self.on("ZREM", "live", "").arg(""));
         commands.push(&self.count_live(u64::MAX / 1000));
         commands.push(&self.oldest_live(0, 1));
         commands.push(&self.time());
@@ -270,14 +265,14 @@ fn info(text: &str, name: &str) -> Option<String> {
     Some(value.trim().to_owned())
 }
 
-fn command(name: &'static str, key: impl ToRedisArgs) -> Cmd {
-    cmd(name).arg(key).to_owned()
+fn compare_and_set(key: &str, from: &str, to: &str, lasts_ms: u64) -> Command {
+    eval(COMPARE_AND_SET, key).arg(from).arg(to).number(lasts_ms)
 }
 
-fn compare_and_set(key: &str, from: &str, to: &str, lasts_ms: u64) -> Cmd {
-    command("EVAL", COMPARE_AND_SET).arg(1).arg(key).arg(from).arg(to).arg(lasts_ms).to_owned()
+fn compare_and_delete(key: &str, value: &str) -> Command {
+    eval(COMPARE_AND_DELETE, key).arg(value)
 }
 
-fn compare_and_delete(key: &str, value: &str) -> Cmd {
-    command("EVAL", COMPARE_AND_DELETE).arg(1).arg(key).arg(value).to_owned()
+fn eval(script: &str, key: &str) -> Command {
+    Command::new("EVAL").arg(script).number(1).arg(key)
 }

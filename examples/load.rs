@@ -1,0 +1,236 @@
+//! For measuring: a load of whole onboardings, token and certificate, and of clients that are slow.
+//!
+//! `load flow ADDRESS CONNECTIONS DEVICES [PREFIX]` takes as many new devices from onboarding to
+//! their certificates, with requests for P-256 certificates that are prepared before the clock
+//! starts, and prints flows per second and the percentiles of a flow's time.
+//!
+//! `load slow ADDRESS CONNECTIONS` sends half a request on each connection, prints `ready`, and
+//! holds them until standard input ends.
+//!
+//! `load start ADDRESS TIMES PROGRAM [ARGUMENT …]` starts the program again and again, kills it at
+//! its first answer to `GET /health`, and prints the milliseconds that each start took.
+
+#![allow(clippy::indexing_slicing, reason = "a measurement that goes wrong may end with a panic")]
+
+use std::error::Error;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use rcgen::{CertificateParams, DnType, KeyPair};
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// Threads that drive the connections, each its share in turn.
+const THREADS: usize = 4;
+
+fn main() -> Result<(), Failure> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["flow", address, connections, devices] => {
+            flow(address.parse()?, connections.parse()?, devices.parse()?, "load")
+        }
+        ["flow", address, connections, devices, prefix] => {
+            flow(address.parse()?, connections.parse()?, devices.parse()?, prefix)
+        }
+        ["slow", address, connections] => slow(address.parse()?, connections.parse()?),
+        ["start", address, times, program, ref rest @ ..] => {
+            (0..times.parse()?).try_for_each(|_: u32| start(address.parse()?, program, rest))
+        }
+        _ => Err("usage: load flow|slow|start ADDRESS …".into()),
+    }
+}
+
+fn start(address: SocketAddr, program: &str, arguments: &[&str]) -> Result<(), Failure> {
+    const PAUSE: Duration = Duration::from_micros(50);
+    let began = Instant::now();
+    let mut child = Command::new(program).args(arguments).stderr(Stdio::null()).spawn()?;
+    let mut answered = Err("no answer".into());
+    while answered.is_err() && began.elapsed() < Duration::from_secs(5) {
+        thread::sleep(PAUSE);
+        answered = is_healthy(address);
+    }
+    println!("{:.3}", began.elapsed().as_secs_f64() * 1000.0);
+    child.kill()?;
+    child.wait()?;
+    answered
+}
+
+fn is_healthy(address: SocketAddr) -> Result<(), Failure> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: bench\r\n\r\n")?;
+    receive(&mut stream, &mut Vec::new()).map(drop)
+}
+
+fn slow(address: SocketAddr, connections: usize) -> Result<(), Failure> {
+    let mut held = Vec::with_capacity(connections);
+    for _ in 0..connections {
+        let mut stream = TcpStream::connect(address)?;
+        stream.write_all(b"POST /api/v1/onboarding HTTP/1.1\r\nHost: bench\r\nX-Half: ")?;
+        held.push(stream);
+    }
+    println!("ready");
+    io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+/// What one device sends: its onboarding, and the body with which it presents its token.
+struct Device {
+    onboarding: Vec<u8>,
+    signing: String,
+}
+
+fn flow(
+    address: SocketAddr,
+    connections: usize,
+    devices: usize,
+    prefix: &str,
+) -> Result<(), Failure> {
+    let threads = THREADS.min(connections);
+    let prepared: Vec<Vec<Device>> = (0..threads)
+        .map(|thread| {
+            let key = KeyPair::generate()?;
+            (thread..devices).step_by(threads).map(|n| device(prefix, n, &key)).collect()
+        })
+        .collect::<Result<_, Failure>>()?;
+    let start = Instant::now();
+    let drivers: Vec<_> = prepared
+        .into_iter()
+        .enumerate()
+        .map(|(thread, devices)| {
+            let share = (thread..connections).step_by(threads).count();
+            thread::spawn(move || drive(address, share, &devices))
+        })
+        .collect();
+    let mut times = Vec::with_capacity(devices);
+    for driver in drivers {
+        times.extend(driver.join().map_err(|_| "a driver panicked")??);
+    }
+    let took = start.elapsed();
+    times.sort_unstable();
+    let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1000.0;
+    println!(
+        "flows {} per_second {:.0} p50_ms {:.2} p99_ms {:.2}",
+        times.len(),
+        times.len() as f64 / took.as_secs_f64(),
+        at(0.5),
+        at(0.99)
+    );
+    Ok(())
+}
+
+fn device(prefix: &str, n: usize, key: &KeyPair) -> Result<Device, Failure> {
+    let name = format!("{prefix}-{n}");
+    let mut parameters = CertificateParams::default();
+    parameters.distinguished_name.remove(DnType::CommonName);
+    parameters.distinguished_name.push(DnType::CommonName, name.as_str());
+    let csr = BASE64.encode(parameters.serialize_request(key)?.pem()?);
+    let body = format!(r#"{{"device_id":"{name}"}}"#);
+    let onboarding = post("onboarding", "", &body);
+    Ok(Device { onboarding, signing: format!(r#"{{"csr":"{csr}","device_id":"{name}"}}"#) })
+}
+
+fn post(endpoint: &str, fields: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!(
+        "POST /api/v1/{endpoint} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n\
+         {fields}Content-Length: {length}\r\n\r\n{body}"
+    )
+    .into_bytes()
+}
+
+/// One connection and the device that is under way on it.
+struct Client {
+    stream: TcpStream,
+    buffer: Vec<u8>,
+    device: usize,
+    began: Instant,
+    /// Its token was asked for, and its certificate not yet.
+    onboarding: bool,
+}
+
+/// Takes all devices through, each connection one at a time. The connections are read in turn: while
+/// the one in front is waited for, the others' answers wait for us, which costs them little, as all
+/// are served alike.
+fn drive(
+    address: SocketAddr,
+    connections: usize,
+    devices: &[Device],
+) -> Result<Vec<Duration>, Failure> {
+    let mut clients = Vec::new();
+    let mut times = Vec::with_capacity(devices.len());
+    let mut next = 0..devices.len();
+    for device in next.by_ref().take(connections) {
+        let stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        let began = Instant::now();
+        clients.push(Client { stream, buffer: Vec::new(), device, began, onboarding: true });
+    }
+    for client in &mut clients {
+        client.stream.write_all(&devices[client.device].onboarding)?;
+    }
+    while !clients.is_empty() {
+        let mut at = 0;
+        while at < clients.len() {
+            if turn(&mut clients[at], devices, &mut next, &mut times)? {
+                at += 1;
+            } else {
+                clients.swap_remove(at);
+            }
+        }
+    }
+    Ok(times)
+}
+
+/// Reads an answer and sends what comes next; false when there is nothing left to do.
+fn turn(
+    client: &mut Client,
+    devices: &[Device],
+    next: &mut impl Iterator<Item = usize>,
+    times: &mut Vec<Duration>,
+) -> Result<bool, Failure> {
+    let answer = receive(&mut client.stream, &mut client.buffer)?;
+    if client.onboarding {
+        let (_, rest) = answer.split_once("\"provisioning_token\":\"").ok_or(answer.as_str())?;
+        let (token, _) = rest.split_once('"').ok_or("half a token")?;
+        let bearer = format!("Authorization: Bearer {token}\r\n");
+        let request = post("sign-csr", &bearer, &devices[client.device].signing);
+        client.stream.write_all(&request)?;
+        client.onboarding = false;
+        return Ok(true);
+    }
+    if !answer.contains("BEGIN CERTIFICATE") {
+        return Err(answer.into());
+    }
+    times.push(client.began.elapsed());
+    let Some(device) = next.next() else { return Ok(false) };
+    (client.device, client.began, client.onboarding) = (device, Instant::now(), true);
+    client.stream.write_all(&devices[device].onboarding)?;
+    Ok(true)
+}
+
+fn receive(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<String, Failure> {
+    const LENGTH: &str = "content-length:";
+    buffer.clear();
+    let mut chunk = [0; 16 * 1024];
+    loop {
+        let text = std::str::from_utf8(buffer)?;
+        if let Some((head, body)) = text.split_once("\r\n\r\n") {
+            let head = head.to_ascii_lowercase();
+            let length = head.lines().find_map(|line| line.strip_prefix(LENGTH));
+            let length: usize = length.ok_or("no length")?.trim().parse()?;
+            if body.len() >= length {
+                return Ok(body.to_owned());
+            }
+        }
+        match stream.read(&mut chunk)? {
+            0 => return Err("the server closed the connection".into()),
+            n => buffer.extend_from_slice(&chunk[..n]),
+        }
+    }
+}

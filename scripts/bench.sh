@@ -1,0 +1,62 @@
+#!/bin/sh
+# Measures the service beside its yardsticks and writes docs/bench.md and docs/bench.svg.
+#
+# usage: scripts/bench.sh [--quick | --rounds N] [--no-build] [--out DIR]
+#
+#   --quick      one short round, to see that everything runs; the figures mean nothing
+#   --rounds N   this many rounds, a minute each; else 5
+#   --no-build   measure the programs that are there
+#   --out DIR    write there instead of docs/
+#
+# Everything is started here, on free ports, and stopped again: Redis, the service, and what it is
+# measured against, each in turn within one round, several rounds over. All share the processors of
+# this machine with the load, so compare the figures of one run only.
+#   MPL_BIN        the program; else target/release, built if need be
+#   MPL_UNBATCHED  the same, built with batches of one: measured beside it on a long way to Redis
+# It needs Rust, python3, redis-server, redis-benchmark, redis-cli, wrk and openssl (Debian's names:
+# python3 redis-server redis-tools wrk openssl).
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=yes
+quick=
+rounds=5
+out=$root/docs
+while [ $# -gt 0 ]; do
+    case $1 in
+        --quick) quick=--quick ;;
+        --rounds)
+            rounds=${2:?"--rounds needs a number"}
+            shift
+            ;;
+        --no-build) build= ;;
+        --out)
+            out=${2:?"--out needs a folder"}
+            shift
+            ;;
+        *)
+            sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+            exit 2
+            ;;
+    esac
+    shift
+done
+
+for tool in cargo python3 redis-server redis-benchmark redis-cli wrk openssl; do
+    command -v "$tool" >/dev/null 2>&1 || { echo "missing: $tool" >&2; exit 1; }
+done
+
+target=${CARGO_TARGET_DIR:-$root/target}
+case $target in /*) ;; *) target=$PWD/$target ;; esac
+cd "$root"
+if [ -n "$build" ]; then
+    cargo build --locked --release --bins --examples
+    CARGO_TARGET_DIR=$target/peer cargo build --locked --release \
+        --manifest-path benches/peer/Cargo.toml
+fi
+mkdir -p "$out"
+exec python3 benches/measure.py \
+    --program "${MPL_BIN:-$target/release/mqtt-publisher-lite}" \
+    --unbatched "${MPL_UNBATCHED:-}" \
+    --examples "$target/release/examples" \
+    --peer "$target/peer/release/peer" \
+    --out "$out" --rounds "$rounds" $quick
