@@ -254,7 +254,7 @@ fn bad_new_files_keep_the_old_certificate_and_are_named() {
         https.renew();
         fs::write(https.path("server.crt"), &good[0]).unwrap();
     };
-    check("another's key", &foreign_key, "certificate and key");
+    check("another's key", &foreign_key, "TLS_KEY=\"");
     https.renew();
     hang_up(&https, "were read again");
     assert_ne!(serves(), first);
