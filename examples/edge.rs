@@ -1,4 +1,5 @@
-//! For measuring: a constant answer behind the edge, and the same from bare `tiny_http`.
+//! For measuring: a constant answer behind the edge, and the same from bare `tiny_http`. A target
+//! that ends in `?n` has n bytes, and `/api/v1/crl?n` comes from the lane for what is large.
 //!
 //! `cargo run --release --example edge -- [lanes]` serves through the edge on port 19102 (HTTPS if
 //! `TLS_CERT` and `TLS_KEY` are set), and bare on port 19103.
@@ -18,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     thread::spawn(bare);
     let dir = std::env::temp_dir().join(format!("edge-example-{}", std::process::id()));
     let mut kinds = vec![Kind::Plain; lanes];
-    kinds.push(Kind::Certificate);
+    kinds.extend([Kind::Certificate, Kind::Bulk]);
     let lanes = open_lanes(&dir, &kinds)?;
     let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
     for lane in lanes {
@@ -36,10 +37,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn work(lane: &Lane) {
     let mut batch = Vec::new();
-    while lane.next_batch(16, &mut batch) {
+    let bound = if lane.address().kind == Kind::Bulk { 1 } else { 16 };
+    while lane.next_batch(bound, &mut batch) {
         for call in batch.drain(..) {
             let headers = header("Content-Type", "application/json").into_iter().collect();
-            let body = match call.target().strip_prefix("/bytes?").map(str::parse) {
+            let body = match call.target().split_once('?').map(|(_, n)| n.parse()) {
                 Some(Ok(n)) => vec![b'x'; n],
                 _ => BODY.as_bytes().to_vec(),
             };

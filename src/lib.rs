@@ -66,11 +66,13 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use crate::api::Api;
@@ -121,7 +123,11 @@ pub fn run(
     reread: impl Fn() -> Result<Config, ConfigError>,
 ) -> Result<(), RunError> {
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
-    // Before anything else, so that no signal finds the process without a handler.
+    // Until it serves there is nothing to finish: whoever stops it is not made to wait for Redis.
+    let starting = Arc::new(AtomicBool::new(true));
+    for signal in [SIGTERM, SIGINT] {
+        flag::register_conditional_shutdown(signal, 0, Arc::clone(&starting)).map_err(failed)?;
+    }
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
     files::make_dir(&config.data_dir, 0o755).map_err(failed)?;
     files::make_dir(&config.ca.dir, 0o755).map_err(failed)?;
@@ -151,6 +157,7 @@ pub fn run(
     });
     let server = server.map_err(failed)?;
     announce(config, store.tokens.status().redis_serves);
+    starting.store(false, Ordering::SeqCst);
     forward_signals(signals, events)?;
     let service = Running { config, api, server, store, answering };
     let mut manager = Manager::new(&config.supervision, clock::now());
@@ -204,9 +211,11 @@ fn open_ca(config: &Config) -> Result<Ca, RunError> {
         device_validity_days: config.ca.device_validity_days,
     };
     let ca = Ca::open(&settings, clock::now()).map_err(failed)?;
-    match ca.issuer() {
-        Some(issuer) => log::info!("CA SHA-256 fingerprint {}", issuer.fingerprint()),
-        None => log::warn!("the clock is not set: the CA is made once it is"),
+    if let Some(issuer) = ca.issuer() {
+        log::info!("CA SHA-256 fingerprint {}", issuer.fingerprint());
+    }
+    if !ca.clock_is_plausible(clock::now()) {
+        log::warn!("the clock is not set: nothing is issued or signed until it is");
     }
     Ok(ca)
 }

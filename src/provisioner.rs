@@ -413,16 +413,22 @@ impl Provisioner {
             Ok(Outcome::Killed(dead)) => dead,
             other => return Err(unexpected(other)),
         };
+        if let Some(dead) = &killed {
+            self.metrics.tokens_killed.add(1);
+            log::info!("token {} of {device} killed, by {client}", dead.hash.short());
+        }
         let serials = self.ca().registry().revoke(&device, clock::now())?;
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
             log::info!("certificate {serial} of {device} revoked, by {client}");
         }
-        if let Some(dead) = &killed {
-            self.metrics.tokens_killed.add(1);
-            log::info!("token {} of {device} killed, by {client}", dead.hash.short());
-        }
         if serials.is_empty() && killed.is_none() && !self.is_owed(&device) {
+            let status = self.store.status();
+            if status.redis_enabled && !status.redis_serves {
+                // If there is a token, it dies when Redis is back; whether there is, nobody knows.
+                let why = format!("device {device}: its token is looked for when Redis is back");
+                return Err(Problem::from(Code::ServiceUnavailable).log(why));
+            }
             return Err(Problem::from(Code::CertificateNotFound)
                 .text("No certificate found for this device"));
         }
@@ -681,7 +687,7 @@ impl Grant {
 
 impl Redeem {
     fn log_signed(&self, leaf: &Leaf) {
-        let user = self.user_id.as_deref().map(|user| format!(", user {user}"));
+        let user = self.user_id.as_deref().map(|user| format!(", user {user:?}"));
         log::info!(
             "certificate {} signed for {}, token {} consumed, by {}{}",
             leaf.serial,

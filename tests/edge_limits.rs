@@ -134,6 +134,7 @@ fn one_address_cannot_take_all() {
 fn at_the_limit_whoever_was_idle_longest_gives_way() {
     let served = serve(|s| s.max_connections = 10);
     let mut old: Vec<_> = (0..10).map(|_| served.connect()).collect();
+    until("all are in", || served.counters.open.value() == 10);
     let mut used = old.remove(0);
     used.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     assert_eq!(one_response(&mut used, false).0, 200);
@@ -260,20 +261,49 @@ fn unfinished_bodies_stay_within_the_budget() {
     assert_eq!(served.counters.held_bytes.value(), 0);
 }
 
+/// A reply larger than what the system takes of it; behind it as much as one read takes.
+const LARGE: &[u8] = b"GET /bytes?6000000 HTTP/1.1\r\nHost: a\r\n\r\n";
+const MANY: usize = 1500;
+
 #[test]
 fn replies_that_nobody_reads_stay_within_the_budget() {
     const BUDGET: usize = 8 * 1024 * 1024;
-    let served = serve(|s| s.max_buffer_bytes = BUDGET);
-    // 400 MB go through the probe's own lane before it.
-    beside_a_probe(&served, 5000, || {
-        let mut streams = from_everywhere(&served, 64);
-        for stream in &mut streams {
-            stream.write_all(b"GET /bytes?6000000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-        }
-        until("all were answered", || served.handled.load(Ordering::Relaxed) >= 64);
-        until("the longest are closed", || served.counters.open.value() < 20);
-        assert!(served.counters.held_bytes.value() <= BUDGET as u64);
-    });
+    for request in [LARGE.to_vec(), LARGE.repeat(MANY)] {
+        let served = serve(|s| s.max_buffer_bytes = BUDGET);
+        // 400 MB go through the probe's own lane before it.
+        beside_a_probe(&served, 5000, || {
+            let mut streams = from_everywhere(&served, 64);
+            for stream in &mut streams {
+                stream.write_all(&request).unwrap();
+                assert!(served.counters.held_bytes.value() <= BUDGET as u64);
+            }
+            until("all were answered", || {
+                assert!(served.counters.held_bytes.value() <= BUDGET as u64);
+                served.handled.load(Ordering::Relaxed) >= 64
+            });
+            until("the longest are closed", || served.counters.open.value() < 20);
+            assert!(served.counters.held_bytes.value() <= BUDGET as u64);
+        });
+    }
+}
+
+/// What waited behind the request was thrown away, so nothing after it can be understood.
+#[test]
+fn a_connection_of_which_something_was_thrown_away_ends_with_its_reply() {
+    // One of these replies fits, two do not.
+    let served = serve(|s| s.max_buffer_bytes = 24 * 1024 * 1024);
+    let request = b"GET /bytes?20000000 HTTP/1.1\r\nHost: a\r\n\r\n";
+    let mut hoarder = served.connect();
+    hoarder.write_all(request).unwrap();
+    until("it holds much", || served.counters.held_bytes.value() > 10_000_000);
+    let start = Instant::now();
+    let mut stream = served.connect();
+    stream.write_all(&request.repeat(MANY)).unwrap();
+    until("the hoarder is closed for it", || served.counters.open.value() == 1);
+    let text = to_end(&mut stream);
+    assert!(text.len() > 20_000_000 && text.starts_with("HTTP/1.1 200 "), "{} bytes", text.len());
+    assert!(text.ends_with('x'), "one answer and no more");
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
 }
 
 #[test]

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use support::clock::now_ms;
 use support::csr::Csr;
+use support::instance::ADMIN_KEY;
 use support::proxy::Proxy;
 use support::redis::Redis;
 use support::service::{Service, Setup};
@@ -287,4 +288,23 @@ fn wait_for_keys(redis: &Redis, expected: &[&str]) {
     expected.sort_unstable();
     let same = wait::until(Duration::from_secs(3), || (redis.keys() == expected).then_some(()));
     assert!(same.is_some(), "keys are {:#?}, expected {expected:#?}", redis.keys());
+}
+
+/// Somebody's `SET live x` must not keep a device waiting for a token that nobody was given.
+#[test]
+fn a_key_of_another_type_costs_its_own_request_only() {
+    let redis = Redis::start(&[]);
+    let service = Service::start(&[("REDIS_URL", &redis.url()), ("ADMIN_API_KEY", ADMIN_KEY)]);
+    redis.cli(&["SET", "mqtt-lite:live", "x"]);
+    check_error(&service.onboard("d"), 503, "SERVICE_UNAVAILABLE", "not counted");
+    redis.cli(&["DEL", "mqtt-lite:live"]);
+    wait::for_true("the device is free again", || !redis.exists("mqtt-lite:device:d"));
+    assert_eq!(service.onboard("d").status, 200);
+    redis.cli(&["LPUSH", "mqtt-lite:device:e", "x"]);
+    check_error(&service.onboard("e"), 503, "SERVICE_UNAVAILABLE", "the claim is a list");
+    let key = format!("Bearer {ADMIN_KEY}");
+    let path = "/api/v1/certificates/e";
+    let answer = service.http.request("DELETE", path, &[("Authorization", &key)], b"");
+    check_error(&answer, 503, "SERVICE_UNAVAILABLE", "whether it has a token is not known");
+    assert_eq!(service.health()["storage"], "redis", "one bad key is no outage");
 }

@@ -411,12 +411,13 @@ fn the_hook_runs_beside_and_never_twice_at_once() {
     names.iter().for_each(|name| assert_eq!(service.revoke(name).status, 200));
     assert!(begin.elapsed() < Duration::from_millis(900), "nobody waits for the hook");
     let runs = |text: &str| text.lines().filter(|l| *l == "end").count();
-    wait::for_true("two more runs for five lists", || runs(&read()) == 3);
-    std::thread::sleep(Duration::from_millis(1300));
+    // Two, if the end of the first run was noticed before the first of the five.
+    wait::for_true("another run for five lists", || runs(&read()) >= 2);
+    std::thread::sleep(Duration::from_millis(2500));
     let said = read();
-    assert_eq!(runs(&said), 3, "{said}");
+    assert!((2..=3).contains(&runs(&said)), "{said}");
     let order: Vec<&str> = said.lines().filter(|l| ["begin", "end"].contains(l)).collect();
-    assert_eq!(order, ["begin", "end"].repeat(3));
+    assert_eq!(order, ["begin", "end"].repeat(runs(&said)));
     assert!(
         !said.contains(ADMIN_KEY) && !said.contains(token::SECRET) && !said.contains("DATA_DIR")
     );

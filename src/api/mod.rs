@@ -209,7 +209,9 @@ impl Api {
         let level = match problem.status() {
             500 => Level::Error,
             401 | 403 | 409 | 429 => Level::Info,
-            _ if problem.log.is_some() => Level::Info,
+            503 if problem.log.is_some() => Level::Info,
+            // A CSR was refused, and the log may say whose.
+            400 if problem.log.is_some() && problem.code != Code::InvalidJson => Level::Info,
             _ => Level::Debug,
         };
         self.metrics.problem(problem.code);

@@ -36,6 +36,9 @@ const CERTS: &str = "certs";
 const TOKEN_LINE: &str = "Provisioning-Token: ";
 /// Bytes read and written at once when the database is copied.
 const COPIED: usize = 64 * 1024;
+/// Certificates without a line that a power cut can leave: a batch of each worker, generously. More
+/// mean that the record was lost or is an older copy, and removing them would make it worse.
+const MOST_STRAYS: usize = 64;
 /// How far two records of the same moment may disagree about the time, for clocks are set.
 const CLOCK_SLACK_S: u64 = 3600;
 
@@ -99,7 +102,12 @@ impl From<FilesError> for RegistryError {
 
 impl From<RegistryError> for Problem {
     fn from(error: RegistryError) -> Self {
-        Problem::from(Code::ServiceUnavailable).log(error)
+        // What cannot be read now will not be readable in a second.
+        let code = match &error {
+            RegistryError::Unreadable(_) | RegistryError::Garbled { .. } => Code::InternalError,
+            RegistryError::NotWritten { .. } => Code::ServiceUnavailable,
+        };
+        Problem::from(code).log(error)
     }
 }
 
@@ -224,6 +232,9 @@ impl Registry {
         let registry =
             Registry { dir: dir.to_owned(), rows: RwLock::new(rows), writer: Mutex::default() };
         registry.settle_strays(torn)?;
+        if torn == Torn::Missing {
+            files::write_atomic(&dir.join(INDEX), b"", 0o644)?;
+        }
         registry.load_tokens(now.map(|n| n.unix_s()));
         Ok(registry)
     }
@@ -390,6 +401,13 @@ impl Registry {
         let strays = self.strays()?;
         if strays.is_empty() {
             return Ok(());
+        }
+        if torn == Torn::Missing || strays.len() > MOST_STRAYS {
+            return Err(RegistryError::Unreadable(format!(
+                "{} has lost the lines of {} certificates in {CERTS}/: restore it, or move them away",
+                self.dir.join(INDEX).display(),
+                strays.len()
+            )));
         }
         let listed = crl::listed(&self.dir);
         for serial in strays {
@@ -727,18 +745,19 @@ impl Rows {
 enum Torn {
     /// No line was torn.
     Nothing,
+    /// There is no file.
+    Missing,
     /// It was a new one: only those are appended.
     New,
     /// It was a revoked one, which this program never appends; something else has torn the file.
     Revoked,
 }
 
-/// Reads `index.txt`, made if there is none. If the last line is torn, it is cut off: it was never
+/// Reads `index.txt`. If the last line is torn, it is cut off: it was never
 /// synced, so its certificate was never answered.
 fn read_index(path: &Path) -> Result<(Rows, Torn), RegistryError> {
     let Some(bytes) = files::read(path)? else {
-        files::write_atomic(path, b"", 0o644)?;
-        return Ok((Rows::default(), Torn::Nothing));
+        return Ok((Rows::default(), Torn::Missing));
     };
     let count = bytes.iter().filter(|b| **b == b'\n').count();
     let mut rows = Rows { list: Vec::with_capacity(count), ..Rows::default() };
@@ -1131,6 +1150,31 @@ mod tests {
         assert!(again.has_active(&device("device-1"), clock::now()));
         let error = again.stored(&leaves[0].serial).unwrap_err().to_string();
         assert!(error.ends_with(".pem: missing"), "{error}");
+    }
+
+    #[test]
+    fn a_record_that_was_lost_or_is_older_takes_no_certificate_with_it() {
+        let fixture = Fixture::new();
+        enter(&fixture.open(), &fixture.leaf("device-1"), None).unwrap();
+        let (index, pems) = (fixture.dir.join(INDEX), fixture.pems());
+        let check = |count: usize| {
+            let error = Registry::open(&fixture.dir, None).unwrap_err().to_string();
+            assert!(error.contains(&format!("lost the lines of {count} certificates")), "{error}");
+        };
+        fs::remove_file(&index).unwrap();
+        check(1);
+        check(1); // also at the next start
+        assert_eq!(fixture.pems(), pems);
+        fs::write(&index, "").unwrap();
+        for n in 1..=MOST_STRAYS as u8 {
+            let name = format!(
+                "{:X}.pem",
+                Serial([0x40 + n % 64, n, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+            );
+            fs::write(fixture.dir.join(CERTS).join(name), "a certificate").unwrap();
+        }
+        check(MOST_STRAYS + 1);
+        assert_eq!(fixture.pems(), pems + MOST_STRAYS);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use log::LevelFilter;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
 
 pub use self::cidr::Cidr;
 pub use self::redis::{PemFile, Redis};
@@ -196,10 +197,8 @@ impl Config {
             warnings,
         };
         if let Some(tls) = &config.http.tls {
-            vars.contents(&var::TLS_CERT, &tls.cert, are_certificates)?;
-            vars.contents(&var::TLS_KEY, &tls.key, |pem| {
-                PrivateKeyDer::from_pem_slice(pem).is_ok()
-            })?;
+            let certificate = vars.contents(&var::TLS_CERT, &tls.cert, are_certificates)?;
+            vars.contents(&var::TLS_KEY, &tls.key, |key| is_key_of(&certificate, key))?;
         }
         config.warn();
         Ok(config)
@@ -243,6 +242,14 @@ impl Config {
             let text =
                 "ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke";
             self.warnings.push(text.to_owned());
+        }
+        if let Some(redis) = &self.redis
+            && redis.pool_size < self.http.workers
+        {
+            let (pool, workers) = (redis.pool_size, self.http.workers);
+            self.warnings.push(format!(
+                "REDIS_POOL_SIZE={pool} is less than WORKERS={workers}: workers will wait for a connection"
+            ));
         }
         if self.redis.is_some() && self.jwt_secret.is_none() {
             let text =
@@ -373,6 +380,13 @@ fn tls_files(vars: &Vars<'_>) -> Result<Option<TlsFiles>, ConfigError> {
 fn are_certificates(pem: &[u8]) -> bool {
     let mut certificates = CertificateDer::pem_slice_iter(pem).peekable();
     certificates.peek().is_some() && certificates.all(|certificate| certificate.is_ok())
+}
+
+fn is_key_of(certificate: &[u8], key: &[u8]) -> bool {
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate).collect();
+    let (Ok(chain), Ok(key)) = (chain, PrivateKeyDer::from_pem_slice(key)) else { return false };
+    let provider = rustls::crypto::ring::default_provider();
+    CertifiedKey::from_der(chain, key, &provider).is_ok()
 }
 
 fn cidrs(text: &str) -> Option<Vec<Cidr>> {

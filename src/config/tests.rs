@@ -213,10 +213,16 @@ fn tls_needs_a_certificate_and_its_key() {
         &[("TLS_CERT", "/pem/root.key"), key],
         &format!("TLS_CERT=\"/pem/root.key\": {}", not_a("at least one certificate")),
     );
-    check(&[cert, ("TLS_KEY", ROOT)], &format!("TLS_KEY=\"{ROOT}\": {}", not_a("a private key")));
+    check(
+        &[cert, ("TLS_KEY", ROOT)],
+        &format!("TLS_KEY=\"{ROOT}\": {}", not_a("the private key of TLS_CERT")),
+    );
     check(
         &[cert, ("TLS_KEY", "/none")],
-        &format!("TLS_KEY=\"/none\": {}, but it gives: entity not found", not_a("a private key")),
+        &format!(
+            "TLS_KEY=\"/none\": {}, but it gives: entity not found",
+            not_a("the private key of TLS_CERT")
+        ),
     );
 }
 

@@ -84,8 +84,9 @@ variables! {
     PORT = "3002", Number(1, 65_535), "port to listen on; HTTP_PORT is read if PORT is unset";
     HTTP_PORT = "3002", Number(1, 65_535), "the same, by its older name";
     TLS_CERT = "", PEM_CERT, "PEM file with our certificate chain: serve HTTPS";
-    TLS_KEY = "", Text("a readable PEM file with a private key"), "PEM file with its private key";
+    TLS_KEY = "", Text("a readable PEM file with the private key of TLS_CERT"), "PEM file with its private key";
     /// Each worker costs a lane: its own thread, a tiny_http server with six, one Redis connection.
+    /// One more, besides these, serves the CRL.
     WORKERS = "4", Number(1, 64), "threads that answer requests";
     /// A connection costs a descriptor and a few hundred bytes while it is idle.
     MAX_CONNECTIONS = "1024", Number(1, 65_536), "most connections of clients";

@@ -116,6 +116,15 @@ impl Client {
         self.out.is_empty() && !self.tls.as_ref().is_some_and(|tls| tls.wants_write())
     }
 
+    /// Throws away what waits behind the request in work, which is the last one then: what follows
+    /// would begin in the middle of what was thrown away.
+    pub fn drop_pending(&mut self) {
+        self.is_last = true;
+        // The head of the reply may be out already, and promise more than is kept.
+        self.after = After::Close;
+        self.reader.drop_pending();
+    }
+
     /// Reads once.
     ///
     /// # Errors

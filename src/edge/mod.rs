@@ -61,6 +61,9 @@ pub enum Kind {
     Plain,
     /// What signs a certificate and waits for the disk.
     Certificate,
+    /// What has a reply of hundreds of KiB. Whatever else went down the same lane would wait until
+    /// all of it has come through.
+    Bulk,
 }
 
 impl Kind {
@@ -69,6 +72,7 @@ impl Kind {
         let path = target.split_once('?').map_or(target, |(path, _)| path);
         match (method, path) {
             ("POST", "/api/v1/sign-csr" | RENEWAL) => Kind::Certificate,
+            ("GET" | "HEAD", "/api/v1/crl") => Kind::Bulk,
             _ => Kind::Plain,
         }
     }
@@ -199,5 +203,25 @@ impl Counter {
 
     fn set(&self, n: u64) {
         self.0.store(n, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Kind;
+
+    #[test]
+    fn what_is_slow_or_large_has_lanes_of_its_own() {
+        for (method, target, kind) in [
+            ("POST", "/api/v1/sign-csr", Kind::Certificate),
+            ("POST", "/api/v1/renew?x", Kind::Certificate),
+            ("GET", "/api/v1/crl?format=der", Kind::Bulk),
+            ("HEAD", "/api/v1/crl", Kind::Bulk),
+            ("POST", "/api/v1/crl", Kind::Plain),
+            ("GET", "/api/v1/crl/", Kind::Plain),
+            ("GET", "/health", Kind::Plain),
+        ] {
+            assert_eq!(Kind::of(method, target), kind, "{method} {target}");
+        }
     }
 }

@@ -206,13 +206,8 @@ impl Hall {
     /// Holds what the client holds against the budget; if that is spent, the client is refused,
     /// or whoever is longest in taking a reply is closed.
     pub(super) fn settle(&mut self, at: usize, now: Now) {
-        let Some(client) = client(&mut self.clients, at) else { return };
-        let (before, held) = (client.counted, client.held());
-        client.counted = held;
-        self.budget.change(before, held);
-        if held <= before {
-            return;
-        }
+        let Some((before, held)) = self.count_held(at) else { return };
+        let Some(client) = client(&mut self.clients, at).filter(|_| held > before) else { return };
         match client.reader.phase() {
             Phase::Head | Phase::Body => {
                 // What is small gets in as long as a reply can give way.
@@ -222,15 +217,23 @@ impl Hall {
                     self.refuse(at, Code::ServiceUnavailable, now);
                 }
             }
-            Phase::Busy if self.budget.is_over() && client.reader.has_pending() => {
-                client.is_last = true;
-                client.reader.drop_pending();
-                self.settle(at, now);
-            }
             Phase::Idle | Phase::Busy => {
+                if self.budget.is_over() && client.reader.has_pending() {
+                    client.drop_pending();
+                    self.count_held(at);
+                }
                 self.make_room(0);
             }
         }
+    }
+
+    /// What the budget counted for this client, and counts from now on.
+    fn count_held(&mut self, at: usize) -> Option<(usize, usize)> {
+        let client = client(&mut self.clients, at)?;
+        let (before, held) = (client.counted, client.held());
+        client.counted = held;
+        self.budget.change(before, held);
+        Some((before, held))
     }
 
     /// Makes room for so many bytes more: whoever is longest in taking a reply is closed. False if

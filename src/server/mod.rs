@@ -8,7 +8,9 @@ mod lane;
 
 use std::fmt;
 use std::io;
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -106,7 +108,7 @@ impl Server {
     /// Stops listening, answers what is in progress, and ends all threads.
     pub fn stop(self) {
         self.handle.shutdown();
-        // Neither the edge nor a worker panics: each request of a batch is guarded.
+        // How a thread ended does not matter any more.
         let _ = self.edge.join();
         for (stopper, worker) in self.workers {
             stopper.stop();
@@ -121,12 +123,13 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 }
 
 /// One lane a worker. Certificates wait for the disk and have lanes of their own; half, so that
-/// neither kind can starve the other.
+/// neither kind can starve the other. One more is for what is large.
 fn kinds(workers: usize) -> Vec<Kind> {
     let certificates = (workers / 2).max(1);
     let plain = workers.saturating_sub(certificates).max(1);
     let plain = std::iter::repeat_n(Kind::Plain, plain);
-    plain.chain(std::iter::repeat_n(Kind::Certificate, certificates)).collect()
+    let certificates = std::iter::repeat_n(Kind::Certificate, certificates);
+    plain.chain(certificates).chain([Kind::Bulk]).collect()
 }
 
 fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
@@ -166,14 +169,21 @@ fn show_edge(counters: &edge::Counters, page: &mut Page) {
 
 fn work(lane: &Lane, api: &Api) {
     let mut calls = Vec::new();
-    while lane.next_batch(BATCH, &mut calls) {
-        let requests: Vec<Request> = calls.iter_mut().map(request).collect();
-        let answers = api.answer(&requests);
-        for (call, reply) in calls.drain(..).zip(answers.replies) {
-            call.answer(lane_reply(reply));
-        }
-        api.clean_up(&answers.after);
+    // The replies to a batch are held until all are made: large ones are made one by one.
+    let bound = if lane.address().kind == Kind::Bulk { 1 } else { BATCH };
+    while lane.next_batch(bound, &mut calls) {
+        // What panics outside a handler costs its batch; calls left unanswered answer 500.
+        let _ = catch_unwind(AssertUnwindSafe(|| answer(api, mem::take(&mut calls))));
     }
+}
+
+fn answer(api: &Api, mut calls: Vec<Call>) {
+    let requests: Vec<Request> = calls.iter_mut().map(request).collect();
+    let answers = api.answer(&requests);
+    for (call, reply) in calls.into_iter().zip(answers.replies) {
+        call.answer(lane_reply(reply));
+    }
+    api.clean_up(&answers.after);
 }
 
 fn request(call: &mut Call) -> Request {

@@ -171,7 +171,7 @@ impl Failover {
     fn notice(&self, state: &mut State, results: &[Answer], epoch: u64) {
         let downs = || {
             results.iter().filter_map(|result| match result {
-                Err(StoreError::Down(down)) => Some(down),
+                Err(StoreError::Down(down)) if down.kind != DownKind::Busy => Some(down),
                 _ => None,
             })
         };
@@ -183,6 +183,7 @@ impl Failover {
         match down.kind {
             DownKind::Refused => self.degrade(state, &down.why),
             DownKind::Lost | DownKind::ReadOnly => self.suspect(state, down.why.clone()),
+            DownKind::Busy => {}
         }
     }
 

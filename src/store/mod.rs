@@ -137,6 +137,8 @@ pub enum DownKind {
     Refused,
     /// `READONLY`: another server may be the one to write to.
     ReadOnly,
+    /// All connections were in use all the time; nothing is wrong with the server.
+    Busy,
 }
 
 impl fmt::Display for StoreError {

@@ -135,6 +135,7 @@ impl Failover {
                         Ok(Outcome::Killed(dead.or(killed)))
                     }
                     Ok(other) => Ok(other),
+                    Err(StoreError::Failed(why)) => Err(StoreError::Failed(why)),
                     Err(_) => {
                         state.todo.note_kill(kill.clone(), now);
                         Ok(Outcome::Killed(killed))
@@ -186,6 +187,12 @@ impl Failover {
                     self.bury(state, dead, true, now);
                 }
                 self.issue_locally(state, op, token, down.maybe_done, now)
+            }
+            Err(StoreError::Failed(why)) => {
+                // What was carried out of it would keep the device waiting for a token that nobody
+                // was given.
+                state.todo.remove(token.clone());
+                Err(StoreError::Failed(why))
             }
             other => other,
         }

@@ -14,6 +14,9 @@ use crate::store::Kill;
 /// Marks to withdraw that are remembered; more than one outage leaves under any sane load.
 const MOST_WITHDRAWALS: usize = 4096;
 
+/// With fewer kills it is not worth looking for those that have ended.
+const LEAST_KILLS: usize = 1024;
+
 /// One piece of work; what exactly is to be sent is decided when it is sent.
 #[derive(Clone, Debug)]
 pub(super) enum Work {
@@ -36,6 +39,9 @@ pub(super) struct Todo {
     withdrawals: BTreeMap<(TokenHash, Serial), Token>,
     removals: BTreeMap<TokenHash, Token>,
     kills: BTreeMap<DeviceId, Kill>,
+    /// With so many kills those whose tokens have ended are dropped, so that looking for them is
+    /// paid once for many.
+    prune_kills_at: usize,
     carries: Vec<TokenHash>,
 }
 
@@ -80,8 +86,11 @@ impl Todo {
         let issued_by_s = kill.issued_by_s.min(now.unix_s());
         let kill = Kill { issued_by_s, ..kill };
         let oldest = now.unix_s().saturating_sub(MAX_LIFETIME_S);
-        self.kills.retain(|_, kill| kill.issued_by_s >= oldest);
         self.kills.insert(kill.device.clone(), kill);
+        if self.kills.len() >= self.prune_kills_at.max(LEAST_KILLS) {
+            self.kills.retain(|_, kill| kill.issued_by_s >= oldest);
+            self.prune_kills_at = 2 * self.kills.len();
+        }
     }
 
     /// Everything is to be told again: replaces the lists of marks and tokens.

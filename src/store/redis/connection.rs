@@ -151,7 +151,11 @@ impl Pool {
             if state.open == 0 {
                 return Err(lost("not connected".to_owned(), false));
             }
-            let left = time_left(deadline).ok_or_else(|| late(false))?;
+            let busy = || Down {
+                kind: DownKind::Busy,
+                ..lost("REDIS_POOL_SIZE connections are too few".to_owned(), false)
+            };
+            let left = time_left(deadline).ok_or_else(busy)?;
             let waited = self.put_back.wait_timeout(state, left);
             state = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }

@@ -115,7 +115,10 @@ impl Replies {
             Value::Nil => Ok(None),
             Value::Okay => Ok(Some("OK".to_owned())),
             Value::SimpleString(text) => Ok(Some(text)),
-            Value::BulkString(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+            // Read otherwise, a value could never be compared with what stands there.
+            Value::BulkString(bytes) => {
+                String::from_utf8(bytes).map(Some).map_err(|_| unexpected("not UTF-8"))
+            }
             Value::VerbatimString { text, .. } => Ok(Some(text)),
             _ => Err(unexpected("not a text")),
         }

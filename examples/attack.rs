@@ -1,0 +1,297 @@
+//! Attacks a server on loopback and asks meanwhile how the others are served.
+//!
+//! ```text
+//! attack HOST:PORT idle  N SECONDS          N connections that say nothing
+//! attack HOST:PORT body  N SECONDS          N that send 63 of 64 KiB of a body, and stop
+//! attack HOST:PORT read  N SECONDS [PATH]   N that ask for PATH again and again and never read
+//! attack HOST:PORT burst N TIMES   [PATH]   N opened at once, each asks once, so many times
+//! attack HOST:PORT probe   SECONDS [FROM]   /health every 100 ms from the address FROM
+//! ```
+//!
+//! Connections come from many addresses of 127.0.0.0/8, so that neither ports nor the limit per
+//! address hold them back. One that the server ends is opened again, once a second. Everything is
+//! bounded, and nothing but 127.0.0.0/8 is ever asked. `burst` and `probe` exit 1 if an answer is
+//! missing.
+
+use std::error::Error;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+const CONNECTIONS_MAX: u32 = 16_000;
+const TIMES_MAX: u32 = 1_000;
+const SECONDS_MAX: u32 = 600;
+/// How many connections come from one address.
+const PER_ADDRESS: u32 = 50;
+/// Longest wait for anything, after which it counts as failed.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PROBE_EVERY: Duration = Duration::from_millis(100);
+/// As little as the system allows of a reply waits on the side of whoever does not read it.
+const SMALL_BUFFER: usize = 2_048;
+/// Requests that one reader sends at most.
+const PIPELINED_MAX: usize = 10_000;
+
+type Failure = Box<dyn Error>;
+/// What is done with a connection that was just opened.
+type Act = Box<dyn Fn(&mut TcpStream) -> io::Result<()>>;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match args.as_slice() {
+        [server, "probe", seconds, from @ ..] => probe(server, seconds, from.first().copied()),
+        [server, "burst", n, times, path @ ..] => burst(server, n, times, path.first().copied()),
+        [server, mode, n, seconds, path @ ..] => hold(server, mode, n, seconds, path.first()),
+        _ => {
+            Err("usage: attack HOST:PORT idle|body|read|burst|probe …, see its first lines".into())
+        }
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(e) => {
+            eprintln!("attack: {e}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// `idle`, `body` and `read`: opens all, and opens again what the server ends.
+fn hold(
+    server: &str,
+    mode: &str,
+    n: &str,
+    seconds: &str,
+    path: Option<&&str>,
+) -> Result<bool, Failure> {
+    let (server, n) = (target(server)?, number(n, CONNECTIONS_MAX)?);
+    let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
+    let act: Act = match mode {
+        "idle" => Box::new(|_| Ok(())),
+        "body" => Box::new(|stream| send(stream, &most_of_a_body())),
+        "read" => {
+            let requests = request(path.unwrap_or(&"/api"), "").repeat(PIPELINED_MAX);
+            Box::new(move |stream| send(stream, requests.as_bytes()))
+        }
+        _ => return Err(format!("unknown mode {mode}").into()),
+    };
+    let reads_not = mode == "read";
+    raise_open_files(n + 100)?;
+    let mut places: Vec<Option<TcpStream>> = (0..n).map(|_| None).collect();
+    let mut seen = Seen::default();
+    while Instant::now() < end {
+        let round = Instant::now();
+        for (i, place) in (0..).zip(&mut places) {
+            if Instant::now() >= end {
+                break;
+            }
+            if place.as_ref().is_none_or(|stream| seen.is_ended(stream, reads_not)) {
+                *place = seen.open(server, i, reads_not.then_some(SMALL_BUFFER), &act);
+            }
+        }
+        thread::sleep(Duration::from_secs(1).saturating_sub(round.elapsed()));
+    }
+    println!("{mode}: {seen:?}");
+    Ok(true)
+}
+
+/// What became of the connections.
+#[derive(Debug, Default)]
+struct Seen {
+    opened: u32,
+    not_opened: u32,
+    ended_by_server: u32,
+    ended_with_an_answer: u32,
+}
+
+impl Seen {
+    fn open(
+        &mut self,
+        server: SocketAddrV4,
+        i: u32,
+        buffer: Option<usize>,
+        act: &Act,
+    ) -> Option<TcpStream> {
+        let opened = open(server, address(i), buffer).and_then(|mut stream| {
+            stream.set_nonblocking(true)?;
+            act(&mut stream)?;
+            Ok(stream)
+        });
+        match &opened {
+            Ok(_) => self.opened += 1,
+            Err(_) => self.not_opened += 1,
+        }
+        opened.ok()
+    }
+
+    /// Whether the server has ended the connection; one that must not read only peeks.
+    fn is_ended(&mut self, stream: &TcpStream, peeks: bool) -> bool {
+        let mut answer = [0; 4096];
+        let came = if peeks { stream.peek(&mut answer) } else { (&*stream).read(&mut answer) };
+        match came {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return false,
+            Ok(n) if n > 0 && peeks => return false,
+            Ok(n) if n > 0 => self.ended_with_an_answer += 1,
+            _ => {}
+        }
+        self.ended_by_server += 1;
+        true
+    }
+}
+
+/// Opens `n` connections, then asks on all, then reads all.
+fn burst(server: &str, n: &str, times: &str, path: Option<&str>) -> Result<bool, Failure> {
+    let (server, n) = (target(server)?, number(n, CONNECTIONS_MAX)?);
+    let times = number(times, TIMES_MAX)?;
+    let request = request(path.unwrap_or("/health"), "Connection: close\r\n");
+    raise_open_files(n + 100)?;
+    let (mut answered, mut unopened, mut longest) = (0, 0, Duration::ZERO);
+    for time in 0..times {
+        let start = Instant::now();
+        let crowd: Vec<_> = (0..n).map(|i| open(server, address(time * n + i), None)).collect();
+        let mut crowd: Vec<TcpStream> = crowd.into_iter().filter_map(Result::ok).collect();
+        unopened += n - u32::try_from(crowd.len())?;
+        for stream in &mut crowd {
+            // Whoever cannot write will read no answer either.
+            let _ = stream.write_all(request.as_bytes());
+        }
+        answered += crowd.iter_mut().filter_map(|stream| read_answer(stream).ok()).count();
+        longest = longest.max(start.elapsed());
+    }
+    let wanted = n as usize * times as usize;
+    println!(
+        "burst: {n} at once, {times} times: {answered} of {wanted} answered, {unopened} not opened, \
+         longest round {} ms",
+        longest.as_millis()
+    );
+    Ok(answered == wanted)
+}
+
+/// Asks for `/health` on a new connection each time.
+fn probe(server: &str, seconds: &str, from: Option<&str>) -> Result<bool, Failure> {
+    let server = target(server)?;
+    let from = from.unwrap_or("127.99.99.99").parse()?;
+    let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
+    let request = request("/health", "Connection: close\r\n");
+    let (mut times, mut failures) = (Vec::new(), 0);
+    while Instant::now() < end {
+        let start = Instant::now();
+        let answer = open(server, from, None).and_then(|mut stream| {
+            stream.write_all(request.as_bytes())?;
+            read_answer(&mut stream)
+        });
+        match answer {
+            Ok(()) => times.push(start.elapsed()),
+            Err(e) => {
+                failures += 1;
+                eprintln!("probe: {e} after {:?}", start.elapsed());
+            }
+        }
+        thread::sleep(PROBE_EVERY.saturating_sub(start.elapsed()));
+    }
+    times.sort();
+    let share = |percent: usize| {
+        let at = (times.len() * percent / 100).min(times.len().saturating_sub(1));
+        times.get(at).map_or(f64::NAN, |time| time.as_secs_f64() * 1000.0)
+    };
+    println!(
+        "probe: count {} failures {failures} p50 {:.2} p99 {:.2} max {:.2} ms",
+        times.len(),
+        share(50),
+        share(99),
+        share(100)
+    );
+    Ok(failures == 0 && !times.is_empty())
+}
+
+/// An answer is good if it is a whole 200.
+fn read_answer(stream: &mut TcpStream) -> io::Result<()> {
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let (head, body) = answer
+        .windows(4)
+        .position(|four| four == b"\r\n\r\n")
+        .map(|at| answer.split_at(at + 4))
+        .ok_or(ErrorKind::UnexpectedEof)?;
+    let head = String::from_utf8_lossy(head);
+    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+    if !head.starts_with("HTTP/1.1 200 ") {
+        return Err(io::Error::other(head.lines().next().unwrap_or_default().to_owned()));
+    }
+    match length.and_then(|length| length.parse().ok()) {
+        Some(length) if body.len() == length => Ok(()),
+        _ => Err(ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// A connection from `from`; `SO_SNDTIMEO` bounds connecting, too (socket(7)).
+fn open(server: SocketAddrV4, from: Ipv4Addr, buffer: Option<usize>) -> io::Result<TcpStream> {
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+    if let Some(bytes) = buffer {
+        set_socket_recv_buffer_size(&socket, bytes)?;
+    }
+    bind(&socket, &SocketAddrV4::new(from, 0))?;
+    connect(&socket, &server)?;
+    Ok(TcpStream::from(socket))
+}
+
+/// Sends what the socket takes.
+fn send(stream: &mut TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match stream.write(bytes) {
+            Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn request(path: &str, fields: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n")
+}
+
+fn most_of_a_body() -> Vec<u8> {
+    let head = "POST /api/v1/onboarding HTTP/1.1\r\nHost: localhost\r\n\
+                Content-Type: application/json\r\nContent-Length: 65536\r\n\r\n";
+    let mut bytes = head.as_bytes().to_vec();
+    bytes.resize(bytes.len() + 63 * 1024, b'x');
+    bytes
+}
+
+/// The address of the connection with this number, from 127.1.0.1 on.
+fn address(i: u32) -> Ipv4Addr {
+    let block = i / PER_ADDRESS % 50_000;
+    Ipv4Addr::from_bits(Ipv4Addr::new(127, 1, 0, 1).to_bits() + block)
+}
+
+fn target(text: &str) -> Result<SocketAddrV4, Failure> {
+    match text.parse()? {
+        SocketAddr::V4(server) if server.ip().is_loopback() => Ok(server),
+        other => Err(format!("{other} is not in 127.0.0.0/8").into()),
+    }
+}
+
+fn number(text: &str, max: u32) -> Result<u32, Failure> {
+    match text.parse()? {
+        n if (1..=max).contains(&n) => Ok(n),
+        n => Err(format!("{n} is not from 1 to {max}").into()),
+    }
+}
+
+fn raise_open_files(wanted: u32) -> Result<(), Failure> {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= wanted.into()) {
+        return Ok(());
+    }
+    let raised = Rlimit { current: Some(wanted.into()), maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised).map_err(|e| format!("{wanted} open files: {e}").into())
+}

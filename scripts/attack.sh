@@ -1,0 +1,240 @@
+#!/bin/sh
+# Attacks a server of its own, on loopback, and asks meanwhile how the others are served.
+#
+# usage: scripts/attack.sh [SECONDS [PATH]]
+#
+# Every attack has a fresh server (from memory, in a temporary folder) and lasts SECONDS (15). PATH
+# (/api/v1/crl, which has half a megabyte here) is what those ask for who never read. Beside each
+# attack a probe asks for /health every 100 ms, and another asks a second server that nobody attacks:
+# what that one waits for is the machine, which attackers and servers share. It prints one table and
+# ends with 0 if no probe failed, p99 stayed under 50 ms (more than the other server's), memory under
+# 16 MiB, no thread was added, the server answered afterwards, and everyone of a burst was answered.
+#   MPL_BIN       the program; else it is built
+#   ATTACK_BIN    examples/attack; else it is built
+#   ATTACK_ONLY   run only the attacks whose names match this pattern of the shell
+#   ATTACK_NOTES  a file for what the attackers themselves report
+# It needs slowhttptest (on Debian, as root, it is installed), 2 GB of memory, and 20,000 descriptors.
+set -eu
+root=$(cd "$(dirname "$0")/.." && pwd)
+seconds=${1:-15}
+path=${2:-/api/v1/crl}
+only=${ATTACK_ONLY:-*}
+work=$(mktemp -d)
+server=
+twin=
+: >"$work/notes"
+failed=0
+
+stop_servers() {
+    for process in $server $twin; do
+        kill "$process" 2>/dev/null || true
+        wait "$process" 2>/dev/null || true
+    done
+    server=
+    twin=
+}
+
+finish() {
+    code=$?
+    trap - EXIT
+    [ "$code" -eq 0 ] || [ ! -s "$work/server.log" ] || sed 's/^/server: /' "$work/server.log" >&2
+    stop_servers
+    rm -rf "$work"
+    exit "$code"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+fail() {
+    echo "attack: $*" >&2
+    exit 1
+}
+
+if ! command -v slowhttptest >/dev/null 2>&1 && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slowhttptest >/dev/null
+fi
+for tool in slowhttptest curl prlimit; do
+    command -v "$tool" >/dev/null 2>&1 || fail "$tool is not installed"
+done
+
+build=${CARGO_TARGET_DIR:-$root/target}/release
+# Built together, so that what both need is built once.
+if [ -z "${MPL_BIN:-}" ] || [ -z "${ATTACK_BIN:-}" ]; then
+    (cd "$root" && nice cargo build --locked --release --bin mqtt-publisher-lite --example attack)
+fi
+bin=${MPL_BIN:-$build/mqtt-publisher-lite}
+attack=${ATTACK_BIN:-$build/examples/attack}
+for file in "$bin" "$attack"; do
+    [ -x "$file" ] || fail "no program $file"
+done
+case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
+case $attack in /*) ;; *) attack=$PWD/$attack ;; esac
+
+# The attacked server's limit on open files, when it has another than ours.
+files=
+# A variable for it.
+setting=
+
+# free_port FIRST: a port from there on that nobody answers on.
+free_port() {
+    free=$1
+    while curl --silent --max-time 1 "http://127.0.0.1:$free/" >/dev/null 2>&1; do
+        free=$((free + 1))
+    done
+    echo "$free"
+}
+
+start_server() {
+    port=$(free_port $((20000 + $$ % 6000)))
+    rm -rf "$work/data"
+    cp -R "$work/template" "$work/data"
+    env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$port" DATA_DIR="$work/data" \
+        ${setting:+"$setting"} ${files:+prlimit "--nofile=$files"} "$bin" >"$work/server.log" 2>&1 &
+    server=$!
+    await "$server" "$port"
+}
+
+# The one that nobody attacks.
+start_twin() {
+    twin_port=$(free_port $((26000 + $$ % 6000)))
+    rm -rf "$work/twin"
+    env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$twin_port" DATA_DIR="$work/twin" \
+        "$bin" >"$work/twin.log" 2>&1 &
+    twin=$!
+    await "$twin" "$twin_port"
+}
+
+await() {
+    tries=0
+    until answers "$2"; do
+        kill -0 "$1" 2>/dev/null || fail "a server ended at its start"
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || fail "a server does not answer"
+        sleep 0.1
+    done
+}
+
+answers() {
+    curl --silent --fail --max-time 2 --output /dev/null "http://127.0.0.1:$1/health"
+}
+
+# A CA with so many revoked certificates that its CRL has half a megabyte.
+make_template() {
+    mkdir "$work/template"
+    start_server
+    stop_servers
+    mv "$work/data" "$work/made"
+    rmdir "$work/template"
+    mv "$work/made" "$work/template"
+    awk 'BEGIN {
+        for (i = 1; i <= 10000; i++)
+            printf "R\t401231235959Z\t261101000000Z\t7A%030X\tunknown\t/CN=revoked-%d\n", i, i
+    }' >>"$work/template/ca/index.txt"
+    rm -f "$work/template/ca/crl.pem"
+}
+
+# of_server FIELD: a number from the server's status.
+of_server() { sed -n "s/^$1:[^0-9]*\\([0-9]*\\).*/\\1/p" "/proc/$server/status"; }
+
+slow() {
+    mode=$1
+    shift
+    nice slowhttptest "$mode" -c 1000 -r 500 -l "$seconds" -p 3 -v 0 "$@" >/dev/null 2>&1
+}
+
+# The attacks. Each is to last about as long as the probe; `nice`, because real attackers bring
+# processors of their own.
+run() {
+    at=127.0.0.1:$port
+    case $1 in
+        nothing) sleep "$seconds" ;;
+        slow-headers) slow -H -i 2 -x 24 -u "http://$at/health" ;;
+        slow-body) slow -B -i 2 -s 65536 -x 24 -u "http://$at/api/v1/onboarding" ;;
+        range) slow -R -a 5 -b 3000 -t GET -u "http://$at$path" ;;
+        slow-read) slow -X -w 1 -y 512 -n 1 -z 5 -k 3 -u "http://$at$path" ;;
+        idle-10000) nice "$attack" "$at" idle 10000 "$seconds" ;;
+        body-1000) nice "$attack" "$at" body 1000 "$seconds" ;;
+        read-256) nice "$attack" "$at" read 256 "$seconds" "$path" ;;
+        read-1000) nice "$attack" "$at" read 1000 "$seconds" "$path" ;;
+    esac
+}
+
+# row WHERE ATTACK: one line of the table.
+row() {
+    # shellcheck disable=SC2254 # it is a pattern
+    case $2 in $only) ;; *) return 0 ;; esac
+    start_server
+    start_twin
+    rss=$(of_server VmRSS)
+    threads=$(of_server Threads)
+    run "$2" >"$work/attack.log" 2>&1 &
+    attacker=$!
+    "$attack" "127.0.0.1:$twin_port" probe "$seconds" >"$work/probe.twin" 2>&1 &
+    beside=$!
+    "$attack" "127.0.0.1:$port" probe "$seconds" >"$work/probe" 2>&1 || true
+    peak=$(of_server VmHWM)
+    after=$(of_server Threads)
+    wait "$attacker" || true
+    wait "$beside" || true
+    verdict=ok
+    answers "$port" || verdict="does not answer"
+    line=$(sed -n 's/^probe: count //p' "$work/probe")
+    # shellcheck disable=SC2086 # words of: COUNT failures N p50 X p99 X max X ms
+    set -- "$1" "$2" $line
+    [ "$5" -eq 0 ] || verdict="probes failed"
+    machine=$(sed -n 's/^probe: .* p99 \([^ ]*\) .*/\1/p' "$work/probe.twin")
+    awk "BEGIN { exit !($9 < 50 + $machine) }" || verdict="p99 is high"
+    [ "$peak" -lt 16384 ] || verdict="memory is high"
+    [ "$after" -le "$threads" ] || verdict="more threads"
+    [ "$verdict" = ok ] || failed=1
+    printf '| %-7s | %-12s | %4s of %4s | %6s | %6s | %6s | %7s | %5.1f | %5.1f | %3s | %3s | %s |\n' \
+        "$1" "$2" "$5" "$3" "$7" "$9" "$machine" "${11}" "$(mib "$rss")" "$(mib "$peak")" \
+        "$threads" "$after" "$verdict"
+    sed "s/^/$1, $2: /" "$work/attack.log" "$work/probe" >>"$work/notes"
+    stop_servers
+}
+
+mib() { awk "BEGIN { print $1 / 1024 }"; }
+
+make_template
+echo "load average $(cut -d ' ' -f 1-3 /proc/loadavg), $(nproc) cores, $seconds s each, read: $path"
+echo "| limits  | attack       | no answer    | p50 ms | p99 ms | (twin) | max ms  | MiB   | peak  | threads   | |"
+echo "|---------|--------------|--------------|--------|--------|--------|---------|-------|-------|-----|-----|---|"
+for name in nothing slow-headers slow-body range slow-read idle-10000 body-1000 read-256 read-1000; do
+    row default "$name"
+done
+# slowhttptest has one address only: here it may have all connections.
+setting=MAX_CONNECTIONS_PER_IP=1024
+for name in slow-headers slow-body range slow-read; do
+    row "all one" "$name"
+done
+setting=
+files=256
+for name in slow-headers slow-body range slow-read idle-10000 body-1000 read-256; do
+    row "256 fds" "$name"
+done
+files=
+
+# burst N: 50 fresh servers, each of which sees N clients at once.
+burst() {
+    # shellcheck disable=SC2254 # it is a pattern
+    case burst-$1 in $only) ;; *) return 0 ;; esac
+    times=0
+    all=0
+    while [ "$times" -lt 50 ]; do
+        times=$((times + 1))
+        start_server
+        if "$attack" "127.0.0.1:$port" burst "$1" 1 >>"$work/notes"; then all=$((all + 1)); fi
+        stop_servers
+    done
+    echo "burst of $1: on $all of $times fresh servers everyone was answered"
+    [ "$all" -eq "$times" ] || failed=1
+}
+
+for n in 1 8 64 256 1000; do
+    burst "$n"
+done
+[ -z "${ATTACK_NOTES:-}" ] || cp "$work/notes" "$ATTACK_NOTES"
+[ "$failed" -eq 0 ]
