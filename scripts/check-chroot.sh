@@ -7,7 +7,7 @@
 # usage: scripts/check-chroot.sh [PROGRAM]
 #
 # PROGRAM is dist/x86_64-unknown-linux-musl/mqtt-publisher-lite (scripts/build-static.sh) unless
-# named. Needs root (chroot, mount), redis-server with TLS, openssl and curl.
+# named; one for ARM runs under qemu-user-static, which is then in the root too. Needs root (chroot, mount), redis-server with TLS, openssl and curl.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=${1:-$root/dist/x86_64-unknown-linux-musl/mqtt-publisher-lite}
@@ -43,7 +43,7 @@ ok() { echo "ok: $*"; }
 
 [ "$(id -u)" -eq 0 ] || fail "chroot and mount need root"
 [ -x "$bin" ] || fail "no program at $bin: scripts/build-static.sh makes it"
-for tool in redis-server openssl curl chroot mount; do
+for tool in file redis-server openssl curl chroot mount; do
     command -v $tool >/dev/null 2>&1 || fail "$tool is not installed"
 done
 
@@ -68,6 +68,15 @@ of COPY | while read -r line; do
     [ -z "$owner" ] || chown -R "$owner" "$new${line#* }"
 done
 mkdir "$new/etc"
+emulator=
+case $(file -b "$bin") in
+    *"ARM aarch64"*) emulator=aarch64 ;;
+    *ARM*) emulator=arm ;;
+esac
+if [ -n "$emulator" ] && [ "$(uname -m)" = x86_64 ]; then
+    cp "$(command -v "qemu-$emulator-static")" "$new/qemu"
+    entry="/qemu $entry" check="/qemu $check"
+fi
 # What a container engine puts there, and one name that stands nowhere else.
 printf '127.0.0.1 localhost\n127.0.0.1 redis.chroot.test\n' >"$new/etc/hosts"
 echo 'nameserver 127.0.0.1' >"$new/etc/resolv.conf"
