@@ -200,6 +200,21 @@ fn a_full_lane_answers_503() {
     }
 }
 
+#[test]
+fn those_who_wait_for_what_is_large_leave_places_to_others() {
+    let served = serve(|s| s.max_connections = 40);
+    beside_a_probe(&served, 900, || {
+        let mut streams = from_everywhere(&served, 60);
+        for stream in &mut streams {
+            // Whoever had to give way already cannot write.
+            let _ = stream.write_all(b"GET /api/v1/crl?20 HTTP/1.1\r\nHost: a\r\n\r\n");
+        }
+        until("those let in were answered", || served.counters.refused.value() > 20);
+        until("and those accepted", || served.handled.load(Ordering::Relaxed) >= 16);
+    });
+    assert_eq!(served.counters.turned_away.value(), 0);
+}
+
 /// A probe every 10 ms from an address of its own, until `stop`; the longest it took.
 fn probing(served: &Served, stop: &AtomicBool) -> Duration {
     let mut longest = Duration::ZERO;

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::Kind;
 use super::answer::{end_head, problem_response};
 use super::client::{After, Client, Input};
 use super::conn::{Phase, Request, Step};
@@ -12,6 +13,10 @@ use super::poll::Ready;
 use super::timers::Wait;
 use crate::clock::Now;
 use crate::problem::Code;
+
+/// Whoever has a request in work gives way to nobody, and what is large is long in work: those who
+/// wait for it may not take all the places.
+const BULK_WAITING_MAX: usize = 16;
 
 const GO_ON: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
@@ -94,7 +99,11 @@ impl Hall {
         client.request = Some(request);
         let fits = self.make_room(lanes.held() + self.request_bytes.len());
         let bytes = &self.request_bytes;
-        if !fits || !lanes.push(&request, at, bytes, self.max_waiting, now.mono_ms) {
+        let max = match request.head.kind {
+            Kind::Bulk => self.max_waiting.min(BULK_WAITING_MAX),
+            Kind::Plain | Kind::Certificate => self.max_waiting,
+        };
+        if !fits || !lanes.push(&request, at, bytes, max, now.mono_ms) {
             return self.refuse(at, Code::ServiceUnavailable, now);
         }
         self.counters.requests.add(1);

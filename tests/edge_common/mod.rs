@@ -30,7 +30,7 @@ pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     let dir = std::env::temp_dir().join(format!("edge-{}-{n}", std::process::id()));
-    let lanes = open_lanes(&dir, &[Kind::Plain, Kind::Certificate]).unwrap();
+    let lanes = open_lanes(&dir, &[Kind::Plain, Kind::Certificate, Kind::Bulk]).unwrap();
     let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
     let handled = Arc::new(AtomicU64::new(0));
     let workers = lanes
@@ -61,7 +61,8 @@ fn work(lane: &mqtt_publisher_lite::server::Lane, handled: &AtomicU64) {
     }
 }
 
-/// `/bytes?<n>` answers n bytes, `/wait?<ms>` and `/api/v1/renew?<ms>` wait, `/panic` panics; the rest tells what came.
+/// `/bytes?<n>` answers n bytes; `/wait?<ms>`, `/api/v1/renew?<ms>` and `/api/v1/crl?<ms>` wait;
+/// `/panic` panics; the rest tells what came.
 fn handle(call: Call) {
     let target = call.target().to_owned();
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
@@ -71,7 +72,7 @@ fn handle(call: Call) {
         "/panic" => std::panic::panic_any("asked for"),
         _ => echo(&call),
     };
-    if path == "/wait" || path.ends_with("/renew") {
+    if matches!(path, "/wait" | "/api/v1/renew" | "/api/v1/crl") {
         thread::sleep(Duration::from_millis(number as u64));
     }
     let status = if path == "/nothing" { 204 } else { 200 };
