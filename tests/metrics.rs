@@ -61,6 +61,10 @@ fn what_happens_is_counted() {
     assert_eq!(page.value("mqtt_lite_store_mode", &[("mode", "redis")]), 0.0);
     assert!(page.value("mqtt_lite_edge_connections_total", &[]) >= 7.0);
     assert!(page.value("mqtt_lite_edge_connections", &[]) >= 1.0);
+    let days = page.value("mqtt_lite_ca_days_left", &[]);
+    assert!((3640.0..=3653.0).contains(&days), "ten years: {days}");
+    let age = page.value("mqtt_lite_crl_age_seconds", &[]);
+    assert!((0.0..60.0).contains(&age), "published with the revocation: {age}");
     let version = [("version", env!("CARGO_PKG_VERSION"))];
     assert_eq!(page.value("mqtt_lite_build_info", &version), 1.0);
     let rss = page.value("process_resident_memory_bytes", &[]) / 1024.0;

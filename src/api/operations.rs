@@ -60,6 +60,7 @@ fn render_metrics(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Counted(count) = done else { return Err(Code::InternalError.into()) };
     let mut page = api.metrics.page(now);
     store_state(api, count, &mut page);
+    ca_state(api, now, &mut page);
     Ok(Reply::of_type(MEDIA_TYPE, page.into_text()))
 }
 
@@ -75,6 +76,19 @@ fn store_state(api: &Api, live: u64, page: &mut Page) {
     page.counter("mqtt_lite_redis_losses_total", help, status.losses);
     page.gauge("mqtt_lite_tokens_live", "Live tokens in the store that serves.", live);
     page.gauge("mqtt_lite_store_full", "No room for a token.", u8::from(status.full));
+}
+
+/// When the CA ends, and how old the list is that the brokers read.
+fn ca_state(api: &Api, now: Now, page: &mut Page) {
+    let ca = api.provisioner.ca();
+    if let Some(issuer) = ca.issuer() {
+        let days = issuer.not_after.saturating_sub(now.unix_s()) / 86_400;
+        page.gauge("mqtt_lite_ca_days_left", "Whole days until the CA ends.", days);
+    }
+    if let Some(crl) = ca.crl() {
+        let age = now.unix_s().saturating_sub(crl.made_at);
+        page.gauge("mqtt_lite_crl_age_seconds", "Age of the certificate revocation list.", age);
+    }
 }
 
 /// `GET /api`
