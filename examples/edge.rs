@@ -9,8 +9,9 @@ use std::net::Ipv4Addr;
 use std::thread;
 use std::time::Duration;
 
+use mqtt_publisher_lite::api::Reply;
 use mqtt_publisher_lite::edge::{Edge, Kind, Settings, TlsFiles};
-use mqtt_publisher_lite::server::{Lane, Reply, header, open_lanes};
+use mqtt_publisher_lite::server::{Call, Lane, answer, open_lanes};
 
 const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","version":"1.0.0"}"#;
 
@@ -41,23 +42,25 @@ fn work(lane: &Lane) {
     let mut batch = Vec::new();
     let bound = if lane.address().kind == Kind::Bulk { 1 } else { 16 };
     while lane.next_batch(bound, Duration::ZERO, &mut batch) {
-        for call in batch.drain(..) {
-            let headers = header("Content-Type", "application/json").into_iter().collect();
-            let body = match call.target().split_once('?').map(|(_, n)| n.parse()) {
-                Some(Ok(n)) => vec![b'x'; n],
-                _ => BODY.as_bytes().to_vec(),
-            };
-            call.answer(Reply { status: 200, headers, body });
-        }
+        let replies = batch.iter().filter(|call| call.is_open()).map(reply).collect();
+        answer(std::mem::take(&mut batch), replies);
     }
+}
+
+fn reply(call: &Call) -> Reply {
+    let body = match call.target().split_once('?').map(|(_, n)| n.parse()) {
+        Some(Ok(n)) => vec![b'x'; n],
+        _ => BODY.as_bytes().to_vec(),
+    };
+    Reply { status: 200, fields: vec![("Content-Type", "application/json".to_owned())], body }
 }
 
 fn bare(port: u16) {
     let Ok(server) = tiny_http::Server::http((Ipv4Addr::UNSPECIFIED, port)) else { return };
     for request in server.incoming_requests() {
-        let content_type = header("Content-Type", "application/json");
+        let content_type = tiny_http::Header::from_bytes("Content-Type", "application/json");
         let mut response = tiny_http::Response::from_string(BODY);
-        if let Some(field) = content_type {
+        if let Ok(field) = content_type {
             response = response.with_header(field);
         }
         let _ = request.respond(response);

@@ -13,8 +13,11 @@ mod support;
 use std::fs;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use support::http::Connection;
 use support::redis::Redis;
 use support::service::{Service, Setup};
 use support::temp::TempDir;
@@ -102,6 +105,33 @@ fn a_pulse_at_half_of_the_time_or_more_often() {
     service.signal("CONT");
     assert_eq!(beats, 0);
     manager.hear_until("WATCHDOG=1");
+}
+
+#[test]
+fn the_pulse_goes_on_under_load() {
+    let dir = TempDir::new();
+    let (manager, setup) = watched(&dir, "100000");
+    let service = setup.env("LOG_LEVEL", "warn").start();
+    manager.hear_until("READY=1");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let load = || {
+            let mut connection = Connection::open(&service.http).unwrap();
+            let mut answered = 0;
+            while !stop.load(Ordering::Relaxed) {
+                assert_eq!(connection.request("GET", "/api", &[], b"").unwrap().status, 200);
+                answered += 1;
+            }
+            answered
+        };
+        let clients: Vec<_> = (0..16).map(|_| scope.spawn(load)).collect();
+        let beats = manager.count("WATCHDOG=1", Duration::from_secs(3));
+        stop.store(true, Ordering::Relaxed);
+        for client in clients {
+            assert!(client.join().unwrap() > 0);
+        }
+        assert!(beats > 20, "{beats} in 3 s");
+    });
 }
 
 #[test]

@@ -15,7 +15,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use super::answer::{self, Answer};
 use super::conn::Request;
 use super::poll::{Interest, Poll, Watched};
-use super::{Kind, LaneAddress};
+use super::{Kind, LaneAddress, NOBODY, PRIVATE_FIELD};
 
 /// A head of an answer; the worker's have 300 bytes.
 const ANSWER_HEAD_MAX: usize = 16 * 1024;
@@ -213,7 +213,7 @@ impl Lane {
     }
 
     fn push_proof(&mut self, number: u64, now_ms: u64) {
-        let proof = format!("OPTIONS * HTTP/1.1\r\nX-Edge: {number} -\r\n\r\n");
+        let proof = format!("OPTIONS * HTTP/1.1\r\n{PRIVATE_FIELD}: {number} {NOBODY}\r\n\r\n");
         self.out.extend_from_slice(proof.as_bytes());
         self.queue.push_back(Waiting {
             client: None,

@@ -52,6 +52,8 @@ pub const BODY_MAX: usize = 64 * 1024;
 /// The field that carries `<request number> <client address>` to the worker and the number back;
 /// for a renewal also the client's certificate, DER in base64.
 pub const PRIVATE_FIELD: &str = "X-Edge";
+/// Stands there for the client where the edge itself asks; a 204 is the answer.
+pub const NOBODY: &str = "-";
 
 /// What kind of work a request is. Each kind has lanes of its own, so that one kind that is slow
 /// delays no other.

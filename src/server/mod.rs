@@ -18,12 +18,13 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::api::{self, Api, Method, Request};
+use crate::api::{Api, Method, Request};
 use crate::config::{Config, Http};
 use crate::edge::{self, Edge, Kind};
 use crate::metrics::{Metrics, Page};
+use crate::stderr;
 
-pub use lane::{Call, Lane, LaneError, Reply, Stopper, header, open_lanes};
+pub use lane::{Call, Lane, LaneError, Stopper, answer, open_lanes};
 
 /// Most requests in one batch while the store is near. More would move all clients in one lump.
 const BATCH: usize = 16;
@@ -185,16 +186,15 @@ fn work(lane: &Lane, api: &Api) {
         }
         last = calls.len();
         // What panics outside a handler costs its batch; calls left unanswered answer 500.
-        let _ = catch_unwind(AssertUnwindSafe(|| answer(api, mem::take(&mut calls))));
+        let _ = catch_unwind(AssertUnwindSafe(|| serve(api, mem::take(&mut calls))));
     }
 }
 
-fn answer(api: &Api, mut calls: Vec<Call>) {
-    let requests: Vec<Request> = calls.iter_mut().map(request).collect();
-    let answers = api.answer(&requests);
-    for (call, reply) in calls.into_iter().zip(answers.replies) {
-        call.answer(lane_reply(reply));
-    }
+fn serve(api: &Api, mut calls: Vec<Call>) {
+    let open = calls.iter_mut().filter(|call| call.is_open());
+    let requests: Vec<Request> = open.map(request).collect();
+    let answers = stderr::together(|| api.answer(&requests));
+    answer(calls, answers.replies);
     api.clean_up(&answers.after);
 }
 
@@ -226,12 +226,6 @@ fn request(call: &mut Call) -> Request {
         client_certificate: call.certificate().and_then(|text| STANDARD.decode(text).ok()),
         body: call.take_body(),
     }
-}
-
-fn lane_reply(reply: api::Reply) -> Reply {
-    let fields = reply.fields.iter();
-    let headers = fields.filter_map(|(name, value)| header(name, value)).collect();
-    Reply { status: reply.status, headers, body: reply.body }
 }
 
 #[cfg(test)]
