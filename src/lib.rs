@@ -15,7 +15,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] | layer 0 |
+//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
 //! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
@@ -45,6 +45,7 @@ pub mod metrics;
 
 pub mod config;
 pub mod files;
+pub mod stderr;
 
 pub mod store;
 

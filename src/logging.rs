@@ -3,26 +3,28 @@
 //! SECURITY: whatever a client manages to get into a message, it cannot begin a line of its own or
 //! steer a terminal, as control characters are escaped here and nowhere else has to think of it.
 
+use std::ffi::OsString;
 use std::fmt::{self, Write as _};
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::os::unix::fs::MetadataExt as _;
 
-use env_logger::Builder;
+use env_logger::{Builder, Target};
 use log::{Level, LevelFilter, Record, SetLoggerError};
 
 use crate::clock;
 use crate::config::{Log, LogFormat};
+use crate::stderr::Stderr;
 
 /// What the other crates may log if `RUST_LOG` does not ask for more: their debug lines are about
 /// their insides, and nobody has checked what they show.
 const OTHERS: LevelFilter = LevelFilter::Warn;
 
-/// Starts the log. `journal_stream` is the variable `JOURNAL_STREAM`, by which systemd tells that
-/// standard error goes to its journal.
+/// Starts the log. `variable` looks up `JOURNAL_STREAM`, by which systemd tells that standard error
+/// goes to its journal, and what may forbid colours on a terminal: `NO_COLOR` and `TERM`.
 ///
 /// # Errors
 /// When there is a logger already.
-pub fn init(log: &Log, journal_stream: Option<&str>) -> Result<(), SetLoggerError> {
+pub fn init(log: &Log, variable: impl Fn(&str) -> Option<OsString>) -> Result<(), SetLoggerError> {
     let mut builder = Builder::new();
     match &log.filter {
         Some(filter) => builder.parse_filters(filter),
@@ -30,19 +32,25 @@ pub fn init(log: &Log, journal_stream: Option<&str>) -> Result<(), SetLoggerErro
             .filter_level(OTHERS.min(log.level))
             .filter_module(env!("CARGO_CRATE_NAME"), log.level),
     };
-    let journal = journal_stream.is_some_and(is_stderr);
+    let stream = variable("JOURNAL_STREAM");
+    let journal = stream.is_some_and(|stream| stream.to_str().is_some_and(is_stderr));
+    let colours = may_colour(variable) && io::stderr().is_terminal();
     match (log.format, journal) {
         (LogFormat::Json, _) => {
             builder.format(|out, record| json(out, record, clock::now().unix_ms))
         }
         (LogFormat::Text, true) => builder.format(journal_text),
-        (LogFormat::Text, false) => builder.format(|out, record| {
-            let style = out.default_level_style(record.level());
-            let level = format_args!("{style}{:<5}{style:#}", record.level());
-            text(out, record, clock::now().unix_ms, level)
-        }),
+        (LogFormat::Text, false) => {
+            builder.format(move |out, record| text(out, record, clock::now().unix_ms, colours))
+        }
     };
-    builder.try_init()
+    builder.target(Target::Pipe(Box::new(Stderr))).try_init()
+}
+
+/// As users and terminals have agreed to say it: a `NO_COLOR` that is not empty, or `TERM=dumb`.
+fn may_colour(variable: impl Fn(&str) -> Option<OsString>) -> bool {
+    variable("NO_COLOR").is_none_or(|no| no.is_empty())
+        && variable("TERM").is_some_and(|term| term != "dumb")
 }
 
 /// True if `device:inode` names what standard error is. systemd leaves the variable to our
@@ -53,14 +61,21 @@ fn is_stderr(journal_stream: &str) -> bool {
 }
 
 /// `2026-01-01T00:00:00.000Z INFO  message`
-fn text(
-    out: &mut impl Write,
-    record: &Record<'_>,
-    unix_ms: u64,
-    level: impl fmt::Display,
-) -> io::Result<()> {
-    write!(out, "{} {level} ", clock::rfc3339(unix_ms))?;
+fn text(out: &mut impl Write, record: &Record<'_>, unix_ms: u64, colours: bool) -> io::Result<()> {
+    let (begin, end) = if colours { (colour(record.level()), "\x1b[0m") } else { ("", "") };
+    write!(out, "{} {begin}{:<5}{end} ", clock::rfc3339(unix_ms), record.level())?;
     message(out, record)
+}
+
+/// Red, yellow, green, blue, cyan (ECMA-48, SGR).
+fn colour(level: Level) -> &'static str {
+    match level {
+        Level::Error => "\x1b[1;31m",
+        Level::Warn => "\x1b[33m",
+        Level::Info => "\x1b[32m",
+        Level::Debug => "\x1b[34m",
+        Level::Trace => "\x1b[36m",
+    }
 }
 
 /// `<6>message`: the journal keeps the time itself, and takes the priority from the prefix.
@@ -115,6 +130,11 @@ impl<W: Write> Escaped<'_, W> {
 
 impl<W: Write> fmt::Write for Escaped<'_, W> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
+        let is_plain = |b: u8| matches!(b, b' '..=b'~') && !matches!(b, b'"' | b'\\');
+        // Nearly everything is, and looking for characters takes longer.
+        if text.bytes().all(is_plain) {
+            return self.out.write_all(text.as_bytes()).map_err(|_| fmt::Error);
+        }
         let mut rest = text;
         while let Some(c) = rest.chars().find(|c| self.must_escape(*c)) {
             let (plain, tail) = rest.split_once(c).unwrap_or((rest, ""));
@@ -144,13 +164,24 @@ mod tests {
 
     #[test]
     fn text_is_one_line() {
-        let line = |message| with(message, |out, record| text(out, record, 7, "INFO "));
+        let line = |message| with(message, |out, record| text(out, record, 7, false));
         assert_eq!(line(format_args!("hello")), "1970-01-01T00:00:00.007Z INFO  hello\n");
         assert_eq!(
             line(format_args!("{NASTY}")),
             "1970-01-01T00:00:00.007Z INFO  a\\n2026 INFO  \"b\\\"\\u000d\\u0009\\u001b[2J\\u009b\
              \\u007f\\u2028⚠️ é\n"
         );
+    }
+
+    #[test]
+    fn colours_are_for_the_level_alone_and_can_be_forbidden() {
+        let line = with(format_args!("hello"), |out, record| text(out, record, 7, true));
+        assert_eq!(line, "1970-01-01T00:00:00.007Z \u{1b}[32mINFO \u{1b}[0m hello\n");
+        let may = |no_color: Option<&str>, term: Option<&str>| {
+            may_colour(|name| if name == "TERM" { term } else { no_color }.map(OsString::from))
+        };
+        assert!(may(None, Some("xterm")) && may(Some(""), Some("linux")));
+        assert!(!may(Some("1"), Some("xterm")) && !may(None, Some("dumb")) && !may(None, None));
     }
 
     #[test]

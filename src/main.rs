@@ -43,8 +43,7 @@ fn serve() -> ExitCode {
         Ok(config) => config,
         Err(e) => return fail(BAD_CONFIG, e),
     };
-    let journal_stream = env::var("JOURNAL_STREAM").ok();
-    if let Err(e) = logging::init(&config.log, journal_stream.as_deref()) {
+    if let Err(e) = logging::init(&config.log, variable) {
         return fail(FAILED, e);
     }
     config.warnings.iter().for_each(|warning| log::warn!("{warning}"));

@@ -30,7 +30,6 @@ const NEIGHBOURS: &[(&str, &str, &str)] = &[
 const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("tiny_http", &["src/server/lane.rs"], "the seam behind which the server can be changed"),
     ("httparse", &["src/edge"], "behind it requests are well formed"),
-    ("polling", &["src/edge"], "nothing else waits for many sockets"),
     (
         "rustix",
         &["src/edge", "src/ca/hook.rs", "src/clock.rs"],

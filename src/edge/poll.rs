@@ -1,17 +1,30 @@
-//! Readiness of sockets, level-triggered: a socket stays armed until its interest changes.
+//! Readiness of sockets by `epoll(7)`, level-triggered: a socket stays armed until its interest
+//! changes.
 //!
-//! The one module with `unsafe`: `polling` trusts its caller to take a source out of the queue
-//! before closing it. [`Watched`] owns the source and does so in `Drop`; it lends the source by
-//! shared reference only, so that nobody can swap it for another.
+//! [`Watched`] owns its source, lends it by shared reference only, and takes it out of the queue
+//! before it is closed: a copy of the descriptor in a child that is just being started would keep
+//! it there, under a key that has another owner by then.
 
-use std::io;
-use std::num::NonZeroUsize;
+use std::io::{self, ErrorKind};
+use std::mem::MaybeUninit;
 use std::ops::Deref;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use polling::{Event, Events, PollMode, Poller};
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec, eventfd};
+
+/// What tells of room to read, the end and errors included.
+const READ: EventFlags = EventFlags::IN.union(EventFlags::RDHUP).union(BROKEN);
+/// What tells of room to write, errors included.
+const WRITE: EventFlags = EventFlags::OUT.union(BROKEN);
+/// Reported whether or not it is asked for.
+const BROKEN: EventFlags = EventFlags::HUP.union(EventFlags::ERR);
+/// Sockets reported by one wait; more are reported by the next.
+const BATCH: usize = 256;
+/// The key of what ends a wait.
+const WAKE: u64 = u64::MAX;
 
 /// What a socket waits for. Errors and a full hang-up are reported whatever it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +41,10 @@ impl Interest {
     /// Nothing.
     pub const NONE: Interest = Interest { read: false, write: false };
 
-    fn event(self, key: usize) -> Event {
-        Event::new(key, self.read, self.write)
+    fn flags(self) -> EventFlags {
+        let read = if self.read { READ } else { EventFlags::empty() };
+        let write = if self.write { WRITE } else { EventFlags::empty() };
+        read | write
     }
 }
 
@@ -48,63 +63,88 @@ pub struct Ready {
 
 /// The queue that the edge's thread waits on.
 pub struct Poll {
-    poller: Arc<Poller>,
-    events: Events,
+    queue: Arc<OwnedFd>,
+    wake: Arc<OwnedFd>,
+    ready: Vec<Ready>,
 }
 
 impl Poll {
-    /// A queue that reports at most `batch` sockets a wait.
-    pub fn new(batch: NonZeroUsize) -> io::Result<Self> {
-        Ok(Poll { poller: Arc::new(Poller::new()?), events: Events::with_capacity(batch) })
+    /// An empty queue.
+    pub fn new() -> io::Result<Self> {
+        let queue = epoll::create(CreateFlags::CLOEXEC)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        epoll::add(&queue, &wake, EventData::new_u64(WAKE), EventFlags::IN)?;
+        Ok(Poll { queue: Arc::new(queue), wake: Arc::new(wake), ready: Vec::new() })
     }
 
     /// Puts `source` under watch until the result is dropped.
-    #[allow(unsafe_code)] // See the module's head.
-    pub fn watch<S>(&self, source: S, key: usize, interest: Interest) -> io::Result<Watched<S>>
-    where
-        S: AsFd + AsRawFd,
-    {
-        // SAFETY: `source` moves into a `Watched`, which takes it out of the queue before it is
-        // closed and never gives it away.
-        unsafe {
-            self.poller.add_with_mode(&source, interest.event(key), PollMode::Level)?;
-        }
-        Ok(Watched { source, key, interest, poller: Arc::clone(&self.poller) })
+    pub fn watch<S: AsFd>(
+        &self,
+        source: S,
+        key: usize,
+        interest: Interest,
+    ) -> io::Result<Watched<S>> {
+        epoll::add(&self.queue, &source, data(key), interest.flags())?;
+        Ok(Watched { source, key, interest, queue: Arc::clone(&self.queue) })
     }
 
     /// Waits until something is ready, someone calls [`Waker::wake`] or `limit` has passed.
     pub fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        self.events.clear();
-        match self.poller.wait(&mut self.events, limit) {
-            Err(e) if e.kind() != io::ErrorKind::Interrupted => Err(e),
-            _ => Ok(()),
+        self.ready.clear();
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        let mut space = [const { MaybeUninit::uninit() }; BATCH];
+        let events = match epoll::wait(&self.queue, &mut space, limit.as_ref()) {
+            Ok((events, _)) => events,
+            Err(e) if e.kind() == ErrorKind::Interrupted => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
+        for event in events {
+            match event.data.u64() {
+                // Whoever wakes us after this is seen the next time.
+                WAKE => drop(rustix::io::read(&self.wake, &mut [0; 8])),
+                key => self.ready.push(ready(key, event)),
+            }
         }
+        Ok(())
     }
 
     /// What the last wait found.
     pub fn ready(&self) -> impl Iterator<Item = Ready> + '_ {
-        self.events.iter().map(|e| Ready {
-            key: e.key,
-            readable: e.readable,
-            writable: e.writable,
-            broken: e.is_interrupt() || e.is_err() == Some(true),
-        })
+        self.ready.iter().copied()
     }
 
     /// A handle by which other threads end a wait.
     pub fn waker(&self) -> Waker {
-        Waker(Arc::clone(&self.poller))
+        Waker(Arc::clone(&self.wake))
     }
+}
+
+fn ready(key: u64, event: &Event) -> Ready {
+    let flags = event.flags;
+    Ready {
+        // It was an `usize` when it was given to `watch`.
+        key: key as usize,
+        readable: flags.intersects(READ),
+        writable: flags.intersects(WRITE),
+        broken: flags.intersects(BROKEN),
+    }
+}
+
+fn data(key: usize) -> EventData {
+    EventData::new_u64(key as u64)
 }
 
 /// Ends a wait from another thread.
 #[derive(Clone)]
-pub struct Waker(Arc<Poller>);
+pub struct Waker(Arc<OwnedFd>);
 
 impl Waker {
     /// Ends the present wait, or the next one.
     pub fn wake(&self) {
-        if let Err(e) = self.0.notify() {
+        // EAGAIN says that the count is full: it is awake.
+        if let Err(e) = rustix::io::write(&self.0, &1_u64.to_ne_bytes())
+            && e.kind() != ErrorKind::WouldBlock
+        {
             log::error!("cannot wake the edge: {e}");
         }
     }
@@ -115,7 +155,7 @@ pub struct Watched<S: AsFd> {
     source: S,
     key: usize,
     interest: Interest,
-    poller: Arc<Poller>,
+    queue: Arc<OwnedFd>,
 }
 
 impl<S: AsFd> Watched<S> {
@@ -127,8 +167,7 @@ impl<S: AsFd> Watched<S> {
     /// Changes what is waited for; costs a system call only if it differs.
     pub fn set(&mut self, interest: Interest) -> io::Result<()> {
         if interest != self.interest {
-            let event = interest.event(self.key);
-            self.poller.modify_with_mode(&self.source, event, PollMode::Level)?;
+            epoll::modify(&self.queue, &self.source, data(self.key), interest.flags())?;
             self.interest = interest;
         }
         Ok(())
@@ -145,7 +184,7 @@ impl<S: AsFd> Deref for Watched<S> {
 
 impl<S: AsFd> Drop for Watched<S> {
     fn drop(&mut self) {
-        if let Err(e) = self.poller.delete(&self.source) {
+        if let Err(e) = epoll::delete(&self.queue, &self.source) {
             log::error!("cannot take a socket out of the queue: {e}");
         }
     }

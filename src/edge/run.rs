@@ -7,7 +7,6 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,8 +21,6 @@ use super::tls::{Acceptor, TlsError};
 use super::{Counters, LaneAddress, Settings};
 use crate::clock::{self, Now};
 
-/// Sockets reported by one wait; more are reported by the next.
-const BATCH: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 /// What one read takes at most; all connections share the buffer.
 const READ: usize = 64 * 1024;
 /// Descriptors besides those of clients: files, Redis, lanes and their servers.
@@ -139,7 +136,7 @@ impl Edge {
     pub fn open(settings: Settings, lanes: Vec<LaneAddress>) -> Result<Self, OpenError> {
         let acceptor = settings.tls.clone().map(Acceptor::new).transpose()?.map(Arc::new);
         let settings = fit_to_open_files(fit_to_budget(settings))?;
-        let poll = Poll::new(BATCH)?;
+        let poll = Poll::new()?;
         let socket = TcpListener::bind(settings.listen)?;
         let local_addr = socket.local_addr()?;
         let places = settings.max_connections.min(settings.max_connections_per_ip);
