@@ -333,7 +333,8 @@ impl Answers {
     fn add(&mut self, mut call: Call, reply: &Reply) -> io::Result<()> {
         let mut head = Vec::with_capacity(HEAD);
         call.write_head(reply, &mut head)?;
-        let body = if *call.method() == Method::Head { &[] } else { reply.body.as_slice() };
+        let bare = *call.method() == Method::Head || matches!(reply.status, 204 | 304);
+        let body = if bare { &[] } else { reply.body.as_slice() };
         let Some(request) = call.request.take() else { return Ok(()) };
         let writer = request.into_writer();
         let out = match &mut self.out {

@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use mqtt_publisher_lite::api::Reply;
 use mqtt_publisher_lite::edge::{Counters, Edge, Handle, Kind, Settings};
-use mqtt_publisher_lite::server::{Call, Reply, Stopper, header, open_lanes};
+use mqtt_publisher_lite::server::{Call, Stopper, answer, open_lanes};
 
 /// An edge that serves until it is dropped.
 pub struct Served {
@@ -54,6 +55,10 @@ fn work(lane: &mqtt_publisher_lite::server::Lane, handled: &AtomicU64) {
     let mut batch = Vec::new();
     while lane.next_batch(16, std::time::Duration::ZERO, &mut batch) {
         for call in batch.drain(..) {
+            if !call.is_open() {
+                answer(vec![call], Vec::new());
+                continue;
+            }
             handled.fetch_add(1, Ordering::Relaxed);
             let run = std::panic::AssertUnwindSafe(|| handle(call));
             let _ = std::panic::catch_unwind(run);
@@ -63,24 +68,24 @@ fn work(lane: &mqtt_publisher_lite::server::Lane, handled: &AtomicU64) {
 
 /// `/bytes?<n>` answers n bytes; `/wait?<ms>`, `/api/v1/renew?<ms>` and `/api/v1/crl?<ms>` wait;
 /// `/panic` panics; the rest tells what came.
-fn handle(call: Call) {
+fn handle(mut call: Call) {
     let target = call.target().to_owned();
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
     let number = query.parse().unwrap_or(0);
     let body = match path {
         "/bytes" => vec![b'x'; number],
         "/panic" => std::panic::panic_any("asked for"),
-        _ => echo(&call),
+        _ => echo(&mut call),
     };
     if matches!(path, "/wait" | "/api/v1/renew" | "/api/v1/crl") {
         thread::sleep(Duration::from_millis(number as u64));
     }
     let status = if path == "/nothing" { 204 } else { 200 };
-    let headers = header("Content-Type", "text/plain").into_iter().collect();
-    call.answer(Reply { status, headers, body });
+    let fields = vec![("Content-Type", "text/plain".to_owned())];
+    answer(vec![call], vec![Reply { status, fields, body }]);
 }
 
-fn echo(call: &Call) -> Vec<u8> {
+fn echo(call: &mut Call) -> Vec<u8> {
     let mut text = format!("{} {} {}", call.method(), call.target(), call.client());
     for name in ["Authorization", "Content-Type", "Accept", "Host", "Cookie"] {
         if let Some(value) = call.header(name) {
@@ -89,7 +94,7 @@ fn echo(call: &Call) -> Vec<u8> {
     }
     text.push('\n');
     let mut bytes = text.into_bytes();
-    bytes.extend_from_slice(call.body());
+    bytes.extend(call.take_body());
     bytes
 }
 
