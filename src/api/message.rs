@@ -197,15 +197,21 @@ impl Json {
     /// Adds a field.
     pub fn field(&mut self, name: &str, value: impl Into<Value>) -> &mut Self {
         match value.into() {
-            // Tokens, dates and PEM but for its line breaks: most of what there is.
-            Value::String(text) if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') => {
-                self.name(name).push('"');
-                self.0.push_str(&text);
-                self.0.push('"');
-                self
-            }
+            Value::String(text) => self.text(name, &text),
             value => self.written(name, &value.to_string()),
         }
+    }
+
+    /// Adds a text.
+    pub fn text(&mut self, name: &str, text: &str) -> &mut Self {
+        // Tokens, dates and PEM but for its line breaks: most of what there is.
+        if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') {
+            self.name(name).push('"');
+            self.0.push_str(text);
+            self.0.push('"');
+            return self;
+        }
+        self.written(name, &Value::from(text).to_string())
     }
 
     /// Adds an object.
@@ -235,7 +241,7 @@ impl Json {
 
     /// Adds the field that closes every answer, and `}`.
     pub fn timestamp(&mut self, now: Now) -> String {
-        self.field("timestamp", clock::rfc3339(now.unix_ms));
+        self.text("timestamp", &clock::rfc3339(now.unix_ms));
         self.end()
     }
 
