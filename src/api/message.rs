@@ -159,7 +159,7 @@ impl Reply {
         let (status, code, _) = problem.code.row();
         let mut json = Json::new();
         json.field("success", false).field("error", problem.message()).field("code", code);
-        for (name, value) in problem.fields.iter().filter(|(name, _)| *name != "allow") {
+        for (name, value) in &problem.fields {
             json.field(name, value.clone());
         }
         let body = json.timestamp(now);
@@ -168,12 +168,11 @@ impl Reply {
         if status == 401 {
             reply.fields.push(("WWW-Authenticate", "Bearer".to_owned()));
         }
-        if let Some(seconds) = problem.retry_after_s() {
+        if let Some(seconds) = problem.retry_after_s {
             reply.fields.push(("Retry-After", seconds.to_string()));
         }
-        let allow = problem.fields.iter().find(|(name, _)| *name == "allow");
-        if let Some(allow) = allow.and_then(|(_, value)| value.as_str()) {
-            reply.fields.push(("Allow", allow.to_owned()));
+        if let Some(allow) = &problem.allow {
+            reply.fields.push(("Allow", allow.clone()));
         }
         reply
     }

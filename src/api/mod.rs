@@ -210,7 +210,7 @@ impl Api {
         if request.method == Method::Options {
             return Ok(Plan::Reply(Reply::no_content(&allow)));
         }
-        Err(Problem::from(Code::MethodNotAllowed).field("allow", allow))
+        Err(Problem { allow: Some(allow), ..Code::MethodNotAllowed.into() })
     }
 
     /// An error as a reply, and its one line in the log. Who was refused, and what could not be
