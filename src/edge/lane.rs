@@ -19,6 +19,8 @@ use super::{Kind, LaneAddress, NOBODY, PRIVATE_FIELD};
 
 /// A head of an answer; the worker's have 300 bytes.
 const ANSWER_HEAD_MAX: usize = 16 * 1024;
+/// A worker that answers within this time waits for nothing.
+const QUICK_MS: u64 = 4;
 /// How long a lane has to answer its first request.
 const PROOF_MS: u64 = 2_000;
 /// The pause before a lost lane is opened again; doubled each time, up to the second.
@@ -115,7 +117,9 @@ impl Lanes {
         self.0.iter_mut()
     }
 
-    /// Puts a request into the lane of its kind with the fewest, unless `max` wait there too.
+    /// Puts a request into a lane of its kind where fewer than `max` wait: the first whose worker is
+    /// quick, or else the one with the fewest. A second worker helps while the first waits, for Redis
+    /// or the disk; beside one that does not, it only makes smaller batches and more wake-ups.
     pub fn push(
         &mut self,
         request: &Request,
@@ -125,10 +129,10 @@ impl Lanes {
         now_ms: u64,
     ) -> bool {
         let usable = |lane: &&mut Lane| lane.takes(request.head.kind) && lane.queue.len() < max;
-        let Some(lane) = self.0.iter_mut().filter(usable).min_by_key(|lane| lane.queue.len())
-        else {
-            return false;
-        };
+        let wait = |lane: &&mut Lane| if lane.is_quick(now_ms) { 0 } else { 1 + lane.queue.len() };
+        // The first of equals.
+        let lane = self.0.iter_mut().filter(usable).min_by_key(wait);
+        let Some(lane) = lane else { return false };
         let Request { number, head } = *request;
         lane.queue.push_back(Waiting {
             client: Some(client),
@@ -170,6 +174,11 @@ impl Lanes {
 impl Lane {
     fn takes(&self, kind: Kind) -> bool {
         self.address.kind == kind && matches!(self.link, Link::Up(_))
+    }
+
+    /// Nobody has waited for long.
+    fn is_quick(&self, now_ms: u64) -> bool {
+        self.queue.front().is_none_or(|oldest| now_ms.saturating_sub(oldest.since_ms) < QUICK_MS)
     }
 
     fn due(&self) -> Option<u64> {
