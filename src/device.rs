@@ -32,12 +32,6 @@ impl fmt::Display for DeviceId {
     }
 }
 
-impl std::borrow::Borrow<str> for DeviceId {
-    fn borrow(&self) -> &str {
-        &self.0
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -137,18 +137,32 @@ pub fn create_new_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fil
     create_synced(path, mode, |file| file.write_all(bytes))
 }
 
+/// As [`create_new_synced`], but neither it nor its name is on disk before [`sync_file_system`].
+///
+/// # Errors
+/// As there.
+pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
+    let create = || create(path, mode)?.write_all(bytes);
+    create().map_err(FilesError::io("cannot write", path))
+}
+
 fn create_synced(
     path: &Path,
     mode: u32,
     write: impl FnOnce(&mut File) -> io::Result<()>,
 ) -> Result<(), FilesError> {
     let create = || {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
-        file.set_permissions(Permissions::from_mode(mode))?; // the umask may have taken bits
+        let mut file = create(path, mode)?;
         write(&mut file)?;
         file.sync_all()
     };
     create().map_err(FilesError::io("cannot write", path))
+}
+
+fn create(path: &Path, mode: u32) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+    file.set_permissions(Permissions::from_mode(mode))?; // the umask may have taken bits
+    Ok(file)
 }
 
 /// Removes a file, if it is there.
@@ -170,6 +184,29 @@ pub fn remove_if_there(path: &Path) -> Result<(), FilesError> {
 /// When the folder cannot be synced.
 pub fn sync_dir(dir: &Path) -> Result<(), FilesError> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(FilesError::io("cannot sync folder", dir))
+}
+
+/// Puts all that was written to the file system of `dir` on disk, by whomever: one wait for many
+/// files, where each would be one of its own.
+///
+/// # Errors
+/// When something of it could not be written; see [`tells_of_errors`].
+pub fn sync_file_system(dir: &Path) -> Result<(), FilesError> {
+    let sync = || Ok(rustix::fs::syncfs(File::open(dir)?)?);
+    sync().map_err(FilesError::io("cannot sync the file system of", dir))
+}
+
+/// Whether [`sync_file_system`] can be believed: before Linux 5.8, syncfs(2) is silent of errors.
+pub fn tells_of_errors() -> bool {
+    is_from_5_8(&rustix::system::uname().release().to_string_lossy())
+}
+
+fn is_from_5_8(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (5_u32, 8_u32),
+        _ => false,
+    }
 }
 
 /// The folder that holds `path`.
@@ -312,6 +349,26 @@ mod tests {
         assert_eq!(read(&dir.join("f")).unwrap(), Some(b"one".to_vec()));
         assert_eq!(read(&dir.join("g")).unwrap(), None);
         sync_dir(&dir).unwrap();
+    }
+
+    #[test]
+    fn many_files_are_synced_together_where_that_can_be_believed() {
+        let dir = TestDir::new();
+        create_new(&dir.join("f"), b"one", 0o640).unwrap();
+        assert_eq!(
+            (read(&dir.join("f")).unwrap(), mode(&dir.join("f"))),
+            (Some(b"one".to_vec()), 0o640)
+        );
+        let error = create_new(&dir.join("f"), b"two", 0o640).unwrap_err();
+        assert_eq!(error.kind(), Some(io::ErrorKind::AlreadyExists));
+        sync_file_system(&dir).unwrap();
+        assert!(sync_file_system(&dir.join("no")).is_err());
+        for new in ["5.8.0", "5.10.0-28-arm64", "6.1", "10.0.1"] {
+            assert!(is_from_5_8(new), "{new}");
+        }
+        for old in ["5.7.19", "4.19.0", "3.18", "5", "", "x.y"] {
+            assert!(!is_from_5_8(old), "{old}");
+        }
     }
 
     #[test]

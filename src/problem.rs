@@ -84,8 +84,10 @@ pub struct Problem {
     pub fields: Vec<(&'static str, Value)>,
     /// For the log only.
     pub log: Option<String>,
-    /// `Retry-After`, in seconds; [`Problem::retry_after_s`] has the default.
+    /// `Retry-After`, in seconds: a 429 and a 503 always have one (RFC 9110, 10.2.3).
     pub retry_after_s: Option<u64>,
+    /// `Allow`: a 405 has the methods of its path (RFC 9110, 10.2.1).
+    pub allow: Option<String>,
 }
 
 impl Problem {
@@ -125,16 +127,12 @@ impl Problem {
     pub fn message(&self) -> &str {
         self.text.as_deref().unwrap_or(self.code.row().2)
     }
-
-    /// `Retry-After` in seconds: a 429 and a 503 always have one (RFC 9110, 10.2.3).
-    pub fn retry_after_s(&self) -> Option<u64> {
-        self.retry_after_s.or_else(|| matches!(self.status(), 429 | 503).then_some(1))
-    }
 }
 
 impl From<Code> for Problem {
     fn from(code: Code) -> Self {
-        Problem { code, text: None, fields: Vec::new(), log: None, retry_after_s: None }
+        let retry_after_s = matches!(code.row().0, 429 | 503).then_some(1);
+        Problem { code, text: None, fields: Vec::new(), log: None, retry_after_s, allow: None }
     }
 }
 
@@ -180,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_503_says_when_to_come_back() {
-        assert_eq!(Problem::from(Code::StoreFull).retry_after_s(), Some(1));
-        assert_eq!(Problem::from(Code::NotFound).retry_after_s(), None);
+        assert_eq!(Problem::from(Code::StoreFull).retry_after_s, Some(1));
+        assert_eq!(Problem::from(Code::NotFound).retry_after_s, None);
     }
 }

@@ -429,8 +429,7 @@ impl Provisioner {
                 let why = format!("device {device}: its token is looked for when Redis is back");
                 return Err(Problem::from(Code::ServiceUnavailable).log(why));
             }
-            return Err(Problem::from(Code::CertificateNotFound)
-                .text("No certificate found for this device"));
+            return Err(no_certificate());
         }
         Ok(Done::Revoked(device))
     }
@@ -734,6 +733,11 @@ fn not_committed() -> RegistryError {
 /// For the log: which token was refused. The client is told nothing that it did not send.
 fn refused(problem: impl Into<Problem>, hash: &TokenHash, device: &DeviceId) -> Problem {
     problem.into().log_more(format!("token {} of {device}", hash.short()))
+}
+
+/// The device has none, as far as is recorded here.
+pub fn no_certificate() -> Problem {
+    Problem::from(Code::CertificateNotFound).text("No certificate found for this device")
 }
 
 fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {

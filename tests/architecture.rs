@@ -32,8 +32,8 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("httparse", &["src/edge"], "behind it requests are well formed"),
     (
         "rustix",
-        &["src/edge", "src/ca/hook.rs", "src/clock.rs"],
-        "socket options, open files, the end of a process group, the machine's clock",
+        &["src/edge", "src/ca/hook.rs", "src/clock.rs", "src/files.rs"],
+        "sockets, open files, the end of a process group, the machine's clock, syncfs",
     ),
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),

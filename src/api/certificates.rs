@@ -8,7 +8,7 @@ use crate::ca::registry::{Record, Registry};
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::problem::{Code, Problem};
-use crate::provisioner::Done;
+use crate::provisioner::{Done, no_certificate};
 use crate::serial::Serial;
 
 /// A CRL in DER (RFC 2585, 4.2).
@@ -19,7 +19,8 @@ const PEM: &str = "application/x-pem-file";
 /// `GET /api/v1/certificates/{device_id}/status`
 pub(super) fn status(api: &Api, _: &Request, name: &str, now: Now) -> Result<Plan, Problem> {
     let registry = api.provisioner.ca().registry();
-    let record = device(name).and_then(|device| registry.newest(&device)).ok_or_else(none)?;
+    let record =
+        device(name).and_then(|device| registry.newest(&device)).ok_or_else(no_certificate)?;
     let stored = registry.stored(&record.serial)?;
     let mut json = Json::new();
     json.field("success", true)
@@ -92,7 +93,7 @@ pub(super) fn revoke(api: &Api, request: &Request, name: &str, now: Now) -> Resu
     if !request.bears(key) {
         return Err(Code::AdminForbidden.into());
     }
-    let device = device(name).ok_or_else(none)?;
+    let device = device(name).ok_or_else(no_certificate)?;
     let job = api.provisioner.plan_revoke(device, request.client, now)?;
     Ok(Plan::Job(job, render_revoked))
 }
@@ -115,8 +116,4 @@ fn find(registry: &Registry, name: &str) -> Option<Record> {
 /// The device that a path segment names; its `:` may be percent-encoded.
 fn device(segment: &str) -> Option<DeviceId> {
     DeviceId::parse(&percent_decode_str(segment).decode_utf8().ok()?)
-}
-
-fn none() -> Problem {
-    Problem::from(Code::CertificateNotFound).text("No certificate found for this device")
 }

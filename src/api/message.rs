@@ -159,7 +159,7 @@ impl Reply {
         let (status, code, _) = problem.code.row();
         let mut json = Json::new();
         json.field("success", false).field("error", problem.message()).field("code", code);
-        for (name, value) in problem.fields.iter().filter(|(name, _)| *name != "allow") {
+        for (name, value) in &problem.fields {
             json.field(name, value.clone());
         }
         let body = json.timestamp(now);
@@ -168,12 +168,11 @@ impl Reply {
         if status == 401 {
             reply.fields.push(("WWW-Authenticate", "Bearer".to_owned()));
         }
-        if let Some(seconds) = problem.retry_after_s() {
+        if let Some(seconds) = problem.retry_after_s {
             reply.fields.push(("Retry-After", seconds.to_string()));
         }
-        let allow = problem.fields.iter().find(|(name, _)| *name == "allow");
-        if let Some(allow) = allow.and_then(|(_, value)| value.as_str()) {
-            reply.fields.push(("Allow", allow.to_owned()));
+        if let Some(allow) = &problem.allow {
+            reply.fields.push(("Allow", allow.clone()));
         }
         reply
     }
@@ -197,15 +196,21 @@ impl Json {
     /// Adds a field.
     pub fn field(&mut self, name: &str, value: impl Into<Value>) -> &mut Self {
         match value.into() {
-            // Tokens, dates and PEM but for its line breaks: most of what there is.
-            Value::String(text) if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') => {
-                self.name(name).push('"');
-                self.0.push_str(&text);
-                self.0.push('"');
-                self
-            }
+            Value::String(text) => self.text(name, &text),
             value => self.written(name, &value.to_string()),
         }
+    }
+
+    /// Adds a text.
+    pub fn text(&mut self, name: &str, text: &str) -> &mut Self {
+        // Tokens, dates and PEM but for its line breaks: most of what there is.
+        if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') {
+            self.name(name).push('"');
+            self.0.push_str(text);
+            self.0.push('"');
+            return self;
+        }
+        self.written(name, &Value::from(text).to_string())
     }
 
     /// Adds an object.
@@ -235,7 +240,7 @@ impl Json {
 
     /// Adds the field that closes every answer, and `}`.
     pub fn timestamp(&mut self, now: Now) -> String {
-        self.field("timestamp", clock::rfc3339(now.unix_ms));
+        self.text("timestamp", &clock::rfc3339(now.unix_ms));
         self.end()
     }
 

@@ -144,9 +144,11 @@ impl Api {
     pub fn answer(&self, requests: &[Request]) -> Answers {
         let now = clock::now();
         let mut jobs = Vec::new();
+        let endpoints: Vec<Option<Endpoint>> = requests.iter().map(endpoint).collect();
         let planned: Vec<Result<Option<Render>, Reply>> = requests
             .iter()
-            .map(|request| match guarded(|| self.plan(request, now)) {
+            .zip(&endpoints)
+            .map(|(request, endpoint)| match guarded(|| self.plan(request, *endpoint, now)) {
                 Ok(Plan::Reply(reply)) => Err(reply),
                 Ok(Plan::Job(job, render)) => {
                     jobs.push(job);
@@ -171,8 +173,8 @@ impl Api {
                 }
             })
             .collect();
-        for (request, reply) in requests.iter().zip(&replies) {
-            self.metrics.answered(endpoint(request), reply.status);
+        for (endpoint, reply) in endpoints.iter().zip(&replies) {
+            self.metrics.answered(endpoint.map(|endpoint| endpoint.row), reply.status);
         }
         Answers { replies, after: batch.after }
     }
@@ -187,26 +189,28 @@ impl Api {
         self.provisioner.clean_up(after);
     }
 
-    fn plan(&self, request: &Request, now: Now) -> Result<Plan, Problem> {
+    fn plan(
+        &self,
+        request: &Request,
+        endpoint: Option<Endpoint<'_>>,
+        now: Now,
+    ) -> Result<Plan, Problem> {
+        if let Some(Endpoint { route, name, .. }) = endpoint {
+            return (route.plan)(self, request, name, now);
+        }
         if request.path == "*" && request.method == Method::Options {
             return Ok(Plan::Reply(Reply::no_content("GET, HEAD, POST, DELETE, OPTIONS")));
         }
-        let matching: Vec<(&Route, &str)> = ROUTES
-            .iter()
-            .filter_map(|route| Some((route, captured(route.path, &request.path)?)))
-            .collect();
+        let here = |route: &&Route| captured(route.path, &request.path).is_some();
+        let matching: Vec<&Route> = ROUTES.iter().filter(here).collect();
         if matching.is_empty() {
             return Err(Code::NotFound.into());
-        }
-        let wanted = request.method.or_get();
-        if let Some((route, name)) = matching.iter().find(|(route, _)| route.method == wanted) {
-            return (route.plan)(self, request, name, now);
         }
         let allow = allowed(&matching);
         if request.method == Method::Options {
             return Ok(Plan::Reply(Reply::no_content(&allow)));
         }
-        Err(Problem::from(Code::MethodNotAllowed).field("allow", allow))
+        Err(Problem { allow: Some(allow), ..Code::MethodNotAllowed.into() })
     }
 
     /// An error as a reply, and its one line in the log. Who was refused, and what could not be
@@ -229,32 +233,38 @@ impl Api {
     }
 }
 
-/// The row of the routing table that a request is for. Looked up once more for the count alone: it
-/// is cheap, and nothing else has to carry it along.
-fn endpoint(request: &Request) -> Option<usize> {
+/// Where a request goes.
+#[derive(Clone, Copy)]
+struct Endpoint<'a> {
+    /// Of [`ROUTES`].
+    row: usize,
+    route: &'static Route,
+    /// What stands in the path's `{…}`.
+    name: &'a str,
+}
+
+/// The first row that fits; `None` if nobody answers this method there.
+fn endpoint(request: &Request) -> Option<Endpoint<'_>> {
     let wanted = request.method.or_get();
-    let fits = |row: &Route| row.method == wanted && captured(row.path, &request.path).is_some();
-    ROUTES.iter().position(fits)
+    ROUTES.iter().enumerate().filter(|(_, route)| route.method == wanted).find_map(
+        |(row, route)| Some(Endpoint { row, route, name: captured(route.path, &request.path)? }),
+    )
 }
 
 /// What stands in the place of `{…}`, if the path fits the pattern; empty for one without.
 fn captured<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
-    let mut name = "";
-    let mut pattern = pattern.split('/');
-    for segment in path.split('/') {
-        match pattern.next()? {
-            wild if wild.starts_with('{') && !segment.is_empty() => name = segment,
-            literal if literal == segment => {}
-            _ => return None,
-        }
-    }
-    pattern.next().is_none().then_some(name)
+    let Some((before, rest)) = pattern.split_once('{') else {
+        return (pattern == path).then_some("");
+    };
+    let after = rest.split_once('}').map_or("", |(_, after)| after);
+    let name = path.strip_prefix(before)?.strip_suffix(after)?;
+    (!name.is_empty() && !name.contains('/')).then_some(name)
 }
 
 /// The value of `Allow` for a path (RFC 9110, 10.2.1).
-fn allowed(matching: &[(&Route, &str)]) -> String {
+fn allowed(matching: &[&Route]) -> String {
     let mut methods: Vec<String> = Vec::new();
-    for (route, _) in matching {
+    for route in matching {
         methods.push(route.method.to_string());
         if route.method == Method::Get {
             methods.push(Method::Head.to_string());

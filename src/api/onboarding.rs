@@ -38,7 +38,7 @@ fn render(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Issued(token) = done else { return Err(Code::InternalError.into()) };
     let mut json = Json::new();
     json.field("success", true)
-        .field("provisioning_token", token.compact)
+        .text("provisioning_token", &token.compact)
         .field("expires_in", api.provisioner.token_ttl_s());
     Ok(Reply::json(json.timestamp(now)))
 }

@@ -8,7 +8,8 @@ use std::path::Path;
 
 use rcgen::{CertificateRevocationListParams, RevokedCertParams, SerialNumber};
 use x509_parser::asn1_rs::FromDer as _;
-use x509_parser::revocation_list::CertificateRevocationList;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 
 use super::issuer::{self, BACKDATE_S, Issuer};
 use super::{CaError, pem};
@@ -78,6 +79,21 @@ impl Crl {
     }
 }
 
+/// The list in the folder, if there is nothing to renew: it is signed by `issuer`, names just what is
+/// `revoked`, and is not due. Then a start writes nothing.
+pub fn current(dir: &Path, issuer: &Issuer, revoked: &[(Serial, u64)], now: Now) -> Option<Crl> {
+    let (pem, der) = read_whole(dir)?;
+    let (_, ca) = X509Certificate::from_der(issuer.certificate_der()).ok()?;
+    let (_, list) = CertificateRevocationList::from_der(&der).ok()?;
+    list.verify_signature(ca.public_key()).ok()?;
+    let named = entries(&list);
+    let same = named.len() == revoked.len()
+        && revoked.iter().all(|(serial, revoked_at)| named.get(serial) == Some(revoked_at));
+    let number = u64::try_from(list.crl_number()?).ok()?;
+    let made_at = u64::try_from(list.last_update().timestamp()).ok()? + BACKDATE_S;
+    Some(Crl { pem, der, number, made_at }).filter(|list| same && !list.is_due(now))
+}
+
 /// The number of the list in the folder; 0 if there is none that can be read.
 pub fn last_number(dir: &Path) -> u64 {
     let number = |list: &CertificateRevocationList<'_>| u64::try_from(list.crl_number()?).ok();
@@ -87,21 +103,29 @@ pub fn last_number(dir: &Path) -> u64 {
 /// What the list in the folder names: serial number and time of revocation, in seconds since 1970.
 /// Empty if there is none that can be read.
 pub fn listed(dir: &Path) -> HashMap<Serial, u64> {
-    let entries = |list: &CertificateRevocationList<'_>| {
-        let entry = |r: &x509_parser::revocation_list::RevokedCertificate<'_>| {
-            let serial = Serial(r.raw_serial().try_into().ok()?);
-            Some((serial, u64::try_from(r.revocation_date.timestamp()).ok()?))
-        };
-        list.iter_revoked_certificates().filter_map(entry).collect()
-    };
     read(dir, entries).unwrap_or_default()
 }
 
+fn entries(list: &CertificateRevocationList<'_>) -> HashMap<Serial, u64> {
+    let entry = |r: &RevokedCertificate<'_>| {
+        let serial = Serial(r.raw_serial().try_into().ok()?);
+        Some((serial, u64::try_from(r.revocation_date.timestamp()).ok()?))
+    };
+    list.iter_revoked_certificates().filter_map(entry).collect()
+}
+
 fn read<T>(dir: &Path, take: impl FnOnce(&CertificateRevocationList<'_>) -> T) -> Option<T> {
+    let (_, der) = read_whole(dir)?;
+    let (_, list) = CertificateRevocationList::from_der(&der).ok()?;
+    Some(take(&list))
+}
+
+/// PEM and DER.
+fn read_whole(dir: &Path) -> Option<(String, Vec<u8>)> {
     let text = String::from_utf8(files::read(&dir.join(FILE)).ok()??).ok()?;
     let [block] = <[_; 1]>::try_from(pem::blocks(&text)?).ok()?;
-    let (_, list) = CertificateRevocationList::from_der(&block.der).ok()?;
-    Some(take(&list))
+    let der = block.der;
+    Some((text, der))
 }
 
 fn entry((serial, revoked_at): &(Serial, u64)) -> Result<RevokedCertParams, CaError> {
@@ -143,6 +167,16 @@ mod tests {
         assert!(text.contains("verify OK"), "{text}");
 
         let at = |s: u64| Now { unix_ms: s * 1000, mono_ms: 0 };
+        let revoked = [(serial, 1_800_000_000)];
+        let found = |revoked: &[_], at| current(&dir, &issuer, revoked, at);
+        assert_eq!(found(&revoked, now), Some(list.clone()));
+        assert_eq!(found(&revoked, at(now.unix_s() + 86_400)), None, "it is due");
+        assert_eq!(found(&[], now), None);
+        assert_eq!(found(&[(serial, 1_800_000_001)], now), None);
+        assert_eq!(found(&[revoked[0], (Serial::random().unwrap(), 1)], now), None);
+        let other = TestDir::new();
+        let other = Issuer::make(&other, 10, 90, now).unwrap();
+        assert_eq!(current(&dir, &other, &revoked, now), None, "signed by another CA");
         let is_due = [86_399, 86_400].map(|s| list.is_due(at(now.unix_s() + s)));
         assert_eq!(is_due, [false, true]);
         assert!(list.is_due(at(now.unix_s() - 1)));

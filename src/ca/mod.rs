@@ -206,7 +206,18 @@ impl Ca {
         Ok(made)
     }
 
-    /// The list that was published last, by this process.
+    /// Takes the list in the folder for the one that was published last, if it is still right.
+    pub fn find_crl(&self, now: Now) -> Option<Arc<Crl>> {
+        let issuer = self.issuer.get()?;
+        let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = crl::current(&self.settings.dir, issuer, &self.registry.revoked(now), now)?;
+        let found = Arc::new(found);
+        *self.crl.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&found));
+        Some(found)
+    }
+
+    /// The list that was published last, by this process or, if it was still right when this one
+    /// started, before.
     pub fn crl(&self) -> Option<Arc<Crl>> {
         self.crl.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

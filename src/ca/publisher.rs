@@ -62,8 +62,7 @@ impl Publisher {
         match &published {
             Ok(_) => {
                 state.failure = None;
-                state.hook_due |= self.hook.is_some();
-                state.woken |= state.hook_due;
+                self.announce(&mut state);
             }
             Err(error) => {
                 let why = format!("the CRL could not be published: {error}");
@@ -85,7 +84,8 @@ impl Publisher {
         if self.ca.issuer().is_none() || !self.ca.clock_is_plausible(now) {
             return;
         }
-        let is_due = self.ca.crl().is_none_or(|list| list.is_due(now));
+        let list = self.ca.crl().or_else(|| self.find(now));
+        let is_due = list.is_none_or(|list| list.is_due(now));
         if is_due || self.failure().is_some() {
             // What went wrong is logged and kept there.
             let _ = self.publish(now);
@@ -93,6 +93,20 @@ impl Publisher {
         if let Some(warning) = self.warning(now).filter(|_| is_due) {
             log::warn!("{warning}");
         }
+    }
+
+    /// The list that an earlier process published, if it is still right. Whether that one lived to
+    /// run the hook nobody knows.
+    fn find(&self, now: Now) -> Option<Arc<Crl>> {
+        let found = self.ca.find_crl(now)?;
+        self.announce(&mut self.lock());
+        Some(found)
+    }
+
+    fn announce(&self, state: &mut State) {
+        state.hook_due |= self.hook.is_some();
+        state.woken |= state.hook_due;
+        self.changed.notify_all();
     }
 
     /// Why the last list could not be published, if it could not.

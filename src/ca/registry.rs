@@ -36,6 +36,8 @@ const CERTS: &str = "certs";
 const TOKEN_LINE: &str = "Provisioning-Token: ";
 /// Bytes read and written at once when the database is copied.
 const COPIED: usize = 64 * 1024;
+/// From so many certificates on, a batch syncs the file system once instead of each file.
+const SYNCED_TOGETHER: usize = 4;
 /// Certificates without a line that a power cut can leave: a batch of each worker, generously. More
 /// mean that the record was lost or is an older copy, and removing them would make it worse.
 const MOST_STRAYS: usize = 64;
@@ -544,7 +546,8 @@ impl Entries<'_> {
     }
 
     fn write(&mut self) -> Vec<Result<(), RegistryError>> {
-        let mut results: Vec<_> = self.added.iter().map(|e| self.write_pem(e)).collect();
+        let together = self.added.len() >= SYNCED_TOGETHER && files::tells_of_errors();
+        let mut results: Vec<_> = self.added.iter().map(|e| self.write_pem(e, together)).collect();
         let written = self.added.iter().zip(&results).filter(|(_, r)| r.is_ok());
         let written: Vec<&Entry> = written.map(|(entry, _)| entry).collect();
         if written.is_empty() {
@@ -552,7 +555,8 @@ impl Entries<'_> {
         }
         let lines: String = written.iter().map(|e| e.row.line()).collect();
         let certs = self.registry.dir.join(CERTS);
-        let outcome = files::sync_dir(&certs)
+        let sync = if together { files::sync_file_system } else { files::sync_dir };
+        let outcome = sync(&certs)
             .map_err(RegistryError::not_written)
             .and_then(|()| self.registry.append(&mut self.writer, lines));
         let Err(mut error) = outcome else { return results };
@@ -565,9 +569,11 @@ impl Entries<'_> {
         results
     }
 
-    fn write_pem(&self, entry: &Entry) -> Result<(), RegistryError> {
+    /// `together`: it is synced later, with others.
+    fn write_pem(&self, entry: &Entry, together: bool) -> Result<(), RegistryError> {
         let path = self.registry.pem_path(&entry.row.serial);
-        files::create_new_synced(&path, entry.file.as_bytes(), 0o644).map_err(|e| {
+        let create = if together { files::create_new } else { files::create_new_synced };
+        create(&path, entry.file.as_bytes(), 0o644).map_err(|e| {
             let taken = e.kind() == Some(io::ErrorKind::AlreadyExists); // another's, let it be
             let left_behind = !taken && !self.remove_pem(entry);
             RegistryError::NotWritten { why: e.to_string(), left_behind }

@@ -113,7 +113,7 @@ pub fn problem_response(code: Code, now: Now, with_body: bool) -> Vec<u8> {
         405 => write!(head, "Allow: {METHODS}\r\n"),
         _ => Ok(()),
     };
-    if let Some(seconds) = problem.retry_after_s() {
+    if let Some(seconds) = problem.retry_after_s {
         let _ = write!(head, "Retry-After: {seconds}\r\n");
     }
     let _ = write!(head, "Content-Length: {}\r\n", body.len());

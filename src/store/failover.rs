@@ -91,8 +91,6 @@ struct State {
     run_id: Option<String>,
     /// Since when Redis does not serve, by [`Now::mono_ms`].
     lost_ms: u64,
-    /// Why, for the log; `None` once it has been logged.
-    reason: Option<String>,
     /// Until when an unknown token may yet be carried over by another instance.
     grace_until_ms: u64,
     /// Attempts to connect that have ended.
@@ -122,7 +120,6 @@ impl Failover {
             issuing: HashMap::new(),
             run_id: None,
             lost_ms: clock::now().mono_ms,
-            reason: None,
             grace_until_ms: 0,
             attempts: 0,
             has_served: false,
@@ -193,7 +190,6 @@ impl Failover {
         state.mode = Mode::Suspect;
         state.noting = true;
         log::info!("Redis connection lost ({why}), connecting anew");
-        state.reason = Some(why);
     }
 
     /// Redis is away.
@@ -204,7 +200,6 @@ impl Failover {
         log::warn!("Redis is lost ({why}): serving from memory until it is back");
         state.mode = Mode::Degraded;
         state.noting = false;
-        state.reason = None;
         self.changed.notify_all();
     }
 

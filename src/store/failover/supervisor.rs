@@ -221,7 +221,6 @@ impl Failover {
         state.mode = Mode::Primary;
         state.run_id.clone_from(&hello.run_id);
         state.foreign_ca = hello.foreign_ca.is_some();
-        state.reason = None;
         if full && state.attempts > 0 {
             state.grace_until_ms = clock::now().mono_ms + GRACE_MS;
         }

@@ -187,7 +187,7 @@ impl Flow for Issue {
             replies.skip();
             replies.skip();
             match replies.text()? {
-                Some(holder) if holder == self.token.compact => {
+                Some(holder) if *holder == *self.token.compact => {
                     Next::done(Outcome::Issued { killed: None })
                 }
                 // An older claim ended between the two commands, just now.
@@ -263,7 +263,7 @@ impl Flow for TakeOver {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             (0..4).for_each(|_| replies.skip());
             match replies.text()? {
-                Some(holder) if holder == self.issue.token.compact => {
+                Some(holder) if *holder == *self.issue.token.compact => {
                     Next::done(Outcome::Issued { killed: None })
                 }
                 holder => Next::trip(Yield { issue: self.issue, holder }),
@@ -307,7 +307,7 @@ impl Flow for Replace {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             (0..3).for_each(|_| replies.skip());
             match replies.text()? {
-                Some(holder) if holder == self.0.token.compact => {
+                Some(holder) if *holder == *self.0.token.compact => {
                     Next::done(Outcome::Issued { killed: None })
                 }
                 None => Next::trip(*self),
@@ -605,7 +605,8 @@ impl Flow for Enter {
             replies.skip();
             match replies.text()?.filter(|claim| TokenHash::of(claim) == self.hash) {
                 Some(compact) => {
-                    let token = Token { compact, hash: self.hash, claims: self.claims };
+                    let token =
+                        Token { compact: compact.into(), hash: self.hash, claims: self.claims };
                     Next::trip(Remove { token, then: marked })
                 }
                 None => Next::done(marked),
