@@ -11,6 +11,10 @@
 //!                                                     └──▶ ca (CSR, sign, record, CRL)
 //! ```
 //!
+//! Each lane is for one kind of work, so that what signs and waits for the disk delays nothing else.
+//! What is large, the CRL, has a lane of its own too, where at most 16 wait: a reply of half a
+//! megabyte would hold up whatever came down the lane behind it.
+//!
 //! The modules below stand in reading order, and each imports only what stands in its row or above:
 //!
 //! | layer | modules | may import |

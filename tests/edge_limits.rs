@@ -3,6 +3,7 @@
 
 mod edge_common;
 
+use std::cell::Cell;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -300,6 +301,41 @@ fn replies_that_nobody_reads_stay_within_the_budget() {
             assert!(served.counters.held_bytes.value() <= BUDGET as u64);
         });
     }
+}
+
+/// The other half stays for those who still ask, and for what the process needs besides.
+#[test]
+fn replies_that_nobody_reads_hold_half_of_the_budget() {
+    const HALF: u64 = 16 * 1024 * 1024;
+    for request in [LARGE.to_vec(), LARGE.repeat(MANY)] {
+        let served = serve(|s| s.max_buffer_bytes = 2 * HALF as usize);
+        let mut streams = from_everywhere(&served, 16);
+        for stream in &mut streams {
+            stream.write_all(&request).unwrap();
+        }
+        let most = Cell::new(0);
+        until("all are answered, and those closed who do not fit", || {
+            most.set(served.counters.held_bytes.value().max(most.get()));
+            assert!(most.get() <= HALF, "{most:?}");
+            served.handled.load(Ordering::Relaxed) >= 16 && served.counters.open.value() < 8
+        });
+        assert!(most.get() > HALF / 2 && served.counters.open.value() > 1, "{most:?}");
+    }
+}
+
+#[test]
+fn whoever_takes_a_reply_slowly_holds_less_and_less() {
+    let served = serve(|s| s.max_buffer_bytes = 24 * 1024 * 1024);
+    let mut stream = served.connect();
+    stream.write_all(b"GET /bytes?20000000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    let held = || served.counters.held_bytes.value();
+    until("it is held but for what the system takes", || held() > 10_000_000);
+    let (most, mut bytes) = (held(), vec![0; 100_000]);
+    while held() > most / 2 {
+        stream.read_exact(&mut bytes).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(held() > 0, "it was given back at once");
 }
 
 /// What waited behind the request was thrown away, so nothing after it can be understood.

@@ -96,7 +96,8 @@ variables! {
     MAX_CONNECTIONS_PER_IP = "256", Number(1, 65_536), "most connections of one address";
     /// Must hold at least one largest request with its answer and TLS records; at most 1 GiB, which
     /// a 32-bit gateway can still count.
-    MAX_BUFFER_BYTES = "8388608", Number(262_144, 1_073_741_824), "most bytes held for all clients";
+    MAX_BUFFER_BYTES = "8388608", Number(262_144, 1_073_741_824),
+        "most bytes held for all clients, half for replies";
     TRUSTED_PROXIES = "", Text("IP addresses or CIDRs, separated by commas"),
         "proxies whose X-Forwarded-For is believed";
     ONBOARDING_RATE_LIMIT = "0", Number(0, 1_000_000), "onboardings a minute and client; 0: no limit";

@@ -5,11 +5,13 @@ use std::net::{IpAddr, Shutdown, TcpStream};
 
 use rustls::ServerConnection;
 
-use super::conn::{Reader, Request, Step};
+use super::conn::{Phase, Reader, Request, Step};
 use super::head::Origin;
 use super::lane::is_transient;
+use super::limits::Held;
 use super::poll::{Interest, Watched};
 use super::proxies::Networks;
+use super::unsent::Unsent;
 use crate::problem::Code;
 
 /// One connection.
@@ -28,11 +30,10 @@ pub struct Client {
     pub after: After,
     /// No request after this one: what was sent behind it was thrown away.
     pub is_last: bool,
-    /// Reply bytes that the socket did not take yet, and how many of them it took since.
-    out: Vec<u8>,
-    written: usize,
+    /// What the socket did not take yet of the reply.
+    out: Unsent,
     /// Bytes that the budget counts for this client.
-    pub counted: usize,
+    pub counted: Held,
 }
 
 /// What an idle TLS connection holds, as measured: 7.6 MB for 1,000.
@@ -78,16 +79,17 @@ impl Client {
             request: None,
             after: After::KeepAlive,
             is_last: false,
-            out: Vec::new(),
-            written: 0,
-            counted: 0,
+            out: Unsent::default(),
+            counted: Held::default(),
         }
     }
 
     /// Bytes of memory held.
-    pub fn held(&self) -> usize {
+    pub fn held(&self) -> Held {
         let tls = self.tls.as_ref().map_or(0, |tls| TLS_HELD + certificates(tls));
-        self.reader.held() + self.out.capacity() + tls
+        let (read, unsent) = (self.reader.held(), self.out.held());
+        let behind = if self.reader.phase() == Phase::Busy { read } else { 0 };
+        Held { all: read + unsent + tls, replies: behind + unsent }
     }
 
     /// Takes bytes of a request, which has this number; see [`Reader::take`].
@@ -162,11 +164,7 @@ impl Client {
             None => write(&self.stream, bytes)?,
         };
         let kept = rest(bytes, taken);
-        if !kept.is_empty() {
-            // What is known to come is not left to doubling: replies are the largest we hold.
-            self.out.reserve_exact(kept.len() + to_come);
-            self.out.extend_from_slice(kept);
-        }
+        self.out.push(kept, to_come);
         if self.tls.is_some() { self.push() } else { self.arm() }
     }
 
@@ -175,15 +173,17 @@ impl Client {
     /// # Errors
     /// When the connection is broken.
     pub fn push(&mut self) -> io::Result<()> {
-        match &mut self.tls {
-            Some(tls) => {
-                self.written += push_tls(tls, &self.stream, rest(&self.out, self.written))?
+        loop {
+            let piece = self.out.first();
+            let done = match &mut self.tls {
+                Some(tls) => push_tls(tls, &self.stream, piece)?,
+                None => write(&self.stream, piece)?,
+            };
+            let whole = done == piece.len();
+            self.out.advance(done);
+            if !whole || self.out.is_empty() {
+                break;
             }
-            None => self.written += write(&self.stream, rest(&self.out, self.written))?,
-        }
-        if self.written == self.out.len() {
-            self.out = Vec::new();
-            self.written = 0;
         }
         self.arm()
     }

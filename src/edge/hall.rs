@@ -10,7 +10,7 @@ use super::answer::Date;
 use super::client::Client;
 use super::conn::Phase;
 use super::lane::Lanes;
-use super::limits::{Budget, PerAddress, counted_as};
+use super::limits::{Budget, Held, PerAddress, counted_as};
 use super::listen::Arrival;
 use super::poll::{Interest, Poll, Watched};
 use super::proxies::Networks;
@@ -176,7 +176,7 @@ impl Hall {
         if !client.is_proxy {
             self.per_address.remove(client.peer);
         }
-        self.budget.change(client.counted, 0);
+        self.budget.change(client.counted, Held::default());
         self.timers.remove(at);
         self.ages.remove(at);
         self.free.push(at);

@@ -10,8 +10,9 @@
 //!   requests. No I/O in these three.
 //! - [`lane`] is our end of a lane: requests written together, answers cut and told apart;
 //!   [`answer`] is what a client gets to read.
-//! - [`client`] is a client's socket, plain or [`tls`]; [`poll`] and [`timers`] are what it waits
-//!   on; [`limits`] says who gives way; [`proxies`] says who the client is behind a proxy.
+//! - [`client`] is a client's socket, plain or [`tls`], and [`unsent`] what it did not take yet;
+//!   [`poll`] and [`timers`] are what it waits on; [`limits`] says who gives way; [`proxies`] says
+//!   who the client is behind a proxy.
 //! - [`listen`] lets clients in, [`hall`] keeps them and lets them out, [`serve`] does what they
 //!   ask; [`run`] is the loop.
 
@@ -30,6 +31,7 @@ mod run;
 mod serve;
 mod timers;
 mod tls;
+mod unsent;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -105,7 +107,8 @@ pub struct Settings {
     pub max_connections: usize,
     /// Connections at once of one IPv4 address or one IPv6 /64, so that one host cannot take all.
     pub max_connections_per_ip: usize,
-    /// All bytes held for clients: parts of requests, replies not yet taken, TLS buffers.
+    /// All bytes held for clients: parts of requests, replies not yet taken, TLS buffers. Replies
+    /// have half, unless one alone is larger: they are what a client gets us to hold most cheaply.
     pub max_buffer_bytes: usize,
     /// Requests waiting in one lane; at 15 µs each, 1,024 are a wait of 15 ms.
     pub max_waiting: usize,

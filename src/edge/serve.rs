@@ -8,7 +8,7 @@ use super::client::{After, Client, Input};
 use super::conn::{Phase, Request, Step};
 use super::hall::Hall;
 use super::lane::{Lane, Lanes, Piece, Waiting};
-use super::limits::Budget;
+use super::limits::{Budget, Held};
 use super::poll::Ready;
 use super::timers::Wait;
 use crate::clock::Now;
@@ -216,18 +216,20 @@ impl Hall {
     /// or whoever is longest in taking a reply is closed.
     pub(super) fn settle(&mut self, at: usize, now: Now) {
         let Some((before, held)) = self.count_held(at) else { return };
-        let Some(client) = client(&mut self.clients, at).filter(|_| held > before) else { return };
+        let Some(client) = client(&mut self.clients, at) else { return };
         match client.reader.phase() {
+            _ if held.all <= before.all && held.replies <= before.replies => {}
             Phase::Head | Phase::Body => {
                 // What is small gets in as long as a reply can give way.
-                let stays =
-                    self.budget.has_room(held) || (Budget::is_small(held) && self.make_room(0));
+                let stays = self.budget.has_room(held.all)
+                    || (Budget::is_small(held.all) && self.make_room(0));
                 if !stays {
                     self.refuse(at, Code::ServiceUnavailable, now);
                 }
             }
             Phase::Idle | Phase::Busy => {
-                if self.budget.is_over() && client.reader.has_pending() {
+                let is_over = self.budget.is_over() || self.budget.replies_are_over();
+                if is_over && client.reader.has_pending() {
                     client.drop_pending();
                     self.count_held(at);
                 }
@@ -237,7 +239,7 @@ impl Hall {
     }
 
     /// What the budget counted for this client, and counts from now on.
-    fn count_held(&mut self, at: usize) -> Option<(usize, usize)> {
+    fn count_held(&mut self, at: usize) -> Option<(Held, Held)> {
         let client = client(&mut self.clients, at)?;
         let (before, held) = (client.counted, client.held());
         client.counted = held;
@@ -248,11 +250,16 @@ impl Hall {
     /// Makes room for so many bytes more: whoever is longest in taking a reply is closed. False if
     /// nobody is left to close.
     fn make_room(&mut self, more: usize) -> bool {
-        while !self.budget.fits(more) {
+        while !self.budget.fits(more) || (self.budget.replies_are_over() && self.several_write()) {
             let Some(longest) = self.timers.longest(Wait::Write) else { return false };
             self.close(longest);
         }
         true
+    }
+
+    /// One reply alone may be larger than the share of all.
+    fn several_write(&self) -> bool {
+        self.timers.all(Wait::Write).nth(1).is_some()
     }
 
     /// Does something with a client's socket, and closes it if that fails.
