@@ -5,8 +5,8 @@
 #
 # usage: scripts/check-contrib.sh
 #
-# MPL_BIN names the program; else target/release, else target/debug. On Debian, as root, missing
-# tools are installed. The Dockerfile is tried by scripts/check-chroot.sh, which has a static program.
+# MPL_BIN names the program; else target/release, else target/debug. It needs root, since it gives files
+# to others; on Debian it installs missing tools. The Dockerfile is tried by scripts/check-chroot.sh, which has a static program.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 contrib=$root/contrib
@@ -78,11 +78,69 @@ done
 systemd-analyze security --no-pager --offline=true --threshold=$threshold \
     "$units/mqtt-publisher-lite.service" >"$work/security" || fail "$(tail -1 "$work/security")"
 ok "$(tail -1 "$work/security" | sed 's/^[^O]*//; s/ [^ ]*$//')"
-mkdir -p "$work/sysroot/etc"
-systemd-sysusers --root="$work/sysroot" "$contrib/systemd/mqtt-publisher-lite.conf" 2>"$work/users" ||
-    fail "$(cat "$work/users")"
-grep -q '^mqtt-lite:' "$work/sysroot/etc/passwd" || fail "sysusers made no user"
-ok "systemd-sysusers makes mqtt-lite"
+
+# --- The installation as the README and docs/upgrade.md give it, into a folder instead of /: each
+# command is the real one, but for paths and names of users, which are those of that folder.
+sysroot=$work/sysroot
+mkdir -p "$sysroot/usr/local/bin" "$sysroot/usr/lib/sysusers.d" "$sysroot/etc/systemd/system" "$work/shims" "$work/source"
+ln -s "$contrib" "$bin" "$work/source"
+cat >"$work/shims/install" <<END
+#!/bin/sh
+set -eu
+number() { sed -n "s/^mqtt-lite:[^:]*:\([0-9]*\):.*/\1/p" "$sysroot/etc/\$1"; }
+for word; do
+    shift
+    case \$word in
+        /*) word=$sysroot\$word ;;
+        mqtt-lite) case \$last in -g) word=\$(number group) ;; -o) word=\$(number passwd) ;; esac ;;
+    esac
+    last=\$word
+    set -- "\$@" "\$word"
+done
+exec $(command -v install) "\$@"
+END
+cat >"$work/shims/systemd-sysusers" <<END
+#!/bin/sh
+exec $(command -v systemd-sysusers) --root="$sysroot" "\$@"
+END
+# Nothing runs there that could be reloaded or started.
+cat >"$work/shims/systemctl" <<END
+#!/bin/sh
+case "\$1 \$2" in
+    "daemon-reload ") ;;
+    "enable --now") exec $(command -v systemctl) --root="$sysroot" --quiet enable "\$3" ;;
+    *) exit 1 ;;
+esac
+END
+chmod 755 "$work/shims"/*
+# The blocks of a page that are marked as run by this.
+blocks_of() { awk '/^ *```sh by scripts\/check-contrib.sh/ { on = 1; next } /^ *```/ { on = 0 } on' "$root/$1"; }
+installed() { [ "$(stat -c '%a %g' "$sysroot$1")" = "$2" ] || fail "$1 has $(stat -c '%a %g' "$sysroot$1"), not $2"; }
+blocks_of README.md >"$work/install.sh"
+[ "$(grep -c ^install "$work/install.sh")" -ge 5 ] || fail "the README does not say how to install"
+(cd "$work/source" && PATH=$work/shims:$PATH sh -eu "$work/install.sh" >"$work/installed" 2>&1) ||
+    fail "the README's installation: $(cat "$work/installed")"
+id=$(sed -n 's/^mqtt-lite:[^:]*:\([0-9]*\):.*/\1/p' "$sysroot/etc/group")
+[ -n "$id" ] || fail "sysusers made no group"
+grep -q '^mqtt-lite:' "$sysroot/etc/passwd" || fail "sysusers made no user"
+installed /usr/local/bin/mqtt-publisher-lite "755 0"
+installed /etc/mqtt-publisher-lite "750 $id"
+installed /etc/mqtt-publisher-lite/environment "640 $id"
+for unit in mqtt-publisher-lite.service mosquitto-crl.path; do
+    [ -L "$sysroot/etc/systemd/system/multi-user.target.wants/$unit" ] || fail "$unit is not enabled"
+done
+"$sysroot/usr/local/bin/mqtt-publisher-lite" --version >"$work/version" || fail "what was installed does not run"
+ok "the README's installation: $(cat "$work/version"), user $id, two units enabled"
+openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=old -days 30 -keyout "$work/source/root-ca.key" \
+    -addext keyUsage=critical,keyCertSign,cRLSign -out "$work/source/root-ca.crt" 2>/dev/null
+blocks_of docs/upgrade.md >"$work/upgrade.sh"
+(cd "$work/source" && PATH=$work/shims:$PATH sh -eu "$work/upgrade.sh" >"$work/installed" 2>&1) ||
+    fail "the CA of docs/upgrade.md: $(cat "$work/installed")"
+installed /var/lib/mqtt-publisher-lite/ca/root-ca.key "600 0"
+DATA_DIR=$sysroot/var/lib/mqtt-publisher-lite "$bin" server-certificate broker.lan --out "$work/broker" >/dev/null ||
+    fail "the CA that docs/upgrade.md puts there is not read"
+openssl verify -CAfile "$work/source/root-ca.crt" "$work/broker/server.crt" >/dev/null || fail "another CA signed"
+ok "docs/upgrade.md: the older service's CA signs"
 
 # --- The filter of system calls: all that the program does on its whole way must be in it.
 # filter NAME: the system calls of a set, and of the sets in it.
@@ -114,6 +172,15 @@ until curl --silent --fail --max-time 2 --output /dev/null "http://127.0.0.1:$po
     sleep 0.1
 done
 "$root/scripts/smoke.sh" "http://127.0.0.1:$port" >/dev/null || fail "the smoke test"
+# What monit would run every cycle, on this server and on none.
+printf 'HTTP_HOST=127.0.0.1\nPORT=%s\n' "$port" >"$work/environment.monit"
+sed -n 's/^ *with path "\(.*\)"$/\1/p' "$contrib/monit/mqtt-publisher-lite.conf" |
+    sed "s|/etc/mqtt-publisher-lite/environment|$work/environment.monit|; s|/usr/local/bin/mqtt-publisher-lite|$bin|" >"$work/monit.sh"
+grep -q "$bin healthcheck" "$work/monit.sh" || fail "monit runs something else"
+sh -eu "$work/monit.sh" || fail "monit's check of a server that is well"
+sed -i 's/^PORT=.*/PORT=1/' "$work/environment.monit"
+if sh -eu "$work/monit.sh" 2>/dev/null; then fail "monit's check of no server"; fi
+ok "monit's check"
 curl --silent --fail --output /dev/null "http://127.0.0.1:$port/metrics" || fail "/metrics"
 child=$(sed -n '1s/ .*//p' "$work/trace")
 kill -HUP "$child"

@@ -49,6 +49,68 @@ fn every_name_in_the_documents_exists() {
     }
 }
 
+/// Pages, and the first line of commands there that neither CI nor a test runs: (page, line, why).
+const BY_HAND: &[(&str, &str, &str)] = &[
+    ("README.md", "scripts/build-static.sh", "minutes, and compilers that are fetched"),
+    ("quickstart.md", "apt-get update", "it changes the machine; scripts/test.sh does the like"),
+    ("quickstart.md", "git clone", "CI has the source, and compiles it in other ways"),
+];
+
+/// What stands behind "```sh" is read by `scripts/check-readme.sh`, which `.ci/run` calls for each page
+/// but one, and by who is named there.
+#[test]
+fn every_block_of_commands_is_run_by_somebody() {
+    let ci = read(".ci/run");
+    let mut by_hand = 0;
+    for (page, text) in pages() {
+        let called = ci.lines().any(|l| l.starts_with("for page in ") && l.contains(&page));
+        let called = called || page == "mosquitto.md" && read("tests/mosquitto.rs").contains(&page);
+        let mut lines = text.lines().map(str::trim);
+        while let Some(line) = lines.next() {
+            let Some(mark) = line.strip_prefix("```sh") else { continue };
+            let words: Vec<&str> = mark.split_whitespace().collect();
+            match words[..] {
+                ["run"] | ["run", "keys"] | ["settings"] => assert!(called, "{page}: {line}"),
+                ["server", port] => {
+                    assert!(called && port.parse::<u16>().is_ok(), "{page}: {line}")
+                }
+                ["by", "hand"] => {
+                    let first = lines.next().unwrap_or_default();
+                    let listed =
+                        |row: &&(&str, &str, &str)| row.0 == page && first.starts_with(row.1);
+                    assert!(BY_HAND.iter().any(|row| listed(&row)), "{page}: {first}");
+                    by_hand += 1;
+                }
+                ["by", script] => {
+                    assert!(
+                        read(script).contains(&format!("blocks_of {}", named(&page))),
+                        "{page}"
+                    );
+                }
+                _ => panic!("{page}: nobody runs the commands below {line:?}"),
+            }
+        }
+    }
+    assert_eq!(by_hand, BY_HAND.len(), "blocks to be run by hand");
+}
+
+/// README.md and what is in docs/, each by the name of its file.
+fn pages() -> Vec<(String, String)> {
+    let mut names = vec!["README.md".to_owned()];
+    for entry in fs::read_dir(root().join("docs")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if name.ends_with(".md") {
+            names.push(name);
+        }
+    }
+    names.into_iter().map(|name| (name.clone(), read(&named(&name)))).collect()
+}
+
+/// Where a page is.
+fn named(page: &str) -> String {
+    if page == "README.md" { page.to_owned() } else { format!("docs/{page}") }
+}
+
 /// Without what a line break in a string literal adds, and with what stands in braces left out.
 fn squeezed(text: &str) -> String {
     let joined = text.replace("\\\n", " ");

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use support::clock::now_ms;
 use support::csr::Csr;
-use support::instance::ADMIN_KEY;
+use support::instance::{self, ADMIN_KEY, Device, ONBOARDING_KEY};
 use support::proxy::Proxy;
 use support::redis::Redis;
 use support::service::{Service, Setup};
@@ -219,6 +219,59 @@ fn a_user_who_may_only_do_what_is_needed() {
     assert!(redis.exists("mqtt-lite:device:d"));
     assert_eq!(service.sign(&compact, &Csr::new("d").make()).status, 200);
     wait::for_true("it is cleaned up", || !redis.exists(&format!("mqtt-lite:token:{compact}")));
+}
+
+/// The line of the README, with and without the right of which it says that it may be left out.
+#[test]
+fn the_rights_in_the_readme_are_enough() {
+    let readme = include_str!("../README.md").replace("\\\n", " ").replace('\'', "");
+    let line = readme.lines().find_map(|l| l.strip_prefix("redis-cli ACL SETUSER ")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let ["mqtt-lite", "on", ">PASSWORD", rules @ ..] = &words[..] else { panic!("{line}") };
+    assert!(rules.contains(&"+info"), "{rules:?}");
+    let without: Vec<&str> = rules.iter().copied().filter(|rule| *rule != "+info").collect();
+    for rules in [rules, &without] {
+        does_its_whole_work(&mut Redis::with_acl("mqtt-lite", "PASSWORD", &rules.join(" ")));
+    }
+}
+
+/// Tokens that are issued, replaced, used and killed, a revocation, and a Redis that comes back empty.
+#[track_caller]
+fn does_its_whole_work(redis: &mut Redis) {
+    let port = redis.port().to_string();
+    let env = [
+        ("REDIS_HOST", "127.0.0.1"),
+        ("REDIS_PORT", &*port),
+        ("REDIS_USERNAME", "mqtt-lite"),
+        ("REDIS_PASSWORD", "PASSWORD"),
+        ("ONBOARDING_API_KEY", ONBOARDING_KEY),
+        ("ADMIN_API_KEY", ADMIN_KEY),
+        ("JWT_SECRET", token::SECRET),
+    ];
+    let service = Setup::new().envs(&env).start();
+    service.wait_for_storage("redis");
+    let [one, two] = ["one", "two"].map(Device::new);
+    let first = instance::token(&service, &one);
+    check_error(&instance::onboard(&service, &one), 409, "TOKEN_ALREADY_ACTIVE", "a live token");
+    let second = instance::issued(&service, &instance::replace(&service, &one));
+    let killed = instance::redeem(&service, &first, &one);
+    check_error(&killed, 401, "TOKEN_ALREADY_USED", "replaced");
+    assert_eq!(instance::redeem(&service, &second, &one).status, 200, "{}", service.log());
+    let used = instance::redeem(&service, &second, &one);
+    check_error(&used, 401, "TOKEN_ALREADY_USED", "used");
+    let kept = instance::token(&service, &two);
+    assert_eq!(service.token_count(), 1);
+
+    redis.kill9();
+    instance::notice_loss(&service);
+    redis.start_again();
+    service.wait_for_storage("redis");
+    assert!(redis.exists(&format!("mqtt-lite:{}", token::mark_of(&second))), "carried over");
+    assert_eq!(instance::redeem_patiently(&service, &kept, &two).status, 200, "{}", service.log());
+    for device in [&one, &two] {
+        assert_eq!(instance::revoke(&service, device).status, 200, "{}", service.log());
+    }
+    assert!(!service.log().contains("NOPERM"), "{}", service.log());
 }
 
 /// Nothing locks a device out: a claim whose token is gone, or marked for long, is taken over when

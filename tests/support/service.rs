@@ -2,6 +2,8 @@
 //! environment than the test says.
 
 use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -34,6 +36,7 @@ pub struct Setup {
     dir: TempDir,
     data_dir: bool,
     port_variable: bool,
+    log_pipe: bool,
     port: u16,
 }
 
@@ -46,6 +49,7 @@ impl Setup {
             dir: TempDir::new(),
             data_dir: true,
             port_variable: true,
+            log_pipe: false,
             port: wait::free_port(),
         }
     }
@@ -81,6 +85,12 @@ impl Setup {
     /// Leaves `PORT` unset.
     pub fn without_port(mut self) -> Self {
         self.port_variable = false;
+        self
+    }
+
+    /// Gives the program a pipe for its log, as a service manager does; the test writes the file.
+    pub fn log_to_pipe(mut self) -> Self {
+        self.log_pipe = true;
         self
     }
 
@@ -175,6 +185,7 @@ impl Service {
 
     fn spawn(&mut self) {
         let log = OpenOptions::new().create(true).append(true).open(&self.log).unwrap();
+        let log = if self.setup.log_pipe { piped_to(log) } else { log };
         self.child = Some(self.command(log).spawn().unwrap_or_else(|e| {
             panic!(
                 "cannot run {:?} {}: {e}",
@@ -428,6 +439,13 @@ impl Drop for Service {
             eprintln!("--- log of the server on port {}\n{}---", self.setup.port, self.log());
         }
     }
+}
+
+/// The writing end of a pipe from which a thread copies to `file` until the other side closes it.
+fn piped_to(mut file: File) -> File {
+    let (mut reader, writer) = io::pipe().unwrap();
+    thread::spawn(move || io::copy(&mut reader, &mut file));
+    File::from(OwnedFd::from(writer))
 }
 
 /// Sends a signal through the shell's own `kill`, which is there on every system.
