@@ -70,6 +70,8 @@ pub mod notify;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -454,7 +456,7 @@ impl Running<'_> {
         let watchdog = spawn("drain", || {
             thread::sleep(DRAIN);
             log::warn!("not all requests were finished in time");
-            std::process::exit(0);
+            process::exit(0);
         });
         self.server.stop();
         if let Some(failover) = &self.store.failover {
@@ -466,7 +468,15 @@ impl Running<'_> {
     }
 }
 
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), RunError> {
+/// A thread that has work for as long as the process lives. If it panics nobody does that work, and
+/// whoever starts the process again is to notice.
+fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), RunError> {
+    let work = move || {
+        if catch_unwind(AssertUnwindSafe(work)).is_err() {
+            log::error!("the thread {name} panicked");
+            process::exit(1);
+        }
+    };
     let builder = thread::Builder::new().name(name.to_owned()).stack_size(SMALL_STACK_BYTES);
     builder.spawn(work).map(drop).map_err(failed)
 }

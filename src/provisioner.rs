@@ -328,6 +328,9 @@ impl Provisioner {
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
+        if jobs.is_empty() {
+            return Batch { done: Vec::new(), after: Vec::new() };
+        }
         let ops: Vec<Op> = jobs.iter().filter_map(Job::op).collect();
         let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
         let mut answers = answers.into_iter();
@@ -742,4 +745,54 @@ pub fn no_certificate() -> Problem {
 
 fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
     problem.into().log_more(format!("device {device}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::CaSettings;
+    use crate::files::test_dir::TestDir;
+    use crate::store::memory::Memory;
+    use std::net::Ipv4Addr;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn only_certificates_wait_for_the_disk() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let settings = CaSettings {
+            dir: dir.to_path_buf(),
+            root_validity_years: 10,
+            device_validity_days: 90,
+        };
+        let ca = Arc::new(Ca::open(&settings, now).unwrap());
+        let ledger = Arc::new(Ledger::new(10));
+        let rules = Rules {
+            token_ttl_s: 300,
+            reenroll: Reenroll::Deny,
+            renew_revokes: true,
+            renew_after_expiry_days: 0,
+        };
+        let provisioner = Provisioner::new(
+            Arc::new(Memory::new(10, Arc::clone(&ledger))),
+            ledger,
+            Arc::new(Publisher::new(Arc::clone(&ca), None)),
+            Signer::new(b"a secret of the test"),
+            rules,
+            Arc::new(Metrics::new(std::iter::empty())),
+        );
+        // As while another worker's certificates are written.
+        let _writing = ca.registry().begin();
+        let (sender, done) = mpsc::channel();
+        thread::spawn(move || {
+            let device = DeviceId::parse("d").unwrap();
+            let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
+            let job = provisioner.plan_issue(device, false, client, now).unwrap();
+            let issued = provisioner.run(vec![job, Job::Count], now).done;
+            let _ = sender.send(issued.iter().filter(|done| done.is_ok()).count());
+        });
+        assert_eq!(done.recv_timeout(Duration::from_secs(10)), Ok(2));
+    }
 }

@@ -150,19 +150,20 @@ impl Lane {
     pub fn next_batch(&self, bound: usize, pause: Duration, batch: &mut Vec<Call>) -> bool {
         let present = self.shared.server().clone();
         let Some(server) = present else { return self.replace_server() };
-        match self.next(&server) {
-            Ok(Some(request)) => batch.push(Call::new(request)),
+        let gathered = match self.next(&server) {
+            Ok(Some(request)) => {
+                batch.push(Call::new(request));
+                gather(&server, bound, pause, batch)
+            }
             Ok(None) => return false,
             Err(_) if self.is_stopped() => return false,
-            Err(e) => {
-                // After an error in `accept`, `tiny_http` never accepts again.
-                log::warn!("lane {}: {e}", self.address.path.display());
-                drop(server);
-                return self.replace_server();
-            }
-        }
-        gather(&server, bound, pause, batch);
-        true
+            Err(e) => Err(e),
+        };
+        let Err(e) = gathered else { return true };
+        // After an error in `accept`, of which it tells once, `tiny_http` never accepts again.
+        log::warn!("lane {}: {e}", self.address.path.display());
+        drop(server);
+        self.replace_server() || !batch.is_empty()
     }
 
     /// `None` when stopped and nothing waits: `try_recv` may have swallowed what ends `recv`.
@@ -174,7 +175,7 @@ impl Lane {
         self.shared.stopped.load(Ordering::Acquire)
     }
 
-    /// Returns with an empty batch, so that the caller comes back to the new server.
+    /// What was taken from the old one can still be answered.
     fn replace_server(&self) -> bool {
         if let Err(e) = self.listen() {
             log::error!("lane {}: {e}", self.address.path.display());
@@ -184,7 +185,7 @@ impl Lane {
     }
 }
 
-fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Vec<Call>) {
+fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Vec<Call>) -> io::Result<()> {
     let mut bytes: usize = batch.iter().map(|call| call.body.len()).sum();
     let longest = (pause * PAUSES).as_millis();
     let began = clock::now().mono_ms;
@@ -200,11 +201,12 @@ fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Vec<Call>)
             }
             next => next,
         };
-        let Ok(Some(request)) = next else { return };
+        let Some(request) = next? else { break };
         let call = Call::new(request);
         bytes += call.body.len();
         batch.push(call);
     }
+    Ok(())
 }
 
 /// One request, to be answered once.
@@ -310,14 +312,17 @@ pub fn answer(calls: Vec<Call>, replies: Vec<Reply>) {
     let mut replies = replies.into_iter();
     let mut answers = Answers::default();
     for mut call in calls {
+        // With a request of the edge's own begins each connection; what came before it may be of one
+        // that is lost.
+        if call.client() == edge::NOBODY {
+            mem::take(&mut answers).flush();
+        }
         let reply = call.known.take().or_else(|| replies.next()).unwrap_or_else(unanswered);
         if let Err(e) = answers.add(call, &reply) {
             log::debug!("an answer was lost with its lane: {e}");
         }
     }
-    if let Err(e) = answers.flush() {
-        log::debug!("answers were lost with their lane: {e}");
-    }
+    answers.flush();
 }
 
 /// Answers on their way. All go through the writer of the first, together, because each write wakes
@@ -348,8 +353,10 @@ impl Answers {
         out.write_all(body)
     }
 
-    fn flush(self) -> io::Result<()> {
-        self.out.map_or(Ok(()), |mut out| out.flush())
+    fn flush(self) {
+        if let Some(Err(e)) = self.out.map(|mut out| out.flush()) {
+            log::debug!("answers were lost with their lane: {e}");
+        }
     }
 }
 
@@ -441,6 +448,28 @@ mod tests {
         );
         // For whom there is no reply.
         assert!(last.contains("X-Edge: 4\r\n"), "{last}");
+        drop(lane);
+        fs::remove_dir(dir).unwrap();
+    }
+
+    #[test]
+    fn what_is_left_of_a_lost_connection_takes_no_answer_of_the_next() {
+        let dir = folder("lost");
+        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
+        let mut batch = Vec::new();
+        let mut lost = UnixStream::connect(&lane.address().path).unwrap();
+        lost.write_all(b"GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n").unwrap();
+        assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
+        drop(lost);
+        let mut next = UnixStream::connect(&lane.address().path).unwrap();
+        next.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        next.write_all(b"OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n").unwrap();
+        assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
+        answer(batch, vec![reply("one")]);
+        let mut buf = [0; 4096];
+        let n = next.read(&mut buf).unwrap();
+        let text = std::str::from_utf8(&buf[..n]).unwrap();
+        assert!(text.starts_with("HTTP/1.1 204 No Content\r\nX-Edge: 2\r\n"), "{text}");
         drop(lane);
         fs::remove_dir(dir).unwrap();
     }

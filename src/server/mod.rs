@@ -91,7 +91,8 @@ impl Server {
             workers.push((stopper, spawn("worker", move || work(&lane, &api))?));
         }
         let edge = spawn("edge", move || {
-            if let Err(error) = edge.run() {
+            let run = catch_unwind(AssertUnwindSafe(|| edge.run()));
+            if let Err(error) = run.unwrap_or_else(|_| Err(io::Error::other("it panicked"))) {
                 ended(error);
             }
         })?;
