@@ -137,7 +137,7 @@ pub fn create_new_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Fil
     create_synced(path, mode, |file| file.write_all(bytes))
 }
 
-/// As [`create_new_synced`], but neither it nor its name is on disk before [`sync_file_system`].
+/// As [`create_new_synced`], but neither it nor its name is on disk before [`Synced::sync`].
 ///
 /// # Errors
 /// As there.
@@ -186,25 +186,43 @@ pub fn sync_dir(dir: &Path) -> Result<(), FilesError> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(FilesError::io("cannot sync folder", dir))
 }
 
-/// Puts all that was written to the file system of `dir` on disk, by whomever: one wait for many
-/// files, where each would be one of its own.
-///
-/// # Errors
-/// When something of it could not be written; see [`tells_of_errors`].
-pub fn sync_file_system(dir: &Path) -> Result<(), FilesError> {
-    let sync = || Ok(rustix::fs::syncfs(File::open(dir)?)?);
-    sync().map_err(FilesError::io("cannot sync the file system of", dir))
+/// A file system that is synced at once: one wait for many files, where each would be one of its own.
+/// What others have written there is waited for too.
+#[derive(Debug)]
+pub struct Synced<'a> {
+    dir: &'a Path,
+    /// Opened before anything is written: syncfs(2) tells of errors since then.
+    opened: File,
 }
 
-/// Whether [`sync_file_system`] can be believed: before Linux 5.8, syncfs(2) is silent of errors.
-pub fn tells_of_errors() -> bool {
-    is_from_5_8(&rustix::system::uname().release().to_string_lossy())
+impl<'a> Synced<'a> {
+    /// The file system of the folder, if its word can be taken: from Linux 5.17 on, and not where one
+    /// stands for another (overlayfs) or nobody knows.
+    pub fn of(dir: &'a Path) -> Option<Self> {
+        let opened = File::open(dir).ok()?;
+        let is_told = is_from_5_17(&rustix::system::uname().release().to_string_lossy());
+        let kind = rustix::fs::fstatfs(&opened).ok()?.f_type;
+        // The type of `f_type` and its sign are another's on each platform.
+        (is_told && TELL_OF_ERRORS.contains(&(kind as u32))).then_some(Synced { dir, opened })
+    }
+
+    /// Puts all that was written there on disk.
+    ///
+    /// # Errors
+    /// When something of it could not be written since [`Synced::of`].
+    pub fn sync(&self) -> Result<(), FilesError> {
+        let sync = || Ok(rustix::fs::syncfs(&self.opened)?);
+        sync().map_err(FilesError::io("cannot sync the file system of", self.dir))
+    }
 }
 
-fn is_from_5_8(release: &str) -> bool {
+/// ext4, XFS, btrfs, tmpfs (statfs(2)).
+const TELL_OF_ERRORS: [u32; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994];
+
+fn is_from_5_17(release: &str) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (5_u32, 8_u32),
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (5_u32, 17_u32),
         _ => false,
     }
 }
@@ -361,13 +379,16 @@ mod tests {
         );
         let error = create_new(&dir.join("f"), b"two", 0o640).unwrap_err();
         assert_eq!(error.kind(), Some(io::ErrorKind::AlreadyExists));
-        sync_file_system(&dir).unwrap();
-        assert!(sync_file_system(&dir.join("no")).is_err());
-        for new in ["5.8.0", "5.10.0-28-arm64", "6.1", "10.0.1"] {
-            assert!(is_from_5_8(new), "{new}");
+        if let Some(synced) = Synced::of(&dir) {
+            synced.sync().unwrap();
         }
-        for old in ["5.7.19", "4.19.0", "3.18", "5", "", "x.y"] {
-            assert!(!is_from_5_8(old), "{old}");
+        assert!(Synced::of(&dir.join("no")).is_none());
+        assert!(Synced::of(Path::new("/proc")).is_none(), "procfs is not in the list");
+        for new in ["5.17.0", "5.19.0-28-arm64", "6.1", "10.0.1"] {
+            assert!(is_from_5_17(new), "{new}");
+        }
+        for old in ["5.16.19", "5.8", "4.19.0", "3.18", "5", "", "x.y"] {
+            assert!(!is_from_5_17(old), "{old}");
         }
     }
 

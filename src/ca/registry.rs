@@ -21,7 +21,7 @@ use super::issuer::{self, BACKDATE_S, Leaf};
 use super::{crl, pem};
 use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::files::{self, FilesError};
+use crate::files::{self, FilesError, Synced};
 use crate::jwt::{self, TokenHash};
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
@@ -550,17 +550,19 @@ impl Entries<'_> {
     }
 
     fn write(&mut self) -> Vec<Result<(), RegistryError>> {
-        let together = self.added.len() >= SYNCED_TOGETHER && files::tells_of_errors();
-        let mut results: Vec<_> = self.added.iter().map(|e| self.write_pem(e, together)).collect();
+        let certs = self.registry.dir.join(CERTS);
+        let many = self.added.len() >= SYNCED_TOGETHER;
+        let together = many.then(|| Synced::of(&certs)).flatten();
+        let write = |e| self.write_pem(e, together.is_some());
+        let mut results: Vec<_> = self.added.iter().map(write).collect();
         let written = self.added.iter().zip(&results).filter(|(_, r)| r.is_ok());
         let written: Vec<&Entry> = written.map(|(entry, _)| entry).collect();
         if written.is_empty() {
             return results;
         }
         let lines: String = written.iter().map(|e| e.row.line()).collect();
-        let certs = self.registry.dir.join(CERTS);
-        let sync = if together { files::sync_file_system } else { files::sync_dir };
-        let outcome = sync(&certs)
+        let outcome = together
+            .map_or_else(|| files::sync_dir(&certs), |all| all.sync())
             .map_err(RegistryError::not_written)
             .and_then(|()| self.registry.append(&mut self.writer, lines));
         let Err(mut error) = outcome else { return results };
