@@ -161,6 +161,16 @@ fn a_lane_that_does_not_answer() {
 }
 
 #[test]
+fn a_lane_that_stays_away_is_counted() {
+    let staged = stage(|_, _| std::panic::panic_any("the listener goes with this thread"));
+    assert_eq!(staged.counters.lanes_down.value(), 0);
+    assert_eq!(statuses(&ask(&staged)), [503]);
+    until("it is counted", || staged.counters.lanes_down.value() == 1);
+    assert_eq!(statuses(&ask(&staged)), [503]);
+    staged.handle.shutdown();
+}
+
+#[test]
 fn answers_in_pieces_of_every_size() {
     let staged = stage(|number, stream| {
         let answer =

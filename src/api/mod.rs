@@ -13,7 +13,7 @@ mod renew;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use log::Level;
@@ -34,6 +34,8 @@ pub struct Api {
     keys: RwLock<Arc<Keys>>,
     onboarding_limit: RateLimit,
     metrics: Arc<Metrics>,
+    /// How many lanes to workers cannot be used now; put here by whoever knows the edge.
+    lanes_down: OnceLock<Box<dyn Fn() -> u64 + Send + Sync>>,
 }
 
 /// What callers must bear; `None` as in [`Config`].
@@ -127,7 +129,14 @@ impl Api {
             keys: RwLock::new(Keys::of(config)),
             onboarding_limit: RateLimit::new(config.http.onboarding_rate_limit),
             metrics,
+            lanes_down: OnceLock::new(),
         }
+    }
+
+    /// From now on `GET /ready` asks `count` how many lanes to workers are down.
+    pub fn set_lanes_down(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {
+        // The edge is opened once.
+        let _ = self.lanes_down.set(Box::new(count));
     }
 
     /// From the next request on, both keys are those of `config`.

@@ -36,7 +36,11 @@ fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 
 /// `GET /ready`: whether tokens can be issued and certificates signed
 pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
-    let reasons = api.provisioner.obstacles(now);
+    let mut reasons = api.provisioner.obstacles(now);
+    let down = api.lanes_down.get().map_or(0, |count| count());
+    if down > 0 {
+        reasons.push(format!("lanes to workers that cannot be used: {down}"));
+    }
     if !reasons.is_empty() {
         return Err(Problem::from(Code::ServiceUnavailable)
             .text("Not ready")

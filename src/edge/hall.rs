@@ -96,8 +96,9 @@ impl Hall {
     }
 
     /// Whatever the sockets did, what it means for the counters.
-    pub fn count(&self, lanes_lost: u64) {
-        self.counters.lanes_lost.set(lanes_lost);
+    pub fn count(&self, lanes: &Lanes) {
+        self.counters.lanes_lost.set(lanes.lost());
+        self.counters.lanes_down.set(lanes.down());
         self.counters.open.set((self.clients.len() - self.free.len()) as u64);
         self.counters.held_bytes.set(self.budget.held() as u64);
     }

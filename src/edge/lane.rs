@@ -160,6 +160,11 @@ impl Lanes {
         self.0.iter().map(|lane| lane.losses).sum()
     }
 
+    /// How many cannot be used now.
+    pub fn down(&self) -> u64 {
+        self.0.iter().filter(|lane| !matches!(lane.link, Link::Up(_))).count() as u64
+    }
+
     /// Every lane has answered a proof since [`Lane::ask_proof`].
     pub fn are_proven(&self) -> bool {
         self.0.iter().all(|lane| !lane.unproven)
@@ -167,7 +172,7 @@ impl Lanes {
 
     /// Every lane has answered a request.
     pub fn are_up(&self) -> bool {
-        self.0.iter().all(|lane| matches!(lane.link, Link::Up(_)))
+        self.down() == 0
     }
 }
 

@@ -188,6 +188,8 @@ pub struct Counters {
     pub held_bytes: Counter,
     /// Lanes lost and opened again.
     pub lanes_lost: Counter,
+    /// Lanes that no request can take at this moment.
+    pub lanes_down: Counter,
     /// TLS handshakes that failed.
     pub handshakes_failed: Counter,
     /// Pauses in accepting, for want of descriptors or memory.

@@ -213,7 +213,7 @@ impl Edge {
         if self.shared.stop.load(Ordering::Acquire) {
             self.drain(buf, now);
         }
-        self.hall.count(self.lanes.lost());
+        self.hall.count(&self.lanes);
     }
 
     fn read_lanes(&mut self, buf: &mut [u8], now: Now) {

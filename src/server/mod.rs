@@ -84,6 +84,8 @@ impl Server {
         let edge = edge.map_err(|error| ServerError::Edge(address, error))?;
         let counters = edge.counters();
         metrics.set_edge(move |page| show_edge(&counters, page));
+        let counters = edge.counters();
+        api.set_lanes_down(move || counters.lanes_down.value());
         let handle = edge.handle();
         let mut workers = Vec::new();
         for lane in lanes {
@@ -158,6 +160,8 @@ fn show_edge(counters: &edge::Counters, page: &mut Page) {
     let edge::Counters { open, held_bytes, .. } = counters;
     page.gauge("mqtt_lite_edge_connections", "Connections open.", open.value());
     page.gauge("mqtt_lite_edge_held_bytes", "Bytes held for clients.", held_bytes.value());
+    let down = counters.lanes_down.value();
+    page.gauge("mqtt_lite_edge_lanes_down", "Lanes to a worker that cannot be used.", down);
     let totals = [
         ("connections", "Connections accepted.", &counters.accepted),
         ("gave_way", "Connections closed to make room.", &counters.gave_way),
