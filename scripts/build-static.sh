@@ -6,14 +6,15 @@
 #   x86_64-unknown-linux-musl (the default), aarch64-unknown-linux-musl,
 #   armv7-unknown-linux-musleabihf (hard float); x86_64, aarch64 and armv7 for short
 #
-# It leaves dist/<TARGET>/mqtt-publisher-lite, proven to be static and for that processor, and tried
-# by scripts/smoke.sh, under qemu-user-static where the processor is another. The linker and musl come
-# from Zig (pip: ziglang, cargo-zigbuild). The standard library is rustup's, where rustup can have
-# that target; else it is built from Debian's rust-web-src by Debian's rustc-web, whose versions
-# match. As root on Debian, what is missing of Debian is installed.
+# It leaves dist/<TARGET>/mqtt-publisher-lite, proven to be static, position-independent and for that
+# processor, and tried by scripts/smoke.sh, under qemu-user-static where the processor is another.
+# The linker and musl come from Zig (pip: ziglang, cargo-zigbuild). The standard library is built
+# from source, for size, which makes a tenth of the program: with rustup's rust-src if that is there
+# or can be had, else by Debian's rustc-web with rust-web-src. Where neither can be, it is the one
+# that rustup has for the target. As root on Debian, what is missing of Debian is installed.
 #
 #   SMOKE=0       does not run what was built
-#   STD=debian    does not ask rustup
+#   STD=...       where the standard library comes from: rust-src, debian, or prebuilt (by rustup)
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 build=${CARGO_TARGET_DIR:-$root/target}
@@ -55,39 +56,72 @@ fi
 PATH=$venv/bin:$PATH
 export PATH
 
-# --- The standard library: rustup's for the target, or Debian's from its source.
-rustup_has_target() {
-    if [ "${STD:-}" = debian ] || ! has rustup; then return 1; fi
+case $root$build${CARGO_HOME:-$HOME}$PATH in *" "*) fail "a path with a space in it" ;; esac
+
+# --- The standard library: from the source of rustup or Debian, or the one that rustup has built.
+source_of() { echo "$("$1" --print sysroot)/lib/rustlib/src/rust"; }
+
+use_rust_src() {
+    rustc=$(command -v rustc) || return 1
+    if ! [ -e "$(source_of "$rustc")/library" ]; then
+        has rustup || return 1
+        echo "asking rustup for rust-src"
+        timeout 300 rustup component add rust-src >/dev/null 2>&1 || return 1
+    fi
+}
+
+use_debian() {
+    rustc=/usr/bin/rustc
+    [ -x $rustc ] && [ -e "$(source_of $rustc)/library" ] && return
+    has apt-get && [ "$(id -u)" -eq 0 ] || return 1
+    debian rustc-web rust-web-src
+}
+
+use_prebuilt() {
+    has rustup || return 1
     rustup target list --installed 2>/dev/null | grep -qx "$target" && return
     echo "asking rustup for $target"
     timeout 300 rustup target add "$target" >/dev/null 2>&1
 }
 
-compile() {
-    if rustup_has_target; then
-        echo "building with $(rustc --version), standard library by rustup"
-        cargo zigbuild --locked --profile static --manifest-path "$root/Cargo.toml" --target "$target"
-        return
-    fi
-    if ! [ -x /usr/bin/rustc ] || ! [ -e "$(/usr/bin/rustc --print sysroot)/lib/rustlib/src" ]; then
-        debian rustc-web rust-web-src
-    fi
-    echo "building with $(/usr/bin/rustc --version), standard library from Debian's source"
-    RUSTC=/usr/bin/rustc RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Clink-self-contained=no \
-        cargo zigbuild --locked --profile static -Zbuild-std=std,panic_unwind \
-        --manifest-path "$root/Cargo.toml" --target "$target"
-}
+std=
+for choice in ${STD:-rust-src debian prebuilt}; do
+    case $choice in
+        rust-src) use_rust_src || continue ;;
+        debian) use_debian || continue ;;
+        prebuilt) use_prebuilt || continue ;;
+        *) fail "STD=$choice" ;;
+    esac
+    std=$choice
+    break
+done
+[ -n "$std" ] || fail "no standard library for $target: rustup's rust-src, Debian's rustc-web and rust-web-src, or rustup's target $target"
 
-compile
+# Frame pointers make the tables of unwinding smaller by more than the code grows. Who built the
+# program, and in which folder, is nobody's business, and a tenth of its text.
+flags="-Cforce-frame-pointers=yes -Cllvm-args=-inline-threshold=15 -Clinker=$root/scripts/link-static.sh"
+set -- --locked --profile static --manifest-path "$root/Cargo.toml" --target "$target"
+if [ "$std" != prebuilt ]; then
+    flags="-Zunstable-options -Cforce-frame-pointers=non-leaf ${flags#* } -Clink-self-contained=no"
+    flags="$flags --remap-path-prefix=$(source_of "$rustc")/="
+    set -- "$@" -Zbuild-std=std,panic_unwind -Zbuild-std-features=panic-unwind,optimize_for_size
+    export RUSTC="$rustc" RUSTC_BOOTSTRAP=1
+fi
+cargo fetch --locked --manifest-path "$root/Cargo.toml" --target "$target"
+for registry in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/; do
+    flags="$flags --remap-path-prefix=$registry="
+done
+echo "building with $(${RUSTC:-rustc} --version), standard library: $std"
+MPL_STATIC_TARGET=$target MPL_STATIC_PYTHON=$venv/bin/python RUSTFLAGS=$flags cargo zigbuild "$@"
 built=$build/$target/static/$name
 dist=$root/dist/$target
 mkdir -p "$dist/data"
 cp "$built" "$dist/$name"
 
-# --- Proof: no interpreter, no library, the right processor.
+# --- Proof: no interpreter, no library, no fixed addresses, the right processor.
 what=$(file -b "$dist/$name")
 echo "$what"
-case $what in *"statically linked"* | *"static-pie linked"*) ;; *) fail "not static" ;; esac
+case $what in *"static-pie linked"*) ;; *) fail "not static, or at fixed addresses" ;; esac
 case $what in *interpreter*) fail "it asks for an interpreter" ;; esac
 case $what in *"$machine"*) ;; *) fail "not for $machine" ;; esac
 echo "size: $(wc -c <"$dist/$name") bytes"
@@ -104,3 +138,25 @@ if [ "$(uname -m)" != "${target%%-*}" ]; then
 fi
 "$run" --version
 MPL_BIN=$run "$root/scripts/smoke.sh"
+
+# --- What it takes, idle: tokens in memory, and a CA that is there already.
+[ "$run" = "$dist/$name" ] || exit 0
+work=$(mktemp -d)
+server=
+trap '[ -z "$server" ] || kill "$server"; rm -rf "$work"' EXIT
+for start in first second; do
+    env -i DATA_DIR="$work/data" HTTP_HOST=127.0.0.1 PORT=$((20000 + $$ % 12000)) "$run" 2>"$work/log" &
+    server=$!
+    tries=0
+    until grep -q 'Provisioning API' "$work/log"; do
+        tries=$((tries + 1))
+        [ $tries -lt 100 ] || fail "no $start start: $(cat "$work/log")"
+        sleep 0.1
+    done
+    sleep 1
+    resident=$(sed -n 's/^\(VmRSS\|RssAnon\|RssFile\):[ \t]*/\1 /p' "/proc/$server/status" | tr '\n' ' ')
+    kill "$server"
+    wait "$server"
+    server=
+done
+echo "idle: $resident"
