@@ -573,24 +573,28 @@ impl Provisioner {
         result: Result<(), RegistryError>,
         left: &mut Left,
     ) -> Result<Done, Problem> {
-        let Err(error) = result else {
-            grant.log_signed(&signed.leaf);
-            self.count(&grant);
-            match grant {
-                Grant::Token(redeem) => left.after.push(Op::Finish(redeem.token)),
-                Grant::Certificate(renew) if self.rules.renew_revokes => {
-                    left.superseded.push(renew.old.serial);
+        match result {
+            Ok(()) => {
+                grant.log_signed(&signed.leaf);
+                self.count(&grant);
+                match grant {
+                    Grant::Token(redeem) => left.after.push(Op::Finish(redeem.token)),
+                    Grant::Certificate(renew) if self.rules.renew_revokes => {
+                        left.superseded.push(renew.old.serial);
+                    }
+                    Grant::Certificate(_) => {}
                 }
-                Grant::Certificate(_) => {}
+                Ok(Done::Signed(Box::new(signed)))
             }
-            return Ok(Done::Signed(Box::new(signed)));
-        };
-        if !error.left_behind() {
-            left.back.extend(grant.give_back());
+            Err(error) => {
+                if !error.left_behind() {
+                    left.back.extend(grant.give_back());
+                }
+                let problem = Problem::from(error);
+                log::error!("certificate {} could not be recorded: {problem}", signed.leaf.serial);
+                Err(grant.refused(problem))
+            }
         }
-        let problem = Problem::from(error);
-        log::error!("certificate {} could not be recorded: {problem}", signed.leaf.serial);
-        Err(grant.refused(problem))
     }
 }
 

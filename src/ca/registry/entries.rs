@@ -1,0 +1,319 @@
+//! A batch of entries on its way to the disk: first each `.pem`, then all lines at once, then the rows
+//! in memory. What fails half-way is taken back, and if even that fails, it is said and made up for
+//! by whoever writes next.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::sync::MutexGuard;
+
+use super::rows::Row;
+use super::{CERTS, INDEX, Redeemed, Registry, RegistryError, TOKEN_LINE, Writer};
+use crate::ca::issuer::{BACKDATE_S, Leaf};
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::files::{self, Synced};
+use crate::jwt::TokenHash;
+
+/// From so many certificates on, a batch syncs the file system once instead of each file.
+const SYNCED_TOGETHER: usize = 4;
+
+/// A batch of entries that are recorded together, or not at all if dropped.
+#[derive(Debug)]
+pub struct Entries<'a> {
+    registry: &'a Registry,
+    writer: MutexGuard<'a, Writer>,
+    added: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    row: Row,
+    token: Option<Redeemed>,
+    created_at: u64,
+    file: String,
+}
+
+impl<'a> Entries<'a> {
+    /// Waits until no other writer is in.
+    pub(super) fn begin(registry: &'a Registry) -> Self {
+        Entries { registry, writer: registry.lock_writer(), added: Vec::new() }
+    }
+
+    /// As [`Registry::knows_token`], in this batch too.
+    pub fn knows_token(&self, token: &TokenHash) -> bool {
+        let same = |e: &Entry| e.token.is_some_and(|t| t.hash == *token);
+        self.added.iter().any(same) || self.registry.knows_token(token)
+    }
+
+    /// As [`Registry::has_active`], in this batch too.
+    pub fn has_active(&self, device: &DeviceId, now: Now) -> bool {
+        let active = |e: &Entry| e.row.device == *device && e.row.is_active(now);
+        self.added.iter().any(active) || self.registry.has_active(device, now)
+    }
+
+    /// Adds a certificate and the token that was redeemed for it, if it is not a renewal.
+    pub fn add(&mut self, leaf: &Leaf, token: Option<Redeemed>) {
+        let line = token.map(|t| format!("{TOKEN_LINE}{} iat={} exp={}\n", t.hash, t.iat, t.exp));
+        self.added.push(Entry {
+            row: Row::new(leaf.serial, leaf.device.clone(), leaf.not_after, None),
+            token,
+            created_at: leaf.not_before.saturating_add(BACKDATE_S),
+            file: line.unwrap_or_default() + &leaf.pem,
+        });
+    }
+
+    /// Writes all that was added and answers for each, in the order of adding. What is `Ok` is on
+    /// disk and seen by the readers; of what is not, [`RegistryError::left_behind`] tells.
+    pub fn commit(mut self) -> Vec<Result<(), RegistryError>> {
+        let results = self.write();
+        let mut rows = self.registry.write();
+        for (entry, result) in self.added.into_iter().zip(&results) {
+            if result.is_ok() {
+                rows.drop_ended_tokens(entry.created_at);
+                let at = rows.insert(entry.row);
+                entry.token.iter().for_each(|token| rows.add_token(token, at));
+            }
+        }
+        results
+    }
+
+    fn write(&mut self) -> Vec<Result<(), RegistryError>> {
+        let certs = self.registry.dir.join(CERTS);
+        let many = self.added.len() >= SYNCED_TOGETHER;
+        let together = many.then(|| Synced::of(&certs)).flatten();
+        let write = |e| self.write_pem(e, together.is_some());
+        let mut results: Vec<_> = self.added.iter().map(write).collect();
+        let written = self.added.iter().zip(&results).filter(|(_, r)| r.is_ok());
+        let written: Vec<&Entry> = written.map(|(entry, _)| entry).collect();
+        if written.is_empty() {
+            return results;
+        }
+        let lines: String = written.iter().map(|e| e.row.line()).collect();
+        let outcome = together
+            .map_or_else(|| files::sync_dir(&certs), |all| all.sync())
+            .map_err(RegistryError::not_written)
+            .and_then(|()| self.registry.append(&mut self.writer, lines));
+        let Err(mut error) = outcome else { return results };
+        // A line that may have stayed needs its certificate; without one the latter must go.
+        if let RegistryError::NotWritten { left_behind: left @ false, .. } = &mut error {
+            let removed: Vec<bool> = written.iter().map(|e| self.remove_pem(e)).collect();
+            *left = removed.contains(&false);
+        }
+        results.iter_mut().filter(|r| r.is_ok()).for_each(|r| *r = Err(error.clone()));
+        results
+    }
+
+    /// `together`: it is synced later, with others.
+    fn write_pem(&self, entry: &Entry, together: bool) -> Result<(), RegistryError> {
+        let path = self.registry.pem_path(&entry.row.serial);
+        let create = if together { files::create_new } else { files::create_new_synced };
+        create(&path, entry.file.as_bytes(), 0o644).map_err(|e| {
+            let taken = e.kind() == Some(io::ErrorKind::AlreadyExists); // another's, let it be
+            let left_behind = !taken && !self.remove_pem(entry);
+            RegistryError::NotWritten { why: e.to_string(), left_behind }
+        })
+    }
+
+    /// Whether the certificate's file is gone.
+    fn remove_pem(&self, entry: &Entry) -> bool {
+        files::remove_if_there(&self.registry.pem_path(&entry.row.serial)).is_ok()
+    }
+}
+
+// How lines come into `index.txt`.
+impl Registry {
+    /// Appends lines and syncs them, or cuts the file back to what it was.
+    pub(super) fn append(&self, writer: &mut Writer, lines: String) -> Result<(), RegistryError> {
+        self.take_back(writer)?;
+        let (mut file, before) = self.open_index()?;
+        let added = file.write_all(lines.as_bytes()).and_then(|()| file.sync_all());
+        let Err(e) = added else { return Ok(()) };
+        let why = self.index_says(e);
+        let cut = file.set_len(before).and_then(|()| file.sync_all());
+        if cut.is_err() {
+            writer.undo = Some((before, lines));
+        }
+        Err(RegistryError::NotWritten { why, left_behind: cut.is_err() })
+    }
+
+    /// Cuts off what an earlier append left and could not take back. Only that: if something else
+    /// stands there, somebody else has written the file since.
+    pub(super) fn take_back(&self, writer: &mut Writer) -> Result<(), RegistryError> {
+        let Some((before, lines)) = &writer.undo else { return Ok(()) };
+        let (mut file, length) = self.open_index()?;
+        let io = |e| RegistryError::not_written(self.index_says(e));
+        if length > *before && is_rest(&mut file, *before, lines).map_err(io)? {
+            file.set_len(*before).and_then(|()| file.sync_all()).map_err(io)?;
+        }
+        writer.undo = None;
+        Ok(())
+    }
+
+    fn open_index(&self) -> Result<(File, u64), RegistryError> {
+        let open = || {
+            let file = OpenOptions::new().read(true).append(true).open(self.dir.join(INDEX))?;
+            let length = file.metadata()?.len();
+            Ok((file, length))
+        };
+        open().map_err(|e| RegistryError::not_written(self.index_says(e)))
+    }
+
+    fn index_says(&self, e: io::Error) -> String {
+        format!("cannot write {}: {e}", self.dir.join(INDEX).display())
+    }
+}
+
+/// Whether what stands from `at` to the end of the file is a beginning of `lines`.
+fn is_rest(file: &mut File, at: u64, lines: &str) -> io::Result<bool> {
+    file.seek(SeekFrom::Start(at))?;
+    let mut rest = Vec::new();
+    file.take(lines.len() as u64 + 1).read_to_end(&mut rest)?;
+    Ok(lines.as_bytes().starts_with(&rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::openssl::run_program;
+    use crate::ca::registry::fixture::{Fixture, device, enter, token};
+    use crate::clock;
+    use crate::files::test_dir::TestDir;
+    use crate::serial::Serial;
+    use std::fs;
+    use std::path::Path;
+
+    #[test]
+    fn a_serial_number_is_never_written_twice() {
+        let fixture = Fixture::new();
+        let registry = fixture.open();
+        let leaf = fixture.leaf("device-1");
+        enter(&registry, &leaf, None).unwrap();
+        let before = (fixture.index(), fs::read(registry.pem_path(&leaf.serial)).unwrap());
+        let mut entries = registry.begin();
+        entries.add(&leaf, None);
+        entries.add(&fixture.leaf("device-2"), None);
+        let results = entries.commit();
+        assert!(!results[0].as_ref().unwrap_err().left_behind());
+        assert_eq!(results[1], Ok(()), "one's failure is not another's");
+        assert!(fixture.index().starts_with(&before.0));
+        assert_eq!(fs::read(registry.pem_path(&leaf.serial)).unwrap(), before.1);
+        drop(registry.begin());
+    }
+
+    #[test]
+    fn a_failed_append_leaves_nothing_or_says_so() {
+        let fixture = Fixture::new();
+        let registry = fixture.open();
+        enter(&registry, &fixture.leaf("device-1"), None).unwrap();
+        let index = fixture.dir.join(INDEX);
+        let (before, aside) = (fixture.index(), fixture.dir.join("aside"));
+
+        // No file: nothing could be written.
+        fs::rename(&index, &aside).unwrap();
+        let leaf = fixture.leaf("device-2");
+        let error = enter(&registry, &leaf, Some(token("t", u64::MAX))).unwrap_err();
+        assert!(
+            !error.left_behind() && error.to_string().contains("index.txt: No such"),
+            "{error}"
+        );
+        assert_eq!(fixture.pems(), 1);
+
+        // A file that takes nothing and cannot be cut either.
+        std::os::unix::fs::symlink("/dev/full", &index).unwrap();
+        let error = enter(&registry, &leaf, Some(token("t", u64::MAX))).unwrap_err();
+        assert!(error.left_behind() && error.to_string().contains("No space left"), "{error}");
+        assert_eq!(fixture.pems(), 2, "a line that may have stayed needs its certificate");
+        assert!(!registry.knows_token(&TokenHash::of("t")));
+        let error = enter(&registry, &fixture.leaf("device-3"), None).unwrap_err();
+        assert!(error.to_string().contains("index.txt"), "{error}");
+
+        // The true file is back: what stands there is not what failed, so it is left alone.
+        fs::remove_file(&index).unwrap();
+        fs::rename(&aside, &index).unwrap();
+        enter(&registry, &fixture.leaf("device-4"), None).unwrap();
+        assert!(fixture.index().starts_with(&before) && fixture.index().lines().count() == 2);
+    }
+
+    #[test]
+    fn what_could_not_be_taken_back_is_taken_back_later() {
+        let fixture = Fixture::new();
+        let registry = fixture.open();
+        enter(&registry, &fixture.leaf("device-1"), None).unwrap();
+        let before = fixture.index();
+        let lines = Row::new(Serial([0x41; 16]), device("d"), 1, None).line();
+        for (stays, expected) in [("", &before), (&lines[..20], &before), (&lines, &before)] {
+            fs::write(fixture.dir.join(INDEX), format!("{before}{stays}")).unwrap();
+            let undo = Some((before.len() as u64, lines.clone()));
+            let mut writer = registry.lock_writer();
+            writer.undo = undo;
+            registry.take_back(&mut writer).unwrap();
+            assert_eq!((&fixture.index(), &writer.undo), (expected, &None));
+        }
+    }
+
+    /// Unmounted when dropped, also by a failing test.
+    struct Mounted<'a>(&'a Path);
+
+    impl Drop for Mounted<'_> {
+        fn drop(&mut self) {
+            let _ = run_program(Path::new("/"), "umount", &self.0.display().to_string());
+        }
+    }
+
+    /// A full disk, as real as it gets without one: 64 KiB in pages of 4, where mounting is allowed.
+    #[test]
+    fn a_full_disk() {
+        let fixture = Fixture::new();
+        let dir = TestDir::new();
+        let mount = format!("-t tmpfs -o size=64k none {}", dir.display());
+        if let Err(e) = run_program(&dir, "mount", &mount) {
+            eprintln!("not tried: {e}");
+            return;
+        }
+        let _mounted = Mounted(&dir);
+        // The index nearly fills its page, so that a line needs another and is torn without one.
+        let line = |n: u8| Row::new(Serial([n; 16]), device("d"), 1, None).line();
+        let seed: String = (0..(4096 / line(0).len()) as u8).map(line).collect();
+        fs::write(dir.join(INDEX), &seed).unwrap();
+        let registry = Registry::open(&dir, Some(clock::now())).unwrap();
+        let index = || fs::read_to_string(dir.join(INDEX)).unwrap();
+        let fill = |room: u64| {
+            let mut file = File::create(dir.join("filler")).unwrap();
+            while file.write_all(&[0; 4096]).is_ok() {}
+            let full = file.metadata().unwrap().len();
+            file.set_len(full - room * 4096).unwrap();
+        };
+        let leaves = [(); 3].map(|()| fixture.leaf("device-2"));
+        for room in 0..4 {
+            fill(room);
+            let mut entries = registry.begin();
+            leaves.iter().for_each(|leaf| entries.add(leaf, Some(token("t", u64::MAX))));
+            for result in entries.commit() {
+                let error = result.unwrap_err();
+                assert!(!error.left_behind() && error.to_string().contains("No space"), "{error}");
+            }
+            assert_eq!(
+                (index(), fs::read_dir(dir.join(CERTS)).unwrap().count()),
+                (seed.clone(), 0)
+            );
+            assert!(
+                !registry
+                    .look(&TokenHash::of("t"), &device("device-2"), clock::now())
+                    .recorded_token
+            );
+            fs::remove_file(dir.join("filler")).unwrap();
+        }
+        // Room again: the same process goes on. With room for the lines and two of them, two are.
+        enter(&registry, &fixture.leaf("device-2"), None).unwrap();
+        fill(2);
+        let mut entries = registry.begin();
+        leaves.iter().for_each(|leaf| entries.add(leaf, None));
+        assert_eq!(entries.commit().iter().filter(|r| r.is_ok()).count(), 2);
+        let before = index();
+        assert!(registry.revoke(&device("device-2"), clock::now()).is_err());
+        assert!(registry.has_active(&device("device-2"), clock::now()) && index() == before);
+        fs::remove_file(dir.join("filler")).unwrap();
+        assert_eq!(registry.revoke(&device("device-2"), clock::now()).map(|s| s.len()), Ok(3));
+        assert_eq!(Registry::open(&dir, None).unwrap().revoked(clock::now()).len(), 3);
+    }
+}

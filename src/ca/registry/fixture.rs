@@ -1,0 +1,65 @@
+//! A CA of its own and a record in its folder, for the tests of the record.
+
+use std::fs;
+
+use super::{CERTS, INDEX, Redeemed, Registry, RegistryError};
+use crate::ca::csr::Csr;
+use crate::ca::issuer::{Issuer, Leaf};
+use crate::ca::openssl::must;
+use crate::clock;
+use crate::device::DeviceId;
+use crate::files::test_dir::TestDir;
+use crate::jwt::TokenHash;
+use crate::serial::Serial;
+
+/// A folder with a CA and a request of `device-1`, which signs for any device here.
+pub(super) struct Fixture {
+    pub(super) dir: TestDir,
+    issuer: Issuer,
+}
+
+impl Fixture {
+    pub(super) fn new() -> Self {
+        let dir = TestDir::new();
+        let issuer = Issuer::make(&dir, 10, 90, clock::now()).unwrap();
+        must(&dir, "genpkey -algorithm ED25519 -out key.pem");
+        Fixture { dir, issuer }
+    }
+
+    pub(super) fn open(&self) -> Registry {
+        Registry::open(&self.dir, Some(clock::now())).unwrap()
+    }
+
+    pub(super) fn leaf(&self, name: &str) -> Leaf {
+        must(&self.dir, &format!("req -new -key key.pem -subj /CN={name} -out csr.pem"));
+        let csr = Csr::parse(&fs::read_to_string(self.dir.join("csr.pem")).unwrap()).unwrap();
+        let serial = Serial::random().unwrap();
+        self.issuer.sign(&csr, &device(name), serial, clock::now()).unwrap()
+    }
+
+    pub(super) fn index(&self) -> String {
+        fs::read_to_string(self.dir.join(INDEX)).unwrap()
+    }
+
+    pub(super) fn pems(&self) -> usize {
+        fs::read_dir(self.dir.join(CERTS)).unwrap().count()
+    }
+}
+
+pub(super) fn device(name: &str) -> DeviceId {
+    DeviceId::parse(name).unwrap()
+}
+
+pub(super) fn token(name: &str, exp: u64) -> Redeemed {
+    Redeemed { hash: TokenHash::of(name), iat: exp - 300, exp }
+}
+
+pub(super) fn enter(
+    registry: &Registry,
+    leaf: &Leaf,
+    token: Option<Redeemed>,
+) -> Result<(), RegistryError> {
+    let mut entries = registry.begin();
+    entries.add(leaf, token);
+    entries.commit().remove(0)
+}

@@ -1,0 +1,206 @@
+//! `index.txt` as bytes: its lines and their times, as OpenSSL's `ca` writes them, read as a whole
+//! and copied line by line. Pure: whose bytes they are, the caller knows.
+
+use std::collections::HashSet;
+use std::io::{self, BufRead};
+
+use time::{Date, Month, OffsetDateTime, Time};
+
+use super::rows::{Row, Rows};
+use crate::device::DeviceId;
+use crate::serial::Serial;
+
+/// What the torn line at the end of `index.txt` began with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Torn {
+    /// No line was torn.
+    Nothing,
+    /// There is no file.
+    Missing,
+    /// It was a new one: only those are appended.
+    New,
+    /// It was a revoked one, which this program never appends; something else has torn the file.
+    Revoked,
+}
+
+/// What the bytes say.
+#[derive(Debug)]
+pub(super) struct Index {
+    pub(super) rows: Rows,
+    pub(super) torn: Torn,
+    /// The length of the whole lines; what follows is the torn one.
+    pub(super) whole: usize,
+}
+
+/// Reads the database, whose last line may be torn. `Err` is the number of a line, counted from 1,
+/// and what is wrong with it.
+pub(super) fn read_index(bytes: &[u8]) -> Result<Index, (usize, &'static str)> {
+    let count = bytes.iter().filter(|b| **b == b'\n').count();
+    let mut index = Index { rows: Rows::with_room(count), torn: Torn::Nothing, whole: 0 };
+    for (number, line) in (1..).zip(bytes.split_inclusive(|b| *b == b'\n')) {
+        match read_line(line).and_then(|row| index.rows.accept(row)) {
+            Ok(()) => index.whole += line.len(),
+            Err(_) if index.whole + line.len() == bytes.len() && is_torn(line) => {
+                index.torn = if line.starts_with(b"R") { Torn::Revoked } else { Torn::New };
+            }
+            Err(why) => return Err((number, why)),
+        }
+    }
+    Ok(index)
+}
+
+/// A write that was cut short ends without its line end; a file system may also have made room for
+/// it and then lost the bytes.
+fn is_torn(line: &[u8]) -> bool {
+    !line.ends_with(b"\n") || line.contains(&0)
+}
+
+impl Row {
+    /// Status, end, revocation, serial, file and subject, as OpenSSL's `ca` writes them.
+    pub(super) fn line(&self) -> String {
+        let (status, revocation) = match self.revoked() {
+            Some(at) => ('R', asn1_time(at)),
+            None => ('V', String::new()),
+        };
+        let (end, serial, device) = (asn1_time(self.expires_at), self.serial, &self.device);
+        format!("{status}\t{end}\t{revocation}\t{serial:X}\tunknown\t/CN={device}\n")
+    }
+}
+
+fn read_line(line: &[u8]) -> Result<Row, &'static str> {
+    let line = std::str::from_utf8(line).ok().and_then(|l| l.strip_suffix('\n'));
+    let fields: Vec<&str> = line.ok_or("not a line of text")?.split('\t').collect();
+    let [status, end, revocation, serial, _file, subject] = fields.as_slice() else {
+        return Err("not six fields between tabs");
+    };
+    let revoked_at = match (*status, *revocation) {
+        ("V" | "E", "") => None,
+        // The reason, if one follows, is for OpenSSL only.
+        ("R", date) => {
+            let date = date.split(',').next().unwrap_or_default();
+            Some(read_asn1_time(date).ok_or("the date of revocation is none")?)
+        }
+        _ => return Err("the status is none of V, R with a date, and E"),
+    };
+    let expires_at = read_asn1_time(end).ok_or("the date of expiry is none")?;
+    let serial =
+        Serial::from_hex(serial).ok_or("the serial number is not 32 hexadecimal digits")?;
+    let device = subject.strip_prefix("/CN=").and_then(DeviceId::parse);
+    Ok(Row::new(
+        serial,
+        device.ok_or("the subject is not /CN= and a device id")?,
+        expires_at,
+        revoked_at,
+    ))
+}
+
+/// Copies the database with these certificates revoked; all else stays as it is to the letter, also
+/// what `openssl ca` has done meanwhile. Answers one that has no line, if there is one.
+pub(super) fn copy_revoked(
+    mut old: impl BufRead,
+    mut new: impl io::Write,
+    mut serials: HashSet<Serial>,
+    now_s: u64,
+) -> io::Result<Option<Serial>> {
+    let mut line = Vec::new();
+    while old.read_until(b'\n', &mut line)? > 0 {
+        match revoked_line(&line, &mut serials, now_s) {
+            Some(revoked) => new.write_all(revoked.as_bytes())?,
+            None => new.write_all(&line)?,
+        }
+        line.clear();
+    }
+    new.flush()?;
+    Ok(serials.into_iter().next())
+}
+
+/// The line as revoked, if it is one of these, which it is then taken from.
+fn revoked_line(line: &[u8], serials: &mut HashSet<Serial>, now_s: u64) -> Option<String> {
+    let line = std::str::from_utf8(line).ok()?;
+    let serial = Serial::from_hex(line.split('\t').nth(3)?).filter(|s| serials.remove(s))?;
+    let fields: Vec<&str> = line.split('\t').collect();
+    let ["V" | "E", end, _, _, rest @ ..] = fields.as_slice() else { return None };
+    let (date, rest) = (asn1_time(now_s), rest.join("\t"));
+    Some(format!("R\t{end}\t{date}\t{serial:X}\t{rest}"))
+}
+
+/// UTCTime until 2049, GeneralizedTime from 2050 on (RFC 5280, 4.1.2.5).
+fn asn1_time(unix_s: u64) -> String {
+    let at = i64::try_from(unix_s).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
+    let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let year = match at.year() {
+        year @ 1950..2050 => format!("{:02}", year % 100),
+        year => format!("{year:04}"),
+    };
+    let (month, day) = (u8::from(at.month()), at.day());
+    let (hour, minute, second) = at.to_hms();
+    format!("{year}{month:02}{day:02}{hour:02}{minute:02}{second:02}Z")
+}
+
+/// Reads either form; a date before 1970 is 1970.
+fn read_asn1_time(text: &str) -> Option<u64> {
+    let digits = text.strip_suffix('Z').filter(|d| d.bytes().all(|b| b.is_ascii_digit()))?;
+    let (year, rest) = digits.split_at_checked(digits.len().checked_sub(10)?)?;
+    let year = match (year.len(), year.parse::<i32>().ok()?) {
+        (2, year @ 0..50) => 2000 + year,
+        (2, year) => 1900 + year,
+        (4, year) => year,
+        _ => return None,
+    };
+    let pair = |at: usize| rest.get(at..at + 2)?.parse::<u8>().ok();
+    let date = Date::from_calendar_date(year, Month::try_from(pair(0)?).ok()?, pair(2)?).ok()?;
+    let time = Time::from_hms(pair(4)?, pair(6)?, pair(8)?).ok()?;
+    Some(u64::try_from(date.with_time(time).assume_utc().unix_timestamp()).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::registry::fixture::device;
+
+    #[test]
+    fn garbled_lines() {
+        let line = Row::new(Serial([0x41; 16]), device("d"), 1_900_000_000, None).line();
+        assert_eq!(line, "V\t300317174640Z\t\t41414141414141414141414141414141\tunknown\t/CN=d\n");
+        let row = read_line(line.as_bytes()).unwrap();
+        assert_eq!((row.line(), row.record().revoked_at), (line.clone(), None));
+        let serial = "41".repeat(16);
+        let with = |status: &str, end: &str, revocation: &str| {
+            read_line(
+                format!("{status}\t{end}\t{revocation}\t{serial}\tunknown\t/CN=d\n").as_bytes(),
+            )
+            .map(|row| (row.expires_at, row.revoked()))
+        };
+        assert_eq!(with("E", "700101000000Z", ""), Ok((0, None)));
+        assert_eq!(with("V", "20500101000000Z", ""), Ok((2_524_608_000, None)));
+        assert_eq!(
+            with("R", "491231235959Z", "240101000000Z"),
+            Ok((2_524_607_999, Some(1_704_067_200)))
+        );
+        let reason = "20240101000000Z,keyCompromise";
+        assert_eq!(with("R", "491231235959Z", reason), Ok((2_524_607_999, Some(1_704_067_200))));
+        for (status, end, revocation) in [
+            ("X", "300101000000Z", ""),
+            ("", "300101000000Z", ""),
+            ("V", "300101000000Z", "240101000000Z"),
+            ("R", "300101000000Z", ""),
+            ("R", "300101000000Z", "keyCompromise"),
+            ("V", "301301000000Z", ""),
+            ("V", "300230000000Z", ""),
+            ("V", "300101000060Z", ""),
+            ("V", "300101000000", ""),
+            ("V", "+30101000000Z", ""),
+            ("V", "Z", ""),
+            ("V", "é0101000000Z", ""),
+        ] {
+            assert!(with(status, end, revocation).is_err(), "{status} {end} {revocation}");
+        }
+        let other = line.replace("41", "42");
+        for bad in ["\n", "V\n", &line, &other.replace("/CN=", "/O="), &other.replace("42", "4")] {
+            let after = format!("{line}{bad}{}", line.replace("41", "43"));
+            assert_eq!(read_index(after.as_bytes()).unwrap_err().0, 2);
+            let last = read_index(format!("{line}{bad}").as_bytes());
+            assert!(last.is_err(), "a whole line is not torn");
+        }
+    }
+}
