@@ -756,11 +756,28 @@ mod tests {
     use super::*;
     use crate::ca::CaSettings;
     use crate::files::test_dir::TestDir;
-    use crate::store::memory::Memory;
     use std::net::Ipv4Addr;
     use std::sync::mpsc;
     use std::thread;
     use std::time::Duration;
+
+    /// A store that grants what it is asked.
+    struct Willing;
+
+    impl TokenStore for Willing {
+        fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
+            let answer = |op: &Op| match op {
+                Op::Issue(_) => Ok(Outcome::Issued { killed: None }),
+                Op::Count => Ok(Outcome::Counted(1)),
+                _ => Err(StoreError::Undecided),
+            };
+            ops.iter().map(answer).collect()
+        }
+
+        fn status(&self) -> Status {
+            Status::default()
+        }
+    }
 
     #[test]
     fn only_certificates_wait_for_the_disk() {
@@ -772,7 +789,6 @@ mod tests {
             device_validity_days: 90,
         };
         let ca = Arc::new(Ca::open(&settings, now).unwrap());
-        let ledger = Arc::new(Ledger::new(10));
         let rules = Rules {
             token_ttl_s: 300,
             reenroll: Reenroll::Deny,
@@ -780,8 +796,8 @@ mod tests {
             renew_after_expiry_days: 0,
         };
         let provisioner = Provisioner::new(
-            Arc::new(Memory::new(10, Arc::clone(&ledger))),
-            ledger,
+            Arc::new(Willing),
+            Arc::new(Ledger::new(10)),
             Arc::new(Publisher::new(Arc::clone(&ca), None)),
             Signer::new(b"a secret of the test"),
             rules,
