@@ -172,14 +172,20 @@ until curl --silent --fail --max-time 2 --output /dev/null "http://127.0.0.1:$po
     sleep 0.1
 done
 "$root/scripts/smoke.sh" "http://127.0.0.1:$port" >/dev/null || fail "the smoke test"
-# What monit would run every cycle, on this server and on none.
-printf 'HTTP_HOST=127.0.0.1\nPORT=%s\n' "$port" >"$work/environment.monit"
+# What monit would run every cycle, as root, on this server and on none: no value may run as a command.
+# shellcheck disable=SC2016 # to be expanded by nobody
+{
+    printf 'HTTP_HOST=127.0.0.1\nPORT=%s\n' "$port"
+    printf '%s=abcdefgh12345678;touch${IFS}%s\n' ADMIN_API_KEY "$work/executed" HTTP_A "$work/executed"
+    printf '%s=$(touch %s) `touch %s`\n' HTTP_B "$work/executed" "$work/executed"
+} >"$work/environment.monit"
 sed -n 's/^ *with path "\(.*\)"$/\1/p' "$contrib/monit/mqtt-publisher-lite.conf" |
     sed "s|/etc/mqtt-publisher-lite/environment|$work/environment.monit|; s|/usr/local/bin/mqtt-publisher-lite|$bin|" >"$work/monit.sh"
 grep -q "$bin healthcheck" "$work/monit.sh" || fail "monit runs something else"
 sh -eu "$work/monit.sh" || fail "monit's check of a server that is well"
 sed -i 's/^PORT=.*/PORT=1/' "$work/environment.monit"
 if sh -eu "$work/monit.sh" 2>/dev/null; then fail "monit's check of no server"; fi
+[ ! -e "$work/executed" ] || fail "monit's check runs a setting as a command"
 ok "monit's check"
 curl --silent --fail --output /dev/null "http://127.0.0.1:$port/metrics" || fail "/metrics"
 child=$(sed -n '1s/ .*//p' "$work/trace")

@@ -159,7 +159,8 @@ lock() {
 
 # --- asking the service
 
-# Leaves the answer's status in $status (000 for none), its code in $code, its body in $work/body.
+# Leaves the answer's status in $status (000 for none), its code in $code, its body in $work/body, and
+# what to say of it in $answer.
 # ask METHOD PATH [BODY-FILE [HOW]], where HOW is `key` (send the API key), `certificate` (show ours)
 # or `unverified`.
 ask() {
@@ -170,10 +171,14 @@ ask() {
     [ -n "$status" ] || status=000
     if [ "$status" = 000 ]; then
         warn "$method $path: no answer $(tail -n 1 "$work/said")"
-        return 0
+    else
+        code=$(sed -n 's/^ *[Xx]-[Ee]rror-[Cc]ode: *\([A-Z_0-9]*\).*/\1/p' "$work/head")
+        after=$(sed -n 's/^ *[Rr]etry-[Aa]fter: *\([0-9]*\).*/\1/p' "$work/head")
     fi
-    code=$(sed -n 's/^ *[Xx]-[Ee]rror-[Cc]ode: *\([A-Z_0-9]*\).*/\1/p' "$work/head")
-    after=$(sed -n 's/^ *[Rr]etry-[Aa]fter: *\([0-9]*\).*/\1/p' "$work/head")
+    case $path in
+    /api/v1/certificates/*) ;; # looked up beside the request that is tried again
+    *) if [ "$status" = 000 ]; then answer='no answer'; else answer=$status${code:+ $code}; fi ;;
+    esac
 }
 
 distrust() { fail $UNTRUSTED "the server at $authority is not verified by $tls_ca: $*"; }
@@ -267,14 +272,14 @@ random() { echo $((0x$(openssl rand -hex 3) % $1)); }
 
 # Sleeps before attempt number $1 + 1; half of the time by chance, and not less than was asked for.
 pause() {
-    [ "$1" -lt "$tries" ] || fail $LATER "giving up for now after $tries attempts"
+    [ "$1" -lt "$tries" ] || fail $LATER "$answer: giving up for now after $tries attempts"
     longest=60
     [ "$1" -gt 5 ] || longest=$((1 << $1))
     wait=$((longest / 2 + $(random $((longest / 2 + 1)))))
     [ -z "$after" ] || [ "$after" -le "$wait" ] || wait=$after
     [ "$wait" -ge 1 ] || wait=1
     [ "$wait" -le 60 ] || wait=60
-    warn "trying again in $wait s"
+    warn "$answer: trying again in $wait s"
     sleep "$wait"
 }
 

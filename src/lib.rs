@@ -35,7 +35,7 @@
 //! - A token consumed while degraded never becomes redeemable again. A certificate is on disk before
 //!   it is answered.
 //! - Nothing that a client sends can grow memory, threads, file descriptors or waiting time without
-//!   a bound.
+//!   a bound, but the record of certificates, which is meant to grow.
 
 pub mod clock;
 pub mod device;

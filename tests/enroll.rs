@@ -190,6 +190,32 @@ fn exit_codes() {
 }
 
 #[test]
+fn why_it_is_tried_again_is_said() {
+    let service = Setup::new().env("MEMORY_MAX_TOKENS", "1").start();
+    assert_eq!(service.onboard("other").status, 200);
+    // busybox's wget does not show the code.
+    let answers = [(Surroundings::Full, "503 STORE_FULL"), (Surroundings::Busybox, "503")];
+    for (surroundings, answer) in answers {
+        let device = Device::new("d", &http_url(&service)).surroundings(surroundings);
+        let outcome = device.enroll(&["--tries", "2"]);
+        assert_eq!(outcome.code, Some(3), "{outcome:?}");
+        for then in ["trying again in", "giving up for now after 2 attempts"] {
+            assert!(outcome.said.contains(&format!("enroll: {answer}: {then}")), "{outcome:?}");
+        }
+    }
+    // A token that is live, which has busybox look for a certificate first.
+    for (surroundings, answer) in
+        [(Surroundings::Full, "409 TOKEN_ALREADY_ACTIVE"), (Surroundings::Busybox, "409")]
+    {
+        let device = Device::new("other", &http_url(&service)).surroundings(surroundings);
+        let outcome = device.enroll(&["--tries", "2"]);
+        assert_eq!(outcome.code, Some(3), "{outcome:?}");
+        let said = format!("enroll: {answer}: trying again in");
+        assert!(outcome.said.contains(&said), "{outcome:?}");
+    }
+}
+
+#[test]
 fn renewal_when_a_third_is_left() {
     for surroundings in BOTH {
         let clock = FakeClock::at(support::clock::now_s());

@@ -69,7 +69,13 @@ impl Redis {
             server.tls |= tls;
         }
         let settings = Settings::from_vars(vars)?;
-        let Some(server) = server.filter(|_| enabled) else { return Ok(None) };
+        if !enabled {
+            return Ok(None);
+        }
+        let Some(server) = server else {
+            warnings.extend(parts_without_host(vars)?);
+            return Ok(None);
+        };
         settings.with(server).map(Some)
     }
 }
@@ -171,14 +177,42 @@ fn url(vars: &Vars<'_>) -> Result<Option<(&'static Variable, Secret)>, ConfigErr
 fn ignored_parts(vars: &Vars<'_>, url: &Variable) -> Result<Option<String>, ConfigError> {
     let parts =
         [var::REDIS_HOST, var::REDIS_PORT, var::REDIS_USERNAME, var::REDIS_PASSWORD, var::REDIS_DB];
-    let mut ignored = Vec::new();
-    for part in parts {
-        if vars.given(part.name)?.is_some() {
-            ignored.push(part.name);
+    let list = given_of(vars, &parts)?;
+    Ok((!list.is_empty()).then(|| format!("{} is set, so these are ignored: {list}", url.name)))
+}
+
+/// Whoever sets one of these means to have a Redis; how it is used, the rest may say for the day that
+/// there is one.
+fn parts_without_host(vars: &Vars<'_>) -> Result<Option<String>, ConfigError> {
+    let parts = [
+        var::REDIS_PORT,
+        var::REDIS_USERNAME,
+        var::REDIS_PASSWORD,
+        var::REDIS_DB,
+        var::REDIS_TLS,
+        var::REDIS_TLS_CA,
+    ];
+    let list = given_of(vars, &parts)?;
+    Ok((!list.is_empty()).then(|| {
+        format!(
+            "neither REDIS_URL nor REDIS_HOST is set, so tokens are kept in memory and these are \
+             ignored: {list}"
+        )
+    }))
+}
+
+/// Names those of the variables that are set, or whose `<NAME>_FILE` is.
+fn given_of(vars: &Vars<'_>, variables: &[Variable]) -> Result<String, ConfigError> {
+    let mut given = Vec::new();
+    for variable in variables {
+        let file = variable.is_secret().then(|| format!("{}_FILE", variable.name));
+        for name in [Some(variable.name.to_owned()), file].into_iter().flatten() {
+            if vars.given(&name)?.is_some() {
+                given.push(name);
+            }
         }
     }
-    let list = ignored.join(", ");
-    Ok((!list.is_empty()).then(|| format!("{} is set, so these are ignored: {list}", url.name)))
+    Ok(given.join(", "))
 }
 
 fn connection_info(url: &str) -> Option<ConnectionInfo> {

@@ -418,11 +418,40 @@ fn which_redis_counts() {
     assert_eq!(server(&[url, ("REDIS_URI", "redis://b")]).0, "a");
     assert!(server(&[url, ("REDIS_TLS", "true")]).5);
     assert!(server(&[("REDIS_URL", "rediss://a"), ("REDIS_TLS", "false")]).5);
-    let parts =
-        [url, ("REDIS_HOST", "b"), ("REDIS_PORT", "tcp://10.0.0.1:6379"), ("JWT_SECRET", "x")];
+    let parts = [
+        url,
+        ("REDIS_HOST", "b"),
+        ("REDIS_PORT", "tcp://10.0.0.1:6379"),
+        ("REDIS_PASSWORD_FILE", "/none"),
+        ("JWT_SECRET", "x"),
+    ];
     assert_eq!(server(&parts).0, "a");
-    let warning = "REDIS_URL is set, so these are ignored: REDIS_HOST, REDIS_PORT";
+    let warning =
+        "REDIS_URL is set, so these are ignored: REDIS_HOST, REDIS_PORT, REDIS_PASSWORD_FILE";
     assert!(good(&parts).warnings.contains(&warning.to_owned()));
+}
+
+#[test]
+fn parts_of_redis_without_its_host_are_warned_of() {
+    let check = |vars: &[(&str, &str)], ignored: &str| {
+        let warning = "neither REDIS_URL nor REDIS_HOST is set, so tokens are kept in memory and \
+                       these are ignored";
+        let config = load(vars, &[("/pw", b"p")]).unwrap();
+        assert_eq!(config.warnings, [format!("{warning}: {ignored}")], "{vars:?}");
+    };
+    check(&[("REDIS_PASSWORD", "x"), ("REDIS_PORT", "6380")], "REDIS_PORT, REDIS_PASSWORD");
+    check(&[("REDIS_PASSWORD_FILE", "/pw")], "REDIS_PASSWORD_FILE");
+    check(&[("REDIS_HOST", ""), ("REDIS_URL", ""), ("REDIS_DB", "1")], "REDIS_DB");
+    check(&[("REDIS_USERNAME", "u"), ("REDIS_PASSWORD", "p")], "REDIS_USERNAME, REDIS_PASSWORD");
+    check(&[("REDIS_TLS", "true"), ("REDIS_TLS_CA", ROOT)], "REDIS_TLS, REDIS_TLS_CA");
+    let quiet: [&[(&str, &str)]; 3] = [
+        &[("REDIS_PORT", "1"), ("REDIS_ENABLED", "false")],
+        &[("REDIS_KEY_PREFIX", "x:"), ("REDIS_TIMEOUT_MS", "10"), ("REDIS_POOL_SIZE", "1")],
+        &[("REDIS_CONNECT_TIMEOUT_MS", "10"), ("REDIS_PORT", "")],
+    ];
+    for vars in quiet {
+        assert_eq!(good(vars).warnings, [""; 0], "{vars:?}");
+    }
 }
 
 #[test]
