@@ -1,4 +1,5 @@
-//! What the parts of an onboarding and of a redemption cost alone, on one processor, in memory.
+//! What the parts of an onboarding and of a redemption cost alone, on one processor. Needs
+//! redis-server.
 //!
 //! `cargo bench --bench micro`, with a name to run only those that have it.
 
@@ -9,20 +10,28 @@
     reason = "a benchmark that cannot run may panic"
 )]
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use divan::{Bencher, black_box};
 use mqtt_publisher_lite::ca::csr::Csr;
 use mqtt_publisher_lite::ca::issuer::Issuer;
 use mqtt_publisher_lite::clock::{self, Now};
+use mqtt_publisher_lite::config::Config;
 use mqtt_publisher_lite::device::DeviceId;
 use mqtt_publisher_lite::edge::head::{self, Origin};
 use mqtt_publisher_lite::jwt::{Claims, Signer, Token};
+use mqtt_publisher_lite::metrics::Metrics;
 use mqtt_publisher_lite::serial::Serial;
+use mqtt_publisher_lite::store::failover::Remote;
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
+use mqtt_publisher_lite::store::redis::RedisStore;
 use mqtt_publisher_lite::store::{Op, TokenStore};
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 
@@ -73,6 +82,57 @@ fn memory_store(bencher: Bencher, live: usize) {
         let (issue, finish) = (Op::Issue(token.clone()), Op::Finish(token.clone()));
         let back = Op::GiveBack(token.clone(), serial);
         memory.run(&[issue, Op::Consume(token.clone(), serial), back, finish], now)
+    });
+}
+
+/// A server of our own, ended with the benchmark.
+struct Redis(Child, u16);
+
+impl Redis {
+    fn start() -> Self {
+        let port =
+            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        let mut command = Command::new("redis-server");
+        command.args(["--save", "", "--appendonly", "no", "--port", &port.to_string()]);
+        Redis(command.stdout(Stdio::null()).spawn().unwrap(), port)
+    }
+
+    fn store(&self) -> RedisStore {
+        let port = self.1.to_string();
+        let setting = |name: &str| match name {
+            "REDIS_HOST" => Some(OsString::from("127.0.0.1")),
+            "REDIS_PORT" => Some(OsString::from(&port)),
+            _ => None,
+        };
+        let config = Config::from_lookup(setting, |path| std::fs::read(path)).unwrap();
+        let metrics = Arc::new(Metrics::new(std::iter::empty()));
+        let store = RedisStore::new(&config.redis.unwrap(), "0".repeat(32), signer(), metrics);
+        let store = store.unwrap();
+        while store.connect(None).is_err() {
+            thread::sleep(Duration::from_millis(20));
+        }
+        store
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Issues and finishes as many tokens, each half in one batch.
+#[divan::bench(args = [1, 16])]
+fn redis_store(bencher: Bencher, batch: usize) {
+    let now = clock::now();
+    let redis = Redis::start();
+    let store = redis.store();
+    let tokens: Vec<Token> = (0..batch).map(|n| token(&format!("device-{n}"), now)).collect();
+    bencher.bench(|| {
+        let issue: Vec<Op> = tokens.iter().cloned().map(Op::Issue).collect();
+        let finish: Vec<Op> = tokens.iter().cloned().map(Op::Finish).collect();
+        (store.run(&issue, now), store.run(&finish, now))
     });
 }
 
