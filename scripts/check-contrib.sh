@@ -289,5 +289,8 @@ dockerfile=$contrib/docker/Dockerfile
 grep -q '^FROM scratch$' "$dockerfile" || fail "the Dockerfile is not from scratch"
 entry=$(sed -n 's/^ENTRYPOINT \["\(.*\)"\]$/\1/p' "$dockerfile")
 grep -q "CMD \\[\"${entry:?}\", \"healthcheck\"\\]" "$dockerfile" || fail "the Dockerfile's HEALTHCHECK"
+port=$(sed -n 's/^ *PORT  *\([0-9]*\) .*/\1/p' "$work/help")
+grep -q "^EXPOSE ${port:?}\$" "$dockerfile" || fail "the Dockerfile exposes another port than $port"
+grep -q " -p $port:$port " "$dockerfile" || fail "the Dockerfile's example maps another port than $port"
 ok "Dockerfile"
 echo "contrib: all passed"
