@@ -44,14 +44,17 @@ esac
 
 has file || debian file
 
-# --- The linker, in a virtual environment of its own.
+# --- The linker, in a virtual environment of its own; the versions with which the size was measured.
+linker="ziglang==0.17.1 cargo-zigbuild==0.24.1"
 venv=$build/static-venv
-if ! [ -x "$venv/bin/cargo-zigbuild" ] || ! "$venv/bin/python" -c 'import ziglang' 2>/dev/null; then
+if [ "$(cat "$venv/linker" 2>/dev/null)" != "$linker" ]; then
     has python3 || debian python3-venv
     python3 -c 'import ensurepip, venv' 2>/dev/null || debian python3-venv
     rm -rf "$venv"
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check ziglang cargo-zigbuild
+    # shellcheck disable=SC2086 # two words
+    "$venv/bin/pip" install --quiet --disable-pip-version-check $linker || fail "pip cannot have $linker"
+    echo "$linker" >"$venv/linker"
 fi
 PATH=$venv/bin:$PATH
 export PATH
@@ -97,16 +100,20 @@ for choice in ${STD:-rust-src debian prebuilt}; do
 done
 [ -n "$std" ] || fail "no standard library for $target: rustup's rust-src, Debian's rustc-web and rust-web-src, or rustup's target $target"
 
-# Frame pointers make the tables of unwinding smaller by more than the code grows. Who built the
-# program, and in which folder, is nobody's business, and a tenth of its text.
-flags="-Cforce-frame-pointers=yes -Cllvm-args=-inline-threshold=15 -Clinker=$root/scripts/link-static.sh"
+# Who built the program, and in which folder, is nobody's business, and takes room.
+flags="-Cllvm-args=-inline-threshold=15 -Clinker=$root/scripts/link-static.sh"
 set -- --locked --profile static --manifest-path "$root/Cargo.toml" --target "$target"
 if [ "$std" != prebuilt ]; then
-    flags="-Zunstable-options -Cforce-frame-pointers=non-leaf ${flags#* } -Clink-self-contained=no"
-    flags="$flags --remap-path-prefix=$(source_of "$rustc")/="
+    flags="$flags -Clink-self-contained=no --remap-path-prefix=$(source_of "$rustc")/="
     set -- "$@" -Zbuild-std=std,panic_unwind -Zbuild-std-features=panic-unwind,optimize_for_size
     export RUSTC="$rustc" RUSTC_BOOTSTRAP=1
 fi
+# On x86_64 frame pointers make the tables of unwinding smaller by more than the code grows; 64-bit ARM
+# has them anyway, and 32-bit ARM has other tables.
+case $target$std in
+    x86_64*prebuilt) flags="$flags -Cforce-frame-pointers=yes" ;;
+    x86_64*) flags="$flags -Zunstable-options -Cforce-frame-pointers=non-leaf" ;;
+esac
 cargo fetch --locked --manifest-path "$root/Cargo.toml" --target "$target"
 for registry in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/; do
     flags="$flags --remap-path-prefix=$registry="

@@ -2,34 +2,36 @@
 # Runs the static program on a root file system that holds nothing else: the program, /etc/hosts,
 # /etc/resolv.conf and a data folder; no shell, no CA bundle, no /tmp, no /proc, and nothing but the
 # data folder can be written to. Laid out and run as contrib/docker/Dockerfile says: its COPY, ENV,
-# USER, ENTRYPOINT and HEALTHCHECK.
+# USER, ENTRYPOINT and HEALTHCHECK; and as an engine would run it, as process 1 of its own.
 #
 # usage: scripts/check-chroot.sh [PROGRAM]
 #
 # PROGRAM is dist/x86_64-unknown-linux-musl/mqtt-publisher-lite (scripts/build-static.sh) unless
-# named; one for ARM runs under qemu-user-static, which is then in the root too. Needs root (chroot, mount), redis-server with TLS, openssl and curl.
+# named; one for ARM runs under qemu-user-static, which is then in the root too. Needs root (chroot,
+# mount, unshare), redis-server with TLS, openssl and curl.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=${1:-$root/dist/x86_64-unknown-linux-musl/mqtt-publisher-lite}
 dockerfile=$root/contrib/docker/Dockerfile
 work=$(mktemp -d)
 new=$work/root
-server=
+engine=
 redis=
 
 finish() {
     code=$?
     trap - EXIT
-    for process in $server $redis; do
-        kill "$process" 2>/dev/null || true
-        wait "$process" 2>/dev/null || true
-    done
+    [ -z "$engine" ] || server_in "$engine" >"$work/server" 2>/dev/null || true
+    for process in $(cat "$work/server" 2>/dev/null) $redis; do kill -KILL "$process" 2>/dev/null || true; done
+    wait
     [ "$code" -eq 0 ] || [ ! -e "$work/log" ] || sed 's/^/server: /' "$work/log" >&2
     umount "$new/data" 2>/dev/null || true
     umount "$new" 2>/dev/null || true
     rm -rf "$work"
     exit "$code"
 }
+# server_in ENGINE: the process that it started, by its number outside.
+server_in() { tr -d ' ' <"/proc/$1/task/$1/children"; }
 trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -41,9 +43,9 @@ fail() {
 
 ok() { echo "ok: $*"; }
 
-[ "$(id -u)" -eq 0 ] || fail "chroot and mount need root"
+[ "$(id -u)" -eq 0 ] || fail "chroot, mount and unshare need root"
 [ -x "$bin" ] || fail "no program at $bin: scripts/build-static.sh makes it"
-for tool in file redis-server openssl curl chroot mount; do
+for tool in file redis-server openssl curl chroot mount unshare; do
     command -v $tool >/dev/null 2>&1 || fail "$tool is not installed"
 done
 
@@ -68,12 +70,12 @@ of COPY | while read -r line; do
     [ -z "$owner" ] || chown -R "$owner" "$new${line#* }"
 done
 mkdir "$new/etc"
-emulator=
-case $(file -b "$bin") in
-    *"ARM aarch64"*) emulator=aarch64 ;;
-    *ARM*) emulator=arm ;;
+case $(uname -m)-$(file -b "$bin") in
+    x86_64*"ARM aarch64"*) emulator=aarch64 ;;
+    x86_64*ARM*) emulator=arm ;;
+    *) emulator= ;;
 esac
-if [ -n "$emulator" ] && [ "$(uname -m)" = x86_64 ]; then
+if [ -n "$emulator" ]; then
     cp "$(command -v "qemu-$emulator-static")" "$new/qemu"
     entry="/qemu $entry" check="/qemu $check"
 fi
@@ -109,20 +111,38 @@ chown "$user" "$work/volume"
 mount -o remount,bind,ro "$new"
 if touch "$new/x" 2>/dev/null; then fail "the root can be written to"; fi
 
-# inside COMMAND…: in the root, as the user, with nothing else in the environment.
+# inside COMMAND…: in the root, as the user, with nothing else in the environment; $as before it.
+as=
 inside() {
-    # shellcheck disable=SC2086 # the settings are words
-    exec env -i $setting $settings "$(command -v chroot)" --userspec="$user" --groups="${user#*:}" "$new" "$@"
+    # shellcheck disable=SC2086 # the settings are words, and so is what stands before the command
+    exec env -i $setting $settings $as "$(command -v chroot)" --userspec="$user" --groups="${user#*:}" "$new" "$@"
 }
+
+# start: as process 1 of a namespace, for which the kernel ignores every signal that has no handler.
+start() {
+    # shellcheck disable=SC2086 # a command and its arguments
+    (as="$(command -v unshare) --pid --fork" && inside $entry) >"$work/log" 2>&1 &
+    engine=$!
+}
+
+stop() {
+    kill -TERM "$(server_in "$engine")"
+    wait "$engine" || fail "it ended with $?"
+    engine=
+}
+
+# healthy: what the health check says, by its exit code.
+healthy() {
+    # shellcheck disable=SC2086 # a command and its arguments
+    (inside $check) 2>"$work/unhealthy"
+}
+
 settings="HTTP_HOST=127.0.0.1 PORT=$port REDIS_HOST=redis.chroot.test REDIS_PORT=$redis_port"
 settings="$settings REDIS_TLS=true REDIS_TLS_CA=/etc/redis-ca.crt REDIS_PASSWORD=secret-of-redis"
-# shellcheck disable=SC2086 # a command and its arguments
-(inside $entry) >"$work/log" 2>&1 &
-server=$!
+start
 tries=0
-# shellcheck disable=SC2086 # a command and its arguments
-until (inside $check) 2>/dev/null; do
-    kill -0 "$server" 2>/dev/null || fail "the server ended at its start"
+until healthy; do
+    kill -0 "$engine" 2>/dev/null || fail "the server ended at its start"
     tries=$((tries + 1))
     [ "$tries" -lt 100 ] || fail "the server does not answer"
     sleep 0.1
@@ -137,18 +157,22 @@ year=$(date -u +%Y)
 grep -q "\"timestamp\":\"$year-" "$work/health" || fail "the time: $(cat "$work/health")"
 owner=$(stat -c %u:%g "$work/volume/ca/root-ca.key")
 [ "$owner" = "$user" ] || fail "files of $owner"
-[ "$(sed -n 's/^CapEff:\t0*$/none/p' "/proc/$server/status")" = none ] || fail "it has capabilities"
-ok "$(sed -n 's/^VmRSS:[ \t]*/resident /p' "/proc/$server/status"), no capabilities"
-kill "$server"
-wait "$server" || fail "it ended with $?"
-server=
+status=/proc/$(server_in "$engine")/status
+[ "$(sed -n 's/^CapEff:\t0*$/none/p' "$status")" = none ] || fail "it has capabilities"
+[ "$(sed -n 's/^NSpid:.*\t1$/one/p' "$status")" = one ] || fail "it is not process 1"
+ok "process 1 without capabilities"
+# Under an emulator it would be the emulator's.
+[ -n "$emulator" ] || ok "$(sed -n 's/^VmRSS:[ \t]*/resident /p' "$status")"
+stop
 # The public roots are in the program: a name that nobody resolves is the only thing that is missed.
 if grep -i 'no such file' "$work/log" >&2; then fail "it misses a file"; fi
 ok "an orderly end"
+code=0
+healthy || code=$?
+[ $code -eq 1 ] || fail "the health check of a server that is gone ends with $code, for an engine that is 1"
+ok "the health check fails: $(tail -1 "$work/unhealthy")"
 settings="$settings REDIS_TLS_CA="
-# shellcheck disable=SC2086 # a command and its arguments
-(inside $entry) >"$work/log" 2>&1 &
-server=$!
+start
 tries=0
 until grep -qi 'Failed to connect to Redis: .*certificate' "$work/log"; do
     tries=$((tries + 1))
@@ -156,7 +180,5 @@ until grep -qi 'Failed to connect to Redis: .*certificate' "$work/log"; do
     sleep 0.1
 done
 ok "with the public roots, which are built in, the private CA is refused"
-kill "$server"
-wait "$server" || fail "it ended with $?"
-server=
+stop
 echo "chroot: all passed"

@@ -6,7 +6,8 @@
 # usage: scripts/check-contrib.sh
 #
 # MPL_BIN names the program; else target/release, else target/debug. It needs root, since it gives files
-# to others; on Debian it installs missing tools. The Dockerfile is tried by scripts/check-chroot.sh, which has a static program.
+# to others; on Debian it installs missing tools. The Dockerfile is tried by scripts/check-chroot.sh,
+# which has a static program.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 contrib=$root/contrib
@@ -18,7 +19,8 @@ server=
 finish() {
     code=$?
     trap - EXIT
-    [ -z "$server" ] || kill "$server" 2>/dev/null || true
+    # strace does not end for a signal, but when the program does that it watches.
+    [ -z "$server" ] || kill "$(sed -n '1s/ .*//p' "$work/trace")" 2>/dev/null || true
     rm -rf "$work"
     exit "$code"
 }
@@ -289,5 +291,8 @@ dockerfile=$contrib/docker/Dockerfile
 grep -q '^FROM scratch$' "$dockerfile" || fail "the Dockerfile is not from scratch"
 entry=$(sed -n 's/^ENTRYPOINT \["\(.*\)"\]$/\1/p' "$dockerfile")
 grep -q "CMD \\[\"${entry:?}\", \"healthcheck\"\\]" "$dockerfile" || fail "the Dockerfile's HEALTHCHECK"
+port=$(sed -n 's/^ *PORT  *\([0-9]*\) .*/\1/p' "$work/help")
+grep -q "^EXPOSE ${port:?}\$" "$dockerfile" || fail "the Dockerfile exposes another port than $port"
+grep -q " -p $port:$port " "$dockerfile" || fail "the Dockerfile's example maps another port than $port"
 ok "Dockerfile"
 echo "contrib: all passed"

@@ -89,7 +89,7 @@ struct State {
     issuing: HashMap<DeviceId, u32>,
     /// The server run whose data is known to hold everything; `None` asks for a full return.
     run_id: Option<String>,
-    /// Since when Redis does not serve, by [`Now::mono_ms`].
+    /// Since when Redis does not serve, by `Now::mono_ms`.
     lost_ms: u64,
     /// Until when an unknown token may yet be carried over by another instance.
     grace_until_ms: u64,
