@@ -61,9 +61,10 @@ pub const NOBODY: &str = "-";
 /// delays no other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Everything that takes microseconds.
+    /// Everything that takes microseconds; and revoking, which must not wait behind the redemptions
+    /// that it is to overtake.
     Plain,
-    /// What signs or revokes a certificate and waits for the disk.
+    /// What signs a certificate and waits for the disk.
     Certificate,
     /// What has a reply of hundreds of KiB. Whatever else went down the same lane would wait until
     /// all of it has come through.
@@ -76,15 +77,12 @@ impl Kind {
         let path = target.split_once('?').map_or(target, |(path, _)| path);
         match (method, path) {
             ("POST", "/api/v1/sign-csr" | RENEWAL) => Kind::Certificate,
-            ("DELETE", path) if path.starts_with(CERTIFICATES) => Kind::Certificate,
             ("GET" | "HEAD", "/api/v1/crl") => Kind::Bulk,
             _ => Kind::Plain,
         }
     }
 }
 
-/// What is deleted there is revoked, which writes the record and the list anew.
-const CERTIFICATES: &str = "/api/v1/certificates/";
 /// Where the client's certificate is asked for. Elsewhere it would be bytes for nothing.
 const RENEWAL: &str = "/api/v1/renew";
 
