@@ -328,9 +328,6 @@ impl Provisioner {
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
-        if jobs.is_empty() {
-            return Batch { done: Vec::new(), after: Vec::new() };
-        }
         let ops: Vec<Op> = jobs.iter().filter_map(Job::op).collect();
         let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
         let mut answers = answers.into_iter();

@@ -22,20 +22,31 @@ struct Staged {
     counters: Arc<Counters>,
 }
 
+/// Whatever a worker answers a request with this number; false closes the lane.
+type Worker = Box<dyn Fn(u64, &mut UnixStream) -> bool + Send>;
+
 fn stage(answer: impl Fn(u64, &mut UnixStream) -> bool + Send + 'static) -> Staged {
+    stage_all(vec![Box::new(answer)])
+}
+
+/// A lane for each worker.
+fn stage_all(workers: Vec<Worker>) -> Staged {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let path = std::env::temp_dir().join(format!("edge-lane-{}-{n}", std::process::id()));
-    let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).unwrap();
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            play(stream.unwrap(), &answer);
-        }
-    });
+    let lane = |answer: Worker| {
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("edge-lane-{}-{n}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                play(stream.unwrap(), &answer);
+            }
+        });
+        LaneAddress { kind: Kind::Plain, path }
+    };
     let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
     settings.deadlines.work = Duration::from_millis(500);
-    let edge = Edge::open(settings, vec![LaneAddress { kind: Kind::Plain, path }]).unwrap();
+    let edge = Edge::open(settings, workers.into_iter().map(lane).collect()).unwrap();
     let staged =
         Staged { addr: edge.local_addr(), handle: edge.handle(), counters: edge.counters() };
     thread::spawn(move || edge.run());
@@ -158,6 +169,36 @@ fn a_lane_that_does_not_answer() {
         thread::sleep(Duration::from_millis(700));
         stream.write_all(b"too late").is_err()
     });
+}
+
+#[test]
+fn the_first_lane_is_used_while_it_is_quick_and_the_next_when_it_waits() {
+    let counts = [(); 2].map(|()| Arc::new(AtomicU32::new(0)));
+    let worker = |count: &Arc<AtomicU32>, wait: Duration| -> Worker {
+        let count = Arc::clone(count);
+        Box::new(move |number, stream| {
+            count.fetch_add(1, Ordering::Relaxed);
+            thread::sleep(wait);
+            well(number, stream)
+        })
+    };
+    let counted = || counts.each_ref().map(|count| count.swap(0, Ordering::Relaxed));
+    let wait = |ms| Duration::from_millis(ms);
+    let staged = stage_all(vec![worker(&counts[0], wait(0)), worker(&counts[1], wait(0))]);
+    for _ in 0..20 {
+        assert_eq!(statuses(&ask(&staged)), [200]);
+    }
+    assert_eq!(counted(), [20, 0]);
+    staged.handle.shutdown();
+    let staged = stage_all(vec![worker(&counts[0], wait(400)), worker(&counts[1], wait(0))]);
+    let mut slow = TcpStream::connect(staged.addr).unwrap();
+    slow.write_all(ASK).unwrap();
+    until("the first is at work", || counts[0].load(Ordering::Relaxed) == 1);
+    thread::sleep(wait(20));
+    assert_eq!(statuses(&ask(&staged)), [200]);
+    assert_eq!(counted(), [1, 1]);
+    assert_eq!(statuses(&to_end(&mut slow)), [200]);
+    staged.handle.shutdown();
 }
 
 #[test]

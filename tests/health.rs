@@ -10,12 +10,26 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use mqtt_publisher_lite::api::{self, Api, Method, Request};
+use mqtt_publisher_lite::ca::publisher::Publisher;
+use mqtt_publisher_lite::ca::{Ca, CaSettings};
+use mqtt_publisher_lite::clock;
+use mqtt_publisher_lite::config::Config;
+use mqtt_publisher_lite::jwt::Signer;
+use mqtt_publisher_lite::metrics::Metrics;
+use mqtt_publisher_lite::provisioner::{Provisioner, Rules};
+use mqtt_publisher_lite::store::ledger::Ledger;
+use mqtt_publisher_lite::store::memory::Memory;
 
 use support::clock::now_ms;
 use support::csr::Csr;
 use support::redis::{Redis, resp};
 use support::service::{Service, Setup};
+use support::temp::TempDir;
 use support::{fields, on_both_stores, token, wait};
 
 #[test]
@@ -108,4 +122,57 @@ fn fill(redis: &Redis, count: usize) {
             resp(out, &["ZADD", "mqtt-lite:live", &ends, &token::live_member(&compact)]);
         }
     });
+}
+
+/// The program cannot be made to lose a lane for good from outside, so this asks the API alone.
+#[test]
+fn a_worker_that_cannot_be_reached_is_a_reason() {
+    let dir = TempDir::new();
+    let data = dir.path().to_path_buf();
+    let setting = |name: &str| (name == "DATA_DIR").then(|| data.clone().into_os_string());
+    let config = Config::from_lookup(setting, |path| std::fs::read(path)).unwrap();
+    let settings =
+        CaSettings { dir: dir.path().join("ca"), root_validity_years: 1, device_validity_days: 1 };
+    std::fs::create_dir_all(&settings.dir).unwrap();
+    let ca = Arc::new(Ca::open(&settings, clock::now()).unwrap());
+    let ledger = Arc::new(Ledger::new(1));
+    let rules = Rules {
+        token_ttl_s: config.token_ttl_s,
+        reenroll: config.reenroll,
+        renew_revokes: config.renew_revokes,
+        renew_after_expiry_days: config.renew_after_expiry_days,
+    };
+    let metrics = Arc::new(Metrics::new(api::endpoints()));
+    let provisioner = Provisioner::new(
+        Arc::new(Memory::new(1, Arc::clone(&ledger))),
+        ledger,
+        Arc::new(Publisher::new(ca, None)),
+        Signer::new(b"a secret of the test"),
+        rules,
+        Arc::clone(&metrics),
+    );
+    let api = Api::new(Arc::new(provisioner), &config, metrics);
+    let down = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&down);
+    api.set_lanes_down(move || count.load(Ordering::Relaxed));
+    let ready = || {
+        let request = Request {
+            method: Method::Get,
+            path: "/ready".to_owned(),
+            query: String::new(),
+            authorization: None,
+            content_type: None,
+            accept: None,
+            body: Vec::new(),
+            client: [127, 0, 0, 1].into(),
+            client_certificate: None,
+        };
+        let reply = api.answer(&[request]).replies.remove(0);
+        (reply.status, String::from_utf8(reply.body).unwrap())
+    };
+    assert_eq!(ready().0, 200);
+    down.store(1, Ordering::Relaxed);
+    let (status, body) = ready();
+    assert_eq!(status, 503, "{body}");
+    assert!(body.contains(r#""reasons":["lanes to workers that cannot be used: 1"]"#), "{body}");
 }

@@ -441,11 +441,16 @@ fn the_end_of_the_ca_is_announced() {
     let certificate = openssl(&[&args[..], &more].concat(), "");
     std::fs::write(setup.data("ca/root-ca.crt"), certificate).unwrap();
     std::fs::copy(key_file(P256), setup.data("ca/root-ca.key")).unwrap();
-    let service = setup.start();
+    let mut service = setup.start();
     let ready = service.http.get("/ready");
     assert_eq!(ready.status, 200);
     assert!(ready.json()["warnings"].to_string().contains("the CA ends in"), "{}", ready.text());
     assert!(service.log().contains("the CA ends in "), "{}", service.log());
+    // Again at each start, though the list of the first is still right.
+    let mark = service.log().len();
+    service.terminate();
+    service.restart();
+    service.wait_for_log_after(mark, "the CA ends in ");
     let young = Setup::new().start().http.get("/ready");
     assert_eq!(fields(&young.text()), ["status", "timestamp"]);
 }

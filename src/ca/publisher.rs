@@ -79,18 +79,19 @@ impl Publisher {
     }
 
     /// Publishes a list if there is none, it is a day old, or the last could not be written; nothing
-    /// as long as there is no CA or the clock is not set. Warns of the CA's end.
+    /// as long as there is no CA or the clock is not set. Warns of the CA's end, at the start and daily.
     pub fn keep_fresh(&self, now: Now) {
         if self.ca.issuer().is_none() || !self.ca.clock_is_plausible(now) {
             return;
         }
-        let list = self.ca.crl().or_else(|| self.find(now));
-        let is_due = list.is_none_or(|list| list.is_due(now));
+        let known = self.ca.crl();
+        let is_start = known.is_none();
+        let is_due = known.or_else(|| self.find(now)).is_none_or(|list| list.is_due(now));
         if is_due || self.failure().is_some() {
             // What went wrong is logged and kept there.
             let _ = self.publish(now);
         }
-        if let Some(warning) = self.warning(now).filter(|_| is_due) {
+        if let Some(warning) = self.warning(now).filter(|_| is_due || is_start) {
             log::warn!("{warning}");
         }
     }
@@ -100,13 +101,13 @@ impl Publisher {
     fn find(&self, now: Now) -> Option<Arc<Crl>> {
         let found = self.ca.find_crl(now)?;
         self.announce(&mut self.lock());
+        self.changed.notify_all();
         Some(found)
     }
 
     fn announce(&self, state: &mut State) {
         state.hook_due |= self.hook.is_some();
         state.woken |= state.hook_due;
-        self.changed.notify_all();
     }
 
     /// Why the last list could not be published, if it could not.
@@ -170,6 +171,7 @@ mod tests {
     use super::*;
     use crate::ca::CaSettings;
     use crate::files::test_dir::TestDir;
+    use std::os::unix::fs::MetadataExt as _;
 
     fn publisher(dir: &TestDir, years: u32, now: Now) -> Publisher {
         let settings =
@@ -194,6 +196,23 @@ mod tests {
         let second = number(DAY_S);
         assert!(second > first);
         assert_eq!(number(DAY_S + 1), second);
+    }
+
+    #[test]
+    fn a_start_writes_a_list_only_if_there_is_something_to_say() {
+        let (dir, now) = (TestDir::new(), clock::now());
+        let written = || std::fs::metadata(dir.join("ca/crl.pem")).unwrap().ino();
+        let start = |s: u64| {
+            let hooked = Publisher { hook: Some("true".into()), ..publisher(&dir, 1, now) };
+            hooked.keep_fresh(later(now, s));
+            // Whether the hook was told of the list by whoever wrote it, nobody knows.
+            assert!(hooked.wait(Duration::ZERO));
+            (hooked.ca.crl().unwrap().number, written())
+        };
+        let first = start(0);
+        assert_eq!(start(DAY_S - 1), first);
+        let second = start(DAY_S);
+        assert!(second.0 > first.0 && second.1 != first.1);
     }
 
     #[test]

@@ -384,6 +384,15 @@ mod tests {
         std::env::temp_dir().join(format!("server-{}-{name}", std::process::id()))
     }
 
+    /// With a lane in a folder of its own.
+    fn with_lane(name: &str, check: impl FnOnce(&Lane)) {
+        let dir = folder(name);
+        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
+        check(&lane);
+        drop(lane);
+        fs::remove_dir(dir).unwrap();
+    }
+
     /// What the edge would read for these requests, of which the first is for `/x`: all of it up to
     /// the answer with the number `last`.
     fn exchange(lane: &Lane, requests: &str, replies: &[Reply], last: u64) -> String {
@@ -420,74 +429,66 @@ mod tests {
 
     #[test]
     fn a_call_that_is_dropped_answers_500_with_its_number() {
-        let dir = folder("drop");
-        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
-        let mode = fs::metadata(&dir).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o700);
-        let text = exchange(&lane, "GET /x HTTP/1.1\r\nX-Edge: 42 192.0.2.1\r\n\r\n", &[], 42);
-        assert!(text.starts_with("HTTP/1.1 500 ") && text.contains("X-Edge: 42\r\n"), "{text}");
-        drop(lane);
-        fs::remove_dir(dir).unwrap();
+        with_lane("drop", |lane| {
+            let folder = lane.address().path.parent().unwrap();
+            assert_eq!(fs::metadata(folder).unwrap().permissions().mode() & 0o777, 0o700);
+            let text = exchange(lane, "GET /x HTTP/1.1\r\nX-Edge: 42 192.0.2.1\r\n\r\n", &[], 42);
+            assert!(text.starts_with("HTTP/1.1 500 ") && text.contains("X-Edge: 42\r\n"), "{text}");
+        });
     }
 
     #[test]
     fn a_batch_is_answered_in_order_the_proof_in_its_midst_too() {
-        let dir = folder("order");
-        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
-        let requests = "GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n\
-                        OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n\
-                        HEAD /y HTTP/1.1\r\nX-Edge: 3 192.0.2.2\r\n\r\n\
-                        GET /z HTTP/1.1\r\nX-Edge: 4 192.0.2.1\r\n\r\n";
-        let text = exchange(&lane, requests, &[reply("one"), reply("three")], 4);
-        let (got, last) = text.split_at(text.find("HTTP/1.1 500").unwrap());
-        assert_eq!(
-            got,
-            "HTTP/1.1 200 OK\r\nX-Edge: 1\r\nX-Is: one\r\nContent-Length: 3\r\n\r\none\
-             HTTP/1.1 204 No Content\r\nX-Edge: 2\r\nContent-Length: 0\r\n\r\n\
-             HTTP/1.1 200 OK\r\nX-Edge: 3\r\nX-Is: three\r\nContent-Length: 5\r\n\r\n"
-        );
-        // For whom there is no reply.
-        assert!(last.contains("X-Edge: 4\r\n"), "{last}");
-        drop(lane);
-        fs::remove_dir(dir).unwrap();
+        with_lane("order", |lane| {
+            let requests = "GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n\
+                            OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n\
+                            HEAD /y HTTP/1.1\r\nX-Edge: 3 192.0.2.2\r\n\r\n\
+                            GET /z HTTP/1.1\r\nX-Edge: 4 192.0.2.1\r\n\r\n";
+            let text = exchange(lane, requests, &[reply("one"), reply("three")], 4);
+            let (got, last) = text.split_at(text.find("HTTP/1.1 500").unwrap());
+            assert_eq!(
+                got,
+                "HTTP/1.1 200 OK\r\nX-Edge: 1\r\nX-Is: one\r\nContent-Length: 3\r\n\r\none\
+                 HTTP/1.1 204 No Content\r\nX-Edge: 2\r\nContent-Length: 0\r\n\r\n\
+                 HTTP/1.1 200 OK\r\nX-Edge: 3\r\nX-Is: three\r\nContent-Length: 5\r\n\r\n"
+            );
+            // For whom there is no reply.
+            assert!(last.contains("X-Edge: 4\r\n"), "{last}");
+        });
     }
 
     #[test]
     fn what_is_left_of_a_lost_connection_takes_no_answer_of_the_next() {
-        let dir = folder("lost");
-        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
-        let mut batch = Vec::new();
-        let mut lost = UnixStream::connect(&lane.address().path).unwrap();
-        lost.write_all(b"GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n").unwrap();
-        assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
-        drop(lost);
-        let mut next = UnixStream::connect(&lane.address().path).unwrap();
-        next.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        next.write_all(b"OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n").unwrap();
-        assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
-        answer(batch, vec![reply("one")]);
-        let mut buf = [0; 4096];
-        let n = next.read(&mut buf).unwrap();
-        let text = std::str::from_utf8(&buf[..n]).unwrap();
-        assert!(text.starts_with("HTTP/1.1 204 No Content\r\nX-Edge: 2\r\n"), "{text}");
-        drop(lane);
-        fs::remove_dir(dir).unwrap();
+        with_lane("lost", |lane| {
+            let mut batch = Vec::new();
+            let mut lost = UnixStream::connect(&lane.address().path).unwrap();
+            lost.write_all(b"GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n").unwrap();
+            assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
+            drop(lost);
+            let mut next = UnixStream::connect(&lane.address().path).unwrap();
+            next.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            next.write_all(b"OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n").unwrap();
+            assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
+            answer(batch, vec![reply("one")]);
+            let mut buf = [0; 4096];
+            let n = next.read(&mut buf).unwrap();
+            let text = std::str::from_utf8(&buf[..n]).unwrap();
+            assert!(text.starts_with("HTTP/1.1 204 No Content\r\nX-Edge: 2\r\n"), "{text}");
+        });
     }
 
     #[test]
     fn values_cannot_break_the_line() {
-        let dir = folder("values");
-        let lane = open_lanes(&dir, &[Kind::Plain]).unwrap().remove(0);
-        let mut bad = reply("fine");
-        for value in ["a\r\nX-B: c", "a\nb", "\0", "\u{e4}"] {
-            bad.fields.push(("X-A", value.to_owned()));
-        }
-        let request = "GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n";
-        let text = exchange(&lane, request, &[bad], 1);
-        assert!(text.contains("X-Is: fine\r\n"), "{text}");
-        assert!(!text.contains("X-A") && !text.contains("X-B"), "{text}");
-        drop(lane);
-        fs::remove_dir(dir).unwrap();
+        with_lane("values", |lane| {
+            let mut bad = reply("fine");
+            for value in ["a\r\nX-B: c", "a\nb", "\0", "\u{e4}"] {
+                bad.fields.push(("X-A", value.to_owned()));
+            }
+            let request = "GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n";
+            let text = exchange(lane, request, &[bad], 1);
+            assert!(text.contains("X-Is: fine\r\n"), "{text}");
+            assert!(!text.contains("X-A") && !text.contains("X-B"), "{text}");
+        });
     }
 
     #[test]
