@@ -5,7 +5,7 @@
 #
 # It needs rustup with that toolchain; with --install it is installed (about 200 MB, and it does not
 # become the default). What needs no second compiler is checked by every test run: that no
-# dependency asks for a newer Rust (tests/architecture.rs), and by clippy's incompatible_msrv that
+# dependency asks for a newer Rust (tests/house/architecture.rs), and by clippy's incompatible_msrv that
 # nothing newer than that version is used of the standard library.
 set -eu
 cd "$(dirname "$0")/.."

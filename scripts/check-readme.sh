@@ -9,7 +9,7 @@
 #                earlier one on that port is stopped first
 #   settings     lines NAME=value, which `check-config` has to accept
 #
-# Anything else is not run here (tests/docs.rs knows who does).
+# Anything else is not run here (tests/house/docs.rs knows who does).
 #
 # usage: scripts/check-readme.sh [PAGE]
 #

@@ -1,0 +1,234 @@
+//! A real edge with real lanes on loopback, and a handler that is simple enough to predict.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use mqtt_publisher_lite::api::Reply;
+use mqtt_publisher_lite::edge::{Counters, Edge, Handle, Kind, Settings};
+use mqtt_publisher_lite::server::{Call, Stopper, answer, open_lanes};
+
+/// An edge that serves until it is dropped.
+pub struct Served {
+    pub addr: SocketAddr,
+    pub handle: Handle,
+    pub counters: Arc<Counters>,
+    /// Requests that reached the handler.
+    pub handled: Arc<AtomicU64>,
+    edge: Option<JoinHandle<()>>,
+    workers: Vec<(Stopper, JoinHandle<()>)>,
+    dir: PathBuf,
+}
+
+/// Serves with one lane of each kind and the settings as `adjust` leaves them.
+pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("edge-{}-{n}", std::process::id()));
+    let lanes = open_lanes(&dir, &[Kind::Plain, Kind::Certificate, Kind::Bulk]).unwrap();
+    let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
+    let handled = Arc::new(AtomicU64::new(0));
+    let workers = lanes
+        .into_iter()
+        .map(|lane| {
+            let handled = Arc::clone(&handled);
+            (lane.stopper(), thread::spawn(move || work(&lane, &handled)))
+        })
+        .collect();
+    let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
+    adjust(&mut settings);
+    let edge = Edge::open(settings, addresses).unwrap();
+    let (addr, handle, counters) = (edge.local_addr(), edge.handle(), edge.counters());
+    let edge = thread::spawn(move || edge.run().unwrap());
+    let served = Served { addr, handle, counters, handled, edge: Some(edge), workers, dir };
+    until("the lanes are open", || served.handle.is_ready());
+    served
+}
+
+fn work(lane: &mqtt_publisher_lite::server::Lane, handled: &AtomicU64) {
+    let mut batch = Vec::new();
+    while lane.next_batch(16, std::time::Duration::ZERO, &mut batch) {
+        for call in batch.drain(..) {
+            if !call.is_open() {
+                answer(vec![call], Vec::new());
+                continue;
+            }
+            handled.fetch_add(1, Ordering::Relaxed);
+            let run = std::panic::AssertUnwindSafe(|| handle(call));
+            let _ = std::panic::catch_unwind(run);
+        }
+    }
+}
+
+/// `/bytes?<n>` answers n bytes; `/wait?<ms>`, `/api/v1/renew?<ms>` and `/api/v1/crl?<ms>` wait;
+/// `/panic` panics; the rest tells what came.
+fn handle(mut call: Call) {
+    let target = call.target().to_owned();
+    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+    let number = query.parse().unwrap_or(0);
+    let body = match path {
+        "/bytes" => vec![b'x'; number],
+        "/panic" => std::panic::panic_any("asked for"),
+        _ => echo(&mut call),
+    };
+    if matches!(path, "/wait" | "/api/v1/renew" | "/api/v1/crl") {
+        thread::sleep(Duration::from_millis(number as u64));
+    }
+    let status = if path == "/nothing" { 204 } else { 200 };
+    let fields = vec![("Content-Type", "text/plain".to_owned())];
+    answer(vec![call], vec![Reply { status, fields, body }]);
+}
+
+fn echo(call: &mut Call) -> Vec<u8> {
+    let mut text = format!("{} {} {}", call.method(), call.target(), call.client());
+    for name in ["Authorization", "Content-Type", "Accept", "Host", "Cookie"] {
+        if let Some(value) = call.header(name) {
+            text.push_str(&format!(" {name}={value}"));
+        }
+    }
+    text.push('\n');
+    let mut bytes = text.into_bytes();
+    bytes.extend(call.take_body());
+    bytes
+}
+
+impl Served {
+    pub fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.addr).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+
+    /// Sends `bytes` and reads to the end of the connection.
+    pub fn exchange(&self, bytes: &[u8]) -> String {
+        let mut stream = self.connect();
+        stream.write_all(bytes).unwrap();
+        to_end(&mut stream)
+    }
+
+    /// Sends `bytes`, ends our side, and reads to the end of the connection.
+    pub fn exchange_and_end(&self, bytes: &[u8]) -> String {
+        let mut stream = self.connect();
+        stream.write_all(bytes).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        to_end(&mut stream)
+    }
+
+    /// A plain request on a connection of its own, and how long its answer took.
+    pub fn probe(&self) -> Duration {
+        let start = Instant::now();
+        let answer = self.exchange(b"GET /probe HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        start.elapsed()
+    }
+
+    pub fn shutdown(mut self) {
+        self.stop();
+    }
+
+    fn stop(&mut self) {
+        self.handle.shutdown();
+        if let Some(edge) = self.edge.take() {
+            edge.join().unwrap();
+        }
+        for (stopper, worker) in self.workers.drain(..) {
+            stopper.stop();
+            worker.join().unwrap();
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            self.stop();
+        }
+    }
+}
+
+/// Reads to the end of the connection; a reset counts as an end.
+pub fn to_end(stream: &mut impl Read) -> String {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes);
+    String::from_utf8(bytes).unwrap()
+}
+
+/// Reads one response with a `Content-Length`, or none for a status without a body.
+pub fn one_response(stream: &mut impl Read, is_head: bool) -> (u16, String, String) {
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let status = head[9..12].parse().unwrap();
+    let length = field(&head, "Content-Length").map_or(0, |v| v.parse().unwrap());
+    let mut body = vec![0; if is_head { 0 } else { length }];
+    stream.read_exact(&mut body).unwrap();
+    (status, head, String::from_utf8(body).unwrap())
+}
+
+/// The value of a field in a head.
+pub fn field<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    let named = |line: &'a str| line.strip_prefix(name)?.strip_prefix(": ");
+    head.split("\r\n").find_map(named)
+}
+
+/// The statuses of all responses in `text`.
+pub fn statuses(text: &str) -> Vec<u16> {
+    text.split("HTTP/1.1 ").skip(1).map(|r| r[..3].parse().unwrap()).collect()
+}
+
+/// Waits until `done`, 10 seconds at most.
+pub fn until(what: &str, done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(10), "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Runs `body` in a process of its own, in which no other test runs: for what counts or limits
+/// something of the whole process. `test` is the name of the test that calls this.
+pub fn alone(test: &str, body: impl FnOnce()) {
+    const MARK: &str = "EDGE_TEST_IS_ALONE";
+    if std::env::var_os(MARK).is_some() {
+        return body();
+    }
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    let output = again.args(["--exact", test]).env(MARK, "1").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{test}: {said}");
+}
+
+/// Connects from another loopback address, so that limits per address see many clients.
+pub fn connect_from(host: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> {
+    use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+    // Small, so that what is not read waits on the other side soon.
+    rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 16 * 1024)?;
+    bind(&socket, &SocketAddr::new(host, 0))?;
+    connect(&socket, &to)?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    Ok(stream)
+}
+
+/// A seeded source of numbers that repeat from run to run.
+pub struct Xorshift(pub u64);
+
+impl Xorshift {
+    pub fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound as u64) as usize
+    }
+}

@@ -1,0 +1,138 @@
+//! What the documents quote of the program is what the program says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mqtt_publisher_lite::config::variables;
+use mqtt_publisher_lite::problem::Code;
+
+/// Variables that are not in the table, and words in capitals that are none.
+const OTHERS: &[&str] =
+    &["CRL", "NOPERM", "RUNTIME_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "READONLY", "OOM"];
+
+#[test]
+fn every_log_line_of_the_failure_table_is_in_the_source() {
+    let source = squeezed(&read_all(&root().join("src"), "rs"));
+    let mut lines = 0;
+    for row in read("docs/failures.md").lines().filter(|line| line.starts_with("| ")) {
+        for quoted in row.split('`').skip(1).step_by(2).filter(|q| is_log_line(q)) {
+            lines += 1;
+            for piece in quoted.split('…').map(str::trim).filter(|p| p.len() > 3) {
+                assert!(source.contains(&squeezed(piece)), "{piece:?} of {quoted:?}");
+            }
+        }
+    }
+    assert!(lines > 25, "{lines}");
+}
+
+/// Others are names: of variables, codes, paths and commands.
+fn is_log_line(quoted: &str) -> bool {
+    quoted.contains(' ') && quoted.len() > 12 && !quoted.starts_with("ulimit")
+}
+
+#[test]
+fn every_name_in_the_documents_exists() {
+    let mut names: Vec<String> = variables::ALL.iter().map(|v| v.name.to_owned()).collect();
+    names.extend(names.clone().into_iter().map(|name| format!("{name}_FILE")));
+    names.extend(Code::ALL.iter().map(|code| code.row().1.to_owned()));
+    names.extend(OTHERS.iter().map(|other| (*other).to_owned()));
+    for document in ["security", "failures", "upgrade", "managed-redis"] {
+        let text = read(&format!("docs/{document}.md"));
+        for quoted in text.split('`').skip(1).step_by(2) {
+            for name in quoted.split(|c: char| !c.is_ascii_uppercase() && c != '_') {
+                let is_name = name.len() > 3 && name.contains('_') && !name.starts_with('_');
+                assert!(!is_name || names.iter().any(|n| n == name), "{document}: {name}");
+            }
+        }
+    }
+}
+
+/// Pages, and the first line of commands there that neither CI nor a test runs: (page, line, why).
+const BY_HAND: &[(&str, &str, &str)] = &[
+    ("README.md", "scripts/build-static.sh", "minutes, and compilers that are fetched"),
+    ("quickstart.md", "apt-get update", "it changes the machine; scripts/test.sh does the like"),
+    ("quickstart.md", "git clone", "CI has the source, and compiles it in other ways"),
+];
+
+/// What stands behind "```sh" is read by `scripts/check-readme.sh`, which `.ci/run` calls for each page
+/// but one, and by who is named there.
+#[test]
+fn every_block_of_commands_is_run_by_somebody() {
+    let ci = read(".ci/run");
+    let mut by_hand = 0;
+    for (page, text) in pages() {
+        let called = ci.lines().any(|l| l.starts_with("for page in ") && l.contains(&page));
+        let called =
+            called || page == "mosquitto.md" && read("tests/service/mosquitto.rs").contains(&page);
+        let mut lines = text.lines().map(str::trim);
+        while let Some(line) = lines.next() {
+            let Some(mark) = line.strip_prefix("```sh") else { continue };
+            let words: Vec<&str> = mark.split_whitespace().collect();
+            match words[..] {
+                ["run"] | ["run", "keys"] | ["settings"] => assert!(called, "{page}: {line}"),
+                ["server", port] => {
+                    assert!(called && port.parse::<u16>().is_ok(), "{page}: {line}")
+                }
+                ["by", "hand"] => {
+                    let first = lines.next().unwrap_or_default();
+                    let listed =
+                        |row: &&(&str, &str, &str)| row.0 == page && first.starts_with(row.1);
+                    assert!(BY_HAND.iter().any(|row| listed(&row)), "{page}: {first}");
+                    by_hand += 1;
+                }
+                ["by", script] => {
+                    assert!(
+                        read(script).contains(&format!("blocks_of {}", named(&page))),
+                        "{page}"
+                    );
+                }
+                _ => panic!("{page}: nobody runs the commands below {line:?}"),
+            }
+        }
+    }
+    assert_eq!(by_hand, BY_HAND.len(), "blocks to be run by hand");
+}
+
+/// README.md and what is in docs/, each by the name of its file.
+fn pages() -> Vec<(String, String)> {
+    let mut names = vec!["README.md".to_owned()];
+    for entry in fs::read_dir(root().join("docs")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if name.ends_with(".md") {
+            names.push(name);
+        }
+    }
+    names.into_iter().map(|name| (name.clone(), read(&named(&name)))).collect()
+}
+
+/// Where a page is.
+fn named(page: &str) -> String {
+    if page == "README.md" { page.to_owned() } else { format!("docs/{page}") }
+}
+
+/// Without what a line break in a string literal adds, and with what stands in braces left out.
+fn squeezed(text: &str) -> String {
+    let joined = text.replace("\\\n", " ");
+    joined.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(name: &str) -> String {
+    fs::read_to_string(root().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+}
+
+fn read_all(dir: &Path, extension: &str) -> String {
+    let mut text = String::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            text.push_str(&read_all(&path, extension));
+        } else if path.extension().is_some_and(|e| e == extension) {
+            text.push_str(&fs::read_to_string(&path).unwrap());
+        }
+    }
+    text
+}

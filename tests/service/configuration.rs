@@ -1,0 +1,282 @@
+//! The environment: every variable, bad values, `<NAME>_FILE`, `check-config`; nothing secret is shown.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::support::service::{Exit, Service, Setup};
+use crate::support::{temp::TempDir, token};
+
+/// A name and a value.
+type Variable = (&'static str, &'static str);
+
+/// Variable, a bad value for it, and what else must be set for it to count.
+const BAD: &[(&str, &str, &[Variable])] = &[
+    ("HTTP_HOST", "not an address", &[]),
+    ("PORT", "70000", &[]),
+    ("PORT", "http", &[]),
+    ("PORT", "-1", &[]),
+    ("LOG_LEVEL", "loud", &[]),
+    ("LOG_FORMAT", "xml", &[]),
+    ("PROVISIONING_TOKEN_TTL", "0", &[]),
+    ("PROVISIONING_TOKEN_TTL", "86401", &[]),
+    ("PROVISIONING_TOKEN_TTL", "-1", &[]),
+    ("PROVISIONING_TOKEN_TTL", "1.5", &[]),
+    ("PROVISIONING_TOKEN_TTL", "5m", &[]),
+    ("JWT_SECRET", DEFAULT_SECRET, &[]),
+    ("PROVISIONING_JWT_SECRET", DEFAULT_SECRET, &[]),
+    ("ROOT_CA_VALIDITY_YEARS", "0", &[]),
+    ("ROOT_CA_VALIDITY_YEARS", "ten", &[]),
+    ("ROOT_CA_VALIDITY_YEARS", "100000", &[]),
+    ("DEVICE_CERT_VALIDITY_DAYS", "0", &[]),
+    ("DEVICE_CERT_VALIDITY_DAYS", "ninety", &[]),
+    ("DEVICE_CERT_VALIDITY_DAYS", "99999999999", &[]),
+    ("ONBOARDING_API_KEY", "fifteen-letters", &[]),
+    ("ADMIN_API_KEY", "fifteen-letters", &[]),
+    ("REENROLL", "maybe", &[]),
+    ("REDIS_ENABLED", "perhaps", &[]),
+    ("REDIS_URL", "http://127.0.0.1:6379", &[]),
+    ("REDIS_URL", "redis://", &[]),
+    ("REDIS_URI", "nonsense", &[]),
+    ("REDIS_PORT", "0", &[("REDIS_HOST", "127.0.0.1")]),
+    ("REDIS_PORT", "70000", &[("REDIS_HOST", "127.0.0.1")]),
+    ("REDIS_DB", "-1", &[("REDIS_HOST", "127.0.0.1")]),
+    ("REDIS_DB", "first", &[("REDIS_HOST", "127.0.0.1")]),
+    ("REDIS_TLS", "perhaps", &[("REDIS_HOST", "127.0.0.1")]),
+    ("REDIS_TLS_CA", "no/such/file.pem", &[("REDIS_URL", "rediss://127.0.0.1:6379")]),
+    ("REDIS_TIMEOUT_MS", "0", &[]),
+    ("REDIS_TIMEOUT_MS", "fast", &[]),
+    ("REDIS_CONNECT_TIMEOUT_MS", "0", &[]),
+    ("REDIS_CONNECT_TIMEOUT_MS", "2s", &[]),
+    ("REDIS_POOL_SIZE", "0", &[]),
+    ("REDIS_POOL_SIZE", "many", &[]),
+    ("OUTAGE_REDEEM", "all", &[]),
+    ("MEMORY_MAX_TOKENS", "0", &[]),
+    ("MEMORY_MAX_TOKENS", "-5", &[]),
+    ("WORKERS", "0", &[]),
+    ("WORKERS", "few", &[]),
+    ("MAX_CONNECTIONS", "0", &[]),
+    ("MAX_CONNECTIONS", "all", &[]),
+    ("MAX_CONNECTIONS_PER_IP", "0", &[]),
+    ("MAX_CONNECTIONS_PER_IP", "x", &[]),
+    ("MAX_BUFFER_BYTES", "0", &[]),
+    ("MAX_BUFFER_BYTES", "8M", &[]),
+    ("TRUSTED_PROXIES", "10.0.0.0/33", &[]),
+    ("TRUSTED_PROXIES", "the proxy", &[]),
+    ("RENEW_REVOKES", "perhaps", &[]),
+    ("RENEW_AFTER_EXPIRY_DAYS", "366", &[]),
+    ("RENEW_AFTER_EXPIRY_DAYS", "-1", &[]),
+    ("ONBOARDING_RATE_LIMIT", "-1", &[]),
+    ("ONBOARDING_RATE_LIMIT", "few", &[]),
+    ("TLS_CERT", "no/such/file.pem", &[("TLS_KEY", "no/such/file.pem")]),
+    ("JWT_SECRET_FILE", "no/such/file", &[]),
+    ("ADMIN_API_KEY_FILE", "no/such/file", &[]),
+    ("REDIS_PASSWORD_FILE", "no/such/file", &[("REDIS_HOST", "127.0.0.1")]),
+];
+
+const DEFAULT_SECRET: &str = "mqtt-publisher-lite-secret-key-change-in-production";
+
+/// Variables whose value must never be printed.
+const SECRET: [&str; 4] =
+    ["JWT_SECRET", "PROVISIONING_JWT_SECRET", "ONBOARDING_API_KEY", "ADMIN_API_KEY"];
+
+#[test]
+fn every_bad_value_stops_the_start_with_one_line_that_names_it() {
+    let faults: Vec<String> = BAD
+        .iter()
+        .flat_map(|(name, value, others)| {
+            [&[][..], &["check-config"]].map(|args| {
+                let setup = Setup::new().args(args).envs(others).env(name, value);
+                let what = format!("{name}={value} {args:?}");
+                match setup.run_within(Duration::from_secs(5)) {
+                    Some(exit) => bad_exit(name, value, &exit).map(|why| format!("{what}: {why}")),
+                    None => Some(format!("{what}: it runs")),
+                }
+            })
+        })
+        .flatten()
+        .collect();
+    assert!(faults.is_empty(), "{} faults: {faults:#?}", faults.len());
+}
+
+/// What is wrong about this end, if anything.
+fn bad_exit(name: &str, value: &str, exit: &Exit) -> Option<String> {
+    let lines: Vec<&str> = exit.log.lines().filter(|l| !l.trim().is_empty()).collect();
+    let secret = SECRET.contains(&name);
+    if exit.code != Some(2) {
+        Some(format!("exit code {:?}: {}", exit.code, exit.log))
+    } else if lines.len() != 1 {
+        Some(format!("{} lines: {}", lines.len(), exit.log))
+    } else if !lines[0].contains(name) {
+        Some(format!("the line does not name it: {}", lines[0]))
+    } else if secret && lines[0].contains(value) {
+        Some(format!("the line shows the secret: {}", lines[0]))
+    } else if !secret
+        && !name.ends_with("_FILE")
+        && !name.starts_with("REDIS_UR")
+        && !lines[0].contains(value)
+    {
+        Some(format!("the line does not show the value: {}", lines[0]))
+    } else {
+        None
+    }
+}
+
+#[test]
+fn a_certificate_and_its_key_go_together() {
+    for name in ["TLS_CERT", "TLS_KEY"] {
+        let exit = Setup::new().env(name, "one-of-the-two.pem").run();
+        assert_eq!(exit.code, Some(2), "{}", exit.log);
+        assert!(exit.log.contains("TLS_CERT") && exit.log.contains("TLS_KEY"), "{}", exit.log);
+    }
+}
+
+#[test]
+fn http_port_counts_where_port_is_unset() {
+    let exit = Setup::new().without_port().env("HTTP_PORT", "http").run();
+    assert_eq!(exit.code, Some(2));
+    assert!(exit.log.contains("HTTP_PORT"), "{}", exit.log);
+    let port = crate::support::wait::free_port();
+    let service =
+        Setup::new().env("PORT", &port.to_string()).env("HTTP_PORT", "1").on_port(port).start();
+    assert_eq!(service.http.get("/health").status, 200, "PORT wins");
+    let port = crate::support::wait::free_port();
+    let service =
+        Setup::new().without_port().env("HTTP_PORT", &port.to_string()).on_port(port).start();
+    assert_eq!(service.http.get("/health").status, 200);
+}
+
+#[test]
+fn a_password_in_a_bad_url_is_not_shown() {
+    for url in [
+        "http://user:hunter2secret@127.0.0.1",
+        "redis://user:hunter2secret@127.0.0.1:99999",
+        "redis://user:hunter2secret@127.0.0.1/notanumber",
+        "user:hunter2secret@127.0.0.1:6379",
+    ] {
+        let exit = Setup::new().env("REDIS_URL", url).run();
+        assert_eq!(exit.code, Some(2), "{url}: {}", exit.log);
+        assert!(
+            exit.log.contains("REDIS_URL") && !exit.log.contains("hunter2secret"),
+            "{}",
+            exit.log
+        );
+    }
+}
+
+#[test]
+fn nothing_configured() {
+    let service = Setup::new().without_data_dir().start();
+    assert_eq!(service.onboard("d").status, 200);
+    for file in ["data/jwt-secret", "data/ca/root-ca.key"] {
+        assert_eq!(mode(&service.dir().join(file)), 0o600, "{file}");
+    }
+    assert!(service.dir().join("data/ca/root-ca.crt").exists());
+    let log = service.log();
+    assert!(log.contains("⚠️  Provisioning tokens will not be persistent"), "{log}");
+}
+
+#[test]
+fn the_secret_is_made_once_and_kept() {
+    let mut service = Setup::new().start();
+    let first = fs::read(service.data("jwt-secret")).unwrap();
+    assert!(first.len() >= 32);
+    service.kill9();
+    service.restart();
+    assert_eq!(fs::read(service.data("jwt-secret")).unwrap(), first);
+}
+
+#[test]
+fn which_secret_signs() {
+    let other = "another-example-secret-of-32-bytes";
+    let opens = |env: &[(&str, &str)], secret: &str| {
+        let service = Service::start(env);
+        token::open(secret, &service.token("d"));
+        service.log()
+    };
+    opens(&[("JWT_SECRET", token::SECRET)], token::SECRET);
+    opens(&[("PROVISIONING_JWT_SECRET", token::SECRET)], token::SECRET);
+    opens(&[("JWT_SECRET", token::SECRET), ("PROVISIONING_JWT_SECRET", other)], token::SECRET);
+    let log = opens(&[("JWT_SECRET", "short-but-allowed")], "short-but-allowed");
+    assert!(log.lines().any(|l| l.contains("WARN") && l.contains("JWT_SECRET")), "{log}");
+    assert!(!log.contains("short-but-allowed"));
+}
+
+#[test]
+fn secrets_from_files() {
+    let dir = TempDir::new();
+    let secret = dir.file("secret", &format!("{}\n", token::SECRET)).display().to_string();
+    let key = dir.file("key", "onboarding-key-0001\n").display().to_string();
+    let service =
+        Service::start(&[("JWT_SECRET_FILE", &secret), ("ONBOARDING_API_KEY_FILE", &key)]);
+    assert_eq!(service.onboard("d").status, 401, "the key counts");
+    let headers = [("Authorization", "Bearer onboarding-key-0001")];
+    let body = serde_json::json!({"device_id": "d"});
+    let answer = service.http.post_with("/api/v1/onboarding", &headers, &body);
+    token::open(token::SECRET, &answer.field("provisioning_token"));
+}
+
+#[test]
+fn check_config_shows_what_counts_and_no_secret() {
+    let secrets = [
+        ("JWT_SECRET", "check-config-secret-of-32-bytes-1"),
+        ("ONBOARDING_API_KEY", "check-config-onboarding-key"),
+        ("ADMIN_API_KEY", "check-config-admin-key"),
+        ("REDIS_PASSWORD", "check-config-redis-password"),
+    ];
+    let setup = Setup::new().args(&["check-config"]).envs(&secrets);
+    let setup = setup.env("PROVISIONING_TOKEN_TTL", "77").env("REDIS_HOST", "redis.example");
+    let exit = setup.run();
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    for shown in [
+        "PROVISIONING_TOKEN_TTL",
+        "77",
+        "redis.example",
+        "REENROLL",
+        "deny",
+        "MAX_CONNECTIONS",
+        "1024",
+    ] {
+        assert!(exit.log.contains(shown), "{shown} in {}", exit.log);
+    }
+    for (name, value) in secrets {
+        assert!(!exit.log.contains(value), "{name} is shown: {}", exit.log);
+    }
+    let url = "redis://user:hunter2secret@redis.example:6380/2";
+    let exit = Setup::new().args(&["check-config"]).env("REDIS_URL", url).run();
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    assert!(
+        !exit.log.contains("hunter2secret") && exit.log.contains("redis.example"),
+        "{}",
+        exit.log
+    );
+}
+
+#[test]
+fn check_config_touches_nothing() {
+    let setup = Setup::new().args(&["check-config"]);
+    let data = setup.data("");
+    let (exit, _kept) = setup.run_and_keep();
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    assert!(!data.exists(), "it made {}", data.display());
+}
+
+#[test]
+fn values_with_effect() {
+    let service =
+        Service::start(&[("PROVISIONING_TOKEN_TTL", "86400"), ("DEVICE_CERT_VALIDITY_DAYS", "1")]);
+    assert_eq!(service.onboard("d").json()["expires_in"], 86_400);
+    let service =
+        Service::start(&[("REDIS_ENABLED", "false"), ("REDIS_URL", "redis://127.0.0.1:1")]);
+    let health = service.health();
+    assert_eq!(
+        (&health["storage"], &health["redis"]["enabled"]),
+        (&"memory".into(), &false.into())
+    );
+    assert_eq!(health["status"], "ok");
+}
+
+fn mode(path: &std::path::Path) -> u32 {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).permissions().mode()
+        & 0o777
+}

@@ -1,0 +1,273 @@
+//! The program under its operator: commands, signals, exit codes, and the lines on its console.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
+
+use crate::support::csr::{self, Csr};
+use crate::support::http::{Client, Connection};
+use crate::support::redis::Redis;
+use crate::support::service::{Service, Setup};
+use crate::support::{token, wait};
+
+#[test]
+fn help_version_and_nonsense() {
+    let run = |args: &[&str]| Setup::new().args(args).run();
+    let help = run(&["--help"]);
+    assert_eq!(help.code, Some(0), "{}", help.log);
+    for word in ["check-config", "server-certificate", "healthcheck", "--version"] {
+        assert!(help.log.contains(word), "{word} in {}", help.log);
+    }
+    let version = run(&["--version"]);
+    assert_eq!(version.code, Some(0));
+    assert!(version.log.contains(env!("CARGO_PKG_VERSION")), "{}", version.log);
+    for nonsense in
+        [&["--nonsense"][..], &["nonsense"], &["check-config", "more"], &["server-certificate"]]
+    {
+        let exit = run(nonsense);
+        assert_eq!(exit.code, Some(2), "{nonsense:?}: {}", exit.log);
+    }
+}
+
+#[test]
+fn a_signal_stops_it_with_exit_code_0() {
+    for signal in ["TERM", "INT"] {
+        let mut service = Service::start(&[]);
+        // An idle client must not keep it from stopping.
+        let idle = Connection::open(&service.http).unwrap();
+        service.signal(signal);
+        let exit = service.wait_exit();
+        assert_eq!(exit.code, Some(0), "SIG{signal}: {}", exit.log);
+        drop(idle);
+        assert!(TcpStream::connect(("127.0.0.1", service.port())).is_err());
+    }
+}
+
+#[test]
+fn a_taken_port_is_exit_code_1() {
+    let port = wait::free_port();
+    let _taken = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let exit = Setup::new().env("PORT", &port.to_string()).run();
+    assert_eq!(exit.code, Some(1), "{}", exit.log);
+    assert!(exit.log.contains(&port.to_string()), "{}", exit.log);
+}
+
+#[test]
+fn healthcheck_asks_the_local_server() {
+    let service = Service::start(&[]);
+    let ask =
+        |port: u16| Setup::new().args(&["healthcheck"]).env("PORT", &port.to_string()).run().code;
+    assert_eq!(ask(service.port()), Some(0));
+    assert_eq!(ask(wait::free_port()), Some(1));
+}
+
+#[test]
+fn a_server_certificate_for_the_broker() {
+    let service = Service::start(&[]);
+    let before = listing(&service);
+    let out = crate::support::temp::TempDir::new();
+    let folder = out.path().display().to_string();
+    let data = service.data("").display().to_string();
+    let names = ["server-certificate", "broker.example", "localhost", "127.0.0.1", "::1"];
+    let args = [&names[..], &["--days", "30", "--out", &folder]].concat();
+    let exit = Setup::new().env("DATA_DIR", &data).args(&args).run();
+    assert_eq!(exit.code, Some(0), "while the server runs, without a lock: {}", exit.log);
+    assert_eq!(listing(&service), before, "it writes only below --out");
+
+    let files: Vec<_> = fs::read_dir(out.path()).unwrap().map(|f| f.unwrap().path()).collect();
+    let find = |text: &str| {
+        let with = files.iter().find(|f| fs::read_to_string(f).unwrap().contains(text));
+        with.unwrap_or_else(|| panic!("no file with {text} in {files:?}"))
+    };
+    let key = find("PRIVATE KEY-----");
+    assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
+    let leaf = fs::read_to_string(find("BEGIN CERTIFICATE")).unwrap();
+    let text = csr::x509_text(&leaf);
+    for part in [
+        "DNS:broker.example",
+        "DNS:localhost",
+        "IP Address:127.0.0.1",
+        "TLS Web Server Authentication",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    assert!(text.contains("IP Address:0:0:0:0:0:0:0:1"), "{text}");
+    let ca = service.data("ca/root-ca.crt").display().to_string();
+    let file = out.file("leaf.pem", &leaf).display().to_string();
+    csr::openssl(&["verify", "-purpose", "sslserver", "-CAfile", &ca, &file], "");
+    let public = csr::openssl(&["pkey", "-in", key.to_str().unwrap(), "-pubout"], "");
+    assert_eq!(
+        csr::openssl(&["x509", "-noout", "-pubkey"], &leaf),
+        public,
+        "key and certificate match"
+    );
+    assert_eq!(service.index().len(), 0, "nothing of it in the record");
+}
+
+#[test]
+fn a_server_certificate_needs_a_ca() {
+    let setup = Setup::new().args(&["server-certificate", "broker.example"]);
+    let folder = setup.data("ca").display().to_string();
+    let exit = setup.run();
+    assert!(matches!(exit.code, Some(1 | 2)), "{exit:?}");
+    assert!(exit.log.contains(&folder), "it says where it looked: {}", exit.log);
+}
+
+#[test]
+fn lines_that_operators_know_with_redis() {
+    let redis = Redis::start(&[]);
+    let service =
+        Setup::new().env("REDIS_URL", &redis.url()).env("JWT_SECRET", token::SECRET).start();
+    let provisioning = format!(
+        "🔐 Provisioning API: http://127.0.0.1:{}/api/v1/onboarding (Redis)",
+        service.port()
+    );
+    for line in [
+        "💾 Initializing Redis (Token Persistence)...",
+        "✅ Redis connected successfully",
+        &provisioning,
+    ] {
+        service.wait_for_log(line);
+    }
+    assert!(!service.log().contains("will not be persistent"));
+}
+
+#[test]
+fn lines_that_operators_know_without_redis() {
+    let service = Service::start(&[]);
+    let provisioning = format!(
+        "🔐 Provisioning API: http://127.0.0.1:{}/api/v1/onboarding (In-Memory)",
+        service.port()
+    );
+    service.wait_for_log(&provisioning);
+    service.wait_for_log("⚠️  Provisioning tokens will not be persistent");
+    let der = token::pem_to_der(&service.read("ca/root-ca.crt"));
+    let fingerprint = token::sha256_hex(&der);
+    let log = service.log().to_lowercase().replace(':', "");
+    assert!(log.contains(&fingerprint), "the CA's fingerprint: {}", service.log());
+}
+
+#[test]
+fn keys_without_tls_are_warned_of_except_on_loopback() {
+    let warns = |host: &str, key: &str| {
+        let service =
+            Setup::new().env("HTTP_HOST", host).env(key, "a-key-of-16-characters").start();
+        let log = service.log();
+        assert!(!log.contains("a-key-of-16-characters"));
+        log.lines().any(|l| l.contains("WARN") && l.contains(key) && l.contains("TLS"))
+    };
+    for key in ["ONBOARDING_API_KEY", "ADMIN_API_KEY"] {
+        assert!(warns("0.0.0.0", key), "{key}");
+        assert!(!warns("127.0.0.1", key), "{key}");
+    }
+}
+
+#[test]
+fn no_secret_in_the_log_at_any_level() {
+    let redis = Redis::with_password("redis-password-77");
+    let secrets = [
+        ("JWT_SECRET", "a-jwt-secret-that-nobody-may-see"),
+        ("ONBOARDING_API_KEY", "onboarding-key-0001"),
+        ("ADMIN_API_KEY", "an-admin-key-0001"),
+    ];
+    let setup =
+        Setup::new().envs(&secrets).env("LOG_LEVEL", "trace").env("REDIS_URL", &redis.url());
+    let service = setup.start();
+    service.wait_for_storage("redis");
+    let headers = [("Authorization", "Bearer onboarding-key-0001")];
+    let body = serde_json::json!({"device_id": "d"});
+    let answer = service.http.post_with("/api/v1/onboarding", &headers, &body);
+    let compact = answer.field("provisioning_token");
+    let request = Csr::new("d").make();
+    assert_eq!(service.sign(&compact, &request).status, 200);
+    assert_eq!(service.sign(&compact, &request).status, 401);
+    let hash = token::sha256_hex(compact.as_bytes());
+    let log = service.wait_for_log(&hash[..8]);
+    let csr_line = request.lines().nth(1).unwrap();
+    let shown = secrets.iter().map(|s| s.1);
+    for secret in shown.chain(["redis-password-77", &compact, &hash[..9], csr_line, "PRIVATE KEY"])
+    {
+        assert!(!log.contains(secret), "{secret:.20} is in the log:\n{log}");
+    }
+    let health = service.http.get("/health").text();
+    assert!(!health.contains("redis-password-77"));
+    let arguments = fs::read_to_string(format!("/proc/{}/cmdline", service.pid())).unwrap();
+    assert!(!arguments.contains("redis-password-77"));
+}
+
+#[test]
+fn one_line_for_what_was_issued_consumed_refused_and_signed() {
+    let service = Service::start(&[]);
+    let lines_with = |mark: usize, word: &str| {
+        let log = service.log();
+        log[mark..].lines().filter(|l| l.contains(word)).count()
+    };
+    let (request, start) = (Csr::new("dev-4711").make(), service.log().len());
+    let compact = service.token("dev-4711");
+    wait::for_true("issued", || lines_with(start, "dev-4711") == 1);
+    let log = service.log();
+    let line = log[start..].lines().find(|l| l.contains("dev-4711")).unwrap();
+    assert!(line.contains("127.0.0.1"), "the client's address: {line}");
+    let middle = service.log().len();
+    let signed = service.sign(&compact, &request);
+    let serial = signed.field("serial_number");
+    wait::for_true("signed", || service.log()[middle..].to_lowercase().contains(&serial));
+    assert!((1..=2).contains(&lines_with(middle, "dev-4711")), "{}", service.log());
+    let end = service.log().len();
+    assert_eq!(service.sign(&compact, &request).status, 401);
+    wait::for_true("refused", || {
+        lines_with(end, "TOKEN_ALREADY_USED") == 1 || lines_with(end, "dev-4711") == 1
+    });
+}
+
+#[test]
+fn json_lines() {
+    let service = Service::start(&[("LOG_FORMAT", "json")]);
+    service.token("d");
+    let log = service.wait_for_log("d");
+    for line in log.lines() {
+        assert!(
+            serde_json::from_str::<serde_json::Value>(line).is_ok_and(|v| v.is_object()),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn log_levels() {
+    let log = |env: &[(&str, &str)]| {
+        let service = Service::start(env);
+        service.token("quiet-device");
+        let _ = Client::new(service.port()).get("/health");
+        service.log()
+    };
+    assert!(!log(&[("LOG_LEVEL", "error")]).contains("quiet-device"));
+    assert!(
+        !log(&[("LOG_LEVEL", "info"), ("RUST_LOG", "error")]).contains("quiet-device"),
+        "RUST_LOG wins"
+    );
+    assert!(log(&[]).contains("quiet-device"));
+}
+
+/// Paths, sizes and times of all files below the data folder.
+fn listing(service: &Service) -> Vec<String> {
+    let mut all = vec![];
+    let mut folders = vec![service.data("")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+            let meta = entry.metadata().unwrap();
+            if meta.is_dir() {
+                folders.push(entry.path());
+            } else {
+                all.push(format!(
+                    "{:?} {} {:?}",
+                    entry.path(),
+                    meta.len(),
+                    meta.modified().unwrap()
+                ));
+            }
+        }
+    }
+    all.sort();
+    all
+}

@@ -1,0 +1,168 @@
+//! `/health` and `/ready`: right counts, quickly, however many tokens are live.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use mqtt_publisher_lite::api::{self, Api, Method, Request};
+use mqtt_publisher_lite::ca::publisher::Publisher;
+use mqtt_publisher_lite::ca::{Ca, CaSettings};
+use mqtt_publisher_lite::clock;
+use mqtt_publisher_lite::config::Config;
+use mqtt_publisher_lite::jwt::Signer;
+use mqtt_publisher_lite::metrics::Metrics;
+use mqtt_publisher_lite::provisioner::{Provisioner, Rules};
+use mqtt_publisher_lite::store::ledger::Ledger;
+use mqtt_publisher_lite::store::memory::Memory;
+
+use crate::support::clock::now_ms;
+use crate::support::csr::Csr;
+use crate::support::redis::{Redis, resp};
+use crate::support::service::{Service, Setup};
+use crate::support::temp::TempDir;
+use crate::support::{fields, on_both_stores, token, wait};
+
+#[test]
+fn the_answer_is_to_the_letter() {
+    on_both_stores(&[], |service| {
+        let answer = service.http.get("/health");
+        assert_eq!(answer.status, 200);
+        let order = ["status", "timestamp", "version", "uptime_seconds", "storage", "redis"];
+        assert_eq!(fields(&answer.text()), order);
+        crate::support::check_timestamp(&answer);
+        let json = answer.json();
+        let text = answer.text();
+        let inner = &text[text.find("\"redis\":{").unwrap() + 8..];
+        let inner = &inner[..=inner.find('}').unwrap()];
+        assert_eq!(fields(inner), ["enabled", "connected", "tokenCount", "deviceCount"]);
+        let redis = json["storage"] == "redis";
+        assert_eq!(json["status"], "ok");
+        assert_eq!(json["version"], env!("CARGO_PKG_VERSION"));
+        assert!(json["uptime_seconds"].as_u64().is_some_and(|s| s < 60), "{json}");
+        assert_eq!(json["redis"]["enabled"], redis);
+        assert_eq!(json["redis"]["connected"], redis);
+        assert_eq!(service.http.get("/ready").status, 200);
+    });
+}
+
+#[test]
+fn counts_rise_and_fall() {
+    on_both_stores(&[("PROVISIONING_TOKEN_TTL", "4")], |service| {
+        let count = |expected: u64, what: &str| {
+            let what = format!("{what}: {expected}\n{}", service.http.get("/health").text());
+            let ok = wait::until(Duration::from_millis(1500), || {
+                (service.token_count() == expected).then_some(())
+            });
+            assert!(ok.is_some(), "{what}");
+            let health = service.health();
+            assert_eq!(health["redis"]["tokenCount"], health["redis"]["deviceCount"]);
+        };
+        let request = Csr::new("d0").make();
+        count(0, "none");
+        let tokens: Vec<String> = (0..5).map(|n| service.token(&format!("d{n}"))).collect();
+        let issued = Instant::now();
+        count(5, "issued");
+        let _ = service.onboard("d1");
+        assert_eq!(service.sign(&tokens[0], &request).status, 200);
+        count(4, "one is used");
+        let left = Duration::from_millis(4000).saturating_sub(issued.elapsed());
+        std::thread::sleep(left);
+        count(0, "expired");
+    });
+}
+
+#[test]
+fn a_million_tokens_do_not_slow_it_down() {
+    const TOKENS: usize = 1_000_000;
+    let redis = Redis::start(&[]);
+    let service = Setup::new().env("REDIS_URL", &redis.url()).start();
+    service.wait_for_storage("redis");
+    let median = |service: &Service| {
+        let mut times: Vec<Duration> = (0..200)
+            .map(|_| {
+                let begin = Instant::now();
+                assert_eq!(service.http.get("/health").status, 200);
+                begin.elapsed()
+            })
+            .collect();
+        times.sort();
+        times[times.len() / 2]
+    };
+    let none = median(&service);
+    let begin = Instant::now();
+    fill(&redis, TOKENS);
+    println!("filled in {:?}", begin.elapsed());
+    wait::for_true("all are counted", || service.token_count() == TOKENS as u64);
+    let million = median(&service);
+    println!("/health, median of 200: {none:?} with no token, {million:?} with {TOKENS}");
+    assert!(million < none * 2 + Duration::from_millis(1), "{none:?} became {million:?}");
+    service.token("one-more");
+    wait::for_true("one more is counted", || service.token_count() == TOKENS as u64 + 1);
+}
+
+/// Live tokens in the layout of the contract; only the tokens themselves are shorter than real ones.
+fn fill(redis: &Redis, count: usize) {
+    let (ttl_ms, ends) = ("3600000", (now_ms() + 3_600_000).to_string());
+    redis.pipe(|out| {
+        for n in 0..count {
+            let compact = format!("h.{n}.s");
+            let value = format!(r#"{{"deviceId":"m{n}","token":"{compact}","expiresAt":{ends}}}"#);
+            resp(out, &["SET", &format!("mqtt-lite:token:{compact}"), &value, "PX", ttl_ms]);
+            resp(out, &["SET", &format!("mqtt-lite:device:m{n}"), &compact, "PX", ttl_ms]);
+            resp(out, &["ZADD", "mqtt-lite:live", &ends, &token::live_member(&compact)]);
+        }
+    });
+}
+
+/// The program cannot be made to lose a lane for good from outside, so this asks the API alone.
+#[test]
+fn a_worker_that_cannot_be_reached_is_a_reason() {
+    let dir = TempDir::new();
+    let data = dir.path().to_path_buf();
+    let setting = |name: &str| (name == "DATA_DIR").then(|| data.clone().into_os_string());
+    let config = Config::from_lookup(setting, |path| std::fs::read(path)).unwrap();
+    let settings =
+        CaSettings { dir: dir.path().join("ca"), root_validity_years: 1, device_validity_days: 1 };
+    std::fs::create_dir_all(&settings.dir).unwrap();
+    let ca = Arc::new(Ca::open(&settings, clock::now()).unwrap());
+    let ledger = Arc::new(Ledger::new(1));
+    let rules = Rules {
+        token_ttl_s: config.token_ttl_s,
+        reenroll: config.reenroll,
+        renew_revokes: config.renew_revokes,
+        renew_after_expiry_days: config.renew_after_expiry_days,
+    };
+    let metrics = Arc::new(Metrics::new(api::endpoints()));
+    let provisioner = Provisioner::new(
+        Arc::new(Memory::new(1, Arc::clone(&ledger))),
+        ledger,
+        Arc::new(Publisher::new(ca, None)),
+        Signer::new(b"a secret of the test"),
+        rules,
+        Arc::clone(&metrics),
+    );
+    let api = Api::new(Arc::new(provisioner), &config, metrics);
+    let down = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&down);
+    api.set_lanes_down(move || count.load(Ordering::Relaxed));
+    let ready = || {
+        let request = Request {
+            method: Method::Get,
+            path: "/ready".to_owned(),
+            query: String::new(),
+            authorization: None,
+            content_type: None,
+            accept: None,
+            body: Vec::new(),
+            client: [127, 0, 0, 1].into(),
+            client_certificate: None,
+        };
+        let reply = api.answer(&[request]).replies.remove(0);
+        (reply.status, String::from_utf8(reply.body).unwrap())
+    };
+    assert_eq!(ready().0, 200);
+    down.store(1, Ordering::Relaxed);
+    let (status, body) = ready();
+    assert_eq!(status, 503, "{body}");
+    assert!(body.contains(r#""reasons":["lanes to workers that cannot be used: 1"]"#), "{body}");
+}

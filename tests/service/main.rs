@@ -1,0 +1,46 @@
+//! The real program from outside: started, asked, cut off, killed, and what it leaves on disk and in
+//! Redis. One module for each topic.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod ca;
+mod clock;
+mod command_line;
+mod configuration;
+mod console;
+mod crash;
+mod csr_policy;
+mod cut_off;
+mod drain;
+mod enroll;
+mod errors;
+mod flash_wear;
+mod forged_tokens;
+mod health;
+mod https;
+mod instances;
+mod interop_jwt;
+mod metrics;
+mod model_rows;
+mod mosquitto;
+mod notify;
+mod onboarding;
+mod openssl_ca;
+mod outages;
+mod power_cut;
+mod rate_limit;
+mod redis_layout;
+mod redis_returns;
+mod redis_start;
+mod renewal;
+mod service_killed;
+mod sign_csr;

@@ -1,0 +1,353 @@
+//! What stands in Redis: exactly the keys of the contract, for exactly as long.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::clock::now_ms;
+use crate::support::csr::Csr;
+use crate::support::instance::{self, ADMIN_KEY, Device, ONBOARDING_KEY};
+use crate::support::proxy::Proxy;
+use crate::support::redis::Redis;
+use crate::support::service::{Service, Setup};
+use crate::support::{check_error, token, wait};
+
+const TTL_S: i64 = 300;
+
+#[test]
+fn after_onboarding() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[]);
+    let compact = service.token("device-001");
+    let (token_key, claim) = (format!("mqtt-lite:token:{compact}"), "mqtt-lite:device:device-001");
+    wait_for_keys(&redis, &["mqtt-lite:ca", claim, "mqtt-lite:live", &token_key]);
+
+    let exp_ms = token::claims_of(&compact)["exp"].as_u64().unwrap() * 1000;
+    let value: Value = serde_json::from_str(&redis.cli(&["GET", &token_key])).unwrap();
+    assert_eq!(value, json!({"deviceId": "device-001", "token": compact, "expiresAt": exp_ms}));
+    let raw = redis.cli(&["GET", &token_key]);
+    assert_eq!(crate::support::fields(&raw), ["deviceId", "token", "expiresAt"]);
+    assert_eq!(redis.cli(&["GET", claim]), compact);
+    for key in [&*token_key, claim] {
+        let left = redis.pttl(key);
+        assert!((TTL_S * 1000 - 5000..=TTL_S * 1000).contains(&left), "{key}: {left} ms");
+        let ends = now_ms() + u64::try_from(left).unwrap();
+        assert!(
+            ends.abs_diff(exp_ms) <= 1500,
+            "{key} ends {} ms off the token",
+            ends.abs_diff(exp_ms)
+        );
+    }
+    assert_eq!(redis.cli(&["ZRANGE", "mqtt-lite:live", "0", "-1"]), token::live_member(&compact));
+    let score: f64 =
+        redis.cli(&["ZSCORE", "mqtt-lite:live", &token::live_member(&compact)]).parse().unwrap();
+    assert!((score - exp_ms as f64).abs() < 1500.0, "{score} {exp_ms}");
+
+    let der = token::pem_to_der(&service.read("ca/root-ca.crt"));
+    let fingerprint = redis.cli(&["GET", "mqtt-lite:ca"]).to_lowercase().replace(':', "");
+    assert_eq!(fingerprint, token::sha256_hex(&der));
+    assert_eq!(redis.pttl("mqtt-lite:ca"), -1, "for good");
+}
+
+#[test]
+fn after_use() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[]);
+    let compact = service.token("d");
+    wait::for_true("it is counted", || redis.exists("mqtt-lite:live"));
+    let signed = service.sign(&compact, &Csr::new("d").make());
+    assert_eq!(signed.status, 200, "{}", signed.text());
+    let mark = format!("mqtt-lite:{}", token::mark_of(&compact));
+    wait_for_keys(&redis, &["mqtt-lite:ca", &mark]);
+
+    let value = redis.cli(&["GET", &mark]);
+    let (instance, serial) = value.split_once(' ').unwrap();
+    assert_eq!(instance, service.read("instance-id").trim());
+    assert!(instance.len() >= 22, "128 random bits: {instance}");
+    assert_eq!(serial.to_lowercase(), signed.field("serial_number"));
+    let left = redis.pttl(&mark);
+    assert!(((TTL_S + 60) * 1000 - 5000..=(TTL_S + 60) * 1000).contains(&left), "{left} ms");
+}
+
+#[test]
+fn the_mark_lives_for_the_whole_lifetime_counted_from_the_mark() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("JWT_SECRET", token::SECRET)]);
+    let now = crate::support::clock::now_s();
+    // Issued 200 s ago for 300 s: 100 s are left, the mark still gets 360.
+    let claims =
+        json!({"device_id": "d", "type": "provisioning", "iat": now - 200, "exp": now + 100});
+    let compact = token::sign(token::SECRET, token::HEADER, &claims.to_string());
+    token::plant_token(&redis, "d", &compact, now + 100);
+    assert_eq!(service.sign(&compact, &Csr::new("d").make()).status, 200);
+    let left = redis.pttl(&format!("mqtt-lite:{}", token::mark_of(&compact)));
+    assert!((355_000..=360_000).contains(&left), "{left} ms");
+}
+
+#[test]
+fn after_replacement() {
+    const KEY: &str = "onboarding-key-0001";
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("ONBOARDING_API_KEY", KEY)]);
+    let issue = |replace: bool| {
+        let headers = [("Authorization", &*format!("Bearer {KEY}"))];
+        let body = json!({"device_id": "d", "replace": replace});
+        service.http.post_with("/api/v1/onboarding", &headers, &body).field("provisioning_token")
+    };
+    let (old, new) = (issue(false), issue(true));
+    let (mark, new_key) =
+        (format!("mqtt-lite:{}", token::mark_of(&old)), format!("mqtt-lite:token:{new}"));
+    wait_for_keys(
+        &redis,
+        &["mqtt-lite:ca", "mqtt-lite:device:d", "mqtt-lite:live", &new_key, &mark],
+    );
+    assert_eq!(redis.cli(&["GET", "mqtt-lite:device:d"]), new);
+    assert_eq!(
+        redis.cli(&["GET", &mark]),
+        format!("{} killed", service.read("instance-id").trim())
+    );
+    wait::for_true("only the new one is counted", || {
+        redis.cli(&["ZRANGE", "mqtt-lite:live", "0", "-1"]) == token::live_member(&new)
+    });
+}
+
+#[test]
+fn expired_keys_leave_by_themselves() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("PROVISIONING_TOKEN_TTL", "1")]);
+    let compact = service.token("d");
+    assert!((1..=1000).contains(&redis.pttl(&format!("mqtt-lite:token:{compact}"))));
+    wait::for_true("token and claim are gone", || {
+        !redis.keys().iter().any(|k| k.contains(":token:") || k.contains(":device:"))
+    });
+}
+
+#[test]
+fn prefixes() {
+    let check = |prefix: &str| {
+        let redis = Redis::start(&[]);
+        let service = with(&redis, &[("REDIS_KEY_PREFIX", prefix)]);
+        let compact = service.token("d");
+        let other = service.token("e");
+        assert_eq!(service.sign(&other, &Csr::new("e").make()).status, 200);
+        let names =
+            ["ca", "device:d", "live", &format!("token:{compact}"), &token::mark_of(&other)];
+        let keys: Vec<String> = names.iter().map(|name| format!("{prefix}{name}")).collect();
+        wait_for_keys(&redis, &keys.iter().map(String::as_str).collect::<Vec<_>>());
+    };
+    check("mqtt-lite:");
+    check("");
+    check("site-7/");
+}
+
+#[test]
+fn a_database_of_its_own() {
+    let redis = Redis::start(&[]);
+    let url = format!("{}/3", redis.url());
+    let port = redis.port().to_string();
+    for env in [
+        vec![("REDIS_URL", &*url)],
+        vec![("REDIS_HOST", "127.0.0.1"), ("REDIS_PORT", &*port), ("REDIS_DB", "3")],
+    ] {
+        let service = Setup::new().envs(&env).start();
+        service.wait_for_storage("redis");
+        service.token("d");
+        assert!(redis.keys_of("3").contains(&"mqtt-lite:device:d".to_owned()));
+        assert!(redis.keys().is_empty(), "nothing in database 0");
+        redis.cli(&["FLUSHALL"]);
+    }
+}
+
+#[test]
+fn only_commands_that_any_redis_allows() {
+    const KEY: &str = "onboarding-key-0001";
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let env = [("REDIS_URL", &*proxy.url()), ("ONBOARDING_API_KEY", KEY)];
+    let service = Setup::new().envs(&env).start();
+    service.wait_for_storage("redis");
+    let issue = |replace: bool| {
+        let headers = [("Authorization", &*format!("Bearer {KEY}"))];
+        let body = json!({"device_id": "d", "replace": replace});
+        service.http.post_with("/api/v1/onboarding", &headers, &body).field("provisioning_token")
+    };
+    let _ = (issue(false), issue(false), service.health());
+    let compact = issue(true);
+    let csr = Csr::new("d").make();
+    assert_eq!(service.sign(&compact, &csr).status, 200);
+    check_error(&service.sign(&compact, &csr), 401, "TOKEN_ALREADY_USED", "again");
+    wait::for_true("it is cleaned up", || !redis.exists(&format!("mqtt-lite:token:{compact}")));
+    let commands = proxy.commands();
+    assert!(commands.iter().any(|c| c[0].eq_ignore_ascii_case("SET")), "{commands:?}");
+    for words in &commands {
+        let name = words[0].to_uppercase();
+        let forbidden =
+            ["KEYS", "SCAN", "MULTI", "EXEC", "WATCH", "GETDEL", "GETEX", "COPY", "LMPOP"];
+        assert!(!forbidden.contains(&&*name), "{name}");
+        match &*name {
+            "EVAL" | "EVALSHA" => assert_eq!(words[2], "1", "a script names one key: {words:?}"),
+            "DEL" | "EXISTS" | "UNLINK" => assert_eq!(words.len(), 2, "one key: {words:?}"),
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn a_user_who_may_only_do_what_is_needed() {
+    let redis =
+        Redis::with_acl("devices", "p4ssw0rd", "~mqtt-lite:* +@all -@dangerous -@admin +eval");
+    let port = redis.port().to_string();
+    let env = [
+        ("REDIS_HOST", "127.0.0.1"),
+        ("REDIS_PORT", &*port),
+        ("REDIS_USERNAME", "devices"),
+        ("REDIS_PASSWORD", "p4ssw0rd"),
+    ];
+    let service = Setup::new().envs(&env).start();
+    service.wait_for_storage("redis");
+    let compact = service.token("d");
+    assert!(redis.exists("mqtt-lite:device:d"));
+    assert_eq!(service.sign(&compact, &Csr::new("d").make()).status, 200);
+    wait::for_true("it is cleaned up", || !redis.exists(&format!("mqtt-lite:token:{compact}")));
+}
+
+/// The line of the README, with and without the right of which it says that it may be left out.
+#[test]
+fn the_rights_in_the_readme_are_enough() {
+    let readme = include_str!("../../README.md").replace("\\\n", " ").replace('\'', "");
+    let line = readme.lines().find_map(|l| l.strip_prefix("redis-cli ACL SETUSER ")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let ["mqtt-lite", "on", ">PASSWORD", rules @ ..] = &words[..] else { panic!("{line}") };
+    assert!(rules.contains(&"+info"), "{rules:?}");
+    let without: Vec<&str> = rules.iter().copied().filter(|rule| *rule != "+info").collect();
+    for rules in [rules, &without] {
+        does_its_whole_work(&mut Redis::with_acl("mqtt-lite", "PASSWORD", &rules.join(" ")));
+    }
+}
+
+/// Tokens that are issued, replaced, used and killed, a revocation, and a Redis that comes back empty.
+#[track_caller]
+fn does_its_whole_work(redis: &mut Redis) {
+    let port = redis.port().to_string();
+    let env = [
+        ("REDIS_HOST", "127.0.0.1"),
+        ("REDIS_PORT", &*port),
+        ("REDIS_USERNAME", "mqtt-lite"),
+        ("REDIS_PASSWORD", "PASSWORD"),
+        ("ONBOARDING_API_KEY", ONBOARDING_KEY),
+        ("ADMIN_API_KEY", ADMIN_KEY),
+        ("JWT_SECRET", token::SECRET),
+    ];
+    let service = Setup::new().envs(&env).start();
+    service.wait_for_storage("redis");
+    let [one, two] = ["one", "two"].map(Device::new);
+    let first = instance::token(&service, &one);
+    check_error(&instance::onboard(&service, &one), 409, "TOKEN_ALREADY_ACTIVE", "a live token");
+    let second = instance::issued(&service, &instance::replace(&service, &one));
+    let killed = instance::redeem(&service, &first, &one);
+    check_error(&killed, 401, "TOKEN_ALREADY_USED", "replaced");
+    assert_eq!(instance::redeem(&service, &second, &one).status, 200, "{}", service.log());
+    let used = instance::redeem(&service, &second, &one);
+    check_error(&used, 401, "TOKEN_ALREADY_USED", "used");
+    let kept = instance::token(&service, &two);
+    assert_eq!(service.token_count(), 1);
+
+    redis.kill9();
+    instance::notice_loss(&service);
+    redis.start_again();
+    service.wait_for_storage("redis");
+    assert!(redis.exists(&format!("mqtt-lite:{}", token::mark_of(&second))), "carried over");
+    assert_eq!(instance::redeem_patiently(&service, &kept, &two).status, 200, "{}", service.log());
+    for device in [&one, &two] {
+        assert_eq!(instance::revoke(&service, device).status, 200, "{}", service.log());
+    }
+    assert!(!service.log().contains("NOPERM"), "{}", service.log());
+}
+
+/// Nothing locks a device out: a claim whose token is gone, or marked for long, is taken over when
+/// it is older than twice `REDIS_TIMEOUT_MS`; until then another instance may still be at work.
+#[test]
+fn claims_that_are_stale_and_claims_that_are_not() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("JWT_SECRET", token::SECRET), ("REDIS_TIMEOUT_MS", "400")]);
+    let (gone, good) = (token::plant(&redis, "gone", 300), token::plant(&redis, "good", 300));
+    let (fresh, old) = (token::plant(&redis, "fresh", 300), token::plant(&redis, "old", 300));
+    redis.cli(&["DEL", &format!("mqtt-lite:token:{gone}")]);
+    let mark = |compact: &str, left_ms: &str| {
+        let key = format!("mqtt-lite:{}", token::mark_of(compact));
+        redis.cli(&["SET", &key, "AAAAAAAAAAAAAAAAAAAAAA 4a", "PX", left_ms]);
+    };
+    mark(&fresh, "355000"); // 5 s ago, of 300 s and 60 s
+    mark(&old, "325000"); // 35 s ago
+    // `plant` gives whole seconds, so make the claims young.
+    for (device, compact) in [("gone", &gone), ("old", &old)] {
+        redis.cli(&["SET", &format!("mqtt-lite:device:{device}"), compact, "PX", "300000"]);
+        check_error(&service.onboard(device), 409, "TOKEN_ALREADY_ACTIVE", "a young claim");
+    }
+    for device in ["gone", "old"] {
+        let won = wait::until(Duration::from_secs(5), || {
+            (service.onboard(device).status == 200).then_some(())
+        });
+        assert!(won.is_some(), "{device} is locked out: {}", service.onboard(device).text());
+    }
+    assert_ne!(redis.cli(&["GET", "mqtt-lite:device:gone"]), gone);
+    for device in ["good", "fresh"] {
+        check_error(&service.onboard(device), 409, "TOKEN_ALREADY_ACTIVE", device);
+    }
+    assert_eq!(service.sign(&good, &Csr::new("good").make()).status, 200);
+    check_error(
+        &service.sign(&fresh, &Csr::new("fresh").make()),
+        401,
+        "TOKEN_ALREADY_USED",
+        "marked",
+    );
+}
+
+#[test]
+fn using_a_token_does_not_free_the_claim_of_another() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("JWT_SECRET", token::SECRET)]);
+    let claims = token::claims("d", 299).to_string();
+    let one = token::sign(token::SECRET, token::HEADER, &claims);
+    token::plant_token(&redis, "d", &one, crate::support::clock::now_s() + 299);
+    let two = token::plant(&redis, "d", 300);
+    assert_eq!(service.sign(&one, &Csr::new("d").make()).status, 200);
+    wait::for_true("it is cleaned up", || !redis.exists(&format!("mqtt-lite:token:{one}")));
+    std::thread::sleep(Duration::from_millis(100)); // the claim would go with it
+    assert_eq!(redis.cli(&["GET", "mqtt-lite:device:d"]), two);
+    assert!(redis.exists(&format!("mqtt-lite:token:{two}")));
+}
+
+fn with(redis: &Redis, env: &[(&str, &str)]) -> Service {
+    let service = Setup::new().envs(env).env("REDIS_URL", &redis.url()).start();
+    service.wait_for_storage("redis");
+    service
+}
+
+/// Waits until exactly these keys are in Redis: what may be done later, is done later.
+#[track_caller]
+fn wait_for_keys(redis: &Redis, expected: &[&str]) {
+    let mut expected = expected.to_vec();
+    expected.sort_unstable();
+    let same = wait::until(Duration::from_secs(3), || (redis.keys() == expected).then_some(()));
+    assert!(same.is_some(), "keys are {:#?}, expected {expected:#?}", redis.keys());
+}
+
+/// Somebody's `SET live x` must not keep a device waiting for a token that nobody was given.
+#[test]
+fn a_key_of_another_type_costs_its_own_request_only() {
+    let redis = Redis::start(&[]);
+    let service = Service::start(&[("REDIS_URL", &redis.url()), ("ADMIN_API_KEY", ADMIN_KEY)]);
+    redis.cli(&["SET", "mqtt-lite:live", "x"]);
+    check_error(&service.onboard("d"), 503, "SERVICE_UNAVAILABLE", "not counted");
+    redis.cli(&["DEL", "mqtt-lite:live"]);
+    wait::for_true("the device is free again", || !redis.exists("mqtt-lite:device:d"));
+    assert_eq!(service.onboard("d").status, 200);
+    redis.cli(&["LPUSH", "mqtt-lite:device:e", "x"]);
+    check_error(&service.onboard("e"), 503, "SERVICE_UNAVAILABLE", "the claim is a list");
+    let key = format!("Bearer {ADMIN_KEY}");
+    let path = "/api/v1/certificates/e";
+    let answer = service.http.request("DELETE", path, &[("Authorization", &key)], b"");
+    check_error(&answer, 503, "SERVICE_UNAVAILABLE", "whether it has a token is not known");
+    assert_eq!(service.health()["storage"], "redis", "one bad key is no outage");
+}

@@ -1,0 +1,465 @@
+//! `POST /api/v1/renew` over real TLS, `GET /api/v1/crl`, and what revocation does to both.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::support::clock::{FakeClock, now_s, parse_utc};
+use crate::support::csr::{self, Csr, P256, key_file, openssl};
+use crate::support::http::Response;
+use crate::support::https::{self, Identity};
+use crate::support::service::{ADMIN_KEY, Service, Setup};
+use crate::support::temp::TempDir;
+use crate::support::{check_error, fields, token, wait};
+
+/// An HTTPS server, and folders for certificates.
+struct Stage {
+    service: Service,
+    dir: TempDir,
+}
+
+impl Stage {
+    fn set(env: &[(&str, &str)]) -> Self {
+        let setup = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY).envs(env);
+        Stage { service: https::start(setup), dir: TempDir::new() }
+    }
+
+    /// A certificate for `device`, by a token.
+    #[track_caller]
+    fn enroll(&self, device: &str) -> Identity {
+        let body = json!({"device_id": device});
+        let answer = https::post(&self.service, "/api/v1/onboarding", None, &body, &[]);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let token = answer.field("provisioning_token");
+        let body = json!({"csr": Csr::new(device).make(), "provisioning_token": token});
+        let answer = https::post(&self.service, "/api/v1/sign-csr", None, &body, &[]);
+        self.keep(&answer)
+    }
+
+    /// The certificate of a good answer as a file.
+    #[track_caller]
+    fn keep(&self, answer: &Response) -> Identity {
+        assert_eq!(answer.status, 200, "{}\n{}", answer.text(), self.service.log());
+        let name = format!("{}.crt", answer.field("serial_number"));
+        let certificate = self.dir.file(&name, &answer.field("certificate"));
+        Identity { certificate, key: key_file(P256) }
+    }
+
+    fn renew(&self, who: Option<&Identity>, csr: &str) -> Response {
+        https::post(&self.service, "/api/v1/renew", who, &json!({"csr": csr}), &[])
+    }
+
+    fn revoke(&self, device: &str) -> Response {
+        let bearer = format!("Authorization: Bearer {ADMIN_KEY}");
+        let path = format!("/api/v1/certificates/{device}");
+        https::ask(&self.service, &path, None, &["-X", "DELETE", "-H", &bearer])
+    }
+
+    fn serial(&self, who: &Identity) -> String {
+        let pem = std::fs::read_to_string(&who.certificate).unwrap();
+        csr::x509_field(&pem, &["-serial"])
+    }
+
+    /// The lines of the record, as status and serial.
+    fn record(&self) -> Vec<(String, String)> {
+        self.service.index().iter().map(|l| (l[0].clone(), l[3].clone())).collect()
+    }
+
+    /// The serials that `crl.pem` names.
+    fn listed(&self) -> String {
+        openssl(&["crl", "-noout", "-text"], &self.service.read("ca/crl.pem"))
+    }
+}
+
+#[test]
+fn a_renewal_is_answered_like_a_redemption() {
+    let stage = Stage::set(&[]);
+    let old = stage.enroll("d");
+    for key in [P256, "ed25519"] {
+        let digest = if key == P256 { "sha256" } else { "-" };
+        let answer = stage.renew(Some(&old), &Csr::new("d").key(key).digest(digest).make());
+        let new = stage.keep(&answer);
+        assert_eq!(
+            fields(&answer.text()),
+            [
+                "success",
+                "device_id",
+                "certificate",
+                "ca_certificate",
+                "expires_at",
+                "serial_number",
+                "fingerprint",
+                "certificateId",
+                "downloadUrl",
+                "timestamp"
+            ]
+        );
+        csr::verify_with_openssl(&answer.field("ca_certificate"), &answer.field("certificate"))
+            .unwrap();
+        let status = https::ask(&stage.service, "/api/v1/certificates/d/status", None, &[]);
+        assert_eq!(status.field("serial_number"), answer.field("serial_number"), "the newest");
+        assert_ne!(stage.serial(&new), stage.serial(&old));
+    }
+    assert!(stage.record().iter().all(|(status, _)| status == "V"), "the old one stays valid");
+    let log = stage.service.log();
+    assert!(log.contains("in renewal of") && log.contains(&stage.serial(&old).to_lowercase()));
+    assert_eq!(
+        stage.service.read(&format!("ca/certs/{}.pem", stage.record()[1].1)).find("Prov"),
+        None
+    );
+}
+
+#[test]
+fn who_is_refused_and_why() {
+    let stage = Stage::set(&[("DEVICE_CERT_VALIDITY_DAYS", "30")]);
+    let own = Csr::new("d").make();
+    let refused = |who: Option<&Identity>, code: &str, what: &str| {
+        check_error(&stage.renew(who, &own), 401, code, what);
+    };
+    refused(None, "CLIENT_CERTIFICATE_REQUIRED", "no certificate");
+
+    let foreign_ca = openssl_ca(&stage.dir, "Foreign CA");
+    let foreign = sign_by(&foreign_ca, &stage.dir, "foreign.crt", "/CN=d");
+    refused(Some(&foreign), "CLIENT_CERTIFICATE_INVALID", "a foreign CA");
+    let name = csr::x509_field(
+        &stage.service.read("ca/root-ca.crt"),
+        &["-subject", "-nameopt", "RFC2253"],
+    );
+    let namesake_ca = openssl_ca(&stage.dir, name.trim_start_matches("CN="));
+    let namesake = sign_by(&namesake_ca, &stage.dir, "namesake.crt", "/CN=d");
+    refused(Some(&namesake), "CLIENT_CERTIFICATE_INVALID", "a CA of the same name");
+    let selfmade = sign_by(&stage.identity_of_nobody(), &stage.dir, "selfmade.crt", "/CN=d");
+    refused(Some(&selfmade), "CLIENT_CERTIFICATE_INVALID", "self-made");
+    let server = Identity {
+        certificate: stage.service.data("tls/server.crt"),
+        key: stage.service.data("tls/server.key"),
+    };
+    refused(Some(&server), "CLIENT_CERTIFICATE_INVALID", "ours, but of a server");
+
+    let other = stage.enroll("other");
+    check_error(&stage.renew(Some(&other), &own), 400, "CSR_DEVICE_MISMATCH", "another device's");
+    let good = stage.enroll("d");
+    check_error(&stage.renew(Some(&good), ""), 400, "CSR_REQUIRED", "no CSR");
+    check_error(&stage.renew(Some(&good), "x"), 400, "INVALID_CSR", "garbage");
+    assert_eq!(stage.renew(Some(&good), &own).status, 200);
+    assert_eq!(stage.revoke("d").status, 200);
+    refused(Some(&good), "CLIENT_CERTIFICATE_REVOKED", "revoked");
+    assert_eq!(stage.record().len(), 3, "nothing else was signed");
+}
+
+impl Stage {
+    /// A key and a certificate of somebody who is no CA.
+    fn identity_of_nobody(&self) -> Identity {
+        openssl_ca(&self.dir, "d")
+    }
+}
+
+#[test]
+fn late_renewals_are_bounded() {
+    let clock = FakeClock::at(now_s());
+    let env = clock.env();
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, &**value)).collect();
+    for (late, code) in [("0", Some("CLIENT_CERTIFICATE_EXPIRED")), ("3", None)] {
+        clock.set_right();
+        let more = [("DEVICE_CERT_VALIDITY_DAYS", "10"), ("RENEW_AFTER_EXPIRY_DAYS", late)];
+        let stage = Stage::set(&[&env[..], &more].concat());
+        let old = stage.enroll("d");
+        clock.set(now_s() + 12 * 86_400);
+        let answer = stage.renew(Some(&old), &Csr::new("d").make());
+        match code {
+            Some(code) => assert_eq!((answer.status, &*answer.code()), (401, code)),
+            None => drop(stage.keep(&answer)),
+        }
+        clock.set(now_s() + 14 * 86_400);
+        let answer = stage.renew(Some(&old), &Csr::new("d").make());
+        assert_eq!(answer.code(), "CLIENT_CERTIFICATE_EXPIRED", "{late}");
+    }
+}
+
+#[test]
+fn renewal_may_revoke_what_it_replaces() {
+    let stage = Stage::set(&[("RENEW_REVOKES", "true")]);
+    let old = stage.enroll("d");
+    let new = stage.keep(&stage.renew(Some(&old), &Csr::new("d").make()));
+    let (old_serial, new_serial) = (stage.serial(&old), stage.serial(&new));
+    let expected = [("R", &old_serial), ("V", &new_serial)].map(|(s, n)| (s.to_owned(), n.clone()));
+    assert_eq!(stage.record(), expected);
+    let list = stage.listed();
+    assert!(list.contains(&old_serial) && !list.contains(&new_serial), "{list}");
+    let again = stage.renew(Some(&old), &Csr::new("d").make());
+    check_error(&again, 401, "CLIENT_CERTIFICATE_REVOKED", "the old one");
+    assert_eq!(stage.renew(Some(&new), &Csr::new("d").make()).status, 200);
+    let metrics = https::ask(&stage.service, "/metrics", None, &[]).text();
+    for counted in ["issued\"} 1", "renewed\"} 2", "revoked\"} 2"] {
+        let line = format!("mqtt_lite_certificates_total{{event=\"{counted}\n");
+        assert!(metrics.contains(&line), "{line}{metrics}");
+    }
+}
+
+#[test]
+fn fields_that_pretend_to_be_the_edges_are_ignored() {
+    let stage = Stage::set(&[]);
+    let good = stage.enroll("d");
+    let pem = std::fs::read_to_string(&good.certificate).unwrap();
+    let der = token::base64_of(&token::pem_to_der(&pem));
+    let body = json!({"csr": Csr::new("d").make()});
+    let spellings = ["X-Edge", "x-edge", "X-EDGE", "X-Edge-Certificate", "X-Client-Cert", "X_Edge"];
+    for value in [format!("1 127.0.0.1 {der}"), der.clone(), format!("999 ::1 {der}")] {
+        for name in spellings {
+            let field = format!("{name}: {value}");
+            let answer = https::post(&stage.service, "/api/v1/renew", None, &body, &["-H", &field]);
+            check_error(&answer, 401, "CLIENT_CERTIFICATE_REQUIRED", &field);
+        }
+    }
+    // One who has a certificate cannot pass for another either.
+    let other = stage.enroll("other");
+    let field = format!("X-Edge: 1 127.0.0.1 {der}");
+    let answer = https::post(&stage.service, "/api/v1/renew", Some(&other), &body, &["-H", &field]);
+    check_error(
+        &answer,
+        400,
+        "CSR_DEVICE_MISMATCH",
+        "the certificate shown is the one that counts",
+    );
+
+    let plain = Setup::new().start();
+    let answer = plain.http.post_with("/api/v1/renew", &[("X-Edge", &value_of(&der))], &body);
+    check_error(&answer, 401, "CLIENT_CERTIFICATE_REQUIRED", "over plain HTTP");
+}
+
+fn value_of(der: &str) -> String {
+    format!("1 127.0.0.1 {der}")
+}
+
+#[test]
+fn a_resumed_session_still_knows_the_client() {
+    let stage = Stage::set(&[]);
+    let who = stage.enroll("d");
+    for version in ["-tls1_2", "-tls1_3"] {
+        let session = stage.dir.path().join(format!("session{version}"));
+        let session = session.to_str().unwrap();
+        let cert = [who.certificate.to_str().unwrap(), who.key.to_str().unwrap()];
+        let with = [version, "-sess_out", session, "-cert", cert[0], "-key", cert[1]];
+        let (first, _) = s_client(&stage, &with);
+        assert_eq!(first.status, 200, "{}", first.text());
+        let (second, said) = s_client(&stage, &[version, "-sess_in", session]);
+        assert!(said.contains("Reused, TLS"), "{said}");
+        assert_eq!(second.status, 200, "resumed, {version}: {}", second.text());
+        let (third, said) = s_client(&stage, &[version]);
+        assert!(said.contains("New, TLS"), "{said}");
+        check_error(&third, 401, "CLIENT_CERTIFICATE_REQUIRED", "a new session without one");
+    }
+}
+
+/// A renewal by `openssl s_client`: the answer, and what it said of the connection.
+fn s_client(stage: &Stage, more: &[&str]) -> (Response, String) {
+    let body = json!({"csr": Csr::new("d").make()}).to_string();
+    let request = format!(
+        "POST /api/v1/renew HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let request = std::fs::File::open(stage.dir.file("request", &request)).unwrap();
+    let output = Command::new("openssl")
+        .args(["s_client", "-ign_eof", "-connect", &format!("localhost:{}", stage.service.port())])
+        .args(more)
+        .stdin(request)
+        .stderr(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    // What it says of itself stands before and in between; the answer begins where HTTP does.
+    let start = said.find("HTTP/1.1 ").unwrap_or_else(|| panic!("no answer: {said}"));
+    let mut answer = https::parse(&said.as_bytes()[start..]);
+    let length = answer.header("Content-Length").unwrap().parse().unwrap();
+    answer.body.truncate(length);
+    (answer, said)
+}
+
+#[test]
+fn certificates_that_are_too_large_are_not_kept() {
+    let stage = Stage::set(&[]);
+    let large = openssl_ca(&stage.dir, "large");
+    let chain = std::fs::read_to_string(&large.certificate).unwrap().repeat(40);
+    let chain = Identity { certificate: stage.dir.file("chain.crt", &chain), key: large.key };
+    let url = format!("https://localhost:{}/health", stage.service.port());
+    let output = Command::new("curl")
+        .args(["-qsSk", "--max-time", "5", &url, "--cert"])
+        .arg(&chain.certificate)
+        .arg("--key")
+        .arg(&chain.key)
+        .output()
+        .unwrap();
+    assert!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(https::ask(&stage.service, "/health", None, &[]).status, 200);
+}
+
+#[test]
+fn renewing_in_a_loop_ends() {
+    let stage = Stage::set(&[]);
+    let who = stage.enroll("d");
+    let request = Csr::new("d").make();
+    let statuses: Vec<u16> = (0..17).map(|_| stage.renew(Some(&who), &request).status).collect();
+    assert_eq!(statuses[..15], [200; 15]);
+    let answer = stage.renew(Some(&who), &request);
+    check_error(&answer, 429, "RATE_LIMITED", "the device has 16");
+    assert_eq!(stage.record().len(), 16);
+}
+
+#[test]
+fn the_list_is_there_from_the_start_and_after_each_revocation() {
+    let service = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY).start();
+    let list = || service.http.get("/api/v1/crl");
+    let serials =
+        |pem: &str| openssl(&["crl", "-noout", "-text"], pem).matches("Serial Number").count();
+    let first = list();
+    assert_eq!((first.status, first.header("Content-Type")), (200, Some("application/x-pem-file")));
+    assert_eq!(first.text(), service.read("ca/crl.pem"));
+    assert_eq!(serials(&first.text()), 0);
+    let next = openssl(&["crl", "-noout", "-nextupdate", "-dateopt", "iso_8601"], &first.text());
+    let next = parse_utc(next.trim().trim_start_matches("nextUpdate="));
+    assert!(next.abs_diff(now_s() + 7 * 86_400) < 60, "{next}");
+
+    let mut revoked = 0;
+    for name in ["a", "b"] {
+        service.enroll(name, &Csr::new(name).make());
+        service.enroll(&format!("{name}-other"), &Csr::new(&format!("{name}-other")).make());
+        assert_eq!(service.revoke(name).status, 200);
+        revoked += 1;
+        let now = list();
+        assert_eq!(serials(&now.text()), revoked, "published before the answer");
+        assert_eq!(now.text(), service.read("ca/crl.pem"));
+        let der = service.http.get("/api/v1/crl?format=der");
+        assert_eq!(der.header("Content-Type"), Some("application/pkix-crl"));
+        assert_eq!(der.body, token::pem_to_der(&now.text()));
+    }
+    assert_eq!(service.http.request("HEAD", "/api/v1/crl", &[], b"").status, 200);
+    let mode = std::os::unix::fs::MetadataExt::mode(
+        &std::fs::metadata(service.data("ca/crl.pem")).unwrap(),
+    );
+    assert_eq!(mode & 0o777, 0o644, "the broker reads it");
+}
+
+#[test]
+fn no_list_before_the_clock_is_right_and_one_at_once_after() {
+    let clock = FakeClock::at(10);
+    let env = clock.env();
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, &**value)).collect();
+    let service = Setup::new().envs(&env).start();
+    let answer = service.http.get("/api/v1/crl");
+    assert_eq!((answer.status, &*answer.code()), (503, "CLOCK_NOT_SET"));
+    assert!(!service.data("ca/crl.pem").exists());
+    clock.set_right();
+    let listed = wait::until(Duration::from_secs(5), || {
+        (service.http.get("/api/v1/crl").status == 200).then_some(())
+    });
+    assert!(listed.is_some(), "{}", service.log());
+    assert!(service.data("ca/crl.pem").exists());
+}
+
+#[test]
+fn a_list_that_cannot_be_written_shows_and_is_retried() {
+    let service = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY).start();
+    service.enroll("d", &Csr::new("d").make());
+    // A folder of that name with something in it cannot be replaced by a file.
+    let path = service.data("ca/crl.pem");
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir_all(path.join("in the way")).unwrap();
+    let answer = service.revoke("d");
+    check_error(&answer, 503, "SERVICE_UNAVAILABLE", "the broker cannot learn of it");
+    let ready = service.http.get("/ready");
+    assert_eq!(ready.status, 503);
+    assert!(ready.json()["reasons"].to_string().contains("crl.pem"), "{}", ready.text());
+    assert_eq!(service.http.get("/api/v1/certificates/d/status").field("status"), "revoked");
+    check_error(&service.revoke("d"), 503, "SERVICE_UNAVAILABLE", "not a 404: it is still owed");
+    std::fs::remove_dir_all(&path).unwrap();
+    wait::for_true("it is written by itself", || path.is_file());
+    wait::for_true("ready again", || service.http.get("/ready").status == 200);
+    assert!(service.log().contains("the CRL could not be published"), "{}", service.log());
+}
+
+#[test]
+fn the_hook_runs_beside_and_never_twice_at_once() {
+    let dir = TempDir::new();
+    let out = dir.path().join("out");
+    let text = format!(
+        "#!/bin/sh\necho begin >>{out}\nenv >>{out}\nsleep 1\necho end >>{out}\nexit 3\n",
+        out = out.display()
+    );
+    let hook = dir.file("hook", &text);
+    assert!(Command::new("chmod").arg("755").arg(&hook).status().unwrap().success());
+    let setup = Setup::new().env("CRL_HOOK", hook.to_str().unwrap());
+    let setup = setup.env("ADMIN_API_KEY", ADMIN_KEY).env("JWT_SECRET", token::SECRET);
+    let service = setup.start();
+    let names: Vec<String> = (0..5).map(|n| format!("d{n}")).collect();
+    names.iter().for_each(|name| drop(service.enroll(name, &Csr::new(name).make())));
+    let read = || std::fs::read_to_string(&out).unwrap_or_default();
+    wait::for_true("the first list's run is over", || read().contains("end"));
+    let begin = std::time::Instant::now();
+    names.iter().for_each(|name| assert_eq!(service.revoke(name).status, 200));
+    assert!(begin.elapsed() < Duration::from_millis(900), "nobody waits for the hook");
+    let runs = |text: &str| text.lines().filter(|l| *l == "end").count();
+    // Two, if the end of the first run was noticed before the first of the five.
+    wait::for_true("another run for five lists", || runs(&read()) >= 2);
+    std::thread::sleep(Duration::from_millis(2500));
+    let said = read();
+    assert!((2..=3).contains(&runs(&said)), "{said}");
+    let order: Vec<&str> = said.lines().filter(|l| ["begin", "end"].contains(l)).collect();
+    assert_eq!(order, ["begin", "end"].repeat(runs(&said)));
+    assert!(
+        !said.contains(ADMIN_KEY) && !said.contains(token::SECRET) && !said.contains("DATA_DIR")
+    );
+    let log = service.wait_for_log("exit status: 3");
+    assert!(log.lines().any(|l| l.contains("WARN") && l.contains("CRL_HOOK")), "{log}");
+}
+
+#[test]
+fn the_end_of_the_ca_is_announced() {
+    let setup = Setup::new();
+    let key = key_file(P256).display().to_string();
+    std::fs::create_dir_all(setup.data("ca")).unwrap();
+    let config = TempDir::new().keep_file(
+        "c.cnf",
+        "[req]\ndistinguished_name=dn\n[dn]\n[ca]\nbasicConstraints=critical,CA:TRUE\n\
+         keyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n",
+    );
+    let config = config.path().display().to_string();
+    let args = ["req", "-x509", "-new", "-key", &key, "-subj", "/CN=CA", "-days", "20"];
+    let more = ["-extensions", "ca", "-config", &config];
+    let certificate = openssl(&[&args[..], &more].concat(), "");
+    std::fs::write(setup.data("ca/root-ca.crt"), certificate).unwrap();
+    std::fs::copy(key_file(P256), setup.data("ca/root-ca.key")).unwrap();
+    let mut service = setup.start();
+    let ready = service.http.get("/ready");
+    assert_eq!(ready.status, 200);
+    assert!(ready.json()["warnings"].to_string().contains("the CA ends in"), "{}", ready.text());
+    assert!(service.log().contains("the CA ends in "), "{}", service.log());
+    // Again at each start, though the list of the first is still right.
+    let mark = service.log().len();
+    service.terminate();
+    service.restart();
+    service.wait_for_log_after(mark, "the CA ends in ");
+    let young = Setup::new().start().http.get("/ready");
+    assert_eq!(fields(&young.text()), ["status", "timestamp"]);
+}
+
+/// A CA of our own by openssl, as files.
+fn openssl_ca(dir: &TempDir, name: &str) -> Identity {
+    let key = dir.file(&format!("{name}.key"), &csr::new_key(P256));
+    let args = ["req", "-x509", "-new", "-subj", &format!("/CN={name}"), "-days", "9", "-key"];
+    let pem = openssl(&[&args[..], &[key.to_str().unwrap()]].concat(), "");
+    Identity { certificate: dir.file(&format!("{name}.crt"), &pem), key }
+}
+
+/// A client certificate by another CA, for the tests' own key.
+fn sign_by(ca: &Identity, dir: &TempDir, name: &str, subject: &str) -> Identity {
+    let request = Csr::new(subject.trim_start_matches("/CN=")).make();
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let extensions = dir.file("client.ext", "extendedKeyUsage=clientAuth\n");
+    let (ca_crt, ca_key, ext) = (path(&ca.certificate), path(&ca.key), path(&extensions));
+    let args = ["x509", "-req", "-CA", &ca_crt, "-CAkey", &ca_key, "-extfile", &ext, "-days", "9"];
+    let pem = openssl(&[&args[..], &["-set_serial", "0x4a"]].concat(), &request);
+    Identity { certificate: dir.file(name, &pem), key: key_file(P256) }
+}
