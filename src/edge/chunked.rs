@@ -27,9 +27,21 @@ pub struct Decoder {
 enum At {
     #[default]
     Size,
-    /// White space after the size, which only a semicolon may end.
+    /// White space after the size or an extension's value, which only a semicolon may end.
     Space,
+    /// After a semicolon: white space, then a name.
     Extension,
+    Name,
+    /// White space after a name.
+    NameSpace,
+    /// After an equals sign: white space, then a value.
+    Equals,
+    Value,
+    Quoted,
+    /// After a backslash in quotes.
+    Escaped,
+    /// After the closing quote.
+    Unquoted,
     SizeLf,
     Data,
     DataCr,
@@ -84,8 +96,6 @@ impl Decoder {
             (At::Size, b'\r') if self.digits > 0 => At::SizeLf,
             (At::Size | At::Space, b';') if self.digits > 0 => At::Extension,
             (At::Size | At::Space, b' ' | b'\t') if self.digits > 0 => self.extra(At::Space)?,
-            (At::Extension, b'\r') => At::SizeLf,
-            (At::Extension, b) if is_text(b) => self.extra(At::Extension)?,
             (At::SizeLf, b'\n') => self.size_is_known(),
             (At::DataCr, b'\r') => At::DataLf,
             (At::DataLf, b'\n') => At::Size,
@@ -97,7 +107,7 @@ impl Decoder {
             (At::TrailerValue, b) if is_text(b) => self.trailer(At::TrailerValue)?,
             (At::TrailerLf, b'\n') => At::Trailer,
             (At::EndLf, b'\n') => At::End,
-            _ => return Err(Code::BadRequest),
+            (at, byte) => self.extra(at.in_extension(byte).ok_or(Code::BadRequest)?)?,
         };
         Ok(())
     }
@@ -133,6 +143,29 @@ impl Decoder {
     }
 }
 
+impl At {
+    /// The next place in `*( BWS ";" BWS name [ BWS "=" BWS ( token / quoted-string ) ] )`, which is
+    /// entered at the first semicolon; `None` for a byte that does not belong there.
+    fn in_extension(self, byte: u8) -> Option<At> {
+        Some(match (self, byte) {
+            (At::Extension | At::Equals, b' ' | b'\t') => self,
+            (At::Extension | At::Name, b) if is_token(b) => At::Name,
+            (At::Name | At::NameSpace, b' ' | b'\t') => At::NameSpace,
+            (At::Name | At::NameSpace, b'=') => At::Equals,
+            (At::NameSpace, b';') => At::Extension,
+            (At::Equals | At::Value, b) if is_token(b) => At::Value,
+            (At::Equals, b'"') => At::Quoted,
+            (At::Quoted, b'"') => At::Unquoted,
+            (At::Quoted, b'\\') => At::Escaped,
+            (At::Quoted | At::Escaped, b) if is_text(b) => At::Quoted,
+            (At::Value | At::Unquoted, b' ' | b'\t') => At::Space,
+            (At::Name | At::Value | At::Unquoted, b';') => At::Extension,
+            (At::Name | At::Value | At::Unquoted, b'\r') => At::SizeLf,
+            _ => return None,
+        })
+    }
+}
+
 fn is_text(byte: u8) -> bool {
     matches!(byte, b'\t' | b' '..=b'~' | 0x80..)
 }
@@ -160,7 +193,7 @@ mod tests {
 
     #[test]
     fn the_same_however_it_is_split() {
-        let input = b"5;a=\"b;c\"\r\nhello\r\n00A \t; x\r\n, wide wor\r\n2\r\nld\r\n0\r\nX: y\r\nZ:\r\n\r\n";
+        let input = b"5 ; a = \"b;\\\"c\" ;d=e\r\nhello\r\n00A \t; x\r\n, wide wor\r\n2\r\nld\r\n0\r\nX: y\r\nZ:\r\n\r\n";
         let whole = decode(&[input]).unwrap();
         assert_eq!(whole, (b"hello, wide world".to_vec(), true));
         for cut in 0..input.len() {
@@ -191,6 +224,17 @@ mod tests {
             "1\n",
             "1\rx",
             "1 x\r\n",
+            "1;\r\n",
+            "1; \r\n",
+            "1;;a\r\n",
+            "1;=b\r\n",
+            "1;a=\r\n",
+            "1;a \r\n",
+            "1;a=b \r\n",
+            "1;a=\"b\r\n",
+            "1;a=\"b\"c\r\n",
+            "1;a=\"b\\\r\n",
+            "1;\u{e4}\r\n",
             "1;a\nb",
             "1;a\rb",
             "1;a\0\r\n",

@@ -101,6 +101,9 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     match request.parse_with_uninit_headers(buf, &mut space) {
         Ok(httparse::Status::Complete(n)) if n == buf.len() => {}
         Err(httparse::Error::TooManyHeaders) => return Err(Code::HeadersTooLarge),
+        Err(httparse::Error::Version) => {
+            return read(&as_1_1(buf).ok_or(Code::BadRequest)?, origin, out);
+        }
         _ => return Err(Code::BadRequest),
     }
     let (Some(method), Some(target), Some(version)) =
@@ -124,6 +127,19 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
         keep_alive: !fields.close && (version == 1 || fields.keep_alive),
         expects_continue: fields.expects_continue && version == 1,
     })
+}
+
+/// The same head in HTTP/1.1, if its version is a later minor one, which is to be read as the latest
+/// that we know (RFC 9110, 2.5). `httparse` knows 1.0 and 1.1 only.
+fn as_1_1(buf: &[u8]) -> Option<Vec<u8>> {
+    let end = buf.iter().position(|b| *b == b'\r')?;
+    let (line, rest) = buf.split_at(end);
+    match line.split_last()? {
+        (b'2'..=b'9', before) if before.ends_with(b" HTTP/1.") => {
+            Some([before, b"1", rest].concat())
+        }
+        _ => None,
+    }
 }
 
 fn is_renewal(target: &str) -> bool {
@@ -295,7 +311,7 @@ fn origin_form<'a>(method: &str, target: &'a str) -> Result<Path<'a>, Code> {
         return Err(Code::MethodNotAllowed);
     }
     if target.starts_with('/') {
-        let fine = target.bytes().all(is_target);
+        let fine = is_made_of(target.as_bytes(), is_target);
         return if fine { Ok(Path { slash: false, rest: target }) } else { Err(Code::BadRequest) };
     }
     if target == "*" && method == "OPTIONS" {
@@ -309,8 +325,7 @@ fn absolute_form<'a>(method: &str, target: &'a str) -> Option<Path<'a>> {
     let known = scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
     let end = rest.find(['/', '?']).unwrap_or(rest.len());
     let (authority, rest) = rest.split_at(end);
-    let named = !authority.is_empty() && !authority.starts_with(':');
-    if !known || !named || !is_host(authority.as_bytes()) || !rest.bytes().all(is_target) {
+    if !known || !is_host(authority.as_bytes()) || !is_made_of(rest.as_bytes(), is_target) {
         return None;
     }
     Some(match (method, rest.is_empty()) {
@@ -319,12 +334,37 @@ fn absolute_form<'a>(method: &str, target: &'a str) -> Option<Path<'a>> {
     })
 }
 
-/// A character of a path or query (RFC 3986, 3.3 and 3.4).
-fn is_target(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:@/?".contains(&byte)
+/// Whether all of `text` is what `allowed` allows, or a byte in hexadecimal after a percent sign
+/// (RFC 3986, 2.1).
+fn is_made_of(text: &[u8], allowed: fn(u8) -> bool) -> bool {
+    let mut rest = text;
+    while let Some((byte, tail)) = rest.split_first() {
+        rest = match (byte, tail) {
+            (b'%', [a, b, tail @ ..]) if a.is_ascii_hexdigit() && b.is_ascii_hexdigit() => tail,
+            _ if allowed(*byte) => tail,
+            _ => return false,
+        };
+    }
+    true
 }
 
-/// `uri-host [ ":" port ]` (RFC 9110, 7.2); the host may be empty.
+/// A character of a path or query (RFC 3986, 3.3 and 3.4).
+fn is_target(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/?".contains(&byte)
+}
+
+/// A character of a registered name or an IPv4 address (RFC 3986, 3.2.2).
+fn is_name(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(&byte)
+}
+
+/// A character between the brackets of an IP literal; a zone may follow a percent sign (RFC 6874).
+fn is_literal(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b".:-_~%".contains(&byte)
+}
+
+/// `uri-host [ ":" port ]` (RFC 9110, 7.2). An empty host is no origin that we could be asked for
+/// (RFC 9110, 4.2.1).
 fn is_host(value: &[u8]) -> bool {
     let (host, port) = match value.strip_prefix(b"[") {
         Some(literal) => match literal.iter().position(|b| *b == b']') {
@@ -339,11 +379,8 @@ fn is_host(value: &[u8]) -> bool {
         None => true,
         Some((colon, digits)) => *colon == b':' && digits.iter().all(u8::is_ascii_digit),
     };
-    let host_fine = |b: &u8| match in_brackets {
-        true => b.is_ascii_hexdigit() || b".:vV%".contains(b),
-        false => b.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(b),
-    };
-    port_fine && host.iter().all(host_fine) && !(in_brackets && host.is_empty())
+    let allowed = if in_brackets { is_literal } else { is_name };
+    port_fine && !host.is_empty() && is_made_of(host, allowed)
 }
 
 fn write_request_line(method: &str, path: Path<'_>, out: &mut Vec<u8>) {
@@ -531,12 +568,13 @@ mod tests {
     #[test]
     fn hosts_are_checked() {
         let host = |fields: &str| parse(&format!("GET / HTTP/1.1\r\n{fields}\r\n")).map(|_| ());
-        for good in ["", "a", "a:80", "a:", "[::1]", "[::1]:80", "10.0.0.1:3002", "a_b.c-d"] {
+        for good in ["a", "a:80", "a:", "[::1]", "[::1]:80", "10.0.0.1:3002", "a_b.c-d"] {
             assert_eq!(host(&format!("Host: {good}\r\n")), Ok(()), "{good}");
         }
-        for bad in
-            ["a b", "a/b", "a:b", "u@a", "a:1:2", "[::1", "[]", "[::1]a", "::1", "a?b", "\u{e4}"]
-        {
+        for bad in [
+            "", ":80", "a%", "a%2", "a%2g", "a b", "a/b", "a:b", "u@a", "a:1:2", "[::1", "[]",
+            "[::1]a", "::1", "a?b", "\u{e4}",
+        ] {
             assert_eq!(host(&format!("Host: {bad}\r\n")), Err(Code::BadRequest), "{bad}");
         }
         assert_eq!(host(""), Err(Code::BadRequest));

@@ -65,7 +65,17 @@ fn message_format_and_request_line() {
         ("9112 2.2 white space first", " GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
         ("9112 2.3 version", "GET /smuggled HTTP/2.0\r\nHost: a\r\n\r\n", &[400]),
         ("9112 2.3 version", "GET /smuggled HTTP/0.9\r\nHost: a\r\n\r\n", &[400]),
-        ("9112 2.3 version", "GET /smuggled HTTP/1.2\r\nHost: a\r\n\r\n", &[400]),
+        ("9110 2.5 later minor", "GET /x HTTP/1.2\r\nHost: a\r\n\r\n", &[200]),
+        (
+            "9110 2.5 later minor",
+            "\r\nPOST /x HTTP/1.9\r\nHost: a\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\nGET /y HTTP/1.3\r\nHost: a\r\n\r\n",
+            &[200, 200],
+        ),
+        ("9110 2.5 needs Host", "GET /smuggled HTTP/1.2\r\n\r\n", &[400]),
+        ("9112 2.3 one digit", "GET /smuggled HTTP/1.\r\nHost: a\r\n\r\n", &[400]),
+        ("9112 2.3 one digit", "GET /smuggled HTTP/1.x\r\nHost: a\r\n\r\n", &[400]),
+        ("9112 2.3 one digit", "GET /smuggled HTTP/1.22\r\nHost: a\r\n\r\n", &[400]),
+        ("9112 2.3 version", "GET /smuggled HTTP/1.2 \r\nHost: a\r\n\r\n", &[400]),
         ("9112 2.3 version", "GET /smuggled HTTP/1.10\r\nHost: a\r\n\r\n", &[400]),
         ("9112 2.3 version", "GET /smuggled HTTP/11\r\nHost: a\r\n\r\n", &[400]),
         ("9112 2.3 case", "GET /smuggled http/1.1\r\nHost: a\r\n\r\n", &[400]),
@@ -108,6 +118,10 @@ fn request_targets() {
         ("3986 2 control", "GET /smuggled\x7f HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
         ("3986 2 not ASCII", "GET /smuggled\u{e4} HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
         ("3986 2 not allowed", "GET /smuggled\"<>^`{|} HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
+        ("3986 2.1 percent", "GET /a%2Fb?c=%c3%a4 HTTP/1.1\r\nHost: a\r\n\r\n", &[200]),
+        ("3986 2.1 percent", "GET /smuggled%zz HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
+        ("3986 2.1 percent", "GET /smuggled?a=%4 HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
+        ("3986 2.1 percent", "GET http://b/smuggled% HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
         ("9112 3.2", "GET smuggled HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
         ("9112 3.2", "GET ?smuggled HTTP/1.1\r\nHost: a\r\n\r\n", &[400]),
     ]);
@@ -124,7 +138,13 @@ fn host() {
         ("9112 3.2", "GET /smuggled HTTP/1.1\r\nHost: a:b\r\n\r\n", &[400]),
         ("9112 3.2", "GET /smuggled HTTP/1.1\r\nHost: http://a\r\n\r\n", &[400]),
         ("9112 3.2", "GET /smuggled HTTP/1.1\r\nHost: u@a\r\n\r\n", &[400]),
-        ("9110 7.2 empty", "GET /x HTTP/1.1\r\nHost:\r\n\r\n", &[200]),
+        ("9110 7.2 empty", "GET /smuggled HTTP/1.1\r\nHost:\r\n\r\n", &[400]),
+        ("9110 7.2 empty", "GET /smuggled HTTP/1.1\r\nHost: \t\r\n\r\n", &[400]),
+        ("9110 4.2.1 empty host", "GET /smuggled HTTP/1.1\r\nHost: :3002\r\n\r\n", &[400]),
+        ("9110 7.2 empty, 1.0", "GET /smuggled HTTP/1.0\r\nHost:\r\n\r\n", &[400]),
+        ("9110 7.2 empty port", "GET /x HTTP/1.1\r\nHost: a:\r\n\r\n", &[200]),
+        ("3986 2.1", "GET /x HTTP/1.1\r\nHost: a%2db\r\n\r\n", &[200]),
+        ("3986 2.1", "GET /smuggled HTTP/1.1\r\nHost: a%2\r\n\r\n", &[400]),
         ("9110 7.2", "GET /x HTTP/1.1\r\nHost: [2001:db8::1]:3002\r\n\r\n", &[200]),
         ("9112 3.2 HTTP/1.0", "GET /x HTTP/1.0\r\n\r\n", &[200]),
         ("9112 3.2 HTTP/1.0", "GET /smuggled HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n", &[400]),
@@ -416,6 +436,54 @@ fn transfer_encoding() {
             &[400],
         ),
     ]);
+}
+
+/// `chunk-ext = *( BWS ";" BWS chunk-ext-name [ BWS "=" BWS chunk-ext-val ] )`
+#[test]
+fn chunk_extensions() {
+    let row = |extension: &str, status: &'static [u16]| -> Row {
+        let path = if status == [200] { "/x" } else { "/smuggled" };
+        let text = format!(
+            "POST {path} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n\
+             1{extension}\r\nx\r\n0{extension}\r\n\r\n"
+        );
+        ("9112 7.1.1", text.leak(), status)
+    };
+    let taken = [
+        ";a",
+        ";a=b",
+        ";a;b=c",
+        " \t; a \t= \tb ;c",
+        ";a=\"\"",
+        ";a=\"b;c=\\\"d\\\\\te\u{e4}\"",
+        ";a=\"b\" ;c=\"d\"",
+    ];
+    let refused = [
+        ";",
+        "; ",
+        ";;a",
+        ";a;",
+        ";=b",
+        ";a=",
+        ";a=;b",
+        ";a=b=c",
+        ";a=b c",
+        ";a b",
+        ";a ",
+        ";a=b ",
+        ";a(b",
+        ";\u{e4}",
+        ";a=\u{e4}",
+        ";a=\"b",
+        ";a=\"b\"c",
+        ";a=\"b\"\"c\"",
+        ";a=\"b\\",
+        ";a=b\"c\"",
+        ";\"a\"=b",
+    ];
+    let taken = taken.iter().map(|extension| row(extension, &[200]));
+    let rows: Vec<Row> = taken.chain(refused.iter().map(|e| row(e, &[400]))).collect();
+    check(&rows);
 }
 
 #[test]
