@@ -13,6 +13,9 @@ use std::path::{Path, PathBuf};
 /// The file that carries a folder's lock.
 const LOCK_NAME: &str = ".lock";
 
+/// What [`try_writing`] writes: more than a certificate, so that a disk which takes it takes one too.
+const TRIAL_BYTES: usize = 4096;
+
 /// What went wrong with which file.
 #[derive(Debug)]
 pub enum FilesError {
@@ -163,6 +166,19 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
     let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
     file.set_permissions(Permissions::from_mode(mode))?; // the umask may have taken bits
     Ok(file)
+}
+
+/// Proves that files can be made in a folder: writes a small one, syncs it, and removes it.
+///
+/// # Errors
+/// When it cannot be written or removed.
+pub fn try_writing(dir: &Path) -> Result<(), FilesError> {
+    // Another process may try the same folder at the same time.
+    let path = dir.join(format!(".trial-{}", std::process::id()));
+    remove_if_there(&path)?; // left by a crash
+    let written = create_new_synced(&path, &[0; TRIAL_BYTES], 0o600);
+    let removed = remove_if_there(&path);
+    written.and(removed)
 }
 
 /// Removes a file, if it is there.
@@ -390,6 +406,16 @@ mod tests {
         for old in ["5.16.19", "5.8", "4.19.0", "3.18", "5", "", "x.y"] {
             assert!(!is_from_5_17(old), "{old}");
         }
+    }
+
+    #[test]
+    fn a_trial_leaves_nothing_and_names_the_folder() {
+        let dir = TestDir::new();
+        fs::write(dir.join(format!(".trial-{}", std::process::id())), "left by a crash").unwrap();
+        try_writing(&dir).unwrap();
+        assert_eq!(fs::read_dir(&*dir).unwrap().count(), 0);
+        let error = try_writing(&dir.join("no")).unwrap_err().to_string();
+        assert!(error.starts_with("cannot write ") && error.contains("/no/.trial-"), "{error}");
     }
 
     #[test]

@@ -263,6 +263,7 @@ fn rules(config: &Config) -> Rules {
 fn publish(config: &Config, ca: &Arc<Ca>) -> Result<Arc<Publisher>, RunError> {
     let publisher = Arc::new(Publisher::new(Arc::clone(ca), config.crl_hook.clone()));
     publisher.keep_fresh(clock::now());
+    publisher.try_record(clock::now());
     let worker = Arc::clone(&publisher);
     spawn("crl", move || worker.work_forever())?;
     Ok(publisher)

@@ -169,7 +169,8 @@ impl Provisioner {
         if let Err(error) = self.issuer(now) {
             reasons.push(error.to_string());
         }
-        // It is written as certificates are, so neither can these be.
+        let trouble = self.ca().registry().trouble();
+        reasons.extend(trouble.map(|why| format!("the record cannot be written: {why}")));
         reasons.extend(self.publisher.failure());
         let status = self.store.status();
         if status.full {
@@ -336,6 +337,7 @@ impl Provisioner {
             jobs.into_iter().map(|job| self.decide(job, &mut answers, &mut left, now)).collect();
         let mut done = self.record(decided, &mut left, now);
         self.publish_revoked(&mut done, &left.superseded);
+        self.publisher.watch_record(clock::now());
         if !left.back.is_empty() {
             self.store.run(&left.back, clock::now());
         }

@@ -3,7 +3,7 @@
 //!
 //! Whoever revokes publishes in its own thread, so that the answer comes after the list. The rest is
 //! done by one thread that sleeps until it is needed; while the hook runs in it, further changes are
-//! noted and make one more run.
+//! noted and make one more run. The same thread tries the record again after it could not be written.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,6 +18,8 @@ use crate::clock::{self, Now};
 const LOOK: Duration = Duration::from_secs(3600);
 /// The pause before a list that could not be written is tried again; doubled, up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// The pause before a record that could not be written is tried again.
+const TRIAL_MS: u64 = 2000;
 /// From when on the end of the CA is warned of.
 const CA_WARNING_S: u64 = 30 * DAY_S;
 const DAY_S: u64 = 86_400;
@@ -39,6 +41,8 @@ struct State {
     woken: bool,
     /// Why the last list could not be published.
     failure: Option<String>,
+    /// When the record is to be tried again, by [`Now::mono_ms`].
+    trial_at: Option<u64>,
 }
 
 impl Publisher {
@@ -123,12 +127,38 @@ impl Publisher {
         Some(format!("the CA ends in {} days, at {date}", left / DAY_S))
     }
 
+    /// Tries the record, at the start; it is tried again until it can be written.
+    pub fn try_record(&self, now: Now) {
+        // What went wrong is logged and kept there.
+        let _ = self.ca.registry().try_out();
+        self.lock().trial_at = None;
+        self.watch_record(now);
+    }
+
+    /// To be called after requests that had to be recorded: if they could not be, the record is tried
+    /// again until it can be written.
+    pub fn watch_record(&self, now: Now) {
+        if self.ca.registry().trouble().is_none() {
+            return;
+        }
+        let mut state = self.lock();
+        if state.trial_at.is_none() {
+            state.trial_at = Some(now.mono_ms + TRIAL_MS);
+            state.woken = true;
+            self.changed.notify_all();
+        }
+    }
+
     /// Does what is due, now and whenever it becomes so.
     pub fn work_forever(&self) {
         let mut pause = LOOK;
         loop {
-            if self.wait(pause) {
+            let until_trial = self.until_trial(clock::now()).unwrap_or(LOOK);
+            if self.wait(pause.min(until_trial)) {
                 self.run_hook();
+            }
+            if self.until_trial(clock::now()).is_some_and(|left| left.is_zero()) {
+                self.try_record(clock::now());
             }
             self.keep_fresh(clock::now());
             pause = match self.failure() {
@@ -137,6 +167,11 @@ impl Publisher {
                 Some(_) => (pause * 2).min(RETRY.1),
             };
         }
+    }
+
+    fn until_trial(&self, now: Now) -> Option<Duration> {
+        let at = self.lock().trial_at?;
+        Some(Duration::from_millis(at.saturating_sub(now.mono_ms)))
     }
 
     /// Sleeps until there is something to look at; answers whether that is the hook.

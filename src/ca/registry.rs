@@ -34,10 +34,12 @@ mod fixture;
 mod index;
 mod repair;
 mod rows;
+mod trial;
 
 pub use entries::Entries;
 use index::Torn;
 use rows::{Row, Rows};
+use trial::Trial;
 
 /// The database.
 const INDEX: &str = "index.txt";
@@ -217,6 +219,7 @@ pub struct Registry {
     dir: PathBuf,
     rows: RwLock<Rows>,
     writer: Mutex<Writer>,
+    trial: Trial,
 }
 
 /// What the writers know beside the rows.
@@ -239,8 +242,12 @@ impl Registry {
             files::write_atomic(&attributes, ATTRIBUTES.1.as_bytes(), 0o644)?;
         }
         let (rows, torn) = repair::load_index(&dir.join(INDEX))?;
-        let registry =
-            Registry { dir: dir.to_owned(), rows: RwLock::new(rows), writer: Mutex::default() };
+        let registry = Registry {
+            dir: dir.to_owned(),
+            rows: RwLock::new(rows),
+            writer: Mutex::default(),
+            trial: Trial::default(),
+        };
         registry.settle_strays(torn)?;
         if torn == Torn::Missing {
             files::write_atomic(&dir.join(INDEX), b"", 0o644)?;
@@ -327,7 +334,7 @@ impl Registry {
         let unexpired = |row: &&Row| row.is_active(now);
         let serials: Vec<Serial> =
             self.read().of_device(device).filter(unexpired).map(|r| r.serial).collect();
-        self.enter_revoked(&mut writer, &serials, now)?;
+        self.trial.note(self.enter_revoked(&mut writer, &serials, now))?;
         Ok(serials)
     }
 
@@ -346,7 +353,7 @@ impl Registry {
         let active = |s: &&Serial| rows.by_serial(s).is_some_and(|row| row.is_active(now));
         let serials: Vec<Serial> = these.iter().filter(active).copied().collect();
         drop(rows);
-        self.enter_revoked(&mut writer, &serials, now)?;
+        self.trial.note(self.enter_revoked(&mut writer, &serials, now))?;
         Ok(serials)
     }
 

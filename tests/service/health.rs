@@ -1,5 +1,7 @@
 //! `/health` and `/ready`: right counts, quickly, however many tokens are live.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -112,6 +114,45 @@ fn fill(redis: &Redis, count: usize) {
             resp(out, &["ZADD", "mqtt-lite:live", &ends, &token::live_member(&compact)]);
         }
     });
+}
+
+/// A folder that this user may not write to: known at the start, and after a request that failed.
+#[test]
+fn a_record_that_cannot_be_written_is_a_reason_until_it_can() {
+    let mut service = Setup::new().wrapper(as_any_user()).start();
+    let certs = service.data("ca/certs");
+    let permit = |mode| fs::set_permissions(&certs, Permissions::from_mode(mode)).unwrap();
+    let reason = |service: &Service| {
+        let ready = service.http.get("/ready");
+        let reasons = ready.json()["reasons"].to_string();
+        (
+            ready.status,
+            reasons.contains("the record cannot be written") && reasons.contains("certs"),
+        )
+    };
+    let (token, request) = (service.token("d"), Csr::new("d").make());
+    permit(0o555);
+    assert_eq!(service.http.get("/ready").status, 200, "nobody was refused yet");
+    assert_eq!(service.sign(&token, &request).status, 503);
+    assert_eq!(reason(&service), (503, true), "{}", service.log());
+    service.terminate();
+    service.restart();
+    assert_eq!(reason(&service), (503, true), "at the start: {}", service.log());
+    permit(0o755);
+    wait::for_true("it is tried again", || service.http.get("/ready").status == 200);
+    let log = service.wait_for_log("the record of certificates can be written again");
+    assert_eq!(
+        log.matches("ERROR the record of certificates cannot be written").count(),
+        2,
+        "{log}"
+    );
+    service.enroll("e", &Csr::new("e").make());
+}
+
+/// Root may write anywhere; without these powers it is bound by modes as any user is.
+fn as_any_user() -> &'static [&'static str] {
+    let is_root = fs::metadata("/proc/self").unwrap().uid() == 0;
+    if is_root { &["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] } else { &[] }
 }
 
 /// The program cannot be made to lose a lane for good from outside, so this asks the API alone.

@@ -66,6 +66,10 @@ impl<'a> Entries<'a> {
     /// disk and seen by the readers; of what is not, [`RegistryError::left_behind`] tells.
     pub fn commit(mut self) -> Vec<Result<(), RegistryError>> {
         let results = self.write();
+        let failed = results.iter().find(|result| result.is_err());
+        if !results.is_empty() {
+            let _ = self.registry.trial.note(failed.cloned().unwrap_or(Ok(())));
+        }
         let mut rows = self.registry.write();
         for (entry, result) in self.added.into_iter().zip(&results) {
             if result.is_ok() {
@@ -158,7 +162,7 @@ impl Registry {
         open().map_err(|e| RegistryError::not_written(self.index_says(e)))
     }
 
-    fn index_says(&self, e: io::Error) -> String {
+    pub(super) fn index_says(&self, e: io::Error) -> String {
         format!("cannot write {}: {e}", self.dir.join(INDEX).display())
     }
 }

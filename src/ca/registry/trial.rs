@@ -1,0 +1,59 @@
+//! Whether the record can be written: known from the last attempt, and tried without being asked.
+//!
+//! A request that could not be recorded is answered 503, and whoever watches the service must learn
+//! of it (`/ready`). Nobody else may come for hours, so after a failure the record is tried by a
+//! small file that is written as certificates are, until that works.
+
+use std::fs::OpenOptions;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::{CERTS, INDEX, Registry, RegistryError};
+use crate::files;
+
+/// Why the record cannot be written; nothing if the last attempt worked.
+#[derive(Debug, Default)]
+pub(super) struct Trial(Mutex<Option<String>>);
+
+impl Trial {
+    /// Remembers the outcome of an attempt to write, and passes it on.
+    pub(super) fn note(&self, outcome: Result<(), RegistryError>) -> Result<(), RegistryError> {
+        let mut trouble = self.lock();
+        match (&outcome, trouble.is_some()) {
+            (Ok(()), true) => log::info!("the record of certificates can be written again"),
+            (Err(error), false) => {
+                log::error!("the record of certificates cannot be written: {error}")
+            }
+            _ => {}
+        }
+        *trouble = outcome.as_ref().err().map(ToString::to_string);
+        outcome
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registry {
+    /// Why the record cannot be written, as far as the last attempt tells.
+    pub fn trouble(&self) -> Option<String> {
+        self.trial.lock().clone()
+    }
+
+    /// Finds out whether the record can be written: tries a file where certificates go and one beside
+    /// `index.txt`, and opens that for a line.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn try_out(&self) -> Result<(), RegistryError> {
+        let index = self.dir.join(INDEX);
+        let attempt = files::try_writing(&self.dir.join(CERTS))
+            .and_then(|()| files::try_writing(&self.dir))
+            .map_err(RegistryError::not_written)
+            .and_then(|()| match OpenOptions::new().append(true).open(&index) {
+                Ok(_) => Ok(()),
+                Err(e) => Err(RegistryError::not_written(self.index_says(e))),
+            });
+        self.trial.note(attempt)
+    }
+}
