@@ -66,6 +66,8 @@ impl Http {
             line(&var::MAX_CONNECTIONS, self.max_connections),
             line(&var::MAX_CONNECTIONS_PER_IP, self.max_connections_per_ip),
             line(&var::MAX_BUFFER_BYTES, self.max_buffer_bytes),
+            line(&var::KEEP_ALIVE_SECONDS, self.keep_alive.as_secs()),
+            line(&var::TLS_HANDSHAKE_SECONDS, self.tls_handshake.as_secs()),
             line(&var::TRUSTED_PROXIES, or_unset(&proxies.join(","))),
             line(&var::ONBOARDING_RATE_LIMIT, self.onboarding_rate_limit),
         ]

@@ -19,6 +19,7 @@ use std::ffi::OsString;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use log::LevelFilter;
 use rustls::pki_types::pem::PemObject as _;
@@ -100,6 +101,10 @@ pub struct Http {
     pub max_connections_per_ip: usize,
     /// Most bytes held for all clients together.
     pub max_buffer_bytes: usize,
+    /// Longest pause between two requests of a connection.
+    pub keep_alive: Duration,
+    /// Longest time for a TLS handshake.
+    pub tls_handshake: Duration,
     /// Whose `X-Forwarded-For` is believed.
     pub trusted_proxies: Vec<Cidr>,
     /// Onboardings a minute and client address; 0: no limit.
@@ -277,6 +282,8 @@ impl Http {
             max_connections: vars.number(&var::MAX_CONNECTIONS)?,
             max_connections_per_ip: vars.number(&var::MAX_CONNECTIONS_PER_IP)?,
             max_buffer_bytes: vars.number(&var::MAX_BUFFER_BYTES)?,
+            keep_alive: Duration::from_secs(vars.number(&var::KEEP_ALIVE_SECONDS)?),
+            tls_handshake: Duration::from_secs(vars.number(&var::TLS_HANDSHAKE_SECONDS)?),
             trusted_proxies: vars.optional(&var::TRUSTED_PROXIES, cidrs)?.unwrap_or_default(),
             onboarding_rate_limit: vars.number(&var::ONBOARDING_RATE_LIMIT)?,
         })

@@ -98,6 +98,11 @@ variables! {
     /// a 32-bit gateway can still count.
     MAX_BUFFER_BYTES = "8388608", Number(262_144, 1_073_741_824),
         "most bytes held for all clients, half for replies";
+    /// A balancer that keeps a connection for 60 s must not find it closed when it uses it again; an
+    /// idle connection costs its descriptor all that time.
+    KEEP_ALIVE_SECONDS = "75", Number(1, 3_600), "longest pause between two requests of a connection";
+    /// Small devices need 8 to 15 s for their part of it; whoever stalls holds a place as long.
+    TLS_HANDSHAKE_SECONDS = "15", Number(1, 300), "longest time for a TLS handshake";
     TRUSTED_PROXIES = "", Text("IP addresses or CIDRs, separated by commas"),
         "proxies whose X-Forwarded-For is believed";
     ONBOARDING_RATE_LIMIT = "0", Number(0, 1_000_000), "onboardings a minute and client; 0: no limit";

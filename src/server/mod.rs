@@ -143,6 +143,7 @@ fn kinds(workers: usize) -> Vec<Kind> {
 
 fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
     let tls = http.tls.as_ref();
+    let defaults = edge::Settings::new(address);
     edge::Settings {
         tls: tls.map(|files| edge::TlsFiles {
             certificate: files.cert.clone(),
@@ -152,7 +153,12 @@ fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
         max_connections_per_ip: http.max_connections_per_ip,
         max_buffer_bytes: http.max_buffer_bytes,
         trusted_proxies: http.trusted_proxies.clone(),
-        ..edge::Settings::new(address)
+        deadlines: edge::Deadlines {
+            handshake: http.tls_handshake,
+            keep_alive: http.keep_alive,
+            ..defaults.deadlines
+        },
+        ..defaults
     }
 }
 

@@ -26,7 +26,11 @@ struct Https {
 
 impl Https {
     fn start() -> Self {
-        let mut https = Https { service: Setup::new().start() };
+        Https::start_with(Setup::new())
+    }
+
+    fn start_with(setup: Setup) -> Self {
+        let mut https = Https { service: setup.start() };
         let service = &https.service;
         fs::write(https.path("known-ca.pem"), service.http.get("/api/v1/ca").body).unwrap();
         https.renew();
@@ -252,7 +256,7 @@ fn bad_new_files_keep_the_old_certificate_and_are_named() {
 
 #[test]
 fn whoever_does_not_speak_tls_is_closed_and_the_others_are_served() {
-    let https = Https::start();
+    let https = Https::start_with(Setup::new().env("TLS_HANDSHAKE_SECONDS", "3"));
     let client = https.client();
     let start = Instant::now();
     let connect = || {
@@ -273,14 +277,36 @@ fn whoever_does_not_speak_tls_is_closed_and_the_others_are_served() {
         assert_eq!(answer.first(), Some(&21), "an alert answers {garbage:.20?}: {answer:?}");
         ask(&mut https.connect(&client).unwrap()).unwrap();
     }
-    assert!(start.elapsed() < Duration::from_secs(4), "at once, not at the deadline");
+    assert!(start.elapsed() < Duration::from_secs(3), "at once, not at the deadline");
     for mut stream in [silent, stalled] {
         while !is_closed(&mut stream) {
             ask(&mut https.connect(&client).unwrap()).unwrap();
         }
     }
     let took = start.elapsed();
-    assert!(took > Duration::from_secs(4) && took < Duration::from_secs(8), "{took:?}");
+    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(6), "{took:?}");
+}
+
+/// A device whose handshake takes longer than the pause that is allowed between two requests.
+#[test]
+fn a_slow_handshake_and_an_idle_connection_have_the_time_that_the_variables_give() {
+    let setup = Setup::new().env("TLS_HANDSHAKE_SECONDS", "8").env("KEEP_ALIVE_SECONDS", "1");
+    let https = Https::start_with(setup);
+    let mut stream = https.connect(&https.client()).unwrap();
+    let mut hello = Vec::new();
+    stream.conn.write_tls(&mut hello).unwrap();
+    let start = Instant::now();
+    for piece in hello.chunks(hello.len() / 4 + 1) {
+        stream.sock.write_all(piece).unwrap();
+        thread::sleep(Duration::from_millis(500));
+    }
+    ask(&mut stream).unwrap();
+    assert!(start.elapsed() > Duration::from_millis(1_900), "longer than a pause between requests");
+    let idle = Instant::now();
+    let ended = stream.read(&mut [0; 64]);
+    assert!(ended.is_err() || ended.is_ok_and(|n| n == 0), "it is closed");
+    let took = idle.elapsed();
+    assert!(took > Duration::from_millis(900) && took < Duration::from_secs(5), "{took:?}");
 }
 
 /// Sends SIGHUP and gives the line that it caused.
