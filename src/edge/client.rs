@@ -34,10 +34,16 @@ pub struct Client {
     out: Unsent,
     /// Bytes that the budget counts for this client.
     pub counted: Held,
+    /// Bytes that were read and thrown away since its last reply.
+    lingered: usize,
 }
 
 /// What an idle TLS connection holds, as measured: 7.6 MB for 1,000.
 pub const TLS_HELD: usize = 8 * 1024;
+
+/// What is read after the last reply, so that a client that still sends can read that reply first.
+/// More than the rest of any request that we would take; a client that goes on is closed.
+const LINGER_BYTES: usize = 1024 * 1024;
 
 /// What happens when a reply is out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +87,7 @@ impl Client {
             is_last: false,
             out: Unsent::default(),
             counted: Held::default(),
+            lingered: 0,
         }
     }
 
@@ -140,11 +147,20 @@ impl Client {
             }
             _ => match (&*self.stream).read(buf) {
                 Ok(0) => Ok(Input::End),
-                Ok(n) => Ok(Input::Bytes(n)),
+                Ok(n) => Ok(self.received(n)),
                 Err(e) if is_transient(&e) => Ok(Input::Nothing),
                 Err(e) => Err(e),
             },
         }
+    }
+
+    /// What so many bytes are: input, or what a lingering client may send for a while yet.
+    fn received(&mut self, n: usize) -> Input {
+        if self.after != After::Lingering {
+            return Input::Bytes(n);
+        }
+        self.lingered += n;
+        if self.lingered > LINGER_BYTES { Input::End } else { Input::Nothing }
     }
 
     /// The TLS handshake is not over.

@@ -1,6 +1,7 @@
 //! All clients that are in: who is let in, who has to go, and when. What they ask is served by
 //! [`super::serve`].
 
+use std::cmp::Reverse;
 use std::io;
 use std::net::{IpAddr, TcpStream};
 use std::sync::Arc;
@@ -158,17 +159,34 @@ impl Hall {
         self.settle(at, now);
     }
 
-    /// Closes the client that had a request answered (or arrived) longest ago and has none in
-    /// work, among those that may go. False if there is none.
+    /// Closes one of the clients that may go and have no request in work: of those whose address has
+    /// the most connections, the one that had a request answered (or arrived) longest ago. False if
+    /// there is none.
     fn give_way(&mut self, may_go: impl Fn(&Client) -> bool) -> bool {
-        let idle = |at: &usize| {
-            let client = self.clients.get(*at).and_then(Option::as_ref);
-            client.is_some_and(|client| client.request.is_none() && may_go(client))
-        };
-        let Some(at) = self.ages.iter(0).find(idle) else { return false };
+        let Some(at) = self.first_to_go(may_go) else { return false };
         self.counters.gave_way.add(1);
         self.close(at);
         true
+    }
+
+    fn first_to_go(&self, may_go: impl Fn(&Client) -> bool) -> Option<usize> {
+        let idle = |at: usize| {
+            let client = self.clients.get(at)?.as_ref()?;
+            (client.request.is_none() && may_go(client)).then(|| (at, self.share(client)))
+        };
+        // The longest idle first, so that the search ends early as a rule.
+        let most = self.per_address.most().max(1);
+        let mut candidates = self.ages.iter(0).filter_map(idle);
+        let of_most = candidates.find(|(_, share)| *share == most);
+        let all = || self.ages.iter(0).filter_map(idle);
+        let (at, _) = of_most.or_else(|| all().min_by_key(|(_, share)| Reverse(*share)))?;
+        Some(at)
+    }
+
+    /// How many connections the client's address has. Behind a proxy are many clients: each of its
+    /// connections counts for itself.
+    fn share(&self, client: &Client) -> usize {
+        if client.is_proxy { 1 } else { self.per_address.count(client.peer) }
     }
 
     /// Lets a client out.

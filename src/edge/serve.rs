@@ -60,7 +60,6 @@ impl Hall {
                 self.timers.restart(at, Wait::Linger, now.mono_ms);
                 self.check(at, Client::linger);
             }
-            Ok(Input::Bytes(_)) if client.after == After::Lingering => {}
             Ok(Input::Bytes(n)) => self.take(at, buf.get(..n).unwrap_or_default(), lanes, now),
             Ok(Input::End) if matches!(phase, Phase::Head | Phase::Body) => {
                 self.refuse(at, Code::BadRequest, now);

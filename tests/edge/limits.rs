@@ -105,6 +105,25 @@ fn a_refusal_is_read_by_a_client_that_still_sends() {
     }
 }
 
+/// The bytes on top of what the server reads wait in the sockets' buffers.
+#[test]
+fn whoever_sends_on_after_a_refusal_is_closed_for_it() {
+    const BUFFERS: usize = 12 * 1024 * 1024;
+    let served = serve(|s| s.deadlines.linger = Duration::from_secs(60));
+    for head in
+        ["GET /x HTTP/1.1\r\n\r\n", "GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"]
+    {
+        let mut stream = served.connect();
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut sent = 0;
+        while sent < 64 * 1024 * 1024 && stream.write_all(&[b'x'; 64 * 1024]).is_ok() {
+            sent += 64 * 1024;
+        }
+        assert!(sent < BUFFERS, "{sent} bytes were taken");
+    }
+    until("they are closed", || served.counters.open.value() == 0);
+}
+
 #[test]
 fn one_address_cannot_take_all() {
     let served = serve(|s| {
@@ -144,6 +163,38 @@ fn at_the_limit_whoever_was_idle_longest_gives_way() {
     used.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     assert_eq!(one_response(&mut used, false).0, 200);
     assert_eq!(to_end(&mut old[0]), "");
+}
+
+/// Those who were idle for longer come from one address each, or through a proxy.
+#[test]
+fn at_the_limit_the_address_with_the_most_gives_way_first() {
+    let from = |n: u8| IpAddr::V4(Ipv4Addr::new(127, 0, 0, n));
+    let served = serve(|s| {
+        s.max_connections = 20;
+        s.trusted_proxies = vec![Cidr::parse("127.0.0.99").unwrap()];
+    });
+    let ask = |stream: &mut TcpStream| {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        one_response(stream, false).0
+    };
+    let enter = |n| {
+        let mut stream = connect_from(from(n), served.addr).unwrap();
+        assert_eq!(ask(&mut stream), 200);
+        stream
+    };
+    let mut few: Vec<_> = (2..7).chain([99; 5]).map(enter).collect();
+    let mut crowd: Vec<_> = [50; 10].into_iter().map(enter).collect();
+    let mut late: Vec<_> = (11..20).map(enter).collect();
+    for stream in few.iter_mut().chain(&mut late).chain(crowd.last_mut()) {
+        assert_eq!(ask(stream), 200);
+    }
+    for stream in &mut crowd[..9] {
+        assert_eq!(to_end(stream), "");
+    }
+    // Now all have one, and the one that was idle longest goes.
+    let _newest = enter(20);
+    assert_eq!(to_end(&mut few[0]), "");
+    assert_eq!((served.counters.open.value(), served.counters.gave_way.value()), (20, 10));
 }
 
 #[test]
