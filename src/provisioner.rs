@@ -713,7 +713,7 @@ fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
     let problem = match answer {
         Ok(Outcome::Granted) => return Ok(()),
         Ok(Outcome::AlreadyUsed) => Problem::from(Code::TokenAlreadyUsed),
-        Ok(Outcome::Unknown) => Problem::from(Code::TokenNotFound),
+        Ok(Outcome::Unknown { .. }) => Problem::from(Code::TokenNotFound),
         other => unexpected(other),
     };
     Err(redeem.refused(problem))

@@ -82,6 +82,8 @@ struct State {
     mode: Mode,
     /// Counts the losses. An answer from before the latest one may be of a server that is gone.
     epoch: u64,
+    /// Counts the full returns. What Redis has confirmed in an earlier era it may have lost since.
+    era: u64,
     todo: Todo,
     /// Changes are noted in `todo`; otherwise the lists of the next full return will find them.
     noting: bool,
@@ -115,6 +117,7 @@ impl Failover {
         let state = State {
             mode: Mode::Degraded,
             epoch: 0,
+            era: 0,
             todo: Todo::default(),
             noting: false,
             issuing: HashMap::new(),

@@ -27,6 +27,8 @@ enum State {
     Used(Serial),
     /// Replaced or revoked.
     Killed,
+    /// Somebody has deleted it from Redis. Elsewhere it counts as killed.
+    Deleted,
 }
 
 #[derive(Clone, Debug)]
@@ -46,6 +48,8 @@ pub enum Begin {
     Spent,
     /// Another attempt's outcome is not known.
     Unknown,
+    /// The token was deleted.
+    Deleted,
 }
 
 /// The table. Bounded; when it is full, the entries that end first go first.
@@ -72,6 +76,7 @@ impl Ledger {
         let mut entries = locked(&self.entries);
         match entries.get(&token.hash).map(|entry| entry.state) {
             Some(State::Unknown(_)) if !over_unknown => return Begin::Unknown,
+            Some(State::Deleted) => return Begin::Deleted,
             Some(State::Running(_) | State::Used(_) | State::Killed) => return Begin::Spent,
             Some(State::Unknown(_)) | None => {}
         }
@@ -107,15 +112,26 @@ impl Ledger {
         self.put(hash, State::Killed, claims, now);
     }
 
+    /// Somebody has deleted the token from Redis; final.
+    pub fn delete(&self, hash: TokenHash, claims: Claims, now: Now) {
+        self.put(hash, State::Deleted, claims, now);
+    }
+
     /// Used or killed here, or about to be.
     pub fn knows_as_spent(&self, hash: &TokenHash) -> bool {
         let entries = locked(&self.entries);
-        entries.get(hash).is_some_and(|entry| !matches!(entry.state, State::Unknown(_)))
+        let unspent = |state| matches!(state, State::Unknown(_) | State::Deleted);
+        entries.get(hash).is_some_and(|entry| !unspent(entry.state))
     }
 
     /// Killed here.
     pub fn knows_as_killed(&self, hash: &TokenHash) -> bool {
         locked(&self.entries).get(hash).is_some_and(|entry| entry.state == State::Killed)
+    }
+
+    /// Deleted from Redis by somebody, as was seen here.
+    pub fn knows_as_deleted(&self, hash: &TokenHash) -> bool {
+        locked(&self.entries).get(hash).is_some_and(|entry| entry.state == State::Deleted)
     }
 
     /// The tokens that need a mark in Redis.
@@ -174,7 +190,7 @@ fn entry(state: State, claims: Claims, now: Now) -> Entry {
 fn mark(state: State) -> Option<Mark> {
     match state {
         State::Used(serial) => Some(Mark::Serial(serial)),
-        State::Killed => Some(Mark::Killed),
+        State::Killed | State::Deleted => Some(Mark::Killed),
         State::Running(_) | State::Unknown(_) => None,
     }
 }
@@ -250,6 +266,16 @@ mod tests {
         assert!(!ledger.grant(&t.hash, serial(1)));
         ledger.release(&t.hash, serial(1));
         assert!(ledger.knows_as_killed(&t.hash));
+        assert_eq!(ledger.mark_of(&t.hash), Some((Mark::Killed, t.claims)));
+    }
+
+    #[test]
+    fn a_deleted_token_is_refused_as_such_and_killed_elsewhere() {
+        let ledger = Ledger::new(100);
+        let t = token("d", 300);
+        ledger.delete(t.hash, t.claims.clone(), at(0));
+        assert_eq!(ledger.begin(&t, serial(1), true, at(0)), Begin::Deleted);
+        assert!(!ledger.knows_as_spent(&t.hash), "nobody used it");
         assert_eq!(ledger.mark_of(&t.hash), Some((Mark::Killed, t.claims)));
     }
 

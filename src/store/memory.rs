@@ -39,8 +39,18 @@ struct Entry {
     claims: Claims,
     /// By [`Now::mono_ms`].
     ends_ms: u64,
-    /// A command carrying it was sent to Redis, answered or not.
-    in_redis: bool,
+    in_redis: InRedis,
+}
+
+/// What Redis has of a token, as far as is known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InRedis {
+    /// No command that carries it was sent.
+    No,
+    /// One was sent, answered or not.
+    Maybe,
+    /// Redis has confirmed it, in this era (see `failover`).
+    Confirmed(u64),
 }
 
 /// What memory knows of a live token.
@@ -50,8 +60,8 @@ pub struct Copy {
     pub claims: Claims,
     /// What is left of its time, in milliseconds.
     pub left_ms: u64,
-    /// It has or may have reached Redis.
-    pub in_redis: bool,
+    /// What Redis has of it.
+    pub in_redis: InRedis,
 }
 
 impl Memory {
@@ -64,7 +74,7 @@ impl Memory {
     ///
     /// # Errors
     /// `Full` at the bound; nothing is evicted.
-    pub fn issue(&self, token: &Token, in_redis: bool, now: Now) -> Answer {
+    pub fn issue(&self, token: &Token, in_redis: InRedis, now: Now) -> Answer {
         let mut table = locked(&self.table);
         if let Some(expires_at_ms) = self.claim(&table, &token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
@@ -75,8 +85,18 @@ impl Memory {
 
     /// Stores the token over whatever claim there is. Without room it is left out: only Redis has
     /// it then.
-    pub fn copy(&self, token: &Token, now: Now) {
-        let _no_room_is_fine = self.insert(&mut locked(&self.table), token, true, now);
+    ///
+    /// An older token that Redis had confirmed in the same era is forgotten: since the device's
+    /// claim was free, it is used, killed or deleted, and Redis knows which.
+    pub fn copy(&self, token: &Token, in_redis: InRedis, now: Now) {
+        let mut table = locked(&self.table);
+        let old = table.claims.get(&token.claims.device_id).copied();
+        if let (Some(old), InRedis::Confirmed(_)) = (old, in_redis)
+            && table.tokens.get(&old).is_some_and(|entry| entry.in_redis == in_redis)
+        {
+            table.remove(&old);
+        }
+        let _no_room_is_fine = self.insert(&mut table, token, in_redis, now);
     }
 
     /// Stores the token and kills the one that held the claim; answers which that was.
@@ -86,7 +106,7 @@ impl Memory {
     pub fn replace(
         &self,
         token: &Token,
-        in_redis: bool,
+        in_redis: InRedis,
         now: Now,
     ) -> Result<Option<Dead>, StoreError> {
         let mut table = locked(&self.table);
@@ -142,8 +162,8 @@ impl Memory {
         table.tokens.iter().filter(|(_, e)| e.ends_ms > now.mono_ms).map(|(h, _)| *h).collect()
     }
 
-    /// Notes whether a command carrying the token was sent to Redis.
-    pub fn note_in_redis(&self, hash: &TokenHash, in_redis: bool) {
+    /// Notes what Redis has of the token.
+    pub fn note_in_redis(&self, hash: &TokenHash, in_redis: InRedis) {
         if let Some(entry) = locked(&self.table).tokens.get_mut(hash) {
             entry.in_redis = in_redis;
         }
@@ -220,7 +240,7 @@ impl Memory {
         &self,
         table: &mut Table,
         token: &Token,
-        in_redis: bool,
+        in_redis: InRedis,
         now: Now,
     ) -> Result<(), StoreError> {
         if table.tokens.len() >= self.max && !table.tokens.contains_key(&token.hash) {
@@ -266,9 +286,9 @@ impl TokenStore for Memory {
 impl Memory {
     fn run_one(&self, op: &Op, now: Now) -> Answer {
         match op {
-            Op::Issue(token) => self.issue(token, false, now),
+            Op::Issue(token) => self.issue(token, InRedis::No, now),
             Op::Replace(token) => {
-                let killed = self.replace(token, false, now)?;
+                let killed = self.replace(token, InRedis::No, now)?;
                 Ok(Outcome::Issued { killed })
             }
             Op::Consume(token, serial) => Ok(self.consume(token, *serial, now)),
@@ -287,7 +307,7 @@ impl Memory {
                 Ok(Outcome::Marked(None))
             }
             Op::Carry(token, _) => {
-                self.issue(token, false, now)?;
+                self.issue(token, InRedis::No, now)?;
                 Ok(Outcome::Done)
             }
         }
@@ -300,7 +320,7 @@ impl Memory {
         }
         if self.live(&token.hash, now).is_none() {
             self.ledger.release(&token.hash, serial);
-            return Outcome::Unknown;
+            return Outcome::Unknown { lossless_run: None };
         }
         if self.ledger.grant(&token.hash, serial) { Outcome::Granted } else { Outcome::AlreadyUsed }
     }
@@ -344,7 +364,7 @@ mod tests {
         assert_eq!(one(&memory, Op::Issue(token("d", 200)), at(300)), ISSUED);
         assert_eq!(
             one(&memory, Op::Consume(token("d", 0), Serial([1; 16])), at(300)),
-            Ok(Outcome::Unknown)
+            Ok(Outcome::Unknown { lossless_run: None })
         );
     }
 
@@ -353,7 +373,7 @@ mod tests {
         let memory = memory(10);
         let (t, first, second) = (token("d", 0), Serial([1; 16]), Serial([2; 16]));
         let consume = |serial| one(&memory, Op::Consume(t.clone(), serial), at(1));
-        assert_eq!(consume(first), Ok(Outcome::Unknown));
+        assert_eq!(consume(first), Ok(Outcome::Unknown { lossless_run: None }));
         assert_eq!(one(&memory, Op::Issue(t.clone()), at(0)), ISSUED);
         assert_eq!(consume(first), Ok(Outcome::Granted));
         assert_eq!(consume(second), Ok(Outcome::AlreadyUsed));

@@ -91,7 +91,11 @@ pub enum Outcome {
     /// `Consume`: another attempt took the token, or it was killed.
     AlreadyUsed,
     /// `Consume`: no such token.
-    Unknown,
+    Unknown {
+        /// The run id of the server that says so, if it drops nothing by itself: what it was given
+        /// and lacks, somebody has deleted.
+        lossless_run: Option<String>,
+    },
     /// `Kill`: the token that was live, if there was one.
     Killed(Option<Dead>),
     /// `Count`: live tokens, which is also the number of devices that have one.

@@ -303,6 +303,21 @@ fn claims_that_are_stale_and_claims_that_are_not() {
     );
 }
 
+/// The older service kept no set of its tokens: they are left out of the count, before and after.
+#[test]
+fn what_the_older_service_issued_is_not_counted() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("JWT_SECRET", token::SECRET)]);
+    let old = token::plant(&redis, "old", 300);
+    assert_eq!(service.token_count(), 0);
+    service.token("new");
+    wait::for_true("ours is counted", || service.token_count() == 1);
+    check_error(&service.onboard("old"), 409, "TOKEN_ALREADY_ACTIVE", "it is live all the same");
+    assert_eq!(service.sign(&old, &Csr::new("old").make()).status, 200);
+    wait::for_true("it is cleaned up", || !redis.exists("mqtt-lite:device:old"));
+    assert_eq!(service.token_count(), 1);
+}
+
 #[test]
 fn using_a_token_does_not_free_the_claim_of_another() {
     let redis = Redis::start(&[]);

@@ -180,12 +180,97 @@ fn the_service_is_restarted_in_the_outage() {
     }
 }
 
-/// No connection is lost; the first redemption shows it.
+/// A person or another program has deleted a token, as the older service's way to revoke one was.
+#[test]
+fn deleted_is_gone() {
+    let mut redis = Redis::start(&[]);
+    let issuer = instance::first(&redis.url(), &[]);
+    let other = instance::another(&issuer, &redis.url(), &[]);
+    let (d, e) = (Device::new("d"), Device::new("e"));
+    let (of_d, of_e) = (token(&issuer, &d), token(&issuer, &e));
+    redis.save();
+    redis.cli(&["DEL", &instance::token_key(&of_d)]);
+    redis.cli(&["DEL", &instance::claim_key(&d)]);
+    let gone = |service: &Service, what| {
+        let answer = redeem(service, &of_d, &d);
+        check_error(&answer, 401, "TOKEN_NOT_FOUND", what);
+    };
+    gone(&issuer, "it was there, and nobody but us has used it");
+    gone(&issuer, "asked again");
+    gone(&other, "it never knew the token");
+    wait_for_count(&issuer, 1);
+    let log = issuer.log();
+    assert!(!log.contains("connection lost"), "Redis serves on:\n{log}");
+    assert!(log.contains("was deleted from Redis"), "{log}");
+    assert!(!log.contains(&of_d), "{log}");
+    certificate(&issuer, &of_e, &e);
+    let next = token(&issuer, &d);
+
+    // Redis comes back with data in which it is not deleted yet.
+    redis.kill9();
+    for service in [&issuer, &other] {
+        instance::notice_loss(service);
+    }
+    redis.start_again();
+    issuer.wait_for_storage("redis");
+    other.wait_for_storage("redis");
+    assert!(!redis.exists(&instance::token_key(&of_d)), "it is not carried over");
+    gone(&issuer, "after the return");
+    let answer = redeem(&other, &of_d, &d);
+    check_error(&answer, 401, "TOKEN_ALREADY_USED", "the other has read that it was killed");
+    certificate(&other, &next, &d);
+    assert_eq!(certificates(&[&issuer, &other]), 2);
+}
+
+/// Tokens that were carried over are confirmed by that; what was deleted while this instance could
+/// not see it may as well have been lost.
+#[test]
+fn deleted_is_gone_also_after_an_outage_but_not_in_it() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let service = instance::first(&proxy.url(), &[]);
+    let (d, e) = (Device::new("d"), Device::new("e"));
+    let (of_d, of_e) = (token(&service, &d), token(&service, &e));
+    instance::cut_off(&service, &proxy);
+    redis.cli(&["DEL", &instance::token_key(&of_d)]);
+    instance::reconnect(&service, &proxy);
+    certificate(&service, &of_d, &d);
+    redis.cli(&["DEL", &instance::token_key(&of_e)]);
+    check_error(&redeem(&service, &of_e, &e), 401, "TOKEN_NOT_FOUND", "deleted after the return");
+}
+
+/// `FLUSHALL` deletes, too.
 #[test]
 fn flushed_while_serving() {
     let redis = Redis::start(&[]);
     let one = instance::first(&redis.url(), &[]);
     let two = instance::another(&one, &redis.url(), &[]);
+    let before = Before::make(&one, || ());
+    redis.cli(&["FLUSHALL"]);
+    let (device, compact) = &before.live;
+    for service in [&one, &two] {
+        check_error(&redeem(service, compact, device), 401, "TOKEN_NOT_FOUND", "flushed");
+    }
+    let (device, compact) = &before.used;
+    refused_as_used(&[&one], compact, device);
+    let fresh = token(&one, device);
+    certificate(&two, &fresh, device);
+    assert_eq!(certificates(&[&one, &two]), 2);
+}
+
+/// A Redis that evicts, at the start or by a setting that was changed while it serves.
+fn evicting(redis: &Redis) {
+    redis.cli(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]);
+}
+
+/// What such a Redis no longer has may have been evicted: it is carried over again. The first
+/// redemption shows it.
+#[test]
+fn evicted_is_not_gone() {
+    let redis = Redis::start(&[]);
+    let one = instance::first(&redis.url(), &[]);
+    let two = instance::another(&one, &redis.url(), &[]);
+    evicting(&redis);
     let before = Before::make(&one, || ());
     let e = Device::new("e");
     let of_e = token(&one, &e);
@@ -203,18 +288,20 @@ fn flushed_while_serving() {
 
 /// The first redemption shows that Redis has lost its data; the second was under way already.
 #[test]
-fn two_redemptions_meet_a_flushed_redis() {
+fn two_redemptions_meet_a_redis_that_has_evicted_their_tokens() {
     let redis = Redis::start(&[]);
+    evicting(&redis);
     let proxy = Proxy::start(redis.port());
     let service = instance::first(&proxy.url(), &[("REDIS_TIMEOUT_MS", "3000")]);
     let (d, e) = (Device::new("d"), Device::new("e"));
     let (of_d, of_e) = (token(&service, &d), token(&service, &e));
     redis.cli(&["FLUSHALL"]);
     let held = proxy.trap(&jwt::mark_of(&of_d), Stop::After);
-    let greeting = proxy.trap("INFO", Stop::Before);
     thread::scope(|scope| {
         let first = scope.spawn(|| redeem(&service, &of_d, &d));
         held.wait();
+        // The redemption asks what kind of Redis this is, too: the greeting is what names the CA.
+        let greeting = proxy.trap("mqtt-lite:ca", Stop::Before);
         check_error(&redeem(&service, &of_e, &e), 503, "SERVICE_UNAVAILABLE", "the loss is seen");
         greeting.wait();
         held.release();

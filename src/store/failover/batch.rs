@@ -11,6 +11,7 @@ use crate::device::DeviceId;
 use crate::jwt::{Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::Begin;
+use crate::store::memory::{Copy, InRedis};
 use crate::store::{Answer, Dead, Down, Kill, Op, Outcome, Status, StoreError, TokenStore, locked};
 
 /// An operation on its way to Redis.
@@ -92,6 +93,7 @@ impl Failover {
                 Begin::Begun => None,
                 Begin::Spent => Some(Ok(Outcome::AlreadyUsed)),
                 Begin::Unknown => Some(Err(StoreError::Undecided)),
+                Begin::Deleted => Some(Ok(Outcome::Unknown { lossless_run: None })),
             },
             _ => None,
         }
@@ -182,7 +184,8 @@ impl Failover {
                 if let Some(dead) = &killed {
                     self.bury(state, dead, late, now);
                 }
-                self.memory.copy(token, now);
+                let in_redis = if late { InRedis::Maybe } else { InRedis::Confirmed(state.era) };
+                self.memory.copy(token, in_redis, now);
                 if late {
                     state.note_carry(token.hash);
                 }
@@ -192,7 +195,8 @@ impl Failover {
                 if let Some(dead) = &down.dying {
                     self.bury(state, dead, true, now);
                 }
-                self.issue_locally(state, op, token, down.maybe_done, now)
+                let in_redis = if down.maybe_done { InRedis::Maybe } else { InRedis::No };
+                self.issue_locally(state, op, token, in_redis, now)
             }
             Err(StoreError::Failed(why)) => {
                 // What was carried out of it would keep the device waiting for a token that nobody
@@ -239,9 +243,9 @@ impl Failover {
                 state.todo.withdraw(token, serial);
                 Err(StoreError::Failed(why))
             }
-            Ok(Outcome::Unknown) => {
+            Ok(Outcome::Unknown { lossless_run }) => {
                 self.ledger.release(hash, serial);
-                self.judge_unknown(state, hash, late, now)
+                self.judge_unknown(state, token, lossless_run, late, now)
             }
             other => {
                 self.ledger.release(hash, serial);
@@ -250,15 +254,29 @@ impl Failover {
         }
     }
 
-    /// Redis does not know the token. If memory does, Redis has lost data: everything is carried
-    /// over again. Shortly after an outage another instance may still have to carry it over. And
-    /// what a Redis says that has been lost meanwhile, by this batch even, decides nothing.
-    fn judge_unknown(&self, state: &mut State, hash: &TokenHash, late: bool, now: Now) -> Answer {
+    /// Redis does not know the token. If it has confirmed it to us before and loses nothing by
+    /// itself, somebody has deleted it. If memory knows it otherwise, Redis has lost data: everything
+    /// is carried over again. Shortly after an outage another instance may still have to carry it
+    /// over. And what a Redis says that has been lost meanwhile, by this batch even, decides nothing.
+    fn judge_unknown(
+        &self,
+        state: &mut State,
+        token: &Token,
+        lossless_run: Option<String>,
+        late: bool,
+        now: Now,
+    ) -> Answer {
         const ABOUT_TO_END_MS: u64 = 2000;
         if late || state.mode != Mode::Primary {
             return Err(StoreError::Undecided);
         }
-        let copy = self.memory.live(hash, now).filter(|copy| copy.left_ms > ABOUT_TO_END_MS);
+        let copy = self.memory.live(&token.hash, now);
+        let copy = copy.filter(|copy| copy.left_ms > ABOUT_TO_END_MS);
+        let confirmed = copy.as_ref().is_some_and(|c| c.in_redis == InRedis::Confirmed(state.era));
+        if confirmed && lossless_run.is_some() && lossless_run == state.run_id {
+            self.note_deleted(state, token, now);
+            return Ok(Outcome::Unknown { lossless_run });
+        }
         if copy.is_some() && self.policy == OutageRedeem::Own {
             state.run_id = None;
             self.suspect(state, "Redis has lost a token of this instance".to_owned());
@@ -267,7 +285,19 @@ impl Failover {
         if now.mono_ms < state.grace_until_ms {
             return Err(StoreError::Undecided);
         }
-        Ok(Outcome::Unknown)
+        Ok(Outcome::Unknown { lossless_run })
+    }
+
+    /// Dead from now on, and what Redis still has of it (the claim, the count) goes.
+    fn note_deleted(&self, state: &mut State, token: &Token, now: Now) {
+        let device = &token.claims.device_id;
+        log::info!(
+            "token {} of {device} was deleted from Redis, so it is dead",
+            token.hash.short()
+        );
+        self.ledger.delete(token.hash, token.claims.clone(), now);
+        self.memory.remove(&token.hash);
+        state.todo.remove(token.clone());
     }
 
     /// The token is dead, whoever killed it. `again`: Redis may not know yet.
@@ -300,7 +330,7 @@ impl Failover {
     fn answer_locally(&self, state: &mut State, op: &Op, now: Now) -> Answer {
         match op {
             Op::Issue(token) | Op::Replace(token) => {
-                self.issue_locally(state, op, token, false, now)
+                self.issue_locally(state, op, token, InRedis::No, now)
             }
             Op::Consume(token, serial) => self.consume_locally(state, token, *serial, now),
             Op::GiveBack(token, serial) => {
@@ -333,13 +363,13 @@ impl Failover {
         state: &mut State,
         op: &Op,
         token: &Token,
-        in_redis: bool,
+        in_redis: InRedis,
         now: Now,
     ) -> Answer {
         let answer = self.enter_locally(state, op, token, in_redis, now);
         match &answer {
             Ok(Outcome::Issued { .. }) => state.note_carry(token.hash),
-            _ if in_redis => state.todo.remove(token.clone()),
+            _ if in_redis != InRedis::No => state.todo.remove(token.clone()),
             _ => {}
         }
         answer
@@ -350,7 +380,7 @@ impl Failover {
         state: &mut State,
         op: &Op,
         token: &Token,
-        in_redis: bool,
+        in_redis: InRedis,
         now: Now,
     ) -> Answer {
         let device = &token.claims.device_id;
@@ -383,11 +413,13 @@ impl Failover {
         if self.ledger.knows_as_spent(hash) {
             return Ok(Outcome::AlreadyUsed);
         }
-        let copy = self
-            .memory
-            .live(hash, now)
-            .filter(|copy| self.policy == OutageRedeem::Own || !copy.in_redis);
-        if copy.is_none() || state.mode != Mode::Degraded {
+        if self.ledger.knows_as_deleted(hash) {
+            return Ok(Outcome::Unknown { lossless_run: None });
+        }
+        let fits = |copy: &Copy| self.policy == OutageRedeem::Own || copy.in_redis == InRedis::No;
+        if !self.memory.live(hash, now).is_some_and(|copy| fits(&copy))
+            || state.mode != Mode::Degraded
+        {
             return Err(StoreError::Undecided);
         }
         // An attempt whose outcome is not known got no certificate, and no other instance grants it.

@@ -9,6 +9,7 @@ use super::todo::Work;
 use super::{Failover, Hello, Mode, State, log_failure};
 use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
+use crate::store::memory::InRedis;
 use crate::store::{Down, Op, Outcome, StoreError, locked};
 
 /// After an outage other instances may still be carrying their tokens over: so long an unknown
@@ -90,6 +91,7 @@ impl Failover {
             let now = clock::now();
             state.todo.list(self.ledger.marked(), self.memory.hashes(now));
             state.run_id = None;
+            state.era += 1;
         }
         state.noting = true;
         full
@@ -110,7 +112,7 @@ impl Failover {
             match results.next() {
                 Some(Ok(outcome)) => {
                     tally.add(&work);
-                    self.carried(work, &op, &outcome);
+                    self.carried(&state, work, &op, &outcome);
                 }
                 Some(Err(StoreError::Failed(why))) => {
                     log::error!("could not be carried over to Redis: {work:?}: {why}");
@@ -147,12 +149,12 @@ impl Failover {
             Work::Kill(kill) => Some(Op::Kill(kill.clone())),
             Work::Carry(hash) => {
                 let copy = self.memory.live(hash, now)?;
-                let fit = self.policy == OutageRedeem::Own || !copy.in_redis;
+                let fit = self.policy == OutageRedeem::Own || copy.in_redis == InRedis::No;
                 if !fit || self.ledger.knows_as_spent(hash) {
                     return None;
                 }
                 let token = self.signer.sign(copy.claims);
-                self.memory.note_in_redis(hash, true);
+                self.memory.note_in_redis(hash, InRedis::Maybe);
                 Some(Op::Carry(token, copy.left_ms))
             }
         }
@@ -163,12 +165,15 @@ impl Failover {
     fn not_sent(&self, work: &Work, error: &StoreError) {
         if let (Work::Carry(hash), StoreError::Down(Down { maybe_done: false, .. })) = (work, error)
         {
-            self.memory.note_in_redis(hash, self.policy == OutageRedeem::Own);
+            self.memory.note_in_redis(hash, InRedis::No);
         }
     }
 
-    fn carried(&self, work: Work, op: &Op, outcome: &Outcome) {
+    fn carried(&self, state: &State, work: Work, op: &Op, outcome: &Outcome) {
         match (work, op, outcome) {
+            (Work::Carry(hash), ..) => {
+                self.memory.note_in_redis(&hash, InRedis::Confirmed(state.era));
+            }
             (Work::Withdraw(token, serial), ..) => self.ledger.release_unknown(&token.hash, serial),
             (_, Op::Mark(hash, _, claims), Outcome::Marked(Some(both))) => {
                 log::error!(

@@ -10,7 +10,7 @@ use redis::Value;
 
 use super::command::Commands;
 use super::connection::Reply;
-use super::layout::{Layout, mark_ms};
+use super::layout::{KEEPS_ALL, Layout, mark_ms};
 use crate::clock::Now;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
@@ -68,9 +68,7 @@ pub(super) fn of(op: &Op, now: Now) -> Box<dyn Flow> {
             Box::new(Remove { token: token.clone(), then: Outcome::Done })
         }
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
-        Op::GiveBack(token, serial) => {
-            Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
-        }
+        Op::GiveBack(token, serial) => Box::new(Withdraw { hash: token.hash, serial: *serial }),
         Op::Kill(kill) => Box::new(FindClaim(kill.clone())),
         Op::Count => Box::new(Count { now_ms: now.unix_ms }),
         Op::Mark(hash, mark, claims) => {
@@ -132,6 +130,13 @@ impl Replies {
         }
     }
 
+    /// What a server says of itself in the replies to [`Layout::push_info`]. One that may not be
+    /// asked says nothing.
+    pub fn info(&mut self) -> Info {
+        let mut text = || self.text().ok().flatten().unwrap_or_default();
+        Info { run_id: info(&text(), "run_id"), policy: info(&text(), "maxmemory_policy") }
+    }
+
     fn texts(&mut self) -> Result<Vec<String>, StoreError> {
         let Value::Array(items) = self.next()? else { return Err(unexpected("not a list")) };
         let mut items = Replies::new(items.into_iter().map(Ok).collect());
@@ -139,6 +144,20 @@ impl Replies {
             .map(|text| text.map(Option::unwrap_or_default))
             .collect()
     }
+}
+
+/// What a server says of itself.
+pub(super) struct Info {
+    /// Changes with every start of the server.
+    pub run_id: Option<String>,
+    /// What it does when its memory is full.
+    pub policy: Option<String>,
+}
+
+/// The value of `name:` in an `INFO` reply.
+fn info(text: &str, name: &str) -> Option<String> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().to_owned())
 }
 
 /// The same error, with whether a command of the trip may have been carried out all the same.
@@ -469,8 +488,31 @@ impl Consume {
         if there {
             return Next::done(Outcome::Granted);
         }
-        let (hash, serial) = (self.token.hash, self.serial);
-        Next::trip(Withdraw { hash, serial, then: Outcome::Unknown })
+        Next::trip(Missing { hash: self.token.hash, serial: self.serial })
+    }
+}
+
+/// Consuming, last trip where the token is not there: our mark is withdrawn, and the server is asked
+/// whether it may have dropped the token by itself.
+struct Missing {
+    hash: TokenHash,
+    serial: Serial,
+}
+
+impl Flow for Missing {
+    fn send(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.withdraw_mark(&self.hash, &layout.mark(Mark::Serial(self.serial))));
+        Layout::push_info(out);
+    }
+
+    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+        let mut replies = Replies::new(replies);
+        // A refusal leaves the mark where it is.
+        Next::of(replies.number().map_err(|error| maybe_done(error, true)).and_then(|_| {
+            let server = replies.info();
+            let lossless = server.policy.as_deref() == Some(KEEPS_ALL);
+            Next::done(Outcome::Unknown { lossless_run: server.run_id.filter(|_| lossless) })
+        }))
     }
 }
 
@@ -517,7 +559,6 @@ impl Flow for TakeMarkOver {
 struct Withdraw {
     hash: TokenHash,
     serial: Serial,
-    then: Outcome,
 }
 
 impl Flow for Withdraw {
@@ -528,7 +569,7 @@ impl Flow for Withdraw {
     fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
         // A refusal leaves the mark where it is.
         let withdrawn = Replies::new(replies).number().map_err(|error| maybe_done(error, true));
-        Next::of(withdrawn.and_then(|_| Next::done(self.then)))
+        Next::of(withdrawn.and_then(|_| Next::done(Outcome::Done)))
     }
 }
 

@@ -20,6 +20,9 @@ const COMPARE_AND_SET: &str = "if redis.call('GET',KEYS[1])==ARGV[1] then \
 const COMPARE_AND_DELETE: &str =
     "if redis.call('GET',KEYS[1])==ARGV[1] then return redis.call('DEL',KEYS[1]) else return 0 end";
 
+/// The `maxmemory-policy` of a server that drops nothing by itself.
+pub(super) const KEEPS_ALL: &str = "noeviction";
+
 /// Names, values and times of the keys.
 #[derive(Debug)]
 pub(super) struct Layout {
@@ -191,8 +194,7 @@ impl Layout {
         deadline: Instant,
     ) -> Result<Hello, StoreError> {
         let mut commands = Commands::default();
-        commands.push(&Command::new("INFO").arg("server"));
-        commands.push(&Command::new("INFO").arg("memory"));
+        Layout::push_info(&mut commands);
         let rights = self.push_every_kind(&mut commands);
         if let Some(ca) = ca {
             commands.push(&self.on("SET", "ca", "").arg(ca).arg("NX"));
@@ -200,9 +202,7 @@ impl Layout {
         commands.push(&self.on("GET", "ca", ""));
         let mut replies =
             connection.round_trip(&commands, deadline).map_err(StoreError::Down)?.into_iter();
-        let mut information = Replies::new(replies.by_ref().take(2).collect());
-        let server = information.text().ok().flatten().unwrap_or_default();
-        let memory = information.text().ok().flatten().unwrap_or_default();
+        let server = Replies::new(replies.by_ref().take(2).collect()).info();
         replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), |e| Err(for_acl(e)))?;
         let mut replies = Replies::new(replies.collect());
         if ca.is_some() {
@@ -210,10 +210,16 @@ impl Layout {
         }
         let entered = replies.text().map_err(for_acl)?;
         Ok(Hello {
-            run_id: info(&server, "run_id"),
-            eviction: info(&memory, "maxmemory_policy").filter(|policy| policy != "noeviction"),
+            run_id: server.run_id,
+            eviction: server.policy.filter(|policy| policy != KEEPS_ALL),
             foreign_ca: entered.filter(|entered| ca.is_some_and(|ca| ca != entered)),
         })
+    }
+
+    /// Asks which run of the server this is, and what it does when its memory is full.
+    pub fn push_info(commands: &mut Commands) {
+        commands.push(&Command::new("INFO").arg("server"));
+        commands.push(&Command::new("INFO").arg("memory"));
     }
 
     /// Every command that is used, on every kind of key, in a form that changes nothing: a right
@@ -257,12 +263,6 @@ pub(super) fn mark_ms(claims: &Claims) -> u64 {
 fn member(hash: &TokenHash) -> String {
     let (half, _) = hash.0.split_at(16);
     BASE64URL.encode(half)
-}
-
-/// The value of `name:` in an `INFO` reply.
-fn info(text: &str, name: &str) -> Option<String> {
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(value.trim().to_owned())
 }
 
 fn compare_and_set(key: &str, from: &str, to: &str, lasts_ms: u64) -> Command {
