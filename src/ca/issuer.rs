@@ -114,8 +114,8 @@ impl Issuer {
                 files::warn_if_others_may_read(&key);
                 let der = one_certificate(&certificate_text)
                     .ok_or_else(|| CaError::refused(&certificate, "not one PEM certificate"))?;
-                let key_pair =
-                    key::private_key(&key_text).map_err(|e| CaError::refused(&key, e))?;
+                let key_pair = key::private_key(&key_text)
+                    .map_err(|e| CaError::refused(&key, e.and_what_is_needed()))?;
                 Issuer::new(dir, der, key_pair, validity_days).map(Some)
             }
         }
@@ -168,7 +168,7 @@ impl Issuer {
         }
         check_is_ca(&parsed).map_err(refused)?;
         let public = PublicKey::from_spki(parsed.public_key())
-            .map_err(|e| CaError::refused(&certificate, e))?;
+            .map_err(|e| CaError::refused(&certificate, e.and_what_is_needed()))?;
         if rcgen::PublicKeyData::der_bytes(&public) != key.public_key_raw() {
             return Err(CaError::refused(&dir.join(KEY), "not the key of root-ca.crt"));
         }

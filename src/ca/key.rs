@@ -12,6 +12,7 @@ use x509_parser::oid_registry::{
 };
 use x509_parser::x509::SubjectPublicKeyInfo;
 
+use super::der::{tlv, whole};
 use super::pem;
 
 /// Why a key is not taken.
@@ -19,8 +20,20 @@ use super::pem;
 pub enum KeyError {
     /// Not the encoding of a key.
     Malformed,
-    /// A key of another kind or size.
-    Unsupported,
+    /// A key of another family.
+    OtherKind,
+    /// An elliptic key that is not on P-256 or P-384.
+    OtherCurve,
+    /// An elliptic key whose point is compressed: legal, but hardly any TLS stack takes it.
+    Compressed,
+    /// An RSA key with so many bits.
+    Size(usize),
+    /// An RSA key whose exponent is even, 1, or over 33 bits.
+    Exponent,
+    /// An Ed25519 key for which anyone can sign.
+    ProvesNothing,
+    /// A private key that ring does not load.
+    NotLoaded,
     /// A private key under a pass phrase.
     Encrypted,
 }
@@ -28,18 +41,36 @@ pub enum KeyError {
 impl fmt::Display for KeyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            KeyError::Malformed => "not exactly one readable PEM key (PKCS#8, PKCS#1 or SEC1)",
-            KeyError::Unsupported => {
-                "the key must be ECDSA P-256 or P-384, Ed25519 or RSA 2048 to 4096"
+            KeyError::Malformed => {
+                "key is not exactly one readable PEM key (PKCS#8, PKCS#1 or SEC1)"
             }
+            KeyError::OtherKind => "key is of another kind",
+            KeyError::OtherCurve => "key is on another curve",
+            KeyError::Compressed => "key is a compressed point",
+            KeyError::Size(bits) => return write!(f, "RSA key has {bits} bits"),
+            KeyError::Exponent => "RSA key has an unsafe exponent",
+            KeyError::ProvesNothing => "Ed25519 key proves nothing",
+            KeyError::NotLoaded => "key cannot be loaded",
             KeyError::Encrypted => {
-                "the key is encrypted; a server that starts alone cannot ask for its pass phrase"
+                "key is encrypted; a server that starts alone cannot ask for its pass phrase"
             }
         })
     }
 }
 
 impl std::error::Error for KeyError {}
+
+impl KeyError {
+    /// For whoever can only choose another key.
+    pub fn and_what_is_needed(self) -> String {
+        match self {
+            KeyError::Malformed | KeyError::Encrypted => format!("the {self}"),
+            _ => {
+                format!("the {self}; it must be ECDSA P-256 or P-384, Ed25519 or RSA 2048 to 4096")
+            }
+        }
+    }
+}
 
 /// A family of keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,13 +103,46 @@ impl PublicKey {
             && match (kind, bytes.first()) {
                 (Kind::P256, Some(4)) => bytes.len() == 65,
                 (Kind::P384, Some(4)) => bytes.len() == 97,
-                // A compressed point: legal, but hardly any TLS stack takes it.
-                (Kind::P256 | Kind::P384, _) => return Err(KeyError::Unsupported),
-                (Kind::Ed25519, _) => bytes.len() == 32,
+                (Kind::P256 | Kind::P384, _) => return Err(KeyError::Compressed),
+                (Kind::Ed25519, _) => proves_possession(&bytes)?,
                 (Kind::Rsa, _) => return rsa_fits(&bytes).map(|()| PublicKey { kind, bytes }),
             };
         if fits { Ok(PublicKey { kind, bytes }) } else { Err(KeyError::Malformed) }
     }
+}
+
+/// Whether the bytes are an Ed25519 key at all.
+///
+/// SECURITY: under a key of small order anyone can sign, so whoever has the certificate would pass
+/// for the device. The prime is 2^255 - 19 and a point is written as its y and the sign of x; y is
+/// one of the few of small order, or it is not reduced, which no honest key is.
+fn proves_possession(bytes: &[u8]) -> Result<bool, KeyError> {
+    let Ok(mut y) = <[u8; 32]>::try_from(bytes) else { return Ok(false) };
+    y[31] &= 0x7f;
+    let is_small = SMALL_ORDER.contains(&y);
+    let is_reduced = y.iter().rev().cmp(PRIME.iter().rev()).is_lt();
+    if is_small || !is_reduced { Err(KeyError::ProvesNothing) } else { Ok(true) }
+}
+
+/// 2^255 - 19, little-endian.
+const PRIME: [u8; 32] = ends(0xed, 0x7f, 0xff);
+/// The y of the points of order 4, 1, 2 and, twice, 8.
+const SMALL_ORDER: [[u8; 32]; 5] = [
+    ends(0, 0, 0),
+    ends(1, 0, 0),
+    ends(0xec, 0x7f, 0xff),
+    *b"\x26\xe8\x95\x8f\xc2\xb2\x27\xb0\x45\xc3\xf4\x89\xf2\xef\x98\xf0\
+        \xd5\xdf\xac\x05\xd3\xc6\x33\x39\xb1\x38\x02\x88\x6d\x53\xfc\x05",
+    *b"\xc7\x17\x6a\x70\x3d\x4d\xd8\x4f\xba\x3c\x0b\x76\x0d\x10\x67\x0f\
+        \x2a\x20\x53\xfa\x2c\x39\xcc\xc6\x4e\xc7\xfd\x77\x92\xac\x03\x7a",
+];
+
+/// 32 bytes of which only the first and the last differ from the others.
+const fn ends(first: u8, last: u8, others: u8) -> [u8; 32] {
+    let mut bytes = [others; 32];
+    bytes[0] = first;
+    bytes[31] = last;
+    bytes
 }
 
 impl rcgen::PublicKeyData for PublicKey {
@@ -106,11 +170,11 @@ fn kind_of(spki: &SubjectPublicKeyInfo<'_>) -> Result<Kind, KeyError> {
         return Ok(Kind::Ed25519);
     }
     if *algorithm != OID_KEY_TYPE_EC_PUBLIC_KEY {
-        return Err(KeyError::Unsupported);
+        return Err(KeyError::OtherKind);
     }
     // Explicit curve parameters are no name, hence no supported curve.
     let curve = spki.algorithm.parameters.as_ref().and_then(|p| p.as_oid().ok());
-    named_curve(curve.as_ref()).ok_or(KeyError::Unsupported)
+    named_curve(curve.as_ref()).ok_or(KeyError::OtherCurve)
 }
 
 fn named_curve(oid: Option<&Oid<'_>>) -> Option<Kind> {
@@ -130,9 +194,10 @@ fn rsa_fits(der: &[u8]) -> Result<(), KeyError> {
         return Err(KeyError::Malformed);
     }
     let odd = exponent.last().is_some_and(|b| b & 1 == 1);
-    let sane = odd && exponent != [1] && bits(exponent) <= 33;
-    let sized = (2048..=4096).contains(&bits(modulus));
-    if sane && sized { Ok(()) } else { Err(KeyError::Unsupported) }
+    if !(2048..=4096).contains(&bits(modulus)) {
+        return Err(KeyError::Size(bits(modulus)));
+    }
+    if odd && exponent != [1] && bits(exponent) <= 33 { Ok(()) } else { Err(KeyError::Exponent) }
 }
 
 /// The bytes of a positive INTEGER without leading zeros, and what follows it.
@@ -147,12 +212,6 @@ fn integer(der: &[u8]) -> Option<(&[u8], &[u8])> {
 fn bits(bytes: &[u8]) -> usize {
     let spare = bytes.first().map_or(0, |b| b.leading_zeros() as usize);
     (bytes.len() * 8).saturating_sub(spare)
-}
-
-/// The content of the one element that `der` is.
-fn whole(der: &[u8], tag: Tag) -> Option<&[u8]> {
-    let (rest, any) = Any::from_der(der).ok()?;
-    (rest.is_empty() && any.tag() == tag).then_some(any.data)
 }
 
 /// Reads the one private key of a PEM text. The RSA signature algorithm is SHA-256's.
@@ -170,7 +229,7 @@ pub fn private_key(text: &str) -> Result<KeyPair, KeyError> {
         _ => return Err(KeyError::Malformed),
     };
     whole(&pkcs8, Tag::Sequence).ok_or(KeyError::Malformed)?;
-    KeyPair::try_from(pkcs8.as_slice()).map_err(|_| KeyError::Unsupported)
+    KeyPair::try_from(pkcs8.as_slice()).map_err(|_| KeyError::NotLoaded)
 }
 
 /// AlgorithmIdentifier of rsaEncryption, with its NULL.
@@ -198,7 +257,7 @@ fn sec1_algorithm(der: &[u8]) -> Result<&'static [u8], KeyError> {
     match kind {
         Some(Kind::P256) => Ok(EC_P256),
         Some(Kind::P384) => Ok(EC_P384),
-        _ => Err(KeyError::Unsupported),
+        _ => Err(KeyError::OtherCurve),
     }
 }
 
@@ -209,39 +268,9 @@ fn wrap(algorithm: &[u8], key: &[u8]) -> Vec<u8> {
     tlv(0x30, &[VERSION_0, algorithm, &tlv(0x04, key)].concat())
 }
 
-/// Tag, DER length (X.690, 8.1.3) and content.
-fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
-    let mut der = vec![tag];
-    match u8::try_from(content.len()) {
-        Ok(short @ 0..=127) => der.push(short),
-        _ => {
-            let be = content.len().to_be_bytes();
-            let len: Vec<u8> = be.into_iter().skip_while(|b| *b == 0).collect();
-            der.push(0x80 | len.len() as u8);
-            der.extend(len);
-        }
-    }
-    der.extend(content);
-    der
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lengths_in_der() {
-        for (len, head) in [
-            (0, vec![4, 0]),
-            (127, vec![4, 127]),
-            (128, vec![4, 0x81, 128]),
-            (256, vec![4, 0x82, 1, 0]),
-        ] {
-            let der = tlv(4, &vec![7; len]);
-            assert_eq!(der[..der.len() - len], head);
-            assert_eq!(whole(&der, Tag::OctetString).map(<[u8]>::len), Some(len));
-        }
-    }
 
     #[test]
     fn rsa_sizes_are_counted_in_bits() {
@@ -260,14 +289,14 @@ mod tests {
             (2048, Ok(())),
             (3072, Ok(())),
             (4096, Ok(())),
-            (2047, Err(KeyError::Unsupported)),
-            (4097, Err(KeyError::Unsupported)),
-            (1024, Err(KeyError::Unsupported)),
+            (2047, Err(KeyError::Size(2047))),
+            (4097, Err(KeyError::Size(4097))),
+            (1024, Err(KeyError::Size(1024))),
         ] {
             assert_eq!(key(&modulus(bits), &[1, 0, 1]), expected, "{bits}");
         }
         for exponent in [&[1][..], &[2], &[0], &[1, 0, 0], &[2, 0, 0, 0, 1]] {
-            assert_eq!(key(&modulus(2048), exponent), Err(KeyError::Unsupported));
+            assert_eq!(key(&modulus(2048), exponent), Err(KeyError::Exponent));
         }
         for exponent in [&[3][..], &[17], &[1, 0, 0, 0, 1]] {
             assert_eq!(key(&modulus(2048), exponent), Ok(()));
@@ -286,7 +315,7 @@ mod tests {
                 "-----BEGIN EC PRIVATE KEY-----\nMAA=\n-----END EC PRIVATE KEY-----",
                 KeyError::Malformed,
             ),
-            ("-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----", KeyError::Unsupported),
+            ("-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----", KeyError::NotLoaded),
             ("-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n", KeyError::Encrypted),
             ("-----BEGIN ENCRYPTED PRIVATE KEY-----\nMAA=\n", KeyError::Encrypted),
         ] {

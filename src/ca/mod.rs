@@ -7,6 +7,7 @@
 
 pub mod crl;
 pub mod csr;
+mod der;
 pub mod hook;
 pub mod identity;
 pub mod issuer;

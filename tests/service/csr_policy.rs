@@ -7,6 +7,7 @@ use crate::support::clock::{now_s, parse_utc};
 use crate::support::csr::{self, Csr};
 use crate::support::http::Response;
 use crate::support::service::Service;
+use crate::support::temp::TempDir;
 use crate::support::token;
 
 /// Extensions of every device certificate, and no others.
@@ -129,6 +130,179 @@ fn names_that_do_not_match() {
     // A multi-valued RDN, too, has to have exactly one common name.
     check("CN = device-1\n+CN = device-2");
     assert_eq!(service.sign(&compact, &Csr::new("device-1").make()).status, 200);
+}
+
+/// A PKCS#10 request by hand, for what `openssl` does not make: its own version and subject, a P-256
+/// key, signed by `openssl`.
+fn by_hand(version: u8, common_name: &[u8]) -> String {
+    let key = csr::key_file(csr::P256).display().to_string();
+    let public = token::pem_to_der(&csr::openssl(&["pkey", "-in", &key, "-pubout"], ""));
+    let oid = [0x06, 3, 0x55, 4, 3];
+    let attribute = tlv(0x31, &tlv(0x30, &[&oid[..], common_name].concat()));
+    let info = [tlv(2, &[version]), tlv(0x30, &attribute), public, vec![0xa0, 0]].concat();
+    let info = tlv(0x30, &info);
+    let dir = TempDir::new();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("info"), &info).unwrap();
+    csr::openssl(
+        &["dgst", "-sha256", "-sign", &key, "-out", &path("signature"), &path("info")],
+        "",
+    );
+    let signature = [&[0][..], &std::fs::read(path("signature")).unwrap()].concat();
+    let ecdsa_with_sha256 = [0x30, 10, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2];
+    let request = [info, ecdsa_with_sha256.to_vec(), tlv(3, &signature)].concat();
+    token::der_to_pem("CERTIFICATE REQUEST", &tlv(0x30, &request))
+}
+
+/// Tag, length under 256, content.
+fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(content.len()).unwrap();
+    let head = if length < 128 { vec![tag, length] } else { vec![tag, 0x81, length] };
+    [&head, content].concat()
+}
+
+#[test]
+fn requests_as_the_libraries_of_the_field_write_them() {
+    let service = Service::start(&[("REENROLL", "allow")]);
+    let utf16: Vec<u8> = "device-1".bytes().flat_map(|b| [0, b]).collect();
+    let utf32: Vec<u8> = "device-1".bytes().flat_map(|b| [0, 0, 0, b]).collect();
+    let ascii = b"device-1";
+    for (what, version, name) in [
+        ("version 1 (0), as it should be", 0, tlv(0x0c, ascii)),
+        ("version 2 (1), wolfSSL's default", 1, tlv(0x0c, ascii)),
+        ("version 3 (2), of old OpenSSL configurations", 2, tlv(0x0c, ascii)),
+        ("PrintableString", 0, tlv(0x13, ascii)),
+        ("IA5String", 0, tlv(0x16, ascii)),
+        ("T61String", 0, tlv(0x14, ascii)),
+        ("VisibleString", 0, tlv(0x1a, ascii)),
+        ("BMPString", 0, tlv(0x1e, &utf16)),
+        ("UniversalString", 2, tlv(0x1c, &utf32)),
+    ] {
+        let answer = service.sign(&service.token("device-1"), &by_hand(version, &name));
+        assert_eq!(answer.status, 200, "{what}: {}", answer.text());
+        check_profile(&answer, "device-1", false);
+    }
+    let compact = service.token("device-1");
+    let refused = |what: &str, version, name: &[u8], code: &str, why: &str| {
+        let answer = service.sign(&compact, &by_hand(version, name));
+        check_error(&answer, 400, code, what);
+        assert!(answer.field("error").contains(why), "{what}: {}", answer.text());
+    };
+    let plain = tlv(0x0c, ascii);
+    refused("version 4", 3, &plain, "INVALID_CSR", "its version is none of 0 to 2");
+    refused("version -1", 0xff, &plain, "INVALID_CSR", "its version is none of 0 to 2");
+    let mismatch = "CSR_DEVICE_MISMATCH";
+    for (what, name) in [
+        ("half a character", tlv(0x1e, &utf16[..15])),
+        ("a character outside of the plane", tlv(0x1e, &[&utf16[..14], &[0xd8, 0]].concat())),
+        (
+            "the other byte order",
+            tlv(0x1e, &"device-1".bytes().flat_map(|b| [b, 0]).collect::<Vec<_>>()),
+        ),
+        ("a zero behind it", tlv(0x14, b"device-1\0")),
+        ("ASCII that is called UTF-32", tlv(0x1c, ascii)),
+        ("ASCII that is called UTF-16", tlv(0x1e, ascii)),
+        ("a number", tlv(2, ascii)),
+        ("T61 with an accent", tlv(0x14, b"device-\xe9")),
+    ] {
+        refused(what, 0, &name, mismatch, "equal to the device id");
+    }
+    assert_eq!(service.sign(&compact, &by_hand(0, &plain)).status, 200, "the token is still good");
+}
+
+#[test]
+fn the_refusal_says_what_is_wrong() {
+    let service = Service::start(&[]);
+    let compact = service.token("d");
+    let check = |text: &str, code: &str, why: &str| {
+        let answer = service.sign(&compact, text);
+        check_error(&answer, 400, code, why);
+        assert!(answer.field("error").ends_with(why), "{why:?}: {}", answer.text());
+    };
+    let pem = Csr::new("d").make();
+    let der = token::pem_to_der(&pem);
+    check("garbage!", "INVALID_CSR", ": neither PEM nor Base64");
+    check(&pem.replacen('M', "?", 1), "INVALID_CSR", ": its PEM is broken");
+    check(
+        &pem.replace("CERTIFICATE REQUEST", "CERTIFICATE"),
+        "INVALID_CSR",
+        ": its PEM is no CERTIFICATE REQUEST",
+    );
+    check(&format!("{pem}{pem}"), "INVALID_CSR", ": its PEM has more than one block");
+    check("Z2FyYmFnZQ==", "INVALID_CSR", ": not the DER of a request");
+    check(
+        &token::base64_of(&[&der[..], &[5, 0]].concat()),
+        "INVALID_CSR",
+        ": something follows the request",
+    );
+    let made = |key: &str, digest: &str, names: &str| {
+        Csr::new("d").key(key).digest(digest).names(names).make()
+    };
+    let kind = "UNSUPPORTED_CSR_KEY_TYPE";
+    check(&made("rsa:1024", "sha256", "CN = d"), kind, "; its RSA key has 1024 bits");
+    check(&made("ec:secp521r1", "sha256", "CN = d"), kind, "; its key is on another curve");
+    check(&made("ed448", "-", "CN = d"), kind, "; its key is of another kind");
+    check(&made("rsa:2048", "sha1", "CN = d"), kind, "; its signature is of another kind");
+    let mismatch = "CSR_DEVICE_MISMATCH";
+    check(&made(csr::P256, "sha256", "O = d"), mismatch, "; it has none");
+    check(&made(csr::P256, "sha256", "0.CN = d\n1.CN = d"), mismatch, "; it has several");
+    check(&made(csr::P256, "sha256", "CN = e"), mismatch, "; it has another");
+}
+
+/// Points whose multiples are few: anyone can make a signature that such a key verifies, so that it
+/// proves nothing. All encodings of them that a lenient decoder takes.
+const SMALL_ORDER: [(&str, &str); 14] = [
+    ("order 1", "0100000000000000000000000000000000000000000000000000000000000000"),
+    ("order 2", "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"),
+    ("order 4", "0000000000000000000000000000000000000000000000000000000000000000"),
+    ("order 4, the other", "0000000000000000000000000000000000000000000000000000000000000080"),
+    ("order 8", "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"),
+    ("order 8, the other", "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85"),
+    ("order 8, the third", "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"),
+    ("order 8, the fourth", "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa"),
+    ("order 1 with a sign", "0100000000000000000000000000000000000000000000000000000000000080"),
+    ("order 2 with a sign", "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"),
+    ("order 4 as p", "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"),
+    ("order 4 as p, the other", "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"),
+    ("order 1 as p + 1", "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f"),
+    (
+        "order 1 as p + 1 with a sign",
+        "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+    ),
+];
+
+#[test]
+fn keys_that_prove_nothing() {
+    let service = Service::start(&[("REENROLL", "allow")]);
+    let request = token::pem_to_der(&Csr::new("device-1").key("ed25519").digest("-").make());
+    let name = request.windows(8).position(|w| w == b"device-1").unwrap();
+    // BIT STRING of 33 bytes, none of their bits unused; there is one.
+    let key = request.windows(3).position(|w| w == [3, 33, 0]).unwrap() + 3;
+    for (what, point) in SMALL_ORDER {
+        let point: Vec<u8> =
+            (0..32).map(|n| u8::from_str_radix(&point[2 * n..2 * n + 2], 16).unwrap()).collect();
+        // R is the neutral point and S zero: right whenever the hash is a multiple of the order,
+        // which is one name of eight.
+        for digit in b'0'..=b'9' {
+            let mut forged = request.clone();
+            forged[name + 7] = digit;
+            forged[key..key + 32].copy_from_slice(&point);
+            let signature = forged.len() - 64;
+            forged[signature..].fill(0);
+            forged[signature] = 1;
+            let device = format!("device-{}", char::from(digit));
+            let compact = service.token(&device);
+            let answer = service.sign(&compact, &token::base64_of(&forged));
+            check_error(&answer, 400, "UNSUPPORTED_CSR_KEY_TYPE", what);
+            assert!(
+                answer.field("error").ends_with("; its Ed25519 key proves nothing"),
+                "{}",
+                answer.text()
+            );
+            // The token is still good.
+            assert_eq!(service.sign(&compact, &Csr::new(&device).make()).status, 200);
+        }
+    }
 }
 
 #[test]
