@@ -1,15 +1,18 @@
 //! The fixtures themselves, against a real Redis: a fault that the harness only pretends to make
 //! would let every test built on it pass.
 
+use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
-use std::process::Command;
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::clock::{FakeClock, parse_utc};
 use crate::support::csr::{self, Csr};
 use crate::support::history::{History, Op, Rules};
 use crate::support::http::Response;
+use crate::support::port::Port;
 use crate::support::proxy::{Mode, Proxy, Stop, Way};
 use crate::support::redis::{Redis, resp};
 use crate::support::wait;
@@ -258,6 +261,37 @@ fn a_fake_clock_is_seen_and_can_be_set() {
     assert_eq!(year().trim(), "2031");
     clock.set_right();
     assert!(year().trim() >= "2026");
+}
+
+/// What a clock leaves behind makes the next process with the same id fail.
+#[test]
+fn a_fake_clock_leaves_nothing_of_a_process_that_was_killed() {
+    let clock = FakeClock::at(10);
+    let mut date = Command::new("sh");
+    date.args(["-c", "date; exec sleep 60"]).envs(clock.env()).stdout(Stdio::piped());
+    let mut child = date.spawn().unwrap();
+    let _ = child.stdout.take().unwrap().read(&mut [0]).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let shared = format!("/dev/shm/faketime_shm_{}", child.id());
+    assert!(Path::new(&shared).exists(), "the library has changed: is this needed still?");
+    drop(clock);
+    assert!(!Path::new(&shared).exists());
+}
+
+#[test]
+fn a_port_is_given_once_and_taken_by_who_names_it() {
+    let port = Port::any();
+    let connect = || TcpStream::connect(("127.0.0.1", port.number()));
+    for _ in 0..3 {
+        assert!(connect().is_err(), "nobody is there");
+        let listener = TcpListener::bind(("127.0.0.1", port.number())).unwrap();
+        let _client = connect().unwrap();
+        let _server = listener.accept().unwrap();
+    }
+    let others: Vec<Port> = (0..500).map(|_| Port::any()).collect();
+    let numbers: HashSet<u16> = others.iter().map(Port::number).collect();
+    assert!(numbers.len() == 500 && !numbers.contains(&port.number()));
 }
 
 #[test]

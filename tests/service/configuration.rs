@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use crate::support::port::Port;
 use crate::support::service::{Exit, Service, Setup};
 use crate::support::{temp::TempDir, token};
 
@@ -139,13 +140,13 @@ fn http_port_counts_where_port_is_unset() {
     let exit = Setup::new().without_port().env("HTTP_PORT", "http").run();
     assert_eq!(exit.code, Some(2));
     assert!(exit.log.contains("HTTP_PORT"), "{}", exit.log);
-    let port = crate::support::wait::free_port();
-    let service =
-        Setup::new().env("PORT", &port.to_string()).env("HTTP_PORT", "1").on_port(port).start();
+    let port = Port::any();
+    let number = port.number().to_string();
+    let service = Setup::new().env("PORT", &number).env("HTTP_PORT", "1").on_port(port).start();
     assert_eq!(service.http.get("/health").status, 200, "PORT wins");
-    let port = crate::support::wait::free_port();
-    let service =
-        Setup::new().without_port().env("HTTP_PORT", &port.to_string()).on_port(port).start();
+    let port = Port::any();
+    let number = port.number().to_string();
+    let service = Setup::new().without_port().env("HTTP_PORT", &number).on_port(port).start();
     assert_eq!(service.http.get("/health").status, 200);
 }
 

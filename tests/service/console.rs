@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 
 use crate::support::csr::{self, Csr};
 use crate::support::http::{Client, Connection};
+use crate::support::port::Port;
 use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
 use crate::support::{token, wait};
@@ -45,8 +46,8 @@ fn a_signal_stops_it_with_exit_code_0() {
 
 #[test]
 fn a_taken_port_is_exit_code_1() {
-    let port = wait::free_port();
-    let _taken = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
     let exit = Setup::new().env("PORT", &port.to_string()).run();
     assert_eq!(exit.code, Some(1), "{}", exit.log);
     assert!(exit.log.contains(&port.to_string()), "{}", exit.log);
@@ -58,7 +59,7 @@ fn healthcheck_asks_the_local_server() {
     let ask =
         |port: u16| Setup::new().args(&["healthcheck"]).env("PORT", &port.to_string()).run().code;
     assert_eq!(ask(service.port()), Some(0));
-    assert_eq!(ask(wait::free_port()), Some(1));
+    assert_eq!(ask(Port::any().number()), Some(1));
 }
 
 #[test]

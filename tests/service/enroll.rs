@@ -10,6 +10,7 @@ use crate::support::clock::FakeClock;
 use crate::support::csr::{self, Csr};
 use crate::support::device::{Device, Surroundings, script};
 use crate::support::https;
+use crate::support::port::Port;
 use crate::support::proxy::{Proxy, Stop};
 use crate::support::service::{ADMIN_KEY, Service, Setup, send_signal};
 use crate::support::temp::TempDir;
@@ -166,7 +167,8 @@ fn exit_codes() {
     assert_eq!(device.enroll(&["--api-key-file", "/no/such"]).code, Some(1));
     assert!(!device.folder().exists());
     for surroundings in BOTH {
-        let url = format!("http://127.0.0.1:{}", wait::free_port());
+        let nobody = Port::any();
+        let url = format!("http://127.0.0.1:{}", nobody.number());
         let device = Device::new("d", &url).surroundings(surroundings);
         assert_eq!(device.enroll(&["--tries", "1"]).code, Some(3), "nobody is there");
 

@@ -7,6 +7,7 @@ use std::process::Command;
 
 use crate::support::device::Device;
 use crate::support::mosquitto::Broker;
+use crate::support::port::Port;
 use crate::support::service::{ADMIN_KEY, Service, Setup};
 use crate::support::temp::TempDir;
 use crate::support::{check_error, wait};
@@ -79,8 +80,9 @@ fn the_document_works_as_written() {
     }
     assert!(blocks >= 4, "{blocks} blocks");
     let dir = TempDir::new();
-    for (port, free) in [("3002", wait::free_port()), ("8883", wait::free_port())] {
-        script = script.replace(port, &free.to_string());
+    let ports = [("3002", Port::any()), ("8883", Port::any())];
+    for (written, free) in &ports {
+        script = script.replace(written, &free.number().to_string());
     }
     let program = Path::new(env!("CARGO_BIN_EXE_mqtt-publisher-lite")).parent().unwrap().to_owned();
     let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts");

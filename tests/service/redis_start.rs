@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::support::csr::Csr;
+use crate::support::port::Port;
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
@@ -82,7 +83,8 @@ fn what_keeps_it_out_is_said() {
     let (tls_to_plain, other_ca) =
         (format!("rediss://127.0.0.1:{}", plain.port()), Redis::with_tls());
     let wrong = format!("redis://:wrong-password@127.0.0.1:{}", locked.port());
-    let closed = format!("redis://127.0.0.1:{}", wait::free_port());
+    let nobody = Port::any();
+    let closed = format!("redis://127.0.0.1:{}", nobody.number());
     let (tls_url, tls_ca) = (tls.url(), other_ca.tls_ca());
     let check = |env: &[(&str, &str)], words: &[&str]| {
         let begin = Instant::now();

@@ -2,23 +2,27 @@
 //!
 //! Only the wall clock is faked; what the program measures by the monotonic clock stays real.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::temp::TempDir;
 
+/// Where Debian and others have the library; `$LIB` is the linker's word for `lib/<machine>`, `lib64`
+/// or `lib`. The `faketime` command, which knows it, is not asked: it fails where a process that was
+/// killed once had its id.
+const LIBRARY: &str = "/usr/$LIB/faketime/libfaketimeMT.so.1";
+
 /// A wall clock that programs started with [`FakeClock::env`] see; it runs on from what is set.
 #[derive(Debug)]
 pub struct FakeClock {
     dir: TempDir,
-    library: String,
 }
 
 impl FakeClock {
     /// A clock that shows, now, `unix_s` seconds since 1970.
     pub fn at(unix_s: u64) -> Self {
-        let clock = FakeClock { dir: TempDir::new(), library: library() };
+        let clock = FakeClock { dir: TempDir::new() };
         clock.set(unix_s);
         clock
     }
@@ -37,7 +41,7 @@ impl FakeClock {
     /// What a program needs in its environment to see this clock.
     pub fn env(&self) -> Vec<(&str, String)> {
         vec![
-            ("LD_PRELOAD", self.library.clone()),
+            ("LD_PRELOAD", LIBRARY.to_owned()),
             ("FAKETIME_TIMESTAMP_FILE", self.file().display().to_string()),
             ("FAKETIME_NO_CACHE", "1".to_owned()),
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1".to_owned()),
@@ -89,14 +93,18 @@ pub fn rfc3339(unix_s: u64) -> String {
         .to_owned()
 }
 
-/// The library, as the `faketime` command itself preloads it; `$LIB` in it is the linker's.
-fn library() -> String {
-    let output = Command::new("faketime")
-        .args(["-m", "2020-01-01", "sh", "-c", "printf %s \"$LD_PRELOAD\""])
-        .output()
-        .unwrap_or_else(|e| panic!("faketime is not installed (scripts/test.sh installs it): {e}"));
-    let path = String::from_utf8(output.stdout).unwrap();
-    let path = path.split([':', ' ']).find(|p| p.contains("faketime")).unwrap_or_default();
-    assert!(path.contains("faketime"), "faketime preloads nothing: {path:?}");
-    path.to_owned()
+impl Drop for FakeClock {
+    /// The library keeps a semaphore and a piece of shared memory for each process, named after its
+    /// id. One that is killed, or ends as shells do, leaves both behind, and whoever is given the
+    /// same id later fails to make his own: the `faketime` command does not start then.
+    fn drop(&mut self) {
+        for entry in std::fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+            let name = entry.file_name().into_string().unwrap_or_default();
+            let pid =
+                ["sem.faketime_sem_", "faketime_shm_"].iter().find_map(|p| name.strip_prefix(p));
+            if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
 }

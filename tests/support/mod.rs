@@ -24,6 +24,7 @@ pub mod https;
 pub mod instance;
 pub mod load;
 pub mod mosquitto;
+pub mod port;
 pub mod proxy;
 pub mod redis;
 pub mod service;

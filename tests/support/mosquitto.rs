@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::device::Device;
 use super::https;
+use super::port::Port;
 use super::service::Service;
 use super::temp::TempDir;
 use super::wait;
@@ -16,7 +17,7 @@ use super::wait;
 pub struct Broker {
     child: Child,
     dir: TempDir,
-    port: u16,
+    port: Port,
 }
 
 impl Broker {
@@ -25,13 +26,14 @@ impl Broker {
     pub fn start(service: &Service) -> Self {
         let dir = TempDir::new();
         https::server_certificate(service, &["localhost"], dir.path());
-        let port = wait::free_port();
+        let port = Port::any();
         dir.file("acl", "pattern readwrite devices/%u/#\n");
         let path = |name: &str| dir.path().join(name).display().to_string();
         let config = format!(
-            "user root\nlistener {port} 127.0.0.1\ncafile {}\ncertfile {}\nkeyfile {}\n\
+            "user root\nlistener {} 127.0.0.1\ncafile {}\ncertfile {}\nkeyfile {}\n\
              require_certificate true\nuse_identity_as_username true\ncrlfile {}\nacl_file {}\n\
              log_dest file {}\nlog_type all\n",
+            port.number(),
             service.data("ca/root-ca.crt").display(),
             path("server.crt"),
             path("server.key"),
@@ -49,7 +51,7 @@ impl Broker {
         });
         let broker = Broker { child, dir, port };
         wait::for_true(&format!("mosquitto listens: {}", broker.log()), || {
-            std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+            std::net::TcpStream::connect(("127.0.0.1", broker.port.number())).is_ok()
         });
         broker
     }
@@ -102,7 +104,7 @@ impl Broker {
             "-h",
             "localhost",
             "-p",
-            &self.port.to_string(),
+            &self.port.number().to_string(),
             "-t",
             topic,
         ]);

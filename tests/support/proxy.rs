@@ -32,6 +32,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::port::Port;
 use super::wait;
 
 /// A direction.
@@ -80,7 +81,8 @@ pub struct Proxy {
 impl Proxy {
     /// A proxy in front of 127.0.0.1:`target`, which need not run yet.
     pub fn start(target: u16) -> Proxy {
-        let port = wait::free_port();
+        let port = Port::any();
+        let listener = listen_on(&port);
         let shared = Arc::new(Shared {
             port,
             target,
@@ -96,7 +98,6 @@ impl Proxy {
             accepted: AtomicUsize::new(0),
             transcripts: Mutex::new(vec![]),
         });
-        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
         let acceptor = Arc::clone(&shared);
         thread::spawn(move || acceptor.accept(listener));
         Proxy { shared }
@@ -104,7 +105,7 @@ impl Proxy {
 
     /// Where it listens.
     pub fn port(&self) -> u16 {
-        self.shared.port
+        self.shared.port.number()
     }
 
     /// `redis://127.0.0.1:<port>`
@@ -254,7 +255,7 @@ struct Armed {
 /// All that is shared by the threads of a proxy.
 #[derive(Debug)]
 struct Shared {
-    port: u16,
+    port: Port,
     target: u16,
     rules: Mutex<Rules>,
     changed: Condvar,
@@ -408,13 +409,13 @@ impl Shared {
                 return;
             }
             drop(rules);
-            listener = bind_again(self.port);
+            listener = listen_on(&self.port);
         }
     }
 
     /// An `accept` ends only by a connection.
     fn wake_acceptor(&self) {
-        let _ = TcpStream::connect(("127.0.0.1", self.port));
+        let _ = TcpStream::connect(("127.0.0.1", self.port.number()));
     }
 
     fn serve(self: &Arc<Self>, service: TcpStream) {
@@ -598,8 +599,8 @@ impl Pipe {
     }
 }
 
-fn bind_again(port: u16) -> TcpListener {
-    wait::until(Duration::from_secs(5), || TcpListener::bind(("127.0.0.1", port)).ok()).unwrap()
+fn listen_on(port: &Port) -> TcpListener {
+    TcpListener::bind(("127.0.0.1", port.number())).unwrap()
 }
 
 /// Reads commands in the protocol's own form; stops at what is not one.

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::csr::{new_key, openssl};
+use super::port::Port;
 use super::service::send_signal;
 use super::temp::TempDir;
 use super::wait;
@@ -21,7 +22,7 @@ pub struct Redis {
     /// How `redis-cli` gets in.
     cli_args: Vec<String>,
     password: Option<String>,
-    port: u16,
+    port: Port,
     tls: bool,
 }
 
@@ -82,7 +83,7 @@ impl Redis {
             args: args.iter().map(|a| (*a).to_owned()).collect(),
             cli_args: vec![],
             password: None,
-            port: wait::free_port(),
+            port: Port::any(),
             tls: false,
         };
         change(&mut redis);
@@ -95,7 +96,7 @@ impl Redis {
     pub fn start_again(&mut self) {
         let log = self.dir.path().join("redis.log");
         let log = OpenOptions::new().create(true).append(true).open(log).unwrap();
-        let (plain, tls) = if self.tls { (0, self.port) } else { (self.port, 0) };
+        let (plain, tls) = if self.tls { (0, self.port()) } else { (self.port(), 0) };
         let (plain, tls) = (plain.to_string(), tls.to_string());
         let folder = self.dir.path().to_str().unwrap();
         let mut command = Command::new("redis-server");
@@ -157,14 +158,14 @@ impl Redis {
     }
 
     pub fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     /// `redis://` (or `rediss://`) and 127.0.0.1, with the password if it has one.
     pub fn url(&self) -> String {
         let scheme = if self.tls { "rediss" } else { "redis" };
         let password = self.password.as_ref().map(|p| format!(":{p}@")).unwrap_or_default();
-        format!("{scheme}://{password}127.0.0.1:{}", self.port)
+        format!("{scheme}://{password}127.0.0.1:{}", self.port())
     }
 
     /// The CA of its TLS certificate, PEM file.
@@ -212,7 +213,7 @@ impl Redis {
 
     fn cli_command(&self) -> Command {
         let mut command = Command::new("redis-cli");
-        command.args(["-h", "127.0.0.1", "-p", &self.port.to_string()]).args(&self.cli_args);
+        command.args(["-h", "127.0.0.1", "-p", &self.port().to_string()]).args(&self.cli_args);
         if let Some(password) = &self.password {
             command.env("REDISCLI_AUTH", password);
         }
@@ -253,7 +254,7 @@ impl Drop for Redis {
     fn drop(&mut self) {
         self.kill9();
         if thread::panicking() {
-            eprintln!("--- log of Redis on port {}\n{}---", self.port, self.log());
+            eprintln!("--- log of Redis on port {}\n{}---", self.port(), self.log());
         }
     }
 }

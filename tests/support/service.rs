@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::http::{Client, Response};
 use super::https;
+use super::port::Port;
 use super::temp::TempDir;
 use super::wait;
 
@@ -37,7 +38,7 @@ pub struct Setup {
     data_dir: bool,
     port_variable: bool,
     log_pipe: bool,
-    port: u16,
+    port: Port,
 }
 
 impl Setup {
@@ -50,7 +51,7 @@ impl Setup {
             data_dir: true,
             port_variable: true,
             log_pipe: false,
-            port: wait::free_port(),
+            port: Port::any(),
         }
     }
 
@@ -95,7 +96,7 @@ impl Setup {
     }
 
     /// Looks for the server on this port; does not tell the program.
-    pub fn on_port(mut self, port: u16) -> Self {
+    pub fn on_port(mut self, port: Port) -> Self {
         self.port = port;
         self
     }
@@ -179,7 +180,7 @@ impl Service {
     }
 
     fn new(setup: Setup) -> Self {
-        let (log, http) = (setup.dir().join("service.log"), Client::new(setup.port));
+        let (log, http) = (setup.dir().join("service.log"), Client::new(setup.port.number()));
         Service { setup, child: None, log, http }
     }
 
@@ -207,7 +208,7 @@ impl Service {
         }
         command.env("HTTP_HOST", "127.0.0.1");
         if setup.port_variable {
-            command.env("PORT", setup.port.to_string());
+            command.env("PORT", setup.port.number().to_string());
         }
         if setup.data_dir {
             command.env("DATA_DIR", setup.data(""));
@@ -260,7 +261,7 @@ impl Service {
     }
 
     pub fn port(&self) -> u16 {
-        self.setup.port
+        self.setup.port.number()
     }
 
     fn is_tls(&self) -> bool {
@@ -436,7 +437,7 @@ impl Drop for Service {
             let _ = child.wait();
         }
         if thread::panicking() {
-            eprintln!("--- log of the server on port {}\n{}---", self.setup.port, self.log());
+            eprintln!("--- log of the server on port {}\n{}---", self.port(), self.log());
         }
     }
 }
