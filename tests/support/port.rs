@@ -1,4 +1,4 @@
-//! Ports on 127.0.0.1 that stay one fixture's own, however often its server stops and starts.
+//! Ports that stay one fixture's own, however often its server stops and starts.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, soc
 
 /// A port that nobody else is given until this is dropped.
 ///
-/// A socket is bound to it that never listens. The kernel gives the port to nobody who asks for any
+/// A socket is bound to it, at every address, that never listens. The kernel gives the port to nobody who asks for any
 /// port, in whatever process, nor to a connection that goes out; whoever asks for this very port
 /// with `SO_REUSEADDR`, as servers do, gets it; and while no server is there, connections are refused.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl Port {
         let tcp = (AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC);
         let held = socket_with(tcp.0, tcp.1, tcp.2, None).unwrap();
         set_socket_reuseaddr(&held, true).unwrap();
-        bind(&held, &SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+        bind(&held, &SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
         let number = SocketAddr::try_from(getsockname(&held).unwrap()).unwrap().port();
         Port { number, _held: held }
     }
