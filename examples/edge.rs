@@ -10,7 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use mqtt_publisher_lite::api::Reply;
-use mqtt_publisher_lite::edge::{Edge, Kind, Settings, TlsFiles};
+use mqtt_publisher_lite::config::certified_key;
+use mqtt_publisher_lite::edge::{Edge, Kind, Settings};
 use mqtt_publisher_lite::server::{Call, Lane, answer, open_lanes};
 
 const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","version":"1.0.0"}"#;
@@ -30,7 +31,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, port).into());
     if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
-        settings.tls = Some(TlsFiles { certificate: certificate.into(), key: key.into() });
+        let shown = certified_key(&std::fs::read(certificate)?, &std::fs::read(key)?);
+        settings.tls = Some(shown.map_err(|fault| format!("{fault:?}"))?);
     }
     if let Ok(limit) = std::env::var("MAX_CONNECTIONS_PER_IP") {
         settings.max_connections_per_ip = limit.parse()?;

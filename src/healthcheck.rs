@@ -4,6 +4,7 @@
 //! found out as surely as one that is gone.
 
 use std::fmt;
+use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,6 @@ use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{
     CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme,
@@ -20,7 +20,7 @@ use rustls::{
 };
 
 use crate::clock;
-use crate::config::Http;
+use crate::config::{Http, certificates};
 
 /// How long the whole check may take.
 pub const DEADLINE: Duration = Duration::from_secs(3);
@@ -35,7 +35,7 @@ pub enum HealthError {
     /// It answered with another status than 200, or not in HTTP.
     Answer(SocketAddr, String),
     /// `TLS_CERT` could not be read.
-    Certificate(PathBuf),
+    Certificate(PathBuf, String),
     /// TLS could not be set up.
     Tls(rustls::Error),
 }
@@ -50,9 +50,7 @@ impl fmt::Display for HealthError {
             HealthError::Answer(address, line) => {
                 write!(f, "{address} is not well, it answers {line:?}")
             }
-            HealthError::Certificate(path) => {
-                write!(f, "no certificate can be read from TLS_CERT={path:?}")
-            }
+            HealthError::Certificate(path, why) => write!(f, "TLS_CERT={path:?}: {why}"),
             HealthError::Tls(e) => write!(f, "TLS cannot be set up: {e}"),
         }
     }
@@ -148,8 +146,10 @@ impl Write for Timed {
 }
 
 fn tls_session(cert: &Path, ip: IpAddr) -> Result<ClientConnection, HealthError> {
-    let pinned = CertificateDer::from_pem_file(cert)
-        .map_err(|_| HealthError::Certificate(cert.to_owned()))?;
+    let unreadable = |why: String| HealthError::Certificate(cert.to_owned(), why);
+    let file = fs::read(cert).map_err(|e| unreadable(e.to_string()))?;
+    let chain = certificates(&file).map_err(unreadable)?;
+    let pinned = chain.into_iter().next().ok_or_else(|| unreadable("it is empty".to_owned()))?;
     let provider = Arc::new(ring::default_provider());
     let verifier = Pinned { certificate: pinned, provider: Arc::clone(&provider) };
     let config = ClientConfig::builder_with_provider(provider)
@@ -332,7 +332,7 @@ mod tests {
         assert!(error.to_string().contains("certificate"), "{error}");
         let missing = TlsFiles { cert: dir.join("none"), key: PathBuf::new() };
         let error = check(&http(1, Some(missing)), DEADLINE).unwrap_err();
-        assert!(matches!(error, HealthError::Certificate(_)), "{error}");
+        assert!(matches!(error, HealthError::Certificate(..)), "{error}");
         std::fs::remove_dir_all(dir).unwrap();
     }
 }

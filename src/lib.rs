@@ -19,7 +19,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
+//! | 0 | [`clock`] [`device`] [`serial`] [`pem`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
 //! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
@@ -39,6 +39,7 @@
 
 pub mod clock;
 pub mod device;
+pub mod pem;
 pub mod serial;
 
 pub mod json;
@@ -440,7 +441,8 @@ impl Running<'_> {
             Ok(later) => later,
             Err(error) => return log::error!("SIGHUP: everything stays as it was: {error}"),
         };
-        if let Err(error) = self.server.reload_tls() {
+        let shown = later.tls.as_ref();
+        if let Some(Err(error)) = shown.map(|shown| self.server.replace_certificate(shown)) {
             return log::error!("SIGHUP: everything stays as it was: {error}");
         }
         self.api.set_keys(&later);

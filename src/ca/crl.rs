@@ -11,10 +11,11 @@ use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 
+use super::CaError;
 use super::issuer::{self, BACKDATE_S, Issuer};
-use super::{CaError, pem};
 use crate::clock::Now;
 use crate::files;
+use crate::pem;
 use crate::serial::Serial;
 
 /// The list in the CA's folder.

@@ -17,8 +17,8 @@ use x509_parser::x509::{AlgorithmIdentifier, SubjectPublicKeyInfo};
 
 use super::der::Reader;
 use super::key::{KeyError, Kind, PublicKey};
-use super::pem;
 use crate::device::DeviceId;
+use crate::pem;
 use crate::problem::{Code, Problem};
 
 /// Why a request was refused, and what exactly is wrong with it.

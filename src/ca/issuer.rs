@@ -19,12 +19,13 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::verify::verify_signature;
 use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 
+use super::CaError;
 use super::csr::Csr;
 use super::key::{self, Kind, PublicKey};
-use super::{CaError, pem};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files;
+use crate::pem;
 use crate::serial::Serial;
 
 /// The CA's certificate in its folder.

@@ -14,7 +14,6 @@ pub mod issuer;
 mod key;
 #[cfg(test)]
 mod openssl;
-mod pem;
 pub mod publisher;
 pub mod registry;
 

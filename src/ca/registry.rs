@@ -20,11 +20,11 @@ use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
 use super::issuer::{self, BACKDATE_S};
-use super::pem;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, FilesError};
 use crate::jwt::TokenHash;
+use crate::pem;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 

@@ -12,6 +12,7 @@ mod secret;
 mod supervision;
 #[cfg(test)]
 mod tests;
+mod tls;
 pub mod variables;
 mod vars;
 
@@ -19,17 +20,17 @@ use std::ffi::OsString;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use log::LevelFilter;
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
 pub use self::cidr::Cidr;
 pub use self::redis::{PemFile, Redis};
 pub use self::secret::Secret;
 pub use self::supervision::Supervision;
+pub use self::tls::{TlsFault, certificates, certified_key};
 pub use self::vars::ConfigError;
 
 use self::variables as var;
@@ -48,6 +49,8 @@ const PUBLISHED_SECRET: &[u8] = b"mqtt-publisher-lite-secret-key-change-in-produ
 pub struct Config {
     /// The door to the network.
     pub http: Http,
+    /// What we show over HTTPS, from the files that [`Http::tls`] names.
+    pub tls: Option<Arc<CertifiedKey>>,
     /// What is logged, and how.
     pub log: Log,
     /// Folder of everything that is kept.
@@ -111,7 +114,7 @@ pub struct Http {
     pub onboarding_rate_limit: u32,
 }
 
-/// PEM files; they could be read and parsed at start.
+/// PEM files.
 #[derive(Clone, Debug)]
 pub struct TlsFiles {
     /// Our certificate, then its chain.
@@ -181,8 +184,10 @@ impl Config {
         let vars = Vars::new(&lookup, &read);
         let mut warnings = Vec::new();
         let data_dir = vars.path(&var::DATA_DIR)?;
+        let http = Http::from_vars(&vars)?;
         let mut config = Config {
-            http: Http::from_vars(&vars)?,
+            tls: http.tls.as_ref().map(|files| tls::read(&vars, files)).transpose()?,
+            http,
             log: Log::from_vars(&vars)?,
             run_dir: run_dir(&vars, &data_dir)?,
             ca: Ca::from_vars(&vars, &data_dir)?,
@@ -201,10 +206,6 @@ impl Config {
             supervision: Supervision::from_vars(&vars)?,
             warnings,
         };
-        if let Some(tls) = &config.http.tls {
-            let certificate = vars.contents(&var::TLS_CERT, &tls.cert, are_certificates)?;
-            vars.contents(&var::TLS_KEY, &tls.key, |key| is_key_of(&certificate, key))?;
-        }
         config.warn();
         Ok(config)
     }
@@ -382,18 +383,6 @@ fn tls_files(vars: &Vars<'_>) -> Result<Option<TlsFiles>, ConfigError> {
         (Some(_), None) => Err(ConfigError::bare("TLS_KEY", "must be set when TLS_CERT is set")),
         (None, Some(_)) => Err(ConfigError::bare("TLS_CERT", "must be set when TLS_KEY is set")),
     }
-}
-
-fn are_certificates(pem: &[u8]) -> bool {
-    let mut certificates = CertificateDer::pem_slice_iter(pem).peekable();
-    certificates.peek().is_some() && certificates.all(|certificate| certificate.is_ok())
-}
-
-fn is_key_of(certificate: &[u8], key: &[u8]) -> bool {
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate).collect();
-    let (Ok(chain), Ok(key)) = (chain, PrivateKeyDer::from_pem_slice(key)) else { return false };
-    let provider = rustls::crypto::ring::default_provider();
-    CertifiedKey::from_der(chain, key, &provider).is_ok()
 }
 
 fn cidrs(text: &str) -> Option<Vec<Cidr>> {

@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo as _};
 use rustls::RootCertStore;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 
 use super::Secret;
+use super::tls::certificates;
 use super::variables as var;
 use super::variables::Variable;
 use super::vars::{ConfigError, Vars};
@@ -267,14 +266,17 @@ fn key_prefix(vars: &Vars<'_>) -> Result<String, ConfigError> {
 
 fn tls_ca(vars: &Vars<'_>) -> Result<Option<PemFile>, ConfigError> {
     let Some(path) = vars.optional_path(&var::REDIS_TLS_CA)? else { return Ok(None) };
-    let pem = vars.contents(&var::REDIS_TLS_CA, &path, are_roots)?;
+    let pem = vars.contents(&var::REDIS_TLS_CA, &path)?;
+    check_roots(&pem).map_err(|why| ConfigError::file(&var::REDIS_TLS_CA, &path, why))?;
     Ok(Some(PemFile { path, pem }))
 }
 
-/// True if rustls takes every certificate of the file as a root, and there is one.
-fn are_roots(pem: &[u8]) -> bool {
+/// Checks that rustls takes every certificate of the file as a root, and that there is one.
+fn check_roots(pem: &[u8]) -> Result<(), String> {
     let mut roots = RootCertStore::empty();
-    let all = CertificateDer::pem_slice_iter(pem)
-        .all(|certificate| certificate.is_ok_and(|der| roots.add(der).is_ok()));
-    all && !roots.is_empty()
+    for (at, certificate) in certificates(pem)?.into_iter().enumerate() {
+        let unreadable = |_| format!("certificate number {} in it cannot be read", at + 1);
+        roots.add(certificate).map_err(unreadable)?;
+    }
+    Ok(())
 }

@@ -208,21 +208,18 @@ fn tls_needs_a_certificate_and_its_key() {
     assert!(good(&[cert, key]).http.tls.is_some());
     check(&[cert], "TLS_KEY: must be set when TLS_CERT is set");
     check(&[key], "TLS_CERT: must be set when TLS_KEY is set");
-    let not_a = |what| format!("must be a readable PEM file with {what}");
     check(
         &[("TLS_CERT", "/pem/root.key"), key],
-        &format!("TLS_CERT=\"/pem/root.key\": {}", not_a("at least one certificate")),
+        "TLS_CERT=\"/pem/root.key\": holds no CERTIFICATE in PEM, only: PRIVATE KEY",
     );
     check(
         &[cert, ("TLS_KEY", ROOT)],
-        &format!("TLS_KEY=\"{ROOT}\": {}", not_a("the private key of TLS_CERT")),
+        &format!("TLS_KEY=\"{ROOT}\": holds no PRIVATE KEY in PEM, only: CERTIFICATE"),
     );
     check(
         &[cert, ("TLS_KEY", "/none")],
-        &format!(
-            "TLS_KEY=\"/none\": {}, but it gives: entity not found",
-            not_a("the private key of TLS_CERT")
-        ),
+        "TLS_KEY=\"/none\": must be a readable PEM file with the private key of TLS_CERT, \
+         but it gives: entity not found",
     );
 }
 
@@ -473,8 +470,10 @@ fn redis_trusts_the_given_roots() {
         load(&vars, &[("/ca", bytes)]).map(|_| ()).map_err(|e| e.to_string())
     };
     let empty = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
-    for bytes in [b"".as_slice(), b"text", empty] {
-        assert_eq!(with(bytes), Err(format!("REDIS_TLS_CA=\"/ca\": {wants}")));
+    let none = "holds no CERTIFICATE in PEM, nor anything else";
+    let foreign = "certificate number 1 in it cannot be read";
+    for (bytes, why) in [(b"".as_slice(), none), (b"text", none), (empty, foreign)] {
+        assert_eq!(with(bytes), Err(format!("REDIS_TLS_CA=\"/ca\": {why}")));
     }
     check(
         &[("REDIS_TLS_CA", "/none")],

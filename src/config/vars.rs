@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 use super::Secret;
 use super::variables::{Allowed, Variable};
 
+/// U+FEFF in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// Why the configuration is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
@@ -24,6 +27,11 @@ impl ConfigError {
     pub(super) fn new(variable: &Variable, value: &str, reason: impl fmt::Display) -> Self {
         let value = (!variable.is_secret()).then(|| value.to_owned());
         ConfigError { name: variable.name.to_owned(), value, reason: reason.to_string() }
+    }
+
+    /// The file that `variable` names cannot be used for `reason`.
+    pub(super) fn file(variable: &Variable, path: &Path, reason: impl fmt::Display) -> Self {
+        ConfigError::new(variable, &path.to_string_lossy(), reason)
     }
 
     /// As [`ConfigError::new`], where there is no value or none that may be shown.
@@ -156,21 +164,11 @@ impl<'a> Vars<'a> {
         Ok(Some(Secret::new(text)))
     }
 
-    /// What the file holds that `variable` names, if `is_good` finds it so.
-    pub fn contents(
-        &self,
-        variable: &Variable,
-        path: &Path,
-        is_good: impl Fn(&[u8]) -> bool,
-    ) -> Result<Vec<u8>, ConfigError> {
-        let shown = path.to_string_lossy();
-        let bytes = (self.read)(path).map_err(|e| {
-            ConfigError::new(variable, &shown, format!("{}, but it gives: {e}", variable.allowed))
-        })?;
-        if is_good(&bytes) {
-            return Ok(bytes);
-        }
-        Err(ConfigError::new(variable, &shown, variable.allowed))
+    /// What the file holds that `variable` names.
+    pub fn contents(&self, variable: &Variable, path: &Path) -> Result<Vec<u8>, ConfigError> {
+        (self.read)(path).map_err(|e| {
+            ConfigError::file(variable, path, format!("{}, but it gives: {e}", variable.allowed))
+        })
     }
 
     fn secret_file(&self, name: String, path: &str) -> Result<Secret<Vec<u8>>, ConfigError> {
@@ -179,7 +177,11 @@ impl<'a> Vars<'a> {
             Ok(bytes) => bytes,
             Err(e) => return Err(refuse(format!("must be a readable file, but it gives: {e}"))),
         };
-        // Editors and `echo` end a file with a newline that is no part of the secret.
+        // Some editors begin a file with a byte order mark, which is no part of the secret.
+        if bytes.starts_with(BYTE_ORDER_MARK) {
+            bytes.drain(..BYTE_ORDER_MARK.len());
+        }
+        // Editors and `echo` end a file with a newline that is none either.
         if bytes.ends_with(b"\n") {
             bytes.pop();
             if bytes.ends_with(b"\r") {

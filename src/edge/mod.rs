@@ -35,14 +35,16 @@ mod unsent;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use rustls::sign::CertifiedKey;
 
 use crate::config::Cidr;
 
 pub use answer::{problem_body, problem_response};
 pub use run::{Edge, Handle, OpenError};
-pub use tls::{Files as TlsFiles, TlsError};
 
 /// A request's head, its request line included. Ours are 300 bytes; a token is at most 4 KiB.
 pub const HEAD_MAX: usize = 8 * 1024;
@@ -100,8 +102,8 @@ pub struct LaneAddress {
 pub struct Settings {
     /// Where to listen.
     pub listen: SocketAddr,
-    /// Serve HTTPS with these.
-    pub tls: Option<TlsFiles>,
+    /// Serve HTTPS, and show this.
+    pub tls: Option<Arc<CertifiedKey>>,
     /// Connections at once; each costs a descriptor and about half a KiB. With TLS each holds
     /// 8 KiB more, and there are never more than half of `max_buffer_bytes` pays for: 512 by
     /// default.

@@ -11,13 +11,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustls::sign::CertifiedKey;
+
 use super::client::TLS_HELD;
 use super::hall::Hall;
 use super::lane::Lanes;
 use super::limits::raise_open_files;
 use super::listen::{BACKLOG, Listener};
 use super::poll::{Poll, Ready, Waker};
-use super::tls::{Acceptor, TlsError};
+use super::tls::Acceptor;
 use super::{Counters, LaneAddress, Settings};
 use crate::clock::{self, Now};
 
@@ -51,15 +53,15 @@ type Answered = Box<dyn FnOnce() + Send>;
 pub enum OpenError {
     /// The address, or what the system has left.
     Io(io::Error),
-    /// The TLS certificate or key.
-    Tls(TlsError),
+    /// TLS cannot be set up.
+    Tls(rustls::Error),
 }
 
 impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             OpenError::Io(why) => why.fmt(f),
-            OpenError::Tls(why) => why.fmt(f),
+            OpenError::Tls(why) => write!(f, "TLS cannot be set up: {why}"),
         }
     }
 }
@@ -72,8 +74,8 @@ impl From<io::Error> for OpenError {
     }
 }
 
-impl From<TlsError> for OpenError {
-    fn from(error: TlsError) -> Self {
+impl From<rustls::Error> for OpenError {
+    fn from(error: rustls::Error) -> Self {
         OpenError::Tls(error)
     }
 }
@@ -101,13 +103,13 @@ impl Handle {
         self.waker.wake();
     }
 
-    /// Reads the TLS certificate and key again, here, in the caller's thread; connections that are
-    /// open go on. Nothing to do without TLS.
+    /// Shows another TLS certificate to new connections; those that are open go on. Without TLS
+    /// nothing changes.
     ///
     /// # Errors
-    /// When they cannot be used; then the old ones stay.
-    pub fn reload_tls(&self) -> Result<(), TlsError> {
-        self.shared.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.reload())
+    /// When TLS cannot be set up with it; then the old one stays.
+    pub fn replace_certificate(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
+        self.shared.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.replace(shown))
     }
 
     /// Has every worker answer a request that goes down its lane like any other; when all have, and
@@ -132,7 +134,7 @@ impl Edge {
     /// be raised that far, fewer connections are allowed.
     ///
     /// # Errors
-    /// When the address is taken, the system has nothing left, or the TLS files cannot be used.
+    /// When the address is taken, the system has nothing left, or TLS cannot be set up.
     pub fn open(settings: Settings, lanes: Vec<LaneAddress>) -> Result<Self, OpenError> {
         let acceptor = settings.tls.clone().map(Acceptor::new).transpose()?.map(Arc::new);
         let settings = fit_to_open_files(fit_to_budget(settings))?;

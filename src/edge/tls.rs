@@ -1,25 +1,22 @@
-//! HTTPS: the certificate and key on disk, read again when asked to.
+//! HTTPS: how connections are accepted with the server's certificate, which may be replaced.
 //!
 //! The configuration is swapped as a whole: connections keep the one they began with, new ones get
-//! the new one, and files that cannot be used change nothing.
+//! the new one.
 //!
 //! A client is asked for a certificate. Here it is only seen that the client holds its key; a
 //! verifier that judged more would have to break the handshake, and the client would never learn
 //! why. Whoever needs to know who the client is must judge the certificate.
 
-use std::error::Error;
-use std::fmt;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{
     WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature,
 };
-use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
 use rustls::{
     DigitallySignedStruct, DistinguishedName, ServerConfig, ServerConnection, SignatureScheme,
@@ -29,66 +26,26 @@ use rustls::{
 /// ticket of its session. A certificate of ours has 500, one of RSA 4096 with its CA 3,000.
 const CERTIFICATES_MAX: usize = 8 * 1024;
 
-/// Where the server's certificate and key are.
-#[derive(Clone, Debug)]
-pub struct Files {
-    /// The certificate and what leads from it to a root, PEM.
-    pub certificate: PathBuf,
-    /// Its private key, PEM: PKCS#8, PKCS#1 or SEC1.
-    pub key: PathBuf,
-}
-
-/// Why the files cannot be used.
-#[derive(Debug)]
-pub enum TlsError {
-    /// Not there, or not PEM.
-    File(PathBuf, pem::Error),
-    /// No certificate in the file.
-    Empty(PathBuf),
-    /// The two do not make a server.
-    Unusable(rustls::Error),
-}
-
-impl fmt::Display for TlsError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            TlsError::File(path, why) => write!(f, "{}: {why}", path.display()),
-            TlsError::Empty(path) => write!(f, "{}: no certificate in it", path.display()),
-            TlsError::Unusable(why) => write!(f, "certificate and key: {why}"),
-        }
-    }
-}
-
-impl Error for TlsError {}
-
-impl From<rustls::Error> for TlsError {
-    fn from(error: rustls::Error) -> Self {
-        TlsError::Unusable(error)
-    }
-}
-
 /// The configuration that new connections get.
 pub struct Acceptor {
-    files: Files,
     config: Mutex<Arc<ServerConfig>>,
 }
 
 impl Acceptor {
-    /// Reads the files.
+    /// Shows this certificate.
     ///
     /// # Errors
-    /// When they cannot be used.
-    pub fn new(files: Files) -> Result<Self, TlsError> {
-        let config = Mutex::new(load(&files)?);
-        Ok(Acceptor { files, config })
+    /// When rustls cannot be set up.
+    pub fn new(shown: Arc<CertifiedKey>) -> Result<Self, rustls::Error> {
+        Ok(Acceptor { config: Mutex::new(server_config(shown)?) })
     }
 
-    /// Reads the files again.
+    /// Shows another certificate from now on.
     ///
     /// # Errors
-    /// When they cannot be used; then everything stays as it was.
-    pub fn reload(&self) -> Result<(), TlsError> {
-        let config = load(&self.files)?;
+    /// As [`Acceptor::new`]; then everything stays as it was.
+    pub fn replace(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
+        let config = server_config(shown)?;
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = config;
         Ok(())
     }
@@ -103,16 +60,13 @@ impl Acceptor {
     }
 }
 
-fn load(files: &Files) -> Result<Arc<ServerConfig>, TlsError> {
-    let chain = certificates(&files.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&files.key)
-        .map_err(|e| TlsError::File(files.key.clone(), e))?;
+fn server_config(shown: Arc<CertifiedKey>) -> Result<Arc<ServerConfig>, rustls::Error> {
     let provider = ring::default_provider();
     let verifier = AnyClient(provider.signature_verification_algorithms);
     let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
         .with_protocol_versions(&[&TLS12, &TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
-        .with_single_cert(chain, key)?;
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     // A session, the client's certificates included, lives in its ticket, not in our memory.
     config.ticketer = ring::Ticketer::new()?;
@@ -170,11 +124,4 @@ impl ClientCertVerifier for AnyClient {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.supported_schemes()
     }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let failed = |e| TlsError::File(path.to_path_buf(), e);
-    let chain = CertificateDer::pem_file_iter(path).map_err(failed)?;
-    let chain = chain.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-    if chain.is_empty() { Err(TlsError::Empty(path.to_path_buf())) } else { Ok(chain) }
 }

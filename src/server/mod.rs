@@ -17,9 +17,10 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use rustls::sign::CertifiedKey;
 
 use crate::api::{Api, Method, Request};
-use crate::config::{Config, Http};
+use crate::config::Config;
 use crate::edge::{self, Edge, Kind};
 use crate::metrics::{Metrics, Page};
 use crate::stderr;
@@ -80,7 +81,7 @@ impl Server {
         let lanes = open_lanes(&config.run_dir, &kinds(config.http.workers));
         let lanes = lanes.map_err(ServerError::Lane)?;
         let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
-        let edge = Edge::open(edge_settings(&config.http, address), addresses);
+        let edge = Edge::open(edge_settings(config, address), addresses);
         let edge = edge.map_err(|error| ServerError::Edge(address, error))?;
         let counters = edge.counters();
         metrics.set_edge(move |page| show_edge(&counters, page));
@@ -101,12 +102,12 @@ impl Server {
         Ok(Server { edge, handle, workers })
     }
 
-    /// Reads the TLS certificate and key again; connections that are open go on.
+    /// Shows another TLS certificate to new connections; those that are open go on.
     ///
     /// # Errors
-    /// When they cannot be used; the old ones stay.
-    pub fn reload_tls(&self) -> Result<(), edge::TlsError> {
-        self.handle.reload_tls()
+    /// When TLS cannot be set up with it; the old one stays.
+    pub fn replace_certificate(&self, shown: &Arc<CertifiedKey>) -> Result<(), rustls::Error> {
+        self.handle.replace_certificate(Arc::clone(shown))
     }
 
     /// Calls `answered` when every worker has answered a request that took the way of all requests.
@@ -141,14 +142,11 @@ fn kinds(workers: usize) -> Vec<Kind> {
     plain.chain(certificates).chain([Kind::Bulk]).collect()
 }
 
-fn edge_settings(http: &Http, address: SocketAddr) -> edge::Settings {
-    let tls = http.tls.as_ref();
+fn edge_settings(config: &Config, address: SocketAddr) -> edge::Settings {
+    let http = &config.http;
     let defaults = edge::Settings::new(address);
     edge::Settings {
-        tls: tls.map(|files| edge::TlsFiles {
-            certificate: files.cert.clone(),
-            key: files.key.clone(),
-        }),
+        tls: config.tls.clone(),
         max_connections: http.max_connections,
         max_connections_per_ip: http.max_connections_per_ip,
         max_buffer_bytes: http.max_buffer_bytes,

@@ -1,6 +1,7 @@
 //! The environment: every variable, bad values, `<NAME>_FILE`, `check-config`; nothing secret is shown.
 
 use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
 use crate::support::port::Port;
@@ -133,6 +134,90 @@ fn a_certificate_and_its_key_go_together() {
         assert_eq!(exit.code, Some(2), "{}", exit.log);
         assert!(exit.log.contains("TLS_CERT") && exit.log.contains("TLS_KEY"), "{}", exit.log);
     }
+}
+
+/// Makes the files of the next test in the present folder.
+const TLS_FILES: &str = r#"
+set -e
+req() { openssl req -x509 -nodes -subj /CN=localhost "$@" 2>&1; }
+req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -keyout own.key -out own.crt
+req -newkey rsa:2048 -keyout other.key -out other.crt
+openssl x509 -in own.crt -outform DER -out der.crt
+openssl pkey -in own.key -outform DER -out der.key
+openssl pkey -in own.key -aes128 -passout pass:x -out encrypted.key
+openssl rsa -in other.key -traditional -aes128 -passout pass:x -out traditional.key 2>&1
+openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:secp256k1 -out curve.key
+openssl req -new -key own.key -subj /CN=old | openssl x509 -req -signkey own.key -out old.crt 2>&1
+printf '\357\273\277' | cat - own.crt >marked.crt
+printf '\357\273\277' | cat - own.key >marked.key
+sed 's/$/\r/' own.crt >crlf.crt
+sed 's/$/\r/' own.key >crlf.key
+(echo 'subject=CN = caf\351'; sed 's/^-/ -/' own.crt) >text.crt
+printf '%s%s\n' "$(cat own.crt)" "$(cat other.crt)" >chain.crt
+cat other.crt own.crt >reversed.crt
+iconv -t UTF-16 own.crt >utf16.crt
+head -n 4 own.crt >half.crt
+: >empty.crt
+openssl crl2pkcs7 -nocrl -certfile own.crt -out bundle.p7b
+"#;
+
+/// Certificate, key, which of the two is named, and what is said of it; nothing if they are good.
+const TLS_FAULTS: &[(&str, &str, &str, &str)] = &[
+    ("own.crt", "own.key", "", ""),
+    ("marked.crt", "marked.key", "", ""),
+    ("crlf.crt", "crlf.key", "", ""),
+    ("text.crt", "own.key", "", ""),
+    ("chain.crt", "own.key", "", ""),
+    ("own.crt", "other.key", "TLS_KEY", "is not the key of the first certificate in TLS_CERT"),
+    (
+        "reversed.crt",
+        "own.key",
+        "TLS_CERT",
+        "own certificate, which is number 2 in it; then its chain",
+    ),
+    ("old.crt", "own.key", "TLS_CERT", "X.509 version 1, which clients refuse"),
+    ("der.crt", "own.key", "TLS_CERT", "openssl x509 -inform DER -in FILE -out NEW"),
+    ("own.crt", "der.key", "TLS_KEY", "openssl pkey -inform DER -in FILE -out NEW"),
+    ("utf16.crt", "own.key", "TLS_CERT", "save it as UTF-8, not as UTF-16"),
+    ("half.crt", "own.key", "TLS_CERT", "a PEM block that is not whole"),
+    ("empty.crt", "own.key", "TLS_CERT", "holds no CERTIFICATE in PEM, nor anything else"),
+    ("own.key", "own.key", "TLS_CERT", "holds no CERTIFICATE in PEM, only: PRIVATE KEY"),
+    ("bundle.p7b", "own.key", "TLS_CERT", "holds no CERTIFICATE in PEM, only: PKCS7"),
+    ("own.crt", "own.crt", "TLS_KEY", "holds no PRIVATE KEY in PEM, only: CERTIFICATE"),
+    ("own.crt", "encrypted.key", "TLS_KEY", "openssl pkey -in FILE -out NEW makes a copy without"),
+    ("other.crt", "traditional.key", "TLS_KEY", "is encrypted"),
+    ("own.crt", "curve.key", "TLS_KEY", "make one of ECDSA P-256 or P-384, Ed25519, or RSA"),
+    ("none.crt", "own.key", "TLS_CERT", "No such file or directory"),
+];
+
+#[test]
+fn what_is_wrong_with_a_certificate_or_key_is_said_plainly() {
+    let dir = TempDir::new();
+    let made = Command::new("sh").args(["-c", TLS_FILES]).current_dir(dir.path()).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    for (cert, key, variable, says) in TLS_FAULTS {
+        let setup = Setup::new().args(&["check-config"]);
+        let exit = setup.env("TLS_CERT", &path(cert)).env("TLS_KEY", &path(key)).run();
+        let what = format!("{cert} and {key}: {}", exit.log);
+        assert_eq!(exit.code, Some(if says.is_empty() { 0 } else { 2 }), "{what}");
+        if !says.is_empty() {
+            let named = if *variable == "TLS_CERT" { cert } else { key };
+            let begin = format!("mqtt-publisher-lite: {variable}=\"{}\": ", path(named));
+            assert!(exit.log.starts_with(&begin) && exit.log.contains(says), "{what}");
+            assert_eq!(exit.log.lines().count(), 1, "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_secret() {
+    let dir = TempDir::new();
+    let key = dir.file("key", "\u{feff}onboarding-key-0001\r\n").display().to_string();
+    let service = Service::start(&[("ONBOARDING_API_KEY_FILE", &key)]);
+    let headers = [("Authorization", "Bearer onboarding-key-0001")];
+    let body = serde_json::json!({"device_id": "d"});
+    assert_eq!(service.http.post_with("/api/v1/onboarding", &headers, &body).status, 200);
 }
 
 #[test]

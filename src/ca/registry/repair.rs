@@ -11,10 +11,11 @@ use x509_parser::certificate::X509Certificate;
 use super::index::{self, Index, Torn};
 use super::rows::{Row, Rows};
 use super::{CERTS, CLOCK_SLACK_S, INDEX, Redeemed, Registry, RegistryError, read_stored};
-use crate::ca::{crl, pem};
+use crate::ca::crl;
 use crate::device::DeviceId;
 use crate::files;
 use crate::jwt;
+use crate::pem;
 use crate::serial::Serial;
 
 /// Certificates without a line that a power cut can leave: a batch of each worker, generously. More

@@ -1,5 +1,6 @@
 //! PEM text (RFC 7468): finds the blocks of a text, whatever stands around them.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use base64::Engine as _;
@@ -27,6 +28,22 @@ pub struct Block<'a> {
 impl fmt::Debug for Block<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Block({:?}, {} bytes)", self.label, self.der.len())
+    }
+}
+
+/// A PEM file as text; what stands outside the blocks may be in any character set. `None` if it is
+/// binary (DER) or UTF-16, as some editors write it.
+pub fn text(file: &[u8]) -> Option<Cow<'_, str>> {
+    let is_binary = is_der(file) || file.contains(&0);
+    (!is_binary).then(|| String::from_utf8_lossy(file))
+}
+
+/// Whether it is a SEQUENCE, as certificates and keys in DER are: by its length, if that is short.
+pub fn is_der(file: &[u8]) -> bool {
+    match file {
+        [0x30, length @ ..=0x7f, content @ ..] => content.len() == usize::from(*length),
+        [0x30, 0x81..=0x84, ..] => true,
+        _ => false,
     }
 }
 
@@ -70,6 +87,16 @@ mod tests {
         let text = encode("X", &der);
         assert!(text.lines().all(|l| l.len() <= 64), "{text}");
         assert_eq!(blocks(&text), Some(vec![Block { label: "X", der }]));
+    }
+
+    #[test]
+    fn text_and_what_is_none() {
+        let marked = b"\xef\xbb\xbf# caf\xe9\r\n-----BEGIN A-----\r\nAQI=\r\n-----END A-----";
+        let text = text(marked).unwrap();
+        assert_eq!(blocks(&text), Some(vec![Block { label: "A", der: vec![1, 2] }]));
+        for none in [b"0\x82\x01\x00".as_slice(), b"\xff\xfe-\0-\0", b"-\0"] {
+            assert_eq!(super::text(none), None);
+        }
     }
 
     #[test]

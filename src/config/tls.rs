@@ -1,0 +1,142 @@
+//! Certificates and keys in PEM files, and what is wrong with those that cannot be used.
+//!
+//! TLS libraries skip what they do not understand, such as a certificate behind a byte order mark,
+//! and refuse the rest in words of their own (`UnsupportedCertVersion`). Whoever made a file is told
+//! here what is wrong with it and what makes it right.
+
+use std::sync::Arc;
+
+use rustls::crypto::ring;
+use rustls::pki_types::{
+    CertificateDer, PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer,
+};
+use rustls::sign::{CertifiedKey, SigningKey};
+use rustls::{Error, InconsistentKeys};
+
+use super::TlsFiles;
+use super::variables as var;
+use super::vars::{ConfigError, Vars};
+use crate::pem::{self, Block};
+
+/// Which of the two files is at fault, and why.
+#[derive(Debug, PartialEq, Eq)]
+pub enum TlsFault {
+    /// The file with the certificates.
+    Certificate(String),
+    /// The file with the key.
+    Key(String),
+}
+
+/// Reads the files that `TLS_CERT` and `TLS_KEY` name.
+pub(super) fn read(vars: &Vars<'_>, files: &TlsFiles) -> Result<Arc<CertifiedKey>, ConfigError> {
+    let (cert, key) =
+        (vars.contents(&var::TLS_CERT, &files.cert)?, vars.contents(&var::TLS_KEY, &files.key)?);
+    certified_key(&cert, &key).map_err(|fault| match fault {
+        TlsFault::Certificate(why) => ConfigError::file(&var::TLS_CERT, &files.cert, why),
+        TlsFault::Key(why) => ConfigError::file(&var::TLS_KEY, &files.key, why),
+    })
+}
+
+/// What a server shows, from the contents of two PEM files.
+///
+/// # Errors
+/// The first fault of the certificates, else of the key, else of the two together.
+pub fn certified_key(cert: &[u8], key: &[u8]) -> Result<Arc<CertifiedKey>, TlsFault> {
+    let chain = certificates(cert).map_err(TlsFault::Certificate)?;
+    let key = signing_key(key).map_err(TlsFault::Key)?;
+    let certified = CertifiedKey::new(chain, key);
+    match certified.keys_match() {
+        // That the two cannot be compared is no sign that they do not match.
+        Ok(()) | Err(Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(Arc::new(certified)),
+        Err(error) => Err(why_unusable(&certified, &error)),
+    }
+}
+
+/// All certificates of a PEM file, at least one.
+///
+/// # Errors
+/// Why there is none, or one cannot be read.
+pub fn certificates(file: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let text = pem::text(file).ok_or_else(|| not_pem(file, "openssl x509 -inform DER"))?;
+    let blocks = pem::blocks(&text).ok_or(NOT_WHOLE)?;
+    let is_certificate = |block: &&Block<'_>| block.label == "CERTIFICATE";
+    let found: Vec<_> =
+        blocks.iter().filter(is_certificate).map(|b| CertificateDer::from(b.der.clone())).collect();
+    if found.is_empty() {
+        return Err(format!("holds no CERTIFICATE in PEM, {}", labels(&blocks)));
+    }
+    Ok(found)
+}
+
+fn signing_key(file: &[u8]) -> Result<Arc<dyn SigningKey>, String> {
+    let text = pem::text(file).ok_or_else(|| not_pem(file, "openssl pkey -inform DER"))?;
+    if text.contains("ENCRYPTED") {
+        return Err(
+            "is encrypted, and nobody is there to type its pass phrase when a server starts: \
+                    openssl pkey -in FILE -out NEW makes a copy without"
+                .to_owned(),
+        );
+    }
+    let blocks = pem::blocks(&text).ok_or(NOT_WHOLE)?;
+    let key = blocks.iter().find_map(private_key);
+    let key = key.ok_or_else(|| format!("holds no PRIVATE KEY in PEM, {}", labels(&blocks)))?;
+    ring::sign::any_supported_type(&key).map_err(|_| {
+        "holds a key that TLS cannot use here: make one of ECDSA P-256 or P-384, Ed25519, or RSA from \
+         2048 bits on"
+            .to_owned()
+    })
+}
+
+fn private_key(block: &Block<'_>) -> Option<PrivateKeyDer<'static>> {
+    let der = block.der.clone();
+    match block.label {
+        "PRIVATE KEY" => Some(PrivatePkcs8KeyDer::from(der).into()),
+        "RSA PRIVATE KEY" => Some(PrivatePkcs1KeyDer::from(der).into()),
+        "EC PRIVATE KEY" => Some(PrivateSec1KeyDer::from(der).into()),
+        _ => None,
+    }
+}
+
+const NOT_WHOLE: &str = "holds a PEM block that is not whole: base64 between its lines -----BEGIN \
+                         and -----END";
+
+fn not_pem(file: &[u8], convert: &str) -> String {
+    if pem::is_der(file) {
+        return format!("is DER, not PEM: {convert} -in FILE -out NEW converts it");
+    }
+    "is no PEM text: save it as UTF-8, not as UTF-16".to_owned()
+}
+
+fn labels(blocks: &[Block<'_>]) -> String {
+    match blocks.iter().map(|block| block.label).collect::<Vec<_>>() {
+        labels if labels.is_empty() => "nor anything else".to_owned(),
+        labels => format!("only: {}", labels.join(", ")),
+    }
+}
+
+fn why_unusable(certified: &CertifiedKey, error: &Error) -> TlsFault {
+    if matches!(error, Error::InconsistentKeys(InconsistentKeys::KeyMismatch)) {
+        let own = |der: &CertificateDer<'static>| {
+            CertifiedKey::new(vec![der.clone()], Arc::clone(&certified.key)).keys_match().is_ok()
+        };
+        return match certified.cert.iter().position(own) {
+            Some(at) => TlsFault::Certificate(format!(
+                "must begin with the server's own certificate, which is number {} in it; then its chain",
+                at + 1
+            )),
+            None => {
+                let why = "is not the key of the first certificate in TLS_CERT: take the pair that was \
+                           made together";
+                TlsFault::Key(why.to_owned())
+            }
+        };
+    }
+    // webpki's own name for it, which rustls passes on as it is.
+    if error.to_string().contains("UnsupportedCertVersion") {
+        let why = "begins with a certificate of X.509 version 1, which clients refuse: make it anew \
+                   with a subjectAltName, which makes it version 3";
+        return TlsFault::Certificate(why.to_owned());
+    }
+    let why = format!("begins with a certificate that TLS cannot use, make it anew: {error}");
+    TlsFault::Certificate(why)
+}
