@@ -36,7 +36,7 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
 
 /// Files other than `src/clock.rs` that read the monotonic clock.
 const DEADLINES: &[(&str, &str)] = &[
-    ("src/store/redis.rs", "a batch has one deadline, which is counted on the socket's clock"),
+    ("src/store/redis/mod.rs", "a batch has one deadline, which is counted on the socket's clock"),
     ("src/store/redis/connection.rs", "time-outs of sockets are what is left until it"),
     (
         "src/store/failover/supervisor.rs",
@@ -250,7 +250,7 @@ fn quoted(text: &str) -> impl Iterator<Item = &str> {
 
 /// A file under `src/`.
 struct Source {
-    /// From the root of the tree: `src/store/redis.rs`.
+    /// From the root of the tree: `src/store/redis/mod.rs`.
     name: String,
     text: String,
 }

@@ -15,6 +15,7 @@ use redis::{
 };
 
 use super::command::Commands;
+use super::reply::Reply;
 use crate::config;
 use crate::store::{Down, DownKind, StoreError, locked};
 
@@ -29,9 +30,6 @@ const KEEPALIVE_PROBES: u32 = 3;
 const LATE: &str = "no answer in time";
 /// However long connecting took, the greeting has this much time.
 const LEAST_GREETING: Duration = Duration::from_millis(20);
-
-/// The reply to one command: a value, or why this command was refused.
-pub(super) type Reply = Result<Value, StoreError>;
 
 /// One connection to Redis.
 pub(super) struct Connection {

@@ -3,27 +3,77 @@
 //! A [`Flow`] is one round trip of one operation; `send` and `receive` stand beside each other, and
 //! `receive` names the next trip or the answer. The order of the commands in a trip matters: the
 //! value that decides is read last, after everything that could change it.
-
-use std::vec::IntoIter;
-
-use redis::Value;
+//!
+//! A line is a round trip; `CAS` is compare-and-set, `CAD` compare-and-delete.
+//!
+//! ```text
+//! Issue ──── SET token · SET lease NX · GET lease · ZADD live
+//!   │ ours ───────────▶ Issued
+//!   └ another's ─▶ Contest ── DEL token · ZREM live · EXISTS other · GET, PTTL its mark · PTTL lease
+//!       │ it is alive ─▶ AlreadyActive
+//!       └ it is stale ─▶ TakeOver ── SET token · ZADD live · CAS lease · SET lease NX · GET lease
+//!           │ ours ───────▶ Issued
+//!           └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
+//!
+//! Replace ── SET token · ZADD live · SET lease NX · GET lease
+//!   │ ours ───────────▶ Issued
+//!   └ another's ─▶ Supplant ── CAS lease · SET lease NX · GET lease     (again, if it has changed)
+//!       │ ours ───────▶ KillOld ── SET its mark killed · DEL its token · ZREM live ─▶ Issued
+//!       └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
+//!
+//! Consume ── SET mark NX · EXISTS token · GET mark
+//!   │ ours, the token is there ─▶ Granted
+//!   │ ours, it is not ─▶ Missing ── CAD mark · INFO ─▶ Unknown
+//!   │ of a dead attempt of this instance ─▶ TakeMarkOver ── CAS mark · EXISTS token · GET mark
+//!   │                                         └─▶ as above
+//!   └ another's ─▶ AlreadyUsed
+//!
+//! Kill ───── GET lease ─▶ KillLeased ── SET mark killed · DEL token · ZREM live · CAD lease ─▶ Killed
+//! GiveBack ─ CAD mark
+//! Finish ─── CAD lease · DEL token · ZREM live      (TakeBack too)
+//! Mark ───── GET mark · SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
+//! Carry ──── SET token · ZADD live · SET lease NX
+//! Count ──── ZCOUNT live
+//! ```
 
 use super::command::Commands;
-use super::connection::Reply;
-use super::layout::{KEEPS_ALL, Layout, mark_ms};
+use super::layout::{Layout, mark_ms};
+use super::reply::{Info, Replies, Reply, maybe_done, unexpected};
 use crate::clock::Now;
-use crate::jwt::{Claims, Token, TokenHash};
+use crate::device::DeviceId;
+use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::serial::Serial;
-use crate::store::{Answer, Dead, Down, Kill, Mark, Op, Outcome, StoreError};
+use crate::store::{Answer, Dead, Kill, Mark, Op, Outcome, StoreError};
 
-/// A claim whose token has been marked for this long is not waited for.
+/// A lease whose token has been marked for this long is not waited for.
 const MARKED_LONG_MS: u64 = 30_000;
-/// How often a replacement tries to take over a claim that others keep changing.
+/// How often a replacement tries to take over a lease that others keep changing.
 const REPLACE_TRIES: u8 = 3;
 /// Entries of the set of live tokens are kept this long after their end …
 const PRUNE_AFTER_MS: u64 = 3_600_000;
 /// … and this many are removed at once.
 const PRUNE_MOST: u64 = 1000;
+
+/// What a flow knows besides its own operation.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub layout: Layout,
+    pub signer: Signer,
+    /// `REDIS_TIMEOUT_MS`: an issue that is still under way is not older than twice this.
+    pub patience_ms: u64,
+}
+
+impl Context {
+    /// The claims of a token found in Redis; of one that is not ours, the little that is known.
+    fn claims_of(&self, compact: &str, device: &DeviceId) -> Claims {
+        self.signer.verify_signature(compact).unwrap_or_else(|_| Claims {
+            device_id: device.clone(),
+            iat: 0,
+            exp: MAX_LIFETIME_S,
+            jti: None,
+        })
+    }
+}
 
 /// One round trip of one operation.
 pub(super) trait Flow {
@@ -31,10 +81,10 @@ pub(super) trait Flow {
     fn send(&self, layout: &Layout, out: &mut Commands);
 
     /// Reads its replies, one for each command.
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next;
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next;
 
     /// The token that this trip replaces: it must die even if the trip fails.
-    fn dying(&self, _: &Layout) -> Option<Box<Dead>> {
+    fn dying(&self, _: &Context) -> Option<Box<Dead>> {
         None
     }
 }
@@ -60,7 +110,7 @@ impl Next {
 }
 
 /// The first trip of an operation.
-pub(super) fn of(op: &Op, now: Now) -> Box<dyn Flow> {
+pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
     match op {
         Op::Issue(token) => Box::new(Issue::new(token.clone(), now)),
         Op::Replace(token) => Box::new(Replace(Issue::new(token.clone(), now))),
@@ -69,10 +119,10 @@ pub(super) fn of(op: &Op, now: Now) -> Box<dyn Flow> {
         }
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
         Op::GiveBack(token, serial) => Box::new(Withdraw { hash: token.hash, serial: *serial }),
-        Op::Kill(kill) => Box::new(FindClaim(kill.clone())),
+        Op::Kill(kill) => Box::new(FindLease(kill.clone())),
         Op::Count => Box::new(Count { now_ms: now.unix_ms }),
         Op::Mark(hash, mark, claims) => {
-            Box::new(Enter { hash: *hash, mark: *mark, claims: claims.clone() })
+            Box::new(Enter::new(*hash, *mark, claims.clone(), &context.signer))
         }
         Op::Carry(token, left_ms) => {
             Box::new(Carry { token: token.clone(), left_ms: (*left_ms).max(1) })
@@ -80,99 +130,7 @@ pub(super) fn of(op: &Op, now: Now) -> Box<dyn Flow> {
     }
 }
 
-/// Replies in the order of their commands.
-pub(super) struct Replies {
-    rest: IntoIter<Reply>,
-}
-
-impl Replies {
-    pub fn new(replies: Vec<Reply>) -> Self {
-        Replies { rest: replies.into_iter() }
-    }
-
-    /// The replies, if none is an error; else that error, and whether others were carried out.
-    pub fn all_or_error(replies: Vec<Reply>) -> Result<Self, StoreError> {
-        let answered = replies.iter().any(Result::is_ok);
-        match replies.iter().find_map(|reply| reply.as_ref().err()) {
-            None => Ok(Self::new(replies)),
-            Some(error) => Err(maybe_done(error.clone(), answered)),
-        }
-    }
-
-    fn next(&mut self) -> Reply {
-        self.rest.next().unwrap_or_else(|| Err(unexpected("no reply")))
-    }
-
-    /// Passes over a reply that decides nothing.
-    fn skip(&mut self) {
-        let _decides_nothing = self.next();
-    }
-
-    /// A text, or nothing where the key is not there.
-    pub fn text(&mut self) -> Result<Option<String>, StoreError> {
-        match self.next()? {
-            Value::Nil => Ok(None),
-            Value::Okay => Ok(Some("OK".to_owned())),
-            Value::SimpleString(text) => Ok(Some(text)),
-            // Read otherwise, a value could never be compared with what stands there.
-            Value::BulkString(bytes) => {
-                String::from_utf8(bytes).map(Some).map_err(|_| unexpected("not UTF-8"))
-            }
-            Value::VerbatimString { text, .. } => Ok(Some(text)),
-            _ => Err(unexpected("not a text")),
-        }
-    }
-
-    pub fn number(&mut self) -> Result<i64, StoreError> {
-        match self.next()? {
-            Value::Int(number) => Ok(number),
-            _ => Err(unexpected("not a number")),
-        }
-    }
-
-    /// What a server says of itself in the replies to [`Layout::push_info`]. One that may not be
-    /// asked says nothing.
-    pub fn info(&mut self) -> Info {
-        let mut text = || self.text().ok().flatten().unwrap_or_default();
-        Info { run_id: info(&text(), "run_id"), policy: info(&text(), "maxmemory_policy") }
-    }
-
-    fn texts(&mut self) -> Result<Vec<String>, StoreError> {
-        let Value::Array(items) = self.next()? else { return Err(unexpected("not a list")) };
-        let mut items = Replies::new(items.into_iter().map(Ok).collect());
-        std::iter::from_fn(|| items.rest.len().ne(&0).then(|| items.text()))
-            .map(|text| text.map(Option::unwrap_or_default))
-            .collect()
-    }
-}
-
-/// What a server says of itself.
-pub(super) struct Info {
-    /// Changes with every start of the server.
-    pub run_id: Option<String>,
-    /// What it does when its memory is full.
-    pub policy: Option<String>,
-}
-
-/// The value of `name:` in an `INFO` reply.
-fn info(text: &str, name: &str) -> Option<String> {
-    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(value.trim().to_owned())
-}
-
-/// The same error, with whether a command of the trip may have been carried out all the same.
-fn maybe_done(error: StoreError, maybe_done: bool) -> StoreError {
-    match error {
-        StoreError::Down(down) => StoreError::Down(Down { maybe_done, ..down }),
-        other => other,
-    }
-}
-
-fn unexpected(what: &str) -> StoreError {
-    StoreError::Failed(format!("unexpected reply from Redis: {what}"))
-}
-
-/// Issuing, first trip: token, claim if it is free, and then whose the claim is.
+/// Issuing, first trip: token, lease if it is free, and then whose the lease is.
 #[derive(Clone)]
 struct Issue {
     token: Token,
@@ -186,22 +144,22 @@ impl Issue {
         Issue { token, left_ms, now_ms: now.unix_ms }
     }
 
-    fn already_active(&self, layout: &Layout, other: &str, claim_left: i64) -> Outcome {
-        let by_claim = self.now_ms + u64::try_from(claim_left).unwrap_or(0);
-        let by_token = layout.signer.verify_signature(other).map(|claims| claims.exp * 1000);
-        Outcome::AlreadyActive { expires_at_ms: by_token.unwrap_or(by_claim) }
+    fn already_active(&self, context: &Context, other: &str, lease_left: i64) -> Outcome {
+        let by_lease = self.now_ms + u64::try_from(lease_left).unwrap_or(0);
+        let by_token = context.signer.verify_signature(other).map(|claims| claims.exp * 1000);
+        Outcome::AlreadyActive { expires_at_ms: by_token.unwrap_or(by_lease) }
     }
 }
 
 impl Flow for Issue {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         out.push(&layout.set_token(&self.token, self.left_ms));
-        out.push(&layout.claim_if_free(&self.token, self.left_ms));
-        out.push(&layout.get_claim(&self.token.claims.device_id));
+        out.push(&layout.lease_if_free(&self.token, self.left_ms));
+        out.push(&layout.get_lease(&self.token.claims.device_id));
         out.push(&layout.add_live(&self.token));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             replies.skip();
             replies.skip();
@@ -209,7 +167,7 @@ impl Flow for Issue {
                 Some(holder) if *holder == *self.token.compact => {
                     Next::done(Outcome::Issued { killed: None })
                 }
-                // An older claim ended between the two commands, just now.
+                // An older lease ended between the two commands, just now.
                 None => Next::trip(*self),
                 Some(other) => Next::trip(Contest { issue: *self, other }),
             }
@@ -217,7 +175,7 @@ impl Flow for Issue {
     }
 }
 
-/// Issuing, second trip: another token holds the claim. Ours is taken back; is the other one alive?
+/// Issuing, second trip: another token holds the lease. Ours is taken back; is the other one alive?
 struct Contest {
     issue: Issue,
     other: String,
@@ -232,23 +190,23 @@ impl Flow for Contest {
         out.push(&layout.exists_token(&self.other));
         out.push(&layout.get_mark(&other));
         out.push(&layout.mark_left(&other));
-        out.push(&layout.claim_left(&token.claims.device_id));
+        out.push(&layout.lease_left(&token.claims.device_id));
     }
 
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             replies.skip();
             replies.skip();
             let gone = replies.number()? == 0;
             let marked = replies.text()?.is_some();
             let mark_left = replies.number()?;
-            let claim_left = replies.number()?;
-            let claims = layout.claims_of(&self.other, &self.issue.token.claims.device_id);
-            let age = age_ms(claims.lifetime_s() * 1000, claim_left);
+            let lease_left = replies.number()?;
+            let claims = context.claims_of(&self.other, &self.issue.token.claims.device_id);
+            let age = age_ms(claims.lifetime_s() * 1000, lease_left);
             let marked_long = marked && age_ms(mark_ms(&claims), mark_left) > MARKED_LONG_MS;
-            let stale = age > 2 * layout.patience_ms && (gone || marked_long);
+            let stale = age > 2 * context.patience_ms && (gone || marked_long);
             if !stale {
-                let outcome = self.issue.already_active(layout, &self.other, claim_left);
+                let outcome = self.issue.already_active(context, &self.other, lease_left);
                 return Next::done(outcome);
             }
             Next::trip(TakeOver { issue: self.issue, stale: self.other })
@@ -262,7 +220,7 @@ fn age_ms(whole: u64, left: i64) -> u64 {
     u64::try_from(left).map_or(u64::MAX, |left| whole.saturating_sub(left))
 }
 
-/// Issuing, third trip: the claim is stale and is taken over, unless another was faster.
+/// Issuing, third trip: the lease is stale and is taken over, unless another was faster.
 struct TakeOver {
     issue: Issue,
     stale: String,
@@ -273,12 +231,12 @@ impl Flow for TakeOver {
         let Issue { token, left_ms, .. } = &self.issue;
         out.push(&layout.set_token(token, *left_ms));
         out.push(&layout.add_live(token));
-        out.push(&layout.take_claim_over(&self.stale, token, *left_ms));
-        out.push(&layout.claim_if_free(token, *left_ms));
-        out.push(&layout.get_claim(&token.claims.device_id));
+        out.push(&layout.take_lease_over(&self.stale, token, *left_ms));
+        out.push(&layout.lease_if_free(token, *left_ms));
+        out.push(&layout.get_lease(&token.claims.device_id));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             (0..4).for_each(|_| replies.skip());
             match replies.text()? {
@@ -291,7 +249,7 @@ impl Flow for TakeOver {
     }
 }
 
-/// The claim went to another after all: the new token is removed again.
+/// The lease went to another after all: the new token is removed again.
 struct Yield {
     issue: Issue,
     holder: Option<String>,
@@ -303,26 +261,26 @@ impl Flow for Yield {
         out.push(&layout.remove_live(&self.issue.token.hash));
     }
 
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|_| {
             let holder = self.holder.unwrap_or_default();
-            Next::done(self.issue.already_active(layout, &holder, 0))
+            Next::done(self.issue.already_active(context, &holder, 0))
         }))
     }
 }
 
-/// Replacing, first trip: the new token stands before the claim names it.
+/// Replacing, first trip: the new token stands before the lease names it.
 struct Replace(Issue);
 
 impl Flow for Replace {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         out.push(&layout.set_token(&self.0.token, self.0.left_ms));
         out.push(&layout.add_live(&self.0.token));
-        out.push(&layout.claim_if_free(&self.0.token, self.0.left_ms));
-        out.push(&layout.get_claim(&self.0.token.claims.device_id));
+        out.push(&layout.lease_if_free(&self.0.token, self.0.left_ms));
+        out.push(&layout.get_lease(&self.0.token.claims.device_id));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             (0..3).for_each(|_| replies.skip());
             match replies.text()? {
@@ -336,7 +294,7 @@ impl Flow for Replace {
     }
 }
 
-/// Replacing, second trip: take the claim over from the token that holds it.
+/// Replacing, second trip: take the lease over from the token that holds it.
 struct Supplant {
     issue: Issue,
     old: String,
@@ -344,26 +302,26 @@ struct Supplant {
 }
 
 impl Flow for Supplant {
-    fn dying(&self, layout: &Layout) -> Option<Box<Dead>> {
-        let claims = layout.claims_of(&self.old, &self.issue.token.claims.device_id);
+    fn dying(&self, context: &Context) -> Option<Box<Dead>> {
+        let claims = context.claims_of(&self.old, &self.issue.token.claims.device_id);
         Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims }))
     }
 
     fn send(&self, layout: &Layout, out: &mut Commands) {
         let Issue { token, left_ms, .. } = &self.issue;
-        out.push(&layout.take_claim_over(&self.old, token, *left_ms));
-        out.push(&layout.claim_if_free(token, *left_ms));
-        out.push(&layout.get_claim(&token.claims.device_id));
+        out.push(&layout.take_lease_over(&self.old, token, *left_ms));
+        out.push(&layout.lease_if_free(token, *left_ms));
+        out.push(&layout.get_lease(&token.claims.device_id));
     }
 
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             let taken = replies.number()? == 1;
             replies.skip();
             let holder = replies.text()?;
             let Supplant { issue, old, tries } = *self;
             if taken || holder.as_deref() == Some(&issue.token.compact) {
-                let claims = layout.claims_of(&old, &issue.token.claims.device_id);
+                let claims = context.claims_of(&old, &issue.token.claims.device_id);
                 return Next::trip(KillOld { old, claims });
             }
             match holder {
@@ -381,7 +339,7 @@ struct KillOld {
 }
 
 impl Flow for KillOld {
-    fn dying(&self, _: &Layout) -> Option<Box<Dead>> {
+    fn dying(&self, _: &Context) -> Option<Box<Dead>> {
         Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims: self.claims.clone() }))
     }
 
@@ -389,7 +347,7 @@ impl Flow for KillOld {
         push_kill(layout, out, &self.old, &self.claims);
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         let killed = Dead { hash: TokenHash::of(&self.old), claims: self.claims };
         Next::of(
             Replies::all_or_error(replies)
@@ -406,41 +364,41 @@ fn push_kill(layout: &Layout, out: &mut Commands, compact: &str, claims: &Claims
     out.push(&layout.remove_live(&hash));
 }
 
-/// Revoking, first trip: which token holds the claim?
-struct FindClaim(Kill);
+/// Killing, first trip: which token holds the lease?
+struct FindLease(Kill);
 
-impl Flow for FindClaim {
+impl Flow for FindLease {
     fn send(&self, layout: &Layout, out: &mut Commands) {
-        out.push(&layout.get_claim(&self.0.device));
+        out.push(&layout.get_lease(&self.0.device));
     }
 
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::new(replies).text().and_then(|claim| {
-            let Some(compact) = claim else { return Next::done(Outcome::Killed(None)) };
-            let claims = layout.claims_of(&compact, &self.0.device);
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::new(replies).text().and_then(|lease| {
+            let Some(compact) = lease else { return Next::done(Outcome::Killed(None)) };
+            let claims = context.claims_of(&compact, &self.0.device);
             let spared = self.0.spare == Some(TokenHash::of(&compact));
             if spared || claims.iat > self.0.issued_by_s {
                 return Next::done(Outcome::Killed(None));
             }
-            Next::trip(KillClaimed { device: self.0, compact, claims })
+            Next::trip(KillLeased { device: self.0, compact, claims })
         }))
     }
 }
 
-/// Revoking, second trip: the token dies, then the claim is freed.
-struct KillClaimed {
+/// Killing, second trip: the token dies, then the lease is freed.
+struct KillLeased {
     device: Kill,
     compact: String,
     claims: Claims,
 }
 
-impl Flow for KillClaimed {
+impl Flow for KillLeased {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         push_kill(layout, out, &self.compact, &self.claims);
-        out.push(&layout.free_claim(&self.device.device, &self.compact));
+        out.push(&layout.free_lease(&self.device.device, &self.compact));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             replies.skip();
             let was_live = replies.number()? == 1;
@@ -465,15 +423,15 @@ impl Flow for Consume {
         out.push(&layout.get_mark(hash));
     }
 
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(marked_or_not(replies).and_then(|mut replies| {
             replies.skip();
             let there = replies.number()? == 1;
             let Some(mark) = replies.text()? else { return Err(StoreError::Undecided) };
-            if mark == layout.mark(Mark::Serial(self.serial)) {
+            if mark == context.layout.mark(Mark::Serial(self.serial)) {
                 return self.marked(there);
             }
-            if layout.is_own_attempt(&mark) {
+            if context.layout.is_own_attempt(&mark) {
                 return Next::trip(TakeMarkOver { attempt: *self, dead: mark });
             }
             Next::done(Outcome::AlreadyUsed)
@@ -502,15 +460,15 @@ struct Missing {
 impl Flow for Missing {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         out.push(&layout.withdraw_mark(&self.hash, &layout.mark(Mark::Serial(self.serial))));
-        Layout::push_info(out);
+        Info::ask(out);
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         let mut replies = Replies::new(replies);
         // A refusal leaves the mark where it is.
         Next::of(replies.number().map_err(|error| maybe_done(error, true)).and_then(|_| {
             let server = replies.info();
-            let lossless = server.policy.as_deref() == Some(KEEPS_ALL);
+            let lossless = server.keeps_all();
             Next::done(Outcome::Unknown { lossless_run: server.run_id.filter(|_| lossless) })
         }))
     }
@@ -538,12 +496,12 @@ impl Flow for TakeMarkOver {
         out.push(&layout.get_mark(hash));
     }
 
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(marked_or_not(replies).and_then(|mut replies| {
             replies.skip();
             let there = replies.number()? == 1;
             match replies.text()? {
-                Some(mark) if mark == layout.mark(Mark::Serial(self.attempt.serial)) => {
+                Some(mark) if mark == context.layout.mark(Mark::Serial(self.attempt.serial)) => {
                     self.attempt.marked(there)
                 }
                 // Ours was taken over in its turn, by a kill or by a mark carried over.
@@ -566,14 +524,14 @@ impl Flow for Withdraw {
         out.push(&layout.withdraw_mark(&self.hash, &layout.mark(Mark::Serial(self.serial))));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         // A refusal leaves the mark where it is.
         let withdrawn = Replies::new(replies).number().map_err(|error| maybe_done(error, true));
         Next::of(withdrawn.and_then(|_| Next::done(Outcome::Done)))
     }
 }
 
-/// The token is used up, or was never handed out: claim, token and count go.
+/// The token is used up, or was never handed out: lease, token and count go.
 struct Remove {
     token: Token,
     then: Outcome,
@@ -582,12 +540,12 @@ struct Remove {
 impl Flow for Remove {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         let Token { compact, hash, claims } = &self.token;
-        out.push(&layout.free_claim(&claims.device_id, compact));
+        out.push(&layout.free_lease(&claims.device_id, compact));
         out.push(&layout.delete_token(compact));
         out.push(&layout.remove_live(hash));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(self.then)))
     }
 }
@@ -602,7 +560,7 @@ impl Flow for Count {
         out.push(&layout.count_live(self.now_ms));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(
             Replies::new(replies)
                 .number()
@@ -617,6 +575,16 @@ struct Enter {
     hash: TokenHash,
     mark: Mark,
     claims: Claims,
+    /// The token itself, where it can be made again. Of one that an earlier run of this instance
+    /// redeemed, only hash and times are known; the lease may still show it whole.
+    token: Option<Token>,
+}
+
+impl Enter {
+    fn new(hash: TokenHash, mark: Mark, claims: Claims, signer: &Signer) -> Self {
+        let token = Some(signer.sign(claims.clone())).filter(|token| token.hash == hash);
+        Enter { hash, mark, claims, token }
+    }
 }
 
 impl Flow for Enter {
@@ -624,27 +592,24 @@ impl Flow for Enter {
         out.push(&layout.get_mark(&self.hash));
         out.push(&layout.set_mark(&self.hash, &layout.mark(self.mark), mark_ms(&self.claims)));
         out.push(&layout.remove_live(&self.hash));
-        out.push(&layout.get_claim(&self.claims.device_id));
-        // Of a token that an earlier run of this instance redeemed, only hash and times are known,
-        // and the claim may still show it whole.
-        let again = layout.signer.sign(self.claims.clone());
-        if again.hash == self.hash {
-            out.push(&layout.delete_token(&again.compact));
+        out.push(&layout.get_lease(&self.claims.device_id));
+        if let Some(token) = &self.token {
+            out.push(&layout.delete_token(&token.compact));
         }
     }
 
-    fn receive(self: Box<Self>, layout: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             let twice = replies.text()?.filter(|other| {
                 matches!(self.mark, Mark::Serial(_))
                     && !other.ends_with(" killed")
-                    && !layout.is_own_attempt(other)
+                    && !context.layout.is_own_attempt(other)
             });
-            let both = twice.map(|other| format!("{} and {other}", layout.mark(self.mark)));
+            let both = twice.map(|other| format!("{} and {other}", context.layout.mark(self.mark)));
             let marked = Outcome::Marked(both);
             replies.skip();
             replies.skip();
-            match replies.text()?.filter(|claim| TokenHash::of(claim) == self.hash) {
+            match replies.text()?.filter(|lease| TokenHash::of(lease) == self.hash) {
                 Some(compact) => {
                     let token =
                         Token { compact: compact.into(), hash: self.hash, claims: self.claims };
@@ -667,10 +632,10 @@ impl Flow for Carry {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         out.push(&layout.set_token(&self.token, self.left_ms));
         out.push(&layout.add_live(&self.token));
-        out.push(&layout.claim_if_free(&self.token, self.left_ms));
+        out.push(&layout.lease_if_free(&self.token, self.left_ms));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(Outcome::Done)))
     }
 }
@@ -683,7 +648,7 @@ impl Flow for Prune {
         out.push(&layout.time());
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::new(replies).texts().and_then(|time| {
             let seconds = time.first().and_then(|s| s.parse::<u64>().ok());
             let now_ms = seconds.ok_or_else(|| unexpected("not a time"))? * 1000;
@@ -702,7 +667,7 @@ impl Flow for FindEnded {
         out.push(&layout.oldest_live(self.until_ms, PRUNE_MOST));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::new(replies).texts().and_then(|members| {
             if members.is_empty() {
                 return Next::done(Outcome::Done);
@@ -720,7 +685,7 @@ impl Flow for RemoveEnded {
         out.push(&layout.remove_live_members(&self.0));
     }
 
-    fn receive(self: Box<Self>, _: &Layout, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::new(replies).number().and_then(|_| Next::done(Outcome::Done)))
     }
 }
@@ -728,12 +693,11 @@ impl Flow for RemoveEnded {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::DeviceId;
-    use crate::jwt::Signer;
+    use redis::Value;
 
-    fn layout() -> Layout {
-        let signer = Signer::new(b"secret");
-        Layout { prefix: String::new(), instance: "a".to_owned(), signer, patience_ms: 1000 }
+    fn context() -> Context {
+        let layout = Layout { prefix: String::new(), instance: "a".to_owned() };
+        Context { layout, signer: Signer::new(b"secret"), patience_ms: 1000 }
     }
 
     fn attempt() -> Consume {
@@ -747,7 +711,7 @@ mod tests {
     }
 
     fn end(flow: impl Flow, replies: Vec<Reply>) -> Answer {
-        match Box::new(flow).receive(&layout(), replies) {
+        match Box::new(flow).receive(&context(), replies) {
             Next::Done(answer) => answer,
             Next::Trip(_) => panic!("another trip"),
         }
@@ -758,7 +722,7 @@ mod tests {
     #[test]
     fn a_taken_over_mark_must_still_be_ours_when_the_token_was_seen() {
         let take_over = || TakeMarkOver { attempt: attempt(), dead: "a 00".to_owned() };
-        let ours = layout().mark(Mark::Serial(Serial([1; 16])));
+        let ours = context().layout.mark(Mark::Serial(Serial([1; 16])));
         let replies = |taken, mark| vec![Ok(Value::Int(taken)), Ok(Value::Int(1)), text(mark)];
         assert_eq!(end(take_over(), replies(1, &ours)), Ok(Outcome::Granted));
         assert_eq!(end(take_over(), replies(1, "b 02")), Ok(Outcome::AlreadyUsed));
@@ -766,7 +730,7 @@ mod tests {
         let withdrawn = vec![Ok(Value::Int(0)), Ok(Value::Int(1)), Ok(Value::Nil)];
         assert_eq!(end(take_over(), withdrawn), Err(StoreError::Undecided), "nobody used it");
         let mut commands = Commands::default();
-        take_over().send(&layout(), &mut commands);
+        take_over().send(&context().layout, &mut commands);
         assert_eq!(commands.count(), 3, "the mark is read, last");
     }
 }

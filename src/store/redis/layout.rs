@@ -1,15 +1,10 @@
-//! The key layout, compare-and-set, and the first words on a new connection.
+//! The layout of the keys: their names, their values, how long they live, and the commands on them.
 
-use std::time::Instant;
-
-use super::command::{Command, Commands, decimal};
-use super::connection::Connection;
-use super::flow::Replies;
+use super::command::{Command, decimal};
 use crate::device::DeviceId;
-use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
-use crate::store::failover::Hello;
+use crate::jwt::{Claims, Token, TokenHash};
+use crate::store::Mark;
 use crate::store::ledger::MARGIN_MS;
-use crate::store::{Down, Mark, StoreError};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 
@@ -20,27 +15,17 @@ const COMPARE_AND_SET: &str = "if redis.call('GET',KEYS[1])==ARGV[1] then \
 const COMPARE_AND_DELETE: &str =
     "if redis.call('GET',KEYS[1])==ARGV[1] then return redis.call('DEL',KEYS[1]) else return 0 end";
 
-/// The `maxmemory-policy` of a server that drops nothing by itself.
-pub(super) const KEEPS_ALL: &str = "noeviction";
-
-/// Names, values and times of the keys.
+/// Names, values and times of the keys of one instance.
 #[derive(Debug)]
 pub(super) struct Layout {
     pub prefix: String,
     pub instance: String,
-    pub signer: Signer,
-    /// `REDIS_TIMEOUT_MS`: an issue that is still under way is not older than twice this.
-    pub patience_ms: u64,
 }
 
 impl Layout {
     /// A command whose first word is a key.
-    fn on(&self, command: &str, kind: &str, name: &str) -> Command {
+    pub fn on(&self, command: &str, kind: &str, name: &str) -> Command {
         Command::new(command).joined(&[&self.prefix, kind, name])
-    }
-
-    fn key(&self, kind: &str, name: &str) -> String {
-        [&self.prefix, kind, name].concat()
     }
 
     /// Does not change anything that another instance might have changed before.
@@ -71,7 +56,7 @@ impl Layout {
         self.on("EXISTS", "token:", compact)
     }
 
-    pub fn claim_if_free(&self, token: &Token, left_ms: u64) -> Command {
+    pub fn lease_if_free(&self, token: &Token, left_ms: u64) -> Command {
         self.on("SET", "device:", token.claims.device_id.as_str())
             .arg(&token.compact)
             .arg("NX")
@@ -79,21 +64,21 @@ impl Layout {
             .number(left_ms)
     }
 
-    pub fn get_claim(&self, device: &DeviceId) -> Command {
+    pub fn get_lease(&self, device: &DeviceId) -> Command {
         self.on("GET", "device:", device.as_str())
     }
 
-    pub fn claim_left(&self, device: &DeviceId) -> Command {
+    pub fn lease_left(&self, device: &DeviceId) -> Command {
         self.on("PTTL", "device:", device.as_str())
     }
 
-    pub fn take_claim_over(&self, from: &str, token: &Token, left_ms: u64) -> Command {
-        let key = self.key("device:", token.claims.device_id.as_str());
-        compare_and_set(&key, from, &token.compact, left_ms)
+    pub fn take_lease_over(&self, from: &str, token: &Token, left_ms: u64) -> Command {
+        let key = ("device:", token.claims.device_id.as_str());
+        self.compare_and_set(key, from, &token.compact, left_ms)
     }
 
-    pub fn free_claim(&self, device: &DeviceId, compact: &str) -> Command {
-        compare_and_delete(&self.key("device:", device.as_str()), compact)
+    pub fn free_lease(&self, device: &DeviceId, compact: &str) -> Command {
+        self.compare_and_delete("device:", device.as_str(), compact)
     }
 
     pub fn mark_if_free(&self, hash: &TokenHash, mark: &str, claims: &Claims) -> Command {
@@ -120,15 +105,11 @@ impl Layout {
         to: &str,
         claims: &Claims,
     ) -> Command {
-        compare_and_set(&self.mark_key(hash), from, to, mark_ms(claims))
+        self.compare_and_set(("used:", &hash.to_string()), from, to, mark_ms(claims))
     }
 
     pub fn withdraw_mark(&self, hash: &TokenHash, mark: &str) -> Command {
-        compare_and_delete(&self.mark_key(hash), mark)
-    }
-
-    fn mark_key(&self, hash: &TokenHash) -> String {
-        self.key("used:", &hash.to_string())
+        self.compare_and_delete("used:", &hash.to_string(), mark)
     }
 
     pub fn add_live(&self, token: &Token) -> Command {
@@ -175,82 +156,32 @@ impl Layout {
             .is_some_and(|(instance, what)| instance == self.instance && what != "killed")
     }
 
-    /// The claims of a token found in Redis; of one that is not ours, the little that is known.
-    pub fn claims_of(&self, compact: &str, device: &DeviceId) -> Claims {
-        self.signer.verify_signature(compact).unwrap_or_else(|_| Claims {
-            device_id: device.clone(),
-            iat: 0,
-            exp: MAX_LIFETIME_S,
-            jti: None,
-        })
+    /// Enters the fingerprint of our CA unless there is one.
+    pub fn enter_ca(&self, fingerprint: &str) -> Command {
+        self.on("SET", "ca", "").arg(fingerprint).arg("NX")
     }
 
-    /// Who are you, can I write, may I do all that I will have to do, and whose CA do you know? In one
-    /// round trip, and the writing is real: a server that is full or a replica refuses only writes.
-    pub fn greet(
+    pub fn get_ca(&self) -> Command {
+        self.on("GET", "ca", "")
+    }
+
+    fn compare_and_set(
         &self,
-        connection: &mut Connection,
-        ca: Option<&str>,
-        deadline: Instant,
-    ) -> Result<Hello, StoreError> {
-        let mut commands = Commands::default();
-        Layout::push_info(&mut commands);
-        let rights = self.push_every_kind(&mut commands);
-        if let Some(ca) = ca {
-            commands.push(&self.on("SET", "ca", "").arg(ca).arg("NX"));
-        }
-        commands.push(&self.on("GET", "ca", ""));
-        let mut replies =
-            connection.round_trip(&commands, deadline).map_err(StoreError::Down)?.into_iter();
-        let server = Replies::new(replies.by_ref().take(2).collect()).info();
-        replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), |e| Err(for_acl(e)))?;
-        let mut replies = Replies::new(replies.collect());
-        if ca.is_some() {
-            replies.text().map_err(for_acl)?;
-        }
-        let entered = replies.text().map_err(for_acl)?;
-        Ok(Hello {
-            run_id: server.run_id,
-            eviction: server.policy.filter(|policy| policy != KEEPS_ALL),
-            foreign_ca: entered.filter(|entered| ca.is_some_and(|ca| ca != entered)),
-        })
+        (kind, name): (&str, &str),
+        from: &str,
+        to: &str,
+        lasts_ms: u64,
+    ) -> Command {
+        self.eval(COMPARE_AND_SET, kind, name).arg(from).arg(to).number(lasts_ms)
     }
 
-    /// Asks which run of the server this is, and what it does when its memory is full.
-    pub fn push_info(commands: &mut Commands) {
-        commands.push(&Command::new("INFO").arg("server"));
-        commands.push(&Command::new("INFO").arg("memory"));
+    pub fn compare_and_delete(&self, kind: &str, name: &str, value: &str) -> Command {
+        self.eval(COMPARE_AND_DELETE, kind, name).arg(value)
     }
 
-    /// Every command that is used, on every kind of key, in a form that changes nothing: a right
-    /// that the user lacks is to be found before it is needed. Answers how many these are.
-    fn push_every_kind(&self, commands: &mut Commands) -> usize {
-        let before = commands.count();
-        let (device, used) = (self.key("device:", ""), self.key("used:", ""));
-        commands.push(&self.on("DEL", "token:", ""));
-        commands.push(&self.on("EXISTS", "token:", ""));
-        commands.push(&self.on("GET", "device:", ""));
-        commands.push(&self.on("PTTL", "device:", ""));
-        commands.push(&compare_and_delete(&device, ""));
-        commands.push(&self.on("GET", "used:", ""));
-        commands.push(&compare_and_delete(&used, ""));
-        commands.push(&self.on("ZADD", "live", "").arg("XX").number(0).arg(""));
-        commands.push(&self.on("ZREM", "live", "").arg(""));
-        commands.push(&self.count_live(u64::MAX / 1000));
-        commands.push(&self.oldest_live(0, 1));
-        commands.push(&self.time());
-        commands.count() - before
-    }
-}
-
-/// An error in the greeting, with what to do about it.
-fn for_acl(error: StoreError) -> StoreError {
-    match error {
-        StoreError::Down(down) if down.why.starts_with("NOPERM") => {
-            let why = format!("{} (README: the rights that the ACL user needs)", down.why);
-            StoreError::Down(Down { why, ..down })
-        }
-        other => other,
+    /// A script with one key.
+    fn eval(&self, script: &str, kind: &str, name: &str) -> Command {
+        Command::new("EVAL").arg(script).number(1).joined(&[&self.prefix, kind, name])
     }
 }
 
@@ -263,16 +194,4 @@ pub(super) fn mark_ms(claims: &Claims) -> u64 {
 fn member(hash: &TokenHash) -> String {
     let (half, _) = hash.0.split_at(16);
     BASE64URL.encode(half)
-}
-
-fn compare_and_set(key: &str, from: &str, to: &str, lasts_ms: u64) -> Command {
-    eval(COMPARE_AND_SET, key).arg(from).arg(to).number(lasts_ms)
-}
-
-fn compare_and_delete(key: &str, value: &str) -> Command {
-    eval(COMPARE_AND_DELETE, key).arg(value)
-}
-
-fn eval(script: &str, key: &str) -> Command {
-    Command::new("EVAL").arg(script).number(1).arg(key)
 }

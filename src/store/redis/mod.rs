@@ -3,7 +3,7 @@
 //! | key under the prefix | value | lives |
 //! |---|---|---|
 //! | `token:<jwt>` | JSON: device, token, expiry | until the token's expiry |
-//! | `device:<id>`, the claim | the token | the same |
+//! | `device:<id>`, the lease | the token | the same |
 //! | `used:<sha256 of the token>`, the mark | `<instance> <serial>` or `<instance> killed` | the token's whole lifetime and a minute |
 //! | `live` | sorted set: hash, expiry in ms | entries pruned |
 //! | `ca` | SHA-256 of the CA certificate | for good |
@@ -16,7 +16,9 @@
 mod command;
 mod connection;
 mod flow;
+mod greeting;
 mod layout;
+mod reply;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,9 +32,10 @@ use crate::store::failover::{Hello, Remote};
 use crate::store::{Answer, Down, Op, Status, StoreError, TokenStore};
 
 use command::Commands;
-use connection::{Pool, Reply};
-use flow::{Flow, Next};
+use connection::Pool;
+use flow::{Context, Flow, Next};
 use layout::Layout;
+use reply::Reply;
 
 /// How often an issue also prunes the set of live tokens.
 const PRUNE_EVERY_MS: u64 = 60_000;
@@ -40,7 +43,7 @@ const PRUNE_EVERY_MS: u64 = 60_000;
 /// The store of tokens in Redis.
 pub struct RedisStore {
     pool: Pool,
-    layout: Layout,
+    context: Context,
     timeout: Duration,
     /// What a round trip takes at present, in microseconds: a moving average.
     round_trip_us: AtomicU64,
@@ -63,9 +66,8 @@ impl RedisStore {
     ) -> Result<Self, StoreError> {
         Ok(RedisStore {
             pool: Pool::new(config)?,
-            layout: Layout {
-                prefix: config.key_prefix.clone(),
-                instance,
+            context: Context {
+                layout: Layout { prefix: config.key_prefix.clone(), instance },
                 signer,
                 patience_ms: u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
             },
@@ -91,14 +93,14 @@ impl RedisStore {
 impl TokenStore for RedisStore {
     fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
         let mut flows: Vec<Running> =
-            ops.iter().map(|op| Running::new(flow::of(op, now))).collect();
+            ops.iter().map(|op| Running::new(flow::of(op, &self.context, now))).collect();
         if self.prune_is_due(ops, now) {
             flows.push(Running::new(Box::new(flow::Prune)));
         }
         let deadline = Instant::now() + self.timeout;
         if let Err(broken) = self.run_flows(&mut flows, deadline) {
             self.metrics.redis_failures.add(1);
-            flows.iter_mut().for_each(|flow| flow.fail(&self.layout, &broken));
+            flows.iter_mut().for_each(|flow| flow.fail(&self.context, &broken));
         }
         flows.truncate(ops.len());
         flows.into_iter().map(Running::into_answer).collect()
@@ -115,7 +117,8 @@ impl TokenStore for RedisStore {
 }
 
 impl RedisStore {
-    /// An eighth of the average is the latest. Of two that come at once one may be left out.
+    /// The latest counts for an eighth. When two workers do this at once, one figure may be lost,
+    /// which an average can bear.
     fn note_round_trip(&self, took: Duration) {
         let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let average = self.round_trip_us.load(Ordering::Relaxed);
@@ -130,14 +133,14 @@ impl RedisStore {
         while flows.iter().any(Running::is_waiting) {
             let mut commands = Commands::default();
             let counts: Vec<usize> =
-                flows.iter().map(|flow| flow.send(&self.layout, &mut commands)).collect();
+                flows.iter().map(|flow| flow.send(&self.context.layout, &mut commands)).collect();
             let sent = Instant::now();
             let replies = connection.round_trip(&commands, deadline)?;
             self.metrics.redis_trips.observe(sent.elapsed());
             self.note_round_trip(sent.elapsed());
             let mut replies = replies.into_iter();
             for (flow, count) in flows.iter_mut().zip(counts) {
-                flow.receive(&self.layout, replies.by_ref().take(count).collect());
+                flow.receive(&self.context, replies.by_ref().take(count).collect());
             }
         }
         self.pool.put_back(connection);
@@ -162,7 +165,7 @@ impl Running {
         matches!(self, Running::Waiting(_))
     }
 
-    /// Adds the commands of this trip; answers how many.
+    /// Adds the commands of this trip; returns how many.
     fn send(&self, layout: &Layout, commands: &mut Commands) -> usize {
         let before = commands.count();
         if let Running::Waiting(flow) = self {
@@ -171,13 +174,13 @@ impl Running {
         commands.count() - before
     }
 
-    fn receive(&mut self, layout: &Layout, replies: Vec<Reply>) {
+    fn receive(&mut self, context: &Context, replies: Vec<Reply>) {
         if !self.is_waiting() {
             return;
         }
         let Running::Waiting(flow) = std::mem::replace(self, Running::UNDECIDED) else { return };
-        let dying = flow.dying(layout);
-        *self = match flow.receive(layout, replies) {
+        let dying = flow.dying(context);
+        *self = match flow.receive(context, replies) {
             Next::Trip(flow) => Running::Waiting(flow),
             Next::Done(Err(StoreError::Down(down))) => {
                 Running::Answered(Err(StoreError::Down(Down { dying, ..down })))
@@ -186,9 +189,9 @@ impl Running {
         };
     }
 
-    fn fail(&mut self, layout: &Layout, broken: &Down) {
+    fn fail(&mut self, context: &Context, broken: &Down) {
         if let Running::Waiting(flow) = self {
-            let down = Down { dying: flow.dying(layout), ..broken.clone() };
+            let down = Down { dying: flow.dying(context), ..broken.clone() };
             *self = Running::Answered(Err(StoreError::Down(down)));
         }
     }
@@ -203,8 +206,10 @@ impl Running {
 
 impl Remote for RedisStore {
     fn connect(&self, ca_fingerprint: Option<&str>) -> Result<Hello, StoreError> {
-        self.pool
-            .reopen(|connection, deadline| self.layout.greet(connection, ca_fingerprint, deadline))
+        let layout = &self.context.layout;
+        self.pool.reopen(|connection, deadline| {
+            greeting::greet(layout, connection, ca_fingerprint, deadline)
+        })
     }
 
     fn disconnect(&self) {

@@ -1,0 +1,73 @@
+//! The first words on a new connection: who is there, and does it do for us what we will ask?
+
+use std::time::Instant;
+
+use super::command::Commands;
+use super::connection::Connection;
+use super::layout::Layout;
+use super::reply::{Info, Replies};
+use crate::store::failover::Hello;
+use crate::store::{Down, StoreError};
+
+/// Asks who the server is, whether it takes writes, whether this user may do all that will be
+/// needed, and whose CA is entered there. All in one round trip, and the writing is real: a server
+/// that is full, or a replica, refuses only writes.
+pub(super) fn greet(
+    layout: &Layout,
+    connection: &mut Connection,
+    ca: Option<&str>,
+    deadline: Instant,
+) -> Result<Hello, StoreError> {
+    let mut commands = Commands::default();
+    Info::ask(&mut commands);
+    let rights = push_every_kind(layout, &mut commands);
+    if let Some(ca) = ca {
+        commands.push(&layout.enter_ca(ca));
+    }
+    commands.push(&layout.get_ca());
+    let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
+    let mut replies = replies.into_iter();
+    let server = Replies::new(replies.by_ref().take(2).collect()).info();
+    replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), |e| Err(for_acl(e)))?;
+    let mut replies = Replies::new(replies.collect());
+    if ca.is_some() {
+        replies.text().map_err(for_acl)?;
+    }
+    let entered = replies.text().map_err(for_acl)?;
+    let keeps_all = server.keeps_all();
+    Ok(Hello {
+        run_id: server.run_id,
+        eviction: server.policy.filter(|_| !keeps_all),
+        foreign_ca: entered.filter(|entered| ca.is_some_and(|ca| ca != entered)),
+    })
+}
+
+/// Every command that is used, on every kind of key, in a form that changes nothing: a right that
+/// the user lacks is to be found before it is needed. Returns how many commands these are.
+fn push_every_kind(layout: &Layout, commands: &mut Commands) -> usize {
+    let before = commands.count();
+    commands.push(&layout.on("DEL", "token:", ""));
+    commands.push(&layout.on("EXISTS", "token:", ""));
+    commands.push(&layout.on("GET", "device:", ""));
+    commands.push(&layout.on("PTTL", "device:", ""));
+    commands.push(&layout.compare_and_delete("device:", "", ""));
+    commands.push(&layout.on("GET", "used:", ""));
+    commands.push(&layout.compare_and_delete("used:", "", ""));
+    commands.push(&layout.on("ZADD", "live", "").arg("XX").number(0).arg(""));
+    commands.push(&layout.on("ZREM", "live", "").arg(""));
+    commands.push(&layout.count_live(u64::MAX / 1000));
+    commands.push(&layout.oldest_live(0, 1));
+    commands.push(&layout.time());
+    commands.count() - before
+}
+
+/// An error in the greeting, with what to do about it.
+fn for_acl(error: StoreError) -> StoreError {
+    match error {
+        StoreError::Down(down) if down.why.starts_with("NOPERM") => {
+            let why = format!("{} (README: the rights that the ACL user needs)", down.why);
+            StoreError::Down(Down { why, ..down })
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,117 @@
+//! Replies of a round trip, read in the order of their commands.
+
+use std::vec::IntoIter;
+
+use redis::Value;
+
+use super::command::{Command, Commands};
+use crate::store::{Down, StoreError};
+
+/// The reply to one command: a value, or why this command was refused.
+pub(super) type Reply = Result<Value, StoreError>;
+
+/// Replies in the order of their commands.
+pub(super) struct Replies {
+    rest: IntoIter<Reply>,
+}
+
+impl Replies {
+    pub fn new(replies: Vec<Reply>) -> Self {
+        Replies { rest: replies.into_iter() }
+    }
+
+    /// The replies, if none is an error; else that error, and whether others were carried out.
+    pub fn all_or_error(replies: Vec<Reply>) -> Result<Self, StoreError> {
+        let answered = replies.iter().any(Result::is_ok);
+        match replies.iter().find_map(|reply| reply.as_ref().err()) {
+            None => Ok(Self::new(replies)),
+            Some(error) => Err(maybe_done(error.clone(), answered)),
+        }
+    }
+
+    fn next(&mut self) -> Reply {
+        self.rest.next().unwrap_or_else(|| Err(unexpected("no reply")))
+    }
+
+    /// Passes over a reply that decides nothing.
+    pub fn skip(&mut self) {
+        let _decides_nothing = self.next();
+    }
+
+    /// A text, or nothing where the key is not there.
+    pub fn text(&mut self) -> Result<Option<String>, StoreError> {
+        match self.next()? {
+            Value::Nil => Ok(None),
+            Value::Okay => Ok(Some("OK".to_owned())),
+            Value::SimpleString(text) => Ok(Some(text)),
+            // Read otherwise, a value could never be compared with what stands there.
+            Value::BulkString(bytes) => {
+                String::from_utf8(bytes).map(Some).map_err(|_| unexpected("not UTF-8"))
+            }
+            Value::VerbatimString { text, .. } => Ok(Some(text)),
+            _ => Err(unexpected("not a text")),
+        }
+    }
+
+    pub fn number(&mut self) -> Result<i64, StoreError> {
+        match self.next()? {
+            Value::Int(number) => Ok(number),
+            _ => Err(unexpected("not a number")),
+        }
+    }
+
+    /// What a server answers to [`Info::ask`]. One that may not be asked says nothing.
+    pub fn info(&mut self) -> Info {
+        let mut text = || self.text().ok().flatten().unwrap_or_default();
+        Info { run_id: info(&text(), "run_id"), policy: info(&text(), "maxmemory_policy") }
+    }
+
+    pub fn texts(&mut self) -> Result<Vec<String>, StoreError> {
+        let Value::Array(items) = self.next()? else { return Err(unexpected("not a list")) };
+        let mut items = Replies::new(items.into_iter().map(Ok).collect());
+        std::iter::from_fn(|| items.rest.len().ne(&0).then(|| items.text()))
+            .map(|text| text.map(Option::unwrap_or_default))
+            .collect()
+    }
+}
+
+/// The `maxmemory-policy` of a server that drops nothing by itself.
+const KEEPS_ALL: &str = "noeviction";
+
+/// What a server says of itself.
+pub(super) struct Info {
+    /// Changes with every start of the server.
+    pub run_id: Option<String>,
+    /// What it does when its memory is full.
+    pub policy: Option<String>,
+}
+
+impl Info {
+    pub fn ask(commands: &mut Commands) {
+        commands.push(&Command::new("INFO").arg("server"));
+        commands.push(&Command::new("INFO").arg("memory"));
+    }
+
+    /// The server drops nothing by itself, and says so.
+    pub fn keeps_all(&self) -> bool {
+        self.policy.as_deref() == Some(KEEPS_ALL)
+    }
+}
+
+/// The value of `name:` in an `INFO` reply.
+fn info(text: &str, name: &str) -> Option<String> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim().to_owned())
+}
+
+/// The same error, with whether a command of the trip may have been carried out all the same.
+pub(super) fn maybe_done(error: StoreError, maybe_done: bool) -> StoreError {
+    match error {
+        StoreError::Down(down) => StoreError::Down(Down { maybe_done, ..down }),
+        other => other,
+    }
+}
+
+pub(super) fn unexpected(what: &str) -> StoreError {
+    StoreError::Failed(format!("unexpected reply from Redis: {what}"))
+}
