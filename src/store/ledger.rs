@@ -86,7 +86,7 @@ impl Ledger {
         Begin::Begun
     }
 
-    /// The attempt was granted. Answers whether it still holds the token: a kill goes first.
+    /// The attempt was granted. Returns whether it still holds the token: a kill goes first.
     pub fn grant(&self, hash: &TokenHash, serial: Serial) -> bool {
         self.turn(hash, State::Running(serial), State::Used(serial))
     }
@@ -147,7 +147,7 @@ impl Ledger {
         Some((mark(entry.state)?, entry.claims.clone()))
     }
 
-    /// Drops what has ended; answers when the next entry ends, if there is one.
+    /// Drops what has ended; returns when the next entry ends, if there is one.
     pub fn reap(&self, now: Now) -> Option<u64> {
         let mut entries = locked(&self.entries);
         let ended = |e: &Entry| e.ends_ms <= now.mono_ms && !matches!(e.state, State::Running(_));

@@ -1,4 +1,4 @@
-//! Tokens in memory: a bounded map, the claims of the devices, and the reaper.
+//! Tokens in memory: a bounded map, the leases of the devices, and the reaper.
 //!
 //! Alone it is the store of a service without Redis. Behind `failover` it holds the copies of what
 //! this instance issued. It keeps the claims of a token, not the token: signing them again gives
@@ -28,7 +28,8 @@ pub struct Memory {
 #[derive(Debug, Default)]
 struct Table {
     tokens: HashMap<TokenHash, Entry>,
-    claims: HashMap<DeviceId, TokenHash>,
+    /// Which token holds the device: its only one, or its latest.
+    leases: HashMap<DeviceId, TokenHash>,
     /// When the reaper means to look again, by [`Now::mono_ms`].
     next_reap_ms: Option<u64>,
     stopped: bool,
@@ -76,21 +77,21 @@ impl Memory {
     /// `Full` at the bound; nothing is evicted.
     pub fn issue(&self, token: &Token, in_redis: InRedis, now: Now) -> Answer {
         let mut table = locked(&self.table);
-        if let Some(expires_at_ms) = self.claim(&table, &token.claims.device_id, now) {
+        if let Some(expires_at_ms) = self.lease(&table, &token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
         }
         self.insert(&mut table, token, in_redis, now)?;
         Ok(Outcome::Issued { killed: None })
     }
 
-    /// Stores the token over whatever claim there is. Without room it is left out: only Redis has
+    /// Stores the token over whatever lease there is. Without room it is left out: only Redis has
     /// it then.
     ///
     /// An older token that Redis had confirmed in the same era is forgotten: since the device's
-    /// claim was free, it is used, killed or deleted, and Redis knows which.
+    /// lease was free, it is used, killed or deleted, and Redis knows which.
     pub fn copy(&self, token: &Token, in_redis: InRedis, now: Now) {
         let mut table = locked(&self.table);
-        let old = table.claims.get(&token.claims.device_id).copied();
+        let old = table.leases.get(&token.claims.device_id).copied();
         if let (Some(old), InRedis::Confirmed(_)) = (old, in_redis)
             && table.tokens.get(&old).is_some_and(|entry| entry.in_redis == in_redis)
         {
@@ -99,7 +100,7 @@ impl Memory {
         let _no_room_is_fine = self.insert(&mut table, token, in_redis, now);
     }
 
-    /// Stores the token and kills the one that held the claim; answers which that was.
+    /// Stores the token and kills the one that held the lease; returns which that was.
     ///
     /// # Errors
     /// `Full` at the bound; the old token stays then.
@@ -110,7 +111,7 @@ impl Memory {
         now: Now,
     ) -> Result<Option<Dead>, StoreError> {
         let mut table = locked(&self.table);
-        let old = table.claims.get(&token.claims.device_id).copied();
+        let old = table.leases.get(&token.claims.device_id).copied();
         let old = old.filter(|old| *old != token.hash && table.live(old, now).is_some());
         let entry = old.and_then(|old| table.tokens.remove(&old));
         if let Err(full) = self.insert(&mut table, token, in_redis, now) {
@@ -125,7 +126,7 @@ impl Memory {
     }
 
     /// Kills every live token of the device that `kill` means, also one that is being redeemed: its
-    /// certificate may not be signed yet. Answers which those were.
+    /// certificate may not be signed yet. Returns which those were.
     pub fn kill(&self, kill: &Kill, now: Now) -> Vec<Dead> {
         let mut table = locked(&self.table);
         let meant = |hash: &TokenHash, entry: &Entry| {
@@ -169,7 +170,7 @@ impl Memory {
         }
     }
 
-    /// Forgets the token and its claim.
+    /// Forgets the token and its lease.
     pub fn remove(&self, hash: &TokenHash) {
         locked(&self.table).remove(hash);
     }
@@ -184,16 +185,16 @@ impl Memory {
         locked(&self.table).tokens.len() >= self.max
     }
 
-    /// Removes what has ended; answers when to come back, by [`Now::mono_ms`].
+    /// Removes what has ended; returns when to come back, by [`Now::mono_ms`].
     pub fn reap(&self, now: Now) -> Option<u64> {
         let by_ledger = self.ledger.reap(now);
         let mut table = locked(&self.table);
         table.tokens.retain(|_, entry| entry.ends_ms > now.mono_ms);
-        let Table { tokens, claims, .. } = &mut *table;
-        claims.retain(|_, hash| tokens.contains_key(hash));
+        let Table { tokens, leases, .. } = &mut *table;
+        leases.retain(|_, hash| tokens.contains_key(hash));
         if tokens.capacity() > 1024 && tokens.len() < tokens.capacity() / 8 {
             tokens.shrink_to_fit();
-            claims.shrink_to_fit();
+            leases.shrink_to_fit();
         }
         let by_tokens = table.tokens.values().map(|entry| entry.ends_ms).min();
         table.next_reap_ms = by_tokens.into_iter().chain(by_ledger).min();
@@ -229,8 +230,8 @@ impl Memory {
     }
 
     /// When the device's live token ends, in milliseconds since 1970.
-    fn claim(&self, table: &Table, device: &DeviceId, now: Now) -> Option<u64> {
-        let hash = table.claims.get(device)?;
+    fn lease(&self, table: &Table, device: &DeviceId, now: Now) -> Option<u64> {
+        let hash = table.leases.get(device)?;
         let entry = table.live(hash, now)?;
         let free = self.ledger.knows_as_spent(hash);
         (!free).then(|| entry.claims.exp.saturating_mul(1000))
@@ -249,7 +250,7 @@ impl Memory {
         let left = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms);
         let ends_ms = now.mono_ms.saturating_add(left.min(token.claims.lifetime_s() * 1000));
         let claims = token.claims.clone();
-        table.claims.insert(claims.device_id.clone(), token.hash);
+        table.leases.insert(claims.device_id.clone(), token.hash);
         table.tokens.insert(token.hash, Entry { claims, ends_ms, in_redis });
         if table.next_reap_ms.is_none_or(|next| ends_ms < next) {
             table.next_reap_ms = Some(ends_ms);
@@ -267,8 +268,8 @@ impl Table {
     fn remove(&mut self, hash: &TokenHash) {
         let Some(entry) = self.tokens.remove(hash) else { return };
         let device = &entry.claims.device_id;
-        if self.claims.get(device) == Some(hash) {
-            self.claims.remove(device);
+        if self.leases.get(device) == Some(hash) {
+            self.leases.remove(device);
         }
     }
 }

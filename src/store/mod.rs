@@ -22,25 +22,25 @@ use crate::serial::Serial;
 /// One thing to do with one token or device.
 #[derive(Clone, Debug)]
 pub enum Op {
-    /// Store a new token and claim its device, unless another token holds the claim.
+    /// Store a new token and lease its device to it, unless another token holds the lease.
     Issue(Token),
-    /// Store a new token, take the claim over from whichever token holds it and kill that one.
+    /// Store a new token, take the lease over from whichever token holds it and kill that one.
     Replace(Token),
-    /// Remove a new token that was issued but not handed out, and its claim.
+    /// Remove a new token that was issued but not handed out, and its lease.
     TakeBack(Token),
     /// Take the token for the attempt that would sign under this serial: once, by one attempt.
     Consume(Token, Serial),
     /// The attempt failed and left nothing behind: the token may be used again.
     GiveBack(Token, Serial),
-    /// The certificate is recorded: remove the token and its claim.
+    /// The certificate is recorded: remove the token and its lease.
     Finish(Token),
-    /// Kill the token that holds the device's claim, and free the claim.
+    /// Kill the token that holds the device's lease, and free it.
     Kill(Kill),
     /// Count the live tokens.
     Count,
     /// Carry-over: enter what is known here as used or killed, over whatever stands there.
     Mark(TokenHash, Mark, Claims),
-    /// Carry-over: enter a live token for what is left of its time, and its claim if that is free.
+    /// Carry-over: enter a live token for what is left of its time, and its lease if that is free.
     Carry(Token, u64),
 }
 
@@ -81,7 +81,7 @@ pub enum Outcome {
         /// The token that was replaced, if there was one.
         killed: Option<Dead>,
     },
-    /// `Issue`, `Replace`: another token holds the claim.
+    /// `Issue`, `Replace`: another token holds the lease.
     AlreadyActive {
         /// When that token ends, in milliseconds since 1970.
         expires_at_ms: u64,

@@ -39,7 +39,7 @@ const DEADLINES: &[(&str, &str)] = &[
     ("src/store/redis/mod.rs", "a batch has one deadline, which is counted on the socket's clock"),
     ("src/store/redis/connection.rs", "time-outs of sockets are what is left until it"),
     (
-        "src/store/failover/supervisor.rs",
+        "src/store/failover/carry.rs",
         "the last round of a carry-over has a deadline of the same kind",
     ),
 ];

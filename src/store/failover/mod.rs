@@ -1,5 +1,9 @@
 //! Redis while it serves, memory while it does not, and the way back without losing anything.
 //!
+//! A batch is begun under the state's lock, asked of Redis without it, and what Redis has answered
+//! is read under it again; what Redis cannot answer is answered from memory. What each operation
+//! does in these three places stands in `issue`, `consume` and `kill`.
+//!
 //! Four modes, and who answers in them:
 //!
 //! | mode | onboarding | redemption | entered when |
@@ -9,27 +13,30 @@
 //! | `Degraded` | memory | memory, for tokens issued here | Redis is away |
 //! | `Closing` | waits | waits | the last round of the carry-over |
 //!
-//! Invariants: what is entered in memory while Redis does not serve is either in `todo` or found
+//! Invariants: what is entered in memory while Redis does not serve is either in `follow_ups` or found
 //! again when the lists of a full return are made; the switch to `Primary` is made under the state's
-//! lock and only with an empty `todo`; no lock is held while Redis is asked.
+//! lock and only with an empty `follow_ups`; no lock is held while Redis is asked.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::clock;
+use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
 use crate::device::DeviceId;
 use crate::jwt::{Signer, TokenHash};
 use crate::store::ledger::Ledger;
-use crate::store::memory::Memory;
-use crate::store::{Answer, DownKind, StoreError, TokenStore, locked};
+use crate::store::memory::{InRedis, Memory};
+use crate::store::{Answer, DownKind, Op, Outcome, Status, StoreError, TokenStore, locked};
 
-mod batch;
+mod carry;
+mod consume;
+mod follow_up;
+mod issue;
+mod kill;
 mod supervisor;
-mod todo;
 
-use todo::Todo;
+use follow_up::FollowUps;
 
 /// A store somewhere else, which can be lost and found again.
 pub trait Remote: TokenStore {
@@ -84,8 +91,8 @@ struct State {
     epoch: u64,
     /// Counts the full returns. What Redis has confirmed in an earlier era it may have lost since.
     era: u64,
-    todo: Todo,
-    /// Changes are noted in `todo`; otherwise the lists of the next full return will find them.
+    follow_ups: FollowUps,
+    /// Changes are noted in `follow_ups`; otherwise the lists of the next full return will find them.
     noting: bool,
     /// Onboardings under way in Redis, by device.
     issuing: HashMap<DeviceId, u32>,
@@ -118,7 +125,7 @@ impl Failover {
             mode: Mode::Degraded,
             epoch: 0,
             era: 0,
-            todo: Todo::default(),
+            follow_ups: FollowUps::default(),
             noting: false,
             issuing: HashMap::new(),
             run_id: None,
@@ -143,7 +150,7 @@ impl Failover {
         state.ca_fingerprint = Some(fingerprint);
     }
 
-    /// Waits until the first attempt to connect has ended, at most `longest`. Answers whether Redis
+    /// Waits until the first attempt to connect has ended, at most `longest`. Returns whether Redis
     /// serves.
     pub fn wait_for_first_attempt(&self, longest: Duration) -> bool {
         let state = locked(&self.state);
@@ -162,6 +169,168 @@ impl Failover {
     pub fn stop(&self) {
         locked(&self.state).stopped = true;
         self.changed.notify_all();
+    }
+}
+
+/// An operation on its way to Redis.
+struct Sent<'a> {
+    at: usize,
+    op: &'a Op,
+}
+
+impl TokenStore for Failover {
+    fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
+        let mut answers: Vec<Option<Answer>> = ops.iter().map(|_| None).collect();
+        let (sent, epoch) = self.begin(ops, now, &mut answers);
+        if !sent.is_empty() {
+            let results = if sent.len() == ops.len() {
+                self.remote.run(ops, now)
+            } else {
+                let remote_ops: Vec<Op> = sent.iter().map(|sent| sent.op.clone()).collect();
+                self.remote.run(&remote_ops, now)
+            };
+            self.end(&sent, results, epoch, now, &mut answers);
+        }
+        answers.into_iter().map(|answer| answer.unwrap_or(Err(StoreError::Undecided))).collect()
+    }
+
+    fn status(&self) -> Status {
+        let state = locked(&self.state);
+        let redis_serves = matches!(state.mode, Mode::Primary);
+        let remote = if redis_serves { self.remote.status() } else { Status::default() };
+        Status {
+            redis_enabled: true,
+            redis_serves,
+            foreign_ca: state.foreign_ca,
+            full: !redis_serves && self.memory.is_full(),
+            losses: state.epoch,
+            round_trip: remote.round_trip,
+        }
+    }
+}
+
+// The way of a batch.
+impl Failover {
+    /// Answers from memory what memory is to answer, and begins the rest.
+    fn begin<'a>(
+        &self,
+        ops: &'a [Op],
+        now: Now,
+        answers: &mut [Option<Answer>],
+    ) -> (Vec<Sent<'a>>, u64) {
+        let mut state = self.wait_out_last_round();
+        let mut sent = Vec::new();
+        for (at, (op, answer)) in ops.iter().zip(answers).enumerate() {
+            *answer = match state.mode {
+                Mode::Primary => self.begin_in_redis(&mut state, op, now),
+                _ => Some(self.answer_from_memory(&mut state, op, now)),
+            };
+            if answer.is_none() {
+                sent.push(Sent { at, op });
+            }
+        }
+        (sent, state.epoch)
+    }
+
+    /// In the last round of a carry-over everybody waits, but never long.
+    fn wait_out_last_round(&self) -> MutexGuard<'_, State> {
+        let state = locked(&self.state);
+        let waited = self
+            .changed
+            .wait_timeout_while(state, self.timeout, |state| state.mode == Mode::Closing);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Notes what is about to be asked of Redis; an answer if it need not be asked.
+    fn begin_in_redis(&self, state: &mut State, op: &Op, now: Now) -> Option<Answer> {
+        match op {
+            Op::Issue(token) | Op::Replace(token) => {
+                Failover::begin_issue(state, token);
+                None
+            }
+            Op::Consume(token, serial) => self.begin_consume(token, *serial, now),
+            _ => None,
+        }
+    }
+
+    /// Reads what Redis has answered, each operation for itself.
+    fn end(
+        &self,
+        sent: &[Sent<'_>],
+        results: Vec<Answer>,
+        epoch: u64,
+        now: Now,
+        answers: &mut [Option<Answer>],
+    ) {
+        let mut state = locked(&self.state);
+        self.notice(&mut state, &results, epoch);
+        let late = state.epoch != epoch;
+        for (Sent { at, op }, result) in sent.iter().zip(results) {
+            let answer = self.answered(&mut state, op, result, late, now);
+            if let Some(slot) = answers.get_mut(*at) {
+                *slot = Some(answer);
+            }
+        }
+        if !state.follow_ups.is_empty() {
+            self.changed.notify_all();
+        }
+    }
+
+    /// The answer to one operation that went to Redis. `late`: Redis was lost meanwhile.
+    fn answered(&self, state: &mut State, op: &Op, result: Answer, late: bool, now: Now) -> Answer {
+        match op {
+            Op::Issue(token) | Op::Replace(token) => {
+                self.issue_answered(state, op, token, result, late, now)
+            }
+            Op::Consume(token, serial) => {
+                self.consume_answered(state, token, *serial, result, late, now)
+            }
+            Op::Kill(kill) => self.kill_answered(state, kill, result, late, now),
+            Op::GiveBack(token, serial) => {
+                let withdrawn = result.is_ok() && !late;
+                self.given_back(state, token, *serial, withdrawn, now)
+            }
+            Op::Finish(token) | Op::TakeBack(token) => {
+                self.memory.remove(&token.hash);
+                if result.is_err() || late {
+                    state.follow_ups.remove(token.clone());
+                }
+                Ok(Outcome::Done)
+            }
+            Op::Count => result.or_else(|_| Ok(Outcome::Counted(self.memory.count()))),
+            Op::Mark(..) | Op::Carry(..) => result,
+        }
+    }
+
+    /// The answer to one operation while Redis does not serve.
+    fn answer_from_memory(&self, state: &mut State, op: &Op, now: Now) -> Answer {
+        match op {
+            Op::Issue(token) | Op::Replace(token) => {
+                self.issue_from_memory(state, op, token, InRedis::No, now)
+            }
+            Op::Consume(token, serial) => self.consume_from_memory(state, token, *serial, now),
+            Op::Kill(kill) => self.kill_from_memory(state, kill, now),
+            Op::GiveBack(token, serial) => self.given_back(state, token, *serial, false, now),
+            Op::Finish(token) | Op::TakeBack(token) => {
+                self.memory.remove(&token.hash);
+                // The mark takes token and lease with it, and is listed at the return in any case.
+                match self.ledger.mark_of(&token.hash) {
+                    Some(_) => state.note_mark(token.hash),
+                    None => state.follow_ups.remove(token.clone()),
+                }
+                Ok(Outcome::Done)
+            }
+            Op::Count => Ok(Outcome::Counted(self.memory.count())),
+            Op::Mark(..) | Op::Carry(..) => Err(StoreError::Undecided),
+        }
+    }
+
+    /// A token that memory granted and that was given back: its carried mark took it from Redis. Or
+    /// one that Redis may have lost while an attempt had it. If it is used after all, it stays here.
+    fn carry_again(&self, state: &mut State, hash: &TokenHash, now: Now) {
+        if self.memory.live(hash, now).is_some() {
+            state.note_carry(*hash);
+        }
     }
 }
 
@@ -217,13 +386,13 @@ impl Failover {
 impl State {
     fn note_carry(&mut self, hash: TokenHash) {
         if self.noting || self.mode == Mode::Primary {
-            self.todo.carry(hash);
+            self.follow_ups.carry(hash);
         }
     }
 
     fn note_mark(&mut self, hash: TokenHash) {
         if self.noting || self.mode == Mode::Primary {
-            self.todo.mark(hash);
+            self.follow_ups.mark(hash);
         }
     }
 }

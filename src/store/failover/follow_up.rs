@@ -1,7 +1,7 @@
 //! What Redis has yet to be told, in the order in which it must be told.
 //!
 //! Marks go first: a token must not come back before what is known against it. Then what was not
-//! confirmed (give-backs, deletions, kills), then the live tokens and their claims.
+//! confirmed (give-backs, deletions, kills), then the live tokens and their leases.
 
 use std::collections::BTreeMap;
 
@@ -17,16 +17,16 @@ const MOST_WITHDRAWALS: usize = 4096;
 /// With fewer kills it is not worth looking for those that have ended.
 const LEAST_KILLS: usize = 1024;
 
-/// One piece of work; what exactly is to be sent is decided when it is sent.
+/// One thing to tell; what exactly is sent is decided when it is sent.
 #[derive(Clone, Debug)]
-pub(super) enum Work {
+pub(super) enum FollowUp {
     /// Enter what the ledger knows of this token.
     Mark(TokenHash),
     /// Withdraw the mark of an attempt that came to nothing.
     Withdraw(Token, Serial),
     /// Remove a token that is used up or was never handed out.
     Remove(Token),
-    /// Kill what the claim of this device names.
+    /// Kill what the lease of this device names.
     Kill(Kill),
     /// Enter this live token.
     Carry(TokenHash),
@@ -34,18 +34,18 @@ pub(super) enum Work {
 
 /// The list.
 #[derive(Debug, Default)]
-pub(super) struct Todo {
+pub(super) struct FollowUps {
     marks: Vec<TokenHash>,
     withdrawals: BTreeMap<(TokenHash, Serial), Token>,
     removals: BTreeMap<TokenHash, Token>,
     kills: BTreeMap<DeviceId, Kill>,
-    /// With so many kills those whose tokens have ended are dropped, so that looking for them is
+    /// With so many kills, those whose tokens have ended are dropped, so that looking for them is
     /// paid once for many.
     prune_kills_at: usize,
     carries: Vec<TokenHash>,
 }
 
-impl Todo {
+impl FollowUps {
     pub fn len(&self) -> usize {
         let unconfirmed = self.withdrawals.len() + self.removals.len() + self.kills.len();
         self.marks.len() + unconfirmed + self.carries.len()
@@ -99,36 +99,36 @@ impl Todo {
         self.carries = carries;
     }
 
-    /// Takes up to `most` pieces of work of one kind off the list, the kinds in their order.
-    pub fn take(&mut self, most: usize) -> Vec<Work> {
+    /// Takes up to `most` follow-ups of one kind off the list, the kinds in their order.
+    pub fn take(&mut self, most: usize) -> Vec<FollowUp> {
         if !self.marks.is_empty() {
-            return take_last(&mut self.marks, most).map(Work::Mark).collect();
+            return take_last(&mut self.marks, most).map(FollowUp::Mark).collect();
         }
         if !self.withdrawals.is_empty() {
             let taken = std::iter::from_fn(|| self.withdrawals.pop_first()).take(most);
-            return taken.map(|((_, serial), token)| Work::Withdraw(token, serial)).collect();
+            return taken.map(|((_, serial), token)| FollowUp::Withdraw(token, serial)).collect();
         }
         if !self.removals.is_empty() {
             let taken = std::iter::from_fn(|| self.removals.pop_first()).take(most);
-            return taken.map(|(_, token)| Work::Remove(token)).collect();
+            return taken.map(|(_, token)| FollowUp::Remove(token)).collect();
         }
         if !self.kills.is_empty() {
             let taken = std::iter::from_fn(|| self.kills.pop_first()).take(most);
-            return taken.map(|(_, kill)| Work::Kill(kill)).collect();
+            return taken.map(|(_, kill)| FollowUp::Kill(kill)).collect();
         }
-        take_last(&mut self.carries, most).map(Work::Carry).collect()
+        take_last(&mut self.carries, most).map(FollowUp::Carry).collect()
     }
 
     /// Not done after all.
-    pub fn put_back(&mut self, work: Work) {
-        match work {
-            Work::Mark(hash) => self.marks.push(hash),
-            Work::Withdraw(token, serial) => self.withdraw(&token, serial),
-            Work::Remove(token) => self.remove(token),
-            Work::Kill(kill) => {
+    pub fn put_back(&mut self, follow_up: FollowUp) {
+        match follow_up {
+            FollowUp::Mark(hash) => self.marks.push(hash),
+            FollowUp::Withdraw(token, serial) => self.withdraw(&token, serial),
+            FollowUp::Remove(token) => self.remove(token),
+            FollowUp::Kill(kill) => {
                 self.kills.entry(kill.device.clone()).or_insert(kill);
             }
-            Work::Carry(hash) => self.carries.push(hash),
+            FollowUp::Carry(hash) => self.carries.push(hash),
         }
     }
 }

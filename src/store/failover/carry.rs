@@ -1,0 +1,261 @@
+//! The carry-over: tells Redis what it does not know, and lets it serve when it knows everything.
+
+use std::fmt;
+use std::ops::AddAssign;
+use std::time::{Duration, Instant};
+
+use super::follow_up::FollowUp;
+use super::{Failover, Hello, Mode, State};
+use crate::clock::{self, Now};
+use crate::config::OutageRedeem;
+use crate::store::memory::InRedis;
+use crate::store::{Down, Op, Outcome, StoreError, locked};
+
+/// After an outage other instances may still be carrying their tokens over: so long an unknown
+/// token is answered with 503.
+const GRACE_MS: u64 = 10_000;
+/// Operations in one batch of the carry-over.
+const BATCH: usize = 256;
+/// With no more left than this, the last round begins.
+const LAST_ROUND: usize = 64;
+
+impl Failover {
+    /// Carries everything over and lets Redis serve.
+    pub(super) fn carry_over(&self, hello: &Hello) -> Result<(), StoreError> {
+        let full = self.make_lists(hello);
+        let mut tally = Tally::default();
+        loop {
+            while locked(&self.state).follow_ups.len() > LAST_ROUND {
+                tally += self.carry_batch()?;
+            }
+            if self.last_round(hello, full, &mut tally)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Does what could not be confirmed before, while Redis serves.
+    pub(super) fn tidy_up(&self) {
+        let epoch = locked(&self.state).epoch;
+        if let Err(error) = self.carry_batch() {
+            self.notice(&mut locked(&self.state), &[Err(error)], epoch);
+        }
+    }
+
+    /// Lists what is to be carried over: after an outage, or into a server that may have lost data,
+    /// everything; else only what was noted since the connection was lost.
+    fn make_lists(&self, hello: &Hello) -> bool {
+        let mut state = locked(&self.state);
+        let known = hello.run_id.is_some() && hello.run_id == state.run_id;
+        let full = state.mode == Mode::Degraded || !known;
+        if full {
+            let now = clock::now();
+            state.follow_ups.list(self.ledger.marked(), self.memory.hashes(now));
+            state.run_id = None;
+            state.era += 1;
+        }
+        state.noting = true;
+        full
+    }
+
+    /// Carries the first operations of the list over. What fails stays listed.
+    fn carry_batch(&self) -> Result<Tally, StoreError> {
+        let now = clock::now();
+        let (follow_ups, ops) = self.take_batch(now);
+        let sent: Vec<Op> = ops.iter().flatten().cloned().collect();
+        let mut results = if sent.is_empty() { Vec::new() } else { self.remote.run(&sent, now) };
+        let mut results = results.drain(..);
+        let mut tally = Tally::default();
+        let mut error = None;
+        let mut state = locked(&self.state);
+        for (follow_up, op) in follow_ups.into_iter().zip(ops) {
+            let Some(op) = op else { continue };
+            match results.next() {
+                Some(Ok(outcome)) => {
+                    tally.add(&follow_up);
+                    self.carried(&state, follow_up, &op, &outcome);
+                }
+                Some(Err(StoreError::Failed(why))) => {
+                    log::error!("could not be carried over to Redis: {follow_up:?}: {why}");
+                }
+                Some(Err(down)) => {
+                    self.not_sent(&follow_up, &down);
+                    state.follow_ups.put_back(follow_up);
+                    error = Some(down);
+                }
+                None => state.follow_ups.put_back(follow_up),
+            }
+        }
+        error.map_or(Ok(tally), Err)
+    }
+
+    /// Under the lock, so that no redemption from memory comes between the look whether a token is
+    /// spent and the note that it is in Redis: with `OUTAGE_REDEEM=none` it must be one or the other.
+    fn take_batch(&self, now: Now) -> (Vec<FollowUp>, Vec<Option<Op>>) {
+        let mut state = locked(&self.state);
+        let follow_ups = state.follow_ups.take(BATCH);
+        let ops = follow_ups.iter().map(|follow_up| self.op_of(follow_up, now)).collect();
+        (follow_ups, ops)
+    }
+
+    /// The operation that does it, judged by what is true now.
+    fn op_of(&self, follow_up: &FollowUp, now: Now) -> Option<Op> {
+        match follow_up {
+            FollowUp::Mark(hash) => {
+                let (mark, claims) = self.ledger.mark_of(hash)?;
+                Some(Op::Mark(*hash, mark, claims))
+            }
+            FollowUp::Withdraw(token, serial) => Some(Op::GiveBack(token.clone(), *serial)),
+            FollowUp::Remove(token) => Some(Op::Finish(token.clone())),
+            FollowUp::Kill(kill) => Some(Op::Kill(kill.clone())),
+            FollowUp::Carry(hash) => {
+                let copy = self.memory.live(hash, now)?;
+                let fit = self.policy == OutageRedeem::Own || copy.in_redis == InRedis::No;
+                if !fit || self.ledger.knows_as_spent(hash) {
+                    return None;
+                }
+                let token = self.signer.sign(copy.claims);
+                self.memory.note_in_redis(hash, InRedis::Maybe);
+                Some(Op::Carry(token, copy.left_ms))
+            }
+        }
+    }
+
+    /// A token of which nothing was sent is still only here, and may be carried over another time
+    /// also with `OUTAGE_REDEEM=none`.
+    fn not_sent(&self, follow_up: &FollowUp, error: &StoreError) {
+        if let (FollowUp::Carry(hash), StoreError::Down(Down { maybe_done: false, .. })) =
+            (follow_up, error)
+        {
+            self.memory.note_in_redis(hash, InRedis::No);
+        }
+    }
+
+    fn carried(&self, state: &State, follow_up: FollowUp, op: &Op, outcome: &Outcome) {
+        match (follow_up, op, outcome) {
+            (FollowUp::Carry(hash), ..) => {
+                self.memory.note_in_redis(&hash, InRedis::Confirmed(state.era));
+            }
+            (FollowUp::Withdraw(token, serial), ..) => {
+                self.ledger.release_unknown(&token.hash, serial)
+            }
+            (_, Op::Mark(hash, _, claims), Outcome::Marked(Some(both))) => {
+                log::error!(
+                    "token {} of device {} was redeemed twice, as instance and serial: {both}",
+                    hash.short(),
+                    claims.device_id
+                );
+            }
+            (FollowUp::Kill(_), _, Outcome::Killed(Some(dead))) => {
+                self.ledger.kill(dead.hash, dead.claims.clone(), clock::now());
+                self.memory.remove(&dead.hash);
+            }
+            _ => {}
+        }
+    }
+
+    /// With everybody waiting, carries the rest over and switches. `false`: somebody would have
+    /// waited too long and was answered from memory, so there is more to carry.
+    fn last_round(&self, hello: &Hello, full: bool, tally: &mut Tally) -> Result<bool, StoreError> {
+        let before = {
+            let mut state = locked(&self.state);
+            std::mem::replace(&mut state.mode, Mode::Closing)
+        };
+        let deadline = Instant::now() + self.timeout;
+        let done = loop {
+            if self.switch(hello, full, tally) {
+                break Ok(true);
+            }
+            if Instant::now() > deadline {
+                break Ok(false);
+            }
+            match self.carry_batch() {
+                Ok(carried) => *tally += carried,
+                Err(error) => break Err(error),
+            }
+        };
+        if done != Ok(true) {
+            locked(&self.state).mode = before;
+        }
+        self.changed.notify_all();
+        done
+    }
+
+    /// Lets Redis serve, unless something was added since the last batch.
+    fn switch(&self, hello: &Hello, full: bool, tally: &Tally) -> bool {
+        let mut state = locked(&self.state);
+        if !state.follow_ups.is_empty() {
+            return false;
+        }
+        state.mode = Mode::Primary;
+        state.run_id.clone_from(&hello.run_id);
+        state.foreign_ca = hello.foreign_ca.is_some();
+        if full && state.attempts > 0 {
+            state.grace_until_ms = clock::now().mono_ms + GRACE_MS;
+        }
+        state.log_return(hello, full, tally);
+        state.attempts += 1;
+        state.has_served = true;
+        self.changed.notify_all();
+        true
+    }
+}
+
+/// What a return has carried over.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    tokens: u64,
+    marks: u64,
+    others: u64,
+}
+
+impl Tally {
+    fn add(&mut self, follow_up: &FollowUp) {
+        match follow_up {
+            FollowUp::Carry(_) => self.tokens += 1,
+            FollowUp::Mark(_) => self.marks += 1,
+            FollowUp::Withdraw(..) | FollowUp::Remove(_) | FollowUp::Kill(_) => self.others += 1,
+        }
+    }
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, more: Tally) {
+        self.tokens += more.tokens;
+        self.marks += more.marks;
+        self.others += more.others;
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tally { tokens, marks, others } = self;
+        write!(f, "{tokens} tokens, {marks} marks and {others} other changes carried over")
+    }
+}
+
+impl State {
+    fn log_return(&self, hello: &Hello, full: bool, tally: &Tally) {
+        let after = Duration::from_millis(clock::now().mono_ms.saturating_sub(self.lost_ms));
+        if !self.has_served {
+            log::info!("✅ Redis connected successfully");
+            log::debug!("after {after:.1?}: {tally}");
+        } else if full {
+            log::info!("✅ Redis is back after {after:.1?}: {tally}");
+        } else {
+            log::info!("Redis connection renewed after {after:.1?}: {tally}");
+        }
+        if let Some(policy) = &hello.eviction {
+            log::warn!(
+                "maxmemory-policy of this Redis is {policy}: it may drop the marks of used tokens, \
+                 set it to noeviction"
+            );
+        }
+        if let Some(foreign) = &hello.foreign_ca {
+            log::error!(
+                "another CA is entered in this Redis ({foreign}), so devices get certificates of \
+                 two CAs; if the CA was changed on purpose, delete the key 'ca'"
+            );
+        }
+    }
+}

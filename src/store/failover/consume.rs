@@ -1,0 +1,167 @@
+//! Consuming and giving back: what Redis has answered, and the answer from memory.
+
+use super::{Failover, Mode, State};
+use crate::clock::Now;
+use crate::config::OutageRedeem;
+use crate::jwt::Token;
+use crate::serial::Serial;
+use crate::store::ledger::Begin;
+use crate::store::memory::{Copy, InRedis};
+use crate::store::{Answer, Down, Outcome, StoreError};
+
+/// A token with less than this left may have ended in Redis already.
+const ABOUT_TO_END_MS: u64 = 2000;
+
+impl Failover {
+    /// Takes the token for this attempt; an answer if Redis need not be asked.
+    pub(super) fn begin_consume(&self, token: &Token, serial: Serial, now: Now) -> Option<Answer> {
+        match self.ledger.begin(token, serial, false, now) {
+            Begin::Begun => None,
+            Begin::Spent => Some(Ok(Outcome::AlreadyUsed)),
+            Begin::Unknown => Some(Err(StoreError::Undecided)),
+            Begin::Deleted => Some(Ok(Outcome::Unknown { lossless_run: None })),
+        }
+    }
+
+    /// Redis has answered. `late`: it was lost meanwhile, so the mark may be in a server that is
+    /// gone, and is carried over again.
+    pub(super) fn consume_answered(
+        &self,
+        state: &mut State,
+        token: &Token,
+        serial: Serial,
+        result: Answer,
+        late: bool,
+        now: Now,
+    ) -> Answer {
+        let hash = &token.hash;
+        if late {
+            // While the attempt ran, the token was left out of the lists.
+            self.carry_again(state, hash, now);
+        }
+        match result {
+            Ok(Outcome::Granted) => {
+                if !self.ledger.grant(hash, serial) {
+                    return Ok(Outcome::AlreadyUsed); // killed here meanwhile
+                }
+                if late {
+                    state.note_mark(*hash);
+                }
+                Ok(Outcome::Granted)
+            }
+            Err(StoreError::Down(Down { maybe_done: true, .. })) => {
+                self.ledger.lose(hash, serial);
+                state.follow_ups.withdraw(token, serial);
+                Err(StoreError::Undecided)
+            }
+            Err(StoreError::Failed(why)) => {
+                // Not what Redis answers, but the mark may stand.
+                self.ledger.release(hash, serial);
+                state.follow_ups.withdraw(token, serial);
+                Err(StoreError::Failed(why))
+            }
+            Ok(Outcome::Unknown { lossless_run }) => {
+                self.ledger.release(hash, serial);
+                self.judge_unknown(state, token, lossless_run, late, now)
+            }
+            other => {
+                self.ledger.release(hash, serial);
+                other
+            }
+        }
+    }
+
+    /// Redis does not know the token. If it has confirmed it to us before and loses nothing by
+    /// itself, somebody has deleted it. If memory knows it otherwise, Redis has lost data: everything
+    /// is carried over again. Shortly after an outage another instance may still have to carry it
+    /// over. And what a Redis says that has been lost meanwhile, by this batch even, decides nothing.
+    fn judge_unknown(
+        &self,
+        state: &mut State,
+        token: &Token,
+        lossless_run: Option<String>,
+        late: bool,
+        now: Now,
+    ) -> Answer {
+        if late || state.mode != Mode::Primary {
+            return Err(StoreError::Undecided);
+        }
+        let copy = self.memory.live(&token.hash, now);
+        let copy = copy.filter(|copy| copy.left_ms > ABOUT_TO_END_MS);
+        let confirmed = copy.as_ref().is_some_and(|c| c.in_redis == InRedis::Confirmed(state.era));
+        if confirmed && lossless_run.is_some() && lossless_run == state.run_id {
+            self.note_deleted(state, token, now);
+            return Ok(Outcome::Unknown { lossless_run });
+        }
+        if copy.is_some() && self.policy == OutageRedeem::Own {
+            state.run_id = None;
+            self.suspect(state, "Redis has lost a token of this instance".to_owned());
+            return Err(StoreError::Undecided);
+        }
+        if now.mono_ms < state.grace_until_ms {
+            return Err(StoreError::Undecided);
+        }
+        Ok(Outcome::Unknown { lossless_run })
+    }
+
+    /// Dead from now on, and what Redis still has of it (the lease, the count) goes.
+    fn note_deleted(&self, state: &mut State, token: &Token, now: Now) {
+        let device = &token.claims.device_id;
+        log::info!(
+            "token {} of {device} was deleted from Redis, so it is dead",
+            token.hash.short()
+        );
+        self.ledger.delete(token.hash, token.claims.clone(), now);
+        self.memory.remove(&token.hash);
+        state.follow_ups.remove(token.clone());
+    }
+
+    /// Redeems a token that was issued here. One that only Redis knows is never guessed at, and
+    /// neither is any while it is not decided whether Redis is away.
+    pub(super) fn consume_from_memory(
+        &self,
+        state: &mut State,
+        token: &Token,
+        serial: Serial,
+        now: Now,
+    ) -> Answer {
+        let hash = &token.hash;
+        if self.ledger.knows_as_spent(hash) {
+            return Ok(Outcome::AlreadyUsed);
+        }
+        if self.ledger.knows_as_deleted(hash) {
+            return Ok(Outcome::Unknown { lossless_run: None });
+        }
+        let fits = |copy: &Copy| self.policy == OutageRedeem::Own || copy.in_redis == InRedis::No;
+        let ours = self.memory.live(hash, now).is_some_and(|copy| fits(&copy));
+        if !ours || state.mode != Mode::Degraded {
+            return Err(StoreError::Undecided);
+        }
+        // An attempt whose outcome is not known got no certificate, and no other instance grants it.
+        if self.ledger.begin(token, serial, true, now) != Begin::Begun {
+            return Ok(Outcome::AlreadyUsed);
+        }
+        if !self.ledger.grant(hash, serial) {
+            return Ok(Outcome::AlreadyUsed);
+        }
+        state.note_mark(*hash);
+        Ok(Outcome::Granted)
+    }
+
+    /// The attempt came to nothing. `withdrawn`: Redis has confirmed that the mark is gone.
+    pub(super) fn given_back(
+        &self,
+        state: &mut State,
+        token: &Token,
+        serial: Serial,
+        withdrawn: bool,
+        now: Now,
+    ) -> Answer {
+        self.ledger.release(&token.hash, serial);
+        if !withdrawn {
+            state.follow_ups.withdraw(token, serial);
+        }
+        self.carry_again(state, &token.hash, now);
+        Ok(Outcome::Done)
+    }
+}

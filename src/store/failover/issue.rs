@@ -1,0 +1,110 @@
+//! Issuing and replacing: what Redis has answered, and the answer from memory.
+
+use super::{Failover, State};
+use crate::clock::Now;
+use crate::jwt::Token;
+use crate::store::memory::InRedis;
+use crate::store::{Answer, Kill, Op, Outcome, StoreError};
+
+impl Failover {
+    /// Until it has an answer from Redis, memory issues nothing for the same device.
+    pub(super) fn begin_issue(state: &mut State, token: &Token) {
+        *state.issuing.entry(token.claims.device_id.clone()).or_default() += 1;
+    }
+
+    /// Redis has answered. `late`: it was lost meanwhile, so what it granted may be in a server that
+    /// is gone, and is carried over again.
+    pub(super) fn issue_answered(
+        &self,
+        state: &mut State,
+        op: &Op,
+        token: &Token,
+        result: Answer,
+        late: bool,
+        now: Now,
+    ) -> Answer {
+        end_issue(state, token);
+        match result {
+            Ok(Outcome::Issued { killed }) => {
+                if let Some(dead) = &killed {
+                    self.mark_dead(state, dead, late, now);
+                }
+                let in_redis = if late { InRedis::Maybe } else { InRedis::Confirmed(state.era) };
+                self.memory.copy(token, in_redis, now);
+                if late {
+                    state.note_carry(token.hash);
+                }
+                Ok(Outcome::Issued { killed })
+            }
+            Err(StoreError::Down(down)) => {
+                if let Some(dead) = &down.dying {
+                    self.mark_dead(state, dead, true, now);
+                }
+                let in_redis = if down.maybe_done { InRedis::Maybe } else { InRedis::No };
+                self.issue_from_memory(state, op, token, in_redis, now)
+            }
+            Err(StoreError::Failed(why)) => {
+                // What was carried out of it would keep the device waiting for a token that nobody
+                // was given.
+                state.follow_ups.remove(token.clone());
+                Err(StoreError::Failed(why))
+            }
+            other => other,
+        }
+    }
+
+    /// `in_redis`: whether the token may have reached Redis before the reply was lost.
+    pub(super) fn issue_from_memory(
+        &self,
+        state: &mut State,
+        op: &Op,
+        token: &Token,
+        in_redis: InRedis,
+        now: Now,
+    ) -> Answer {
+        let answer = match op {
+            Op::Replace(_) => self.replace_in_memory(state, token, in_redis, now),
+            // Redis is being asked for another token of this device.
+            _ if state.issuing.contains_key(&token.claims.device_id) => {
+                Ok(Outcome::AlreadyActive { expires_at_ms: token.claims.exp * 1000 })
+            }
+            _ => self.memory.issue(token, in_redis, now),
+        };
+        match &answer {
+            Ok(Outcome::Issued { .. }) => state.note_carry(token.hash),
+            _ if in_redis != InRedis::No => state.follow_ups.remove(token.clone()),
+            _ => {}
+        }
+        answer
+    }
+
+    fn replace_in_memory(
+        &self,
+        state: &mut State,
+        token: &Token,
+        in_redis: InRedis,
+        now: Now,
+    ) -> Answer {
+        let killed = self.memory.replace(token, in_redis, now)?;
+        if let Some(dead) = &killed {
+            state.note_mark(dead.hash);
+        }
+        let kill = Kill {
+            device: token.claims.device_id.clone(),
+            issued_by_s: token.claims.iat,
+            spare: Some(token.hash),
+        };
+        state.follow_ups.note_kill(kill, now);
+        Ok(Outcome::Issued { killed })
+    }
+}
+
+fn end_issue(state: &mut State, token: &Token) {
+    let device = &token.claims.device_id;
+    if let Some(count) = state.issuing.get_mut(device) {
+        *count -= 1;
+        if *count == 0 {
+            state.issuing.remove(device);
+        }
+    }
+}
