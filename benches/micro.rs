@@ -77,7 +77,7 @@ fn memory_store(bencher: Bencher, live: usize) {
         memory.run(&[Op::Issue(token(&format!("other-{n}"), now))], now);
     }
     let token = token("device-001", now);
-    let serial = Serial([0x40; 16]);
+    let serial = Serial::from([0x40; 16]);
     bencher.bench(|| {
         let (issue, finish) = (Op::Issue(token.clone()), Op::Finish(token.clone()));
         let back = Op::GiveBack(token.clone(), serial);
@@ -173,6 +173,6 @@ fn certificate_sign(bencher: Bencher) {
     std::fs::create_dir_all(&dir).unwrap();
     let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
     let (csr, device) = (Csr::parse(&csr()).unwrap(), DeviceId::parse("device-001").unwrap());
-    bencher.bench(|| issuer.sign(black_box(&csr), &device, Serial([0x40; 16]), now).is_ok());
+    bencher.bench(|| issuer.sign(black_box(&csr), &device, Serial::from([0x40; 16]), now).is_ok());
     std::fs::remove_dir_all(dir).unwrap();
 }

@@ -198,8 +198,8 @@ pub fn server_certificate(
         files::write_atomic(&path, text.as_bytes(), mode).map_err(failed)
     };
     write("server.key", &made.key_pem, 0o600)?;
-    write("server.crt", &made.certificate_pem, 0o644)?;
-    write("ca.crt", issuer.certificate_pem(), 0o644)
+    write("server.crt", &made.chain_pem, 0o644)?;
+    write("ca.crt", &issuer.chain_pem(), 0o644)
 }
 
 fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {

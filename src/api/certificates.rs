@@ -4,7 +4,7 @@ use percent_encoding::percent_decode_str;
 
 use super::message::Json;
 use super::{Api, Plan, Reply, Request};
-use crate::ca::registry::{Record, Registry};
+use crate::ca::registry::{Record, Registry, RegistryError};
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::problem::{Code, Problem};
@@ -21,14 +21,19 @@ pub(super) fn status(api: &Api, _: &Request, name: &str, now: Now) -> Result<Pla
     let registry = api.provisioner.ca().registry();
     let record =
         device(name).and_then(|device| registry.newest(&device)).ok_or_else(no_certificate)?;
-    let stored = registry.stored(&record.serial)?;
+    // What only its own file tells is not known without that.
+    let stored = match registry.stored(&record.serial) {
+        Err(RegistryError::Absent(_)) => None,
+        stored => Some(stored?),
+    };
+    let created_at = stored.as_ref().map(|s| clock::rfc3339(s.created_at * 1000));
     let mut json = Json::new();
     json.field("success", true)
         .field("device_id", record.device.as_str())
         .field("status", record.status(now).as_str())
         .field("serial_number", record.serial.to_string())
-        .field("fingerprint", stored.fingerprint)
-        .field("created_at", clock::rfc3339(stored.created_at * 1000))
+        .field("fingerprint", stored.map(|s| s.fingerprint))
+        .field("created_at", created_at)
         .field("expires_at", clock::rfc3339(record.expires_at * 1000));
     if let Some(revoked_at) = record.revoked_at {
         json.field("revoked_at", clock::rfc3339(revoked_at * 1000));
@@ -47,9 +52,9 @@ pub(super) fn download(
     let record = find(ca.registry(), name).ok_or(Code::CertificateNotFound)?;
     let stored = ca.registry().stored(&record.serial)?;
     let issuer = ca.issuer().ok_or(Code::ClockNotSet)?;
-    let ca_pem = issuer.certificate_pem();
+    let ca_pem = issuer.chain_pem();
     if request.asks_for_format("pem") || request.accepts(PEM) {
-        return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + ca_pem)));
+        return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + &ca_pem)));
     }
     let mut certificate = Json::new();
     certificate
@@ -69,7 +74,7 @@ pub(super) fn download(
 /// `GET /api/v1/ca`
 pub(super) fn ca(api: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
     let issuer = api.provisioner.ca().issuer().ok_or(Code::ClockNotSet)?;
-    Ok(Plan::Reply(Reply::of_type(PEM, issuer.certificate_pem())))
+    Ok(Plan::Reply(Reply::of_type(PEM, issuer.chain_pem())))
 }
 
 /// `GET /api/v1/crl`

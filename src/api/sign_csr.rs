@@ -33,7 +33,7 @@ pub(super) fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     json.field("success", true)
         .field("device_id", leaf.device.as_str())
         .field("certificate", leaf.pem.as_str())
-        .field("ca_certificate", signed.issuer.certificate_pem())
+        .field("ca_certificate", signed.issuer.chain_pem())
         .field("expires_at", clock::rfc3339(leaf.not_after * 1000))
         .field("serial_number", serial.as_str())
         .field("fingerprint", leaf.fingerprint.as_str())

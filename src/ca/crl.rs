@@ -6,13 +6,17 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use rcgen::{CertificateRevocationListParams, RevokedCertParams, SerialNumber};
+use rcgen::{CertificateRevocationListParams, SerialNumber};
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 
 use super::CaError;
 use super::issuer::{self, BACKDATE_S, Issuer};
+<<<<<<< HEAD
+=======
+use super::{CaError, der, pem};
+>>>>>>> 1b0b9eb (ca: any subject, the chain, and serial numbers of other programs)
 use crate::clock::Now;
 use crate::files;
 use crate::pem;
@@ -58,11 +62,11 @@ impl Crl {
             next_update: issuer::date(made_at.saturating_add(LIFETIME_S))?,
             crl_number: SerialNumber::from(number),
             issuing_distribution_point: None,
-            revoked_certs: revoked.iter().map(entry).collect::<Result<_, _>>()?,
+            revoked_certs: Vec::new(),
             key_identifier_method: issuer.key_identifier(),
         };
-        let signed = params.signed_by(issuer.signer()).map_err(CaError::signing)?;
-        let der = signed.der().to_vec();
+        let entries: Vec<u8> = revoked.iter().flat_map(|entry| der_of(entry, made_at)).collect();
+        let der = issuer.signed_list(&params, &entries)?;
         Ok(Crl { pem: pem::encode("X509 CRL", &der), der, number, made_at })
     }
 
@@ -90,11 +94,10 @@ pub fn current(dir: &Path, issuer: &Issuer, revoked: &[(Serial, u64)], now: Now)
     // A CA may be issued anew for the same key; brokers look for the list by its name.
     let ours = list.issuer().as_raw() == ca.subject().as_raw();
     let named = entries(&list);
-    let same = ours
-        && named.len() == revoked.len()
-        && revoked.iter().all(|(serial, revoked_at)| named.get(serial) == Some(revoked_at));
     let number = u64::try_from(list.crl_number()?).ok()?;
     let made_at = u64::try_from(list.last_update().timestamp()).ok()? + BACKDATE_S;
+    let is_named = |(serial, at): &(Serial, u64)| named.get(serial) == Some(at.min(&made_at));
+    let same = ours && named.len() == revoked.len() && revoked.iter().all(is_named);
     Some(Crl { pem, der, number, made_at }).filter(|list| same && !list.is_due(now))
 }
 
@@ -112,7 +115,7 @@ pub fn listed(dir: &Path) -> HashMap<Serial, u64> {
 
 fn entries(list: &CertificateRevocationList<'_>) -> HashMap<Serial, u64> {
     let entry = |r: &RevokedCertificate<'_>| {
-        let serial = Serial(r.raw_serial().try_into().ok()?);
+        let serial = Serial::from_der(r.raw_serial())?;
         Some((serial, u64::try_from(r.revocation_date.timestamp()).ok()?))
     };
     list.iter_revoked_certificates().filter_map(entry).collect()
@@ -132,19 +135,17 @@ fn read_whole(dir: &Path) -> Option<(String, Vec<u8>)> {
     Some((text, der))
 }
 
-fn entry((serial, revoked_at): &(Serial, u64)) -> Result<RevokedCertParams, CaError> {
-    Ok(RevokedCertParams {
-        serial_number: SerialNumber::from_slice(&serial.0),
-        revocation_time: issuer::date(*revoked_at)?,
-        reason_code: None,
-        invalidity_date: None,
-    })
+/// An entry (RFC 5280, 5.1.2.6). One that a clock which was ahead has dated is dated now: some
+/// relying parties take a revocation of the future for none.
+fn der_of((serial, revoked_at): &(Serial, u64), made_at: u64) -> Vec<u8> {
+    let date = der::time(*revoked_at.min(&made_at));
+    der::tlv(0x30, &[der::tlv(0x02, serial.der()), date].concat())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::openssl::must;
+    use crate::ca::openssl::{must, run};
     use crate::clock;
     use crate::files::test_dir::TestDir;
 
@@ -162,21 +163,21 @@ mod tests {
         assert_eq!((empty.number, last_number(&dir)), (now.unix_s(), now.unix_s()));
 
         let serial = Serial::random().unwrap();
-        let list = Crl::sign(&issuer, &[(serial, 1_800_000_000)], empty.number, now).unwrap();
+        let list = Crl::sign(&issuer, &[(serial, 1_700_000_000)], empty.number, now).unwrap();
         list.write(&dir).unwrap();
         assert_eq!((list.number, last_number(&dir)), (now.unix_s() + 1, now.unix_s() + 1));
         let text = must(&dir, "crl -in crl.pem -CAfile root-ca.crt -noout -text");
         assert!(text.contains(&format!("Serial Number: {serial:X}\n")), "{text}");
-        assert!(text.contains("Revocation Date: Jan 15 08:00:00 2027 GMT"), "{text}");
+        assert!(text.contains("Revocation Date: Nov 14 22:13:20 2023 GMT"), "{text}");
         assert!(text.contains("verify OK"), "{text}");
 
         let at = |s: u64| Now { unix_ms: s * 1000, mono_ms: 0 };
-        let revoked = [(serial, 1_800_000_000)];
+        let revoked = [(serial, 1_700_000_000)];
         let found = |revoked: &[_], at| current(&dir, &issuer, revoked, at);
         assert_eq!(found(&revoked, now), Some(list.clone()));
         assert_eq!(found(&revoked, at(now.unix_s() + 86_400)), None, "it is due");
         assert_eq!(found(&[], now), None);
-        assert_eq!(found(&[(serial, 1_800_000_001)], now), None);
+        assert_eq!(found(&[(serial, 1_700_000_001)], now), None);
         assert_eq!(found(&[revoked[0], (Serial::random().unwrap(), 1)], now), None);
         let other = TestDir::new();
         let other = Issuer::make(&other, 10, 90, now).unwrap();
@@ -185,5 +186,43 @@ mod tests {
         assert_eq!(is_due, [false, true]);
         assert!(list.is_due(at(now.unix_s() - 1)));
         assert!(matches!(Crl::sign(&issuer, &[], 0, at(0)), Err(CaError::ClockNotSet)));
+    }
+
+    #[test]
+    fn serial_numbers_of_every_kind_are_listed() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
+        must(&dir, "ecparam -genkey -noout -name prime256v1 -out key.pem");
+        must(&dir, "req -new -key key.pem -subj /CN=d -out csr.pem");
+        for (serial, hex) in [("-5", "-05"), ("1", "01"), ("0x0080ff", "80ff"), ("-256", "-0100")] {
+            let by = format!("-CA root-ca.crt -CAkey root-ca.key -days 9 -set_serial {serial}");
+            must(&dir, &format!("x509 -req -in csr.pem {by} -out leaf.pem"));
+            let check =
+                || run(&dir, "verify -crl_check -CAfile root-ca.crt -CRLfile crl.pem leaf.pem");
+            Crl::sign(&issuer, &[], 0, now).unwrap().write(&dir).unwrap();
+            assert!(check().is_ok(), "{serial}");
+            let revoked = [(Serial::from_hex(hex).unwrap(), now.unix_s())];
+            let list = Crl::sign(&issuer, &revoked, 0, now).unwrap();
+            list.write(&dir).unwrap();
+            let said = check().unwrap_err();
+            assert!(said.contains("certificate revoked"), "{serial}: {said}");
+            assert_eq!(current(&dir, &issuer, &revoked, now), Some(list));
+        }
+    }
+
+    /// Some relying parties take a revocation of the future for none.
+    #[test]
+    fn what_a_clock_that_was_ahead_revoked_is_revoked_now() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
+        let serials = [(); 2].map(|()| Serial::random().unwrap());
+        let revoked = [(serials[0], now.unix_s() + 7200), (serials[1], 1)];
+        let list = Crl::sign(&issuer, &revoked, 0, now).unwrap();
+        list.write(&dir).unwrap();
+        let dates = listed(&dir);
+        assert_eq!(serials.map(|s| dates.get(&s).copied()), [Some(now.unix_s()), Some(1)]);
+        assert_eq!(current(&dir, &issuer, &revoked, now), Some(list));
     }
 }

@@ -1,5 +1,6 @@
 //! DER (X.690, 10): elements read one after the other, and written.
 
+use time::OffsetDateTime;
 use x509_parser::asn1_rs::{Any, FromDer as _, Tag};
 
 /// DER elements, one after the other.
@@ -26,8 +27,21 @@ impl<'a> Reader<'a> {
 
     /// The next element with its head.
     pub fn element(&mut self, tag: Tag) -> Option<&'a [u8]> {
+        self.element_of(|found| found == tag)
+    }
+
+    /// The rest, each element with its head.
+    pub fn elements(mut self) -> Option<Vec<&'a [u8]>> {
+        let mut elements = Vec::new();
+        while !self.is_empty() {
+            elements.push(self.element_of(|_| true)?);
+        }
+        Some(elements)
+    }
+
+    fn element_of(&mut self, fits: impl Fn(Tag) -> bool) -> Option<&'a [u8]> {
         let before = self.0;
-        self.next(tag)?;
+        self.any().filter(|any| fits(any.tag()))?;
         before.get(..before.len() - self.0.len())
     }
 }
@@ -54,6 +68,25 @@ pub fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
     der
 }
 
+/// A Time: UTCTime until 2049, GeneralizedTime from 2050 on (RFC 5280, 4.1.2.5).
+pub fn time(unix_s: u64) -> Vec<u8> {
+    let text = time_text(unix_s);
+    tlv(if text.len() == "YYMMDDhhmmssZ".len() { 0x17 } else { 0x18 }, text.as_bytes())
+}
+
+/// The text of [`time`].
+pub fn time_text(unix_s: u64) -> String {
+    let at = i64::try_from(unix_s).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
+    let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let year = match at.year() {
+        year @ 1950..2050 => format!("{:02}", year % 100),
+        year => format!("{year:04}"),
+    };
+    let (month, day) = (u8::from(at.month()), at.day());
+    let (hour, minute, second) = at.to_hms();
+    format!("{year}{month:02}{day:02}{hour:02}{minute:02}{second:02}Z")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,5 +103,17 @@ mod tests {
             assert_eq!(der[..der.len() - len], head);
             assert_eq!(whole(&der, Tag::OctetString).map(<[u8]>::len), Some(len));
         }
+    }
+
+    #[test]
+    fn elements_keep_their_heads() {
+        let der = [tlv(2, &[5]), tlv(0x30, &[]), tlv(0xa0, &[1, 2])].concat();
+        let expected: [&[u8]; 3] = [&[2, 1, 5], &[0x30, 0], &[0xa0, 2, 1, 2]];
+        assert_eq!(
+            Reader(&der).elements(),
+            Some(expected.map(<[u8]>::to_vec).iter().map(Vec::as_slice).collect())
+        );
+        assert_eq!(Reader(&der[..7]).elements(), None);
+        assert_eq!(whole(&der, Tag::Integer), None, "more follows");
     }
 }

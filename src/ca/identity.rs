@@ -65,7 +65,7 @@ impl Ca {
         if !rest.is_empty() || !issuer.has_signed(&certificate) {
             return Err(not_ours("signed by another CA"));
         }
-        let serial = <[u8; 16]>::try_from(certificate.raw_serial()).ok().map(Serial);
+        let serial = Serial::from_der(certificate.raw_serial());
         let record = serial.and_then(|serial| self.registry().by_serial(&serial));
         let record = record.ok_or(not_ours("not in the record of devices"))?;
         still_counts(&record, late_days, now)?;

@@ -1,26 +1,32 @@
 //! The issuer: the CA's certificate and key, loaded or made, and what they sign.
 //!
 //! A CA that cannot do its work is refused when it is loaded, not when the first device asks: key
-//! and certificate are tried on a certificate that is thrown away, which also shows that rcgen
-//! writes the issuer's name with the very bytes of the CA's subject.
+//! and certificate are tried on a certificate that is thrown away.
+//!
+//! Relying parties compare names by their bytes, and rcgen cannot write every name that a CA of the
+//! field has (a type that stands twice, some types of strings). So rcgen only lays a certificate or
+//! a list out; the issuer's name is then put in as it stands in the CA's certificate, and the result
+//! is signed.
 
 use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, DnValue,
-    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData,
+    SanType, SerialNumber, SignatureAlgorithm, SigningKey,
 };
 use sha2::{Digest as _, Sha256};
 use time::{Duration, OffsetDateTime};
 use x509_parser::asn1_rs::{FromDer as _, Tag};
 use x509_parser::certificate::X509Certificate;
+use x509_parser::error::X509Error;
 use x509_parser::verify::verify_signature;
-use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 
 use super::CaError;
 use super::csr::Csr;
+use super::der::{self, Reader, tlv};
 use super::key::{self, Kind, PublicKey};
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -62,8 +68,9 @@ pub struct Leaf {
 
 /// A server's certificate with its new key.
 pub struct ServerCertificate {
-    /// The certificate in PEM.
-    pub certificate_pem: String,
+    /// The certificate in PEM, and behind it those between it and the root, which clients need who
+    /// know the root only.
+    pub chain_pem: String,
     /// The private key, PKCS#8 in PEM.
     pub key_pem: String,
 }
@@ -76,11 +83,15 @@ impl fmt::Debug for ServerCertificate {
 
 /// A CA that can sign.
 pub struct Issuer {
-    signer: rcgen::Issuer<'static, KeyPair>,
+    layout: rcgen::Issuer<'static, Unsigned>,
+    key: KeyPair,
     key_identifier: KeyIdMethod,
+    /// A Name (RFC 5280, 4.1.2.6) in DER, as it stands in the CA's certificate.
+    subject: Vec<u8>,
+    /// The file.
     certificate: PathBuf,
-    certificate_pem: String,
-    certificate_der: Vec<u8>,
+    /// Our CA, then up to the root as far as the file has it; in DER.
+    chain: Vec<Vec<u8>>,
     fingerprint: String,
     validity_days: u32,
     /// The CA's first second, since 1970.
@@ -113,11 +124,11 @@ impl Issuer {
             (None, Some(_)) => Err(CaError::refused(&certificate, "missing beside root-ca.key")),
             (Some(certificate_text), Some(key_text)) => {
                 files::warn_if_others_may_read(&key);
-                let der = one_certificate(&certificate_text)
-                    .ok_or_else(|| CaError::refused(&certificate, "not one PEM certificate"))?;
+                let chain = certificates(&certificate_text)
+                    .ok_or_else(|| CaError::refused(&certificate, "not PEM certificates"))?;
                 let key_pair = key::private_key(&key_text)
                     .map_err(|e| CaError::refused(&key, e.and_what_is_needed()))?;
-                Issuer::new(dir, der, key_pair, validity_days).map(Some)
+                Issuer::new(dir, chain, key_pair, validity_days).map(Some)
             }
         }
     }
@@ -134,12 +145,12 @@ impl Issuer {
         let key = KeyPair::generate().map_err(CaError::signing)?;
         let certificate = ca_params(years, now)?.self_signed(&key).map_err(CaError::signing)?;
         let key_pem = key.serialize_pem();
-        let der = certificate.der().to_vec();
-        let issuer = Issuer::new(dir, der, key, validity_days)?;
-        let begun = dir.join(CERTIFICATE_BEGUN);
-        files::write_atomic(&begun, issuer.certificate_pem.as_bytes(), 0o644)?;
+        let chain = vec![certificate.der().to_vec()];
+        let issuer = Issuer::new(dir, chain, key, validity_days)?;
+        let (begun, pem) = (dir.join(CERTIFICATE_BEGUN), issuer.chain_pem());
+        files::write_atomic(&begun, pem.as_bytes(), 0o644)?;
         files::write_atomic(&dir.join(KEY), key_pem.as_bytes(), 0o600)?;
-        files::write_atomic(&dir.join(CERTIFICATE), issuer.certificate_pem.as_bytes(), 0o644)?;
+        files::write_atomic(&dir.join(CERTIFICATE), pem.as_bytes(), 0o644)?;
         files::remove_if_there(&begun)?;
         Ok(issuer)
     }
@@ -159,39 +170,56 @@ impl Issuer {
         Ok(files::remove_if_there(&begun)?)
     }
 
-    fn new(dir: &Path, der: Vec<u8>, key: KeyPair, validity_days: u32) -> Result<Self, CaError> {
+    fn new(
+        dir: &Path,
+        chain: Vec<Vec<u8>>,
+        key: KeyPair,
+        validity_days: u32,
+    ) -> Result<Self, CaError> {
         let certificate = dir.join(CERTIFICATE);
         let refused = |why: &str| CaError::refused(&certificate, why);
-        let (rest, parsed) =
-            X509Certificate::from_der(&der).map_err(|_| refused("not an X.509 certificate"))?;
-        if !rest.is_empty() {
-            return Err(refused("something follows the certificate"));
+        let parsed = parse_all(&chain).ok_or_else(|| refused("not X.509 certificates"))?;
+        let ours = parsed.first().ok_or_else(|| refused("not PEM certificates"))?;
+        let is_key_of = |ca: &X509Certificate<'_>| {
+            PublicKey::from_spki(ca.public_key())
+                .map(|public| public.der_bytes() == key.public_key_raw())
+        };
+        let is_ours =
+            is_key_of(ours).map_err(|e| CaError::refused(&certificate, e.and_what_is_needed()))?;
+        if !is_ours {
+            let later = parsed.iter().skip(1).any(|ca| is_key_of(ca) == Ok(true));
+            let why = if later {
+                "the key of a later certificate in root-ca.crt: ours must be the first"
+            } else {
+                "not the key of root-ca.crt"
+            };
+            return Err(CaError::refused(&dir.join(KEY), why));
         }
-        check_is_ca(&parsed).map_err(refused)?;
-        let public = PublicKey::from_spki(parsed.public_key())
-            .map_err(|e| CaError::refused(&certificate, e.and_what_is_needed()))?;
-        if rcgen::PublicKeyData::der_bytes(&public) != key.public_key_raw() {
-            return Err(CaError::refused(&dir.join(KEY), "not the key of root-ca.crt"));
+        check_is_ca(ours).map_err(refused)?;
+        check_chain(&parsed).map_err(|why| CaError::refused(&certificate, why))?;
+        if ours.subject().iter().next().is_none() {
+            return Err(refused("the subject is empty"));
         }
-        let key_identifier = key_identifier(&parsed).map_err(refused)?;
+        let key_identifier = key_identifier(ours).map_err(refused)?;
         let mut params = CertificateParams::default();
-        params.distinguished_name = subject(parsed.subject())
-            .ok_or_else(|| refused("the subject cannot be written again byte by byte"))?;
+        params.distinguished_name = DistinguishedName::new();
         params.key_identifier_method = key_identifier.clone();
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let second = |t: x509_parser::time::ASN1Time| u64::try_from(t.timestamp()).unwrap_or(0);
+        let unsigned = Unsigned { public: key.der_bytes().to_vec(), algorithm: key.algorithm() };
         let issuer = Issuer {
-            signer: rcgen::Issuer::new(params, key),
+            layout: rcgen::Issuer::new(params, unsigned),
+            key,
             key_identifier,
-            certificate_pem: pem::encode("CERTIFICATE", &der),
-            fingerprint: fingerprint(&der),
+            subject: ours.subject().as_raw().to_vec(),
+            fingerprint: fingerprint(chain.first().map_or(&[], Vec::as_slice)),
             validity_days,
-            not_before: second(parsed.validity().not_before),
-            not_after: second(parsed.validity().not_after),
-            certificate_der: der.clone(),
+            not_before: second(ours.validity().not_before),
+            not_after: second(ours.validity().not_after),
             certificate: certificate.clone(),
+            chain: chain.clone(),
         };
-        issuer.try_out(&parsed)?;
+        issuer.try_out(ours)?;
         Ok(issuer)
     }
 
@@ -200,21 +228,58 @@ impl Issuer {
         let key = KeyPair::generate().map_err(CaError::signing)?;
         let mut params = CertificateParams::default();
         params.serial_number = Some(SerialNumber::from(1));
-        let trial = params.signed_by(&key, &self.signer).map_err(CaError::signing)?;
-        let (_, trial) = X509Certificate::from_der(trial.der())
+        let trial = self.signed(&params, &key)?;
+        let (_, trial) = X509Certificate::from_der(&trial)
             .map_err(|_| CaError::refused(&self.certificate, "what it signs cannot be read"))?;
-        if trial.issuer().as_raw() != ca.subject().as_raw() {
-            let why = "the subject cannot be written again byte by byte";
-            return Err(CaError::refused(&self.certificate, why));
-        }
-        let signed = trial.tbs_certificate.as_ref();
-        verify_signature(
-            ca.public_key(),
-            &trial.signature_algorithm,
-            &trial.signature_value,
-            signed,
-        )
-        .map_err(|_| CaError::refused(&self.certificate, "does not verify what root-ca.key signs"))
+        is_signed_by(&trial, ca).map_err(|_| {
+            CaError::refused(&self.certificate, "does not verify what root-ca.key signs")
+        })
+    }
+
+    fn signed(
+        &self,
+        params: &CertificateParams,
+        key: &impl PublicKeyData,
+    ) -> Result<Vec<u8>, CaError> {
+        let laid_out = params.signed_by(key, &self.layout).map_err(CaError::signing)?;
+        // Behind version, serial number and algorithm (RFC 5280, 4.1).
+        self.complete(laid_out.der(), 3, None)
+    }
+
+    /// Signs a list (RFC 5280, 5.1), with `revoked` as its entries, if there are any.
+    pub(super) fn signed_list(
+        &self,
+        params: &CertificateRevocationListParams,
+        revoked: &[u8],
+    ) -> Result<Vec<u8>, CaError> {
+        let laid_out = params.signed_by(&self.layout).map_err(CaError::signing)?;
+        let revoked = (!revoked.is_empty()).then(|| tlv(0x30, revoked));
+        // The name stands behind version and algorithm, the entries before the extensions.
+        self.complete(laid_out.der(), 2, revoked.as_deref().map(|revoked| (5, revoked)))
+    }
+
+    /// Puts the CA's name into the place of the issuer's, another element where it goes, and signs.
+    fn complete(
+        &self,
+        laid_out: &[u8],
+        issuer_at: usize,
+        inserted: Option<(usize, &[u8])>,
+    ) -> Result<Vec<u8>, CaError> {
+        let parts = || {
+            let [to_sign, algorithm, _] =
+                Reader(der::whole(laid_out, Tag::Sequence)?).elements()?.try_into().ok()?;
+            let mut parts = Reader(der::whole(to_sign, Tag::Sequence)?).elements()?;
+            *parts.get_mut(issuer_at)? = &self.subject;
+            if let Some((at, element)) = inserted {
+                (at <= parts.len()).then(|| parts.insert(at, element))?;
+            }
+            Some((tlv(0x30, &parts.concat()), algorithm))
+        };
+        let (to_sign, algorithm) =
+            parts().ok_or_else(|| CaError::signing("what is to be signed cannot be read"))?;
+        let signature = self.key.sign(&to_sign).map_err(CaError::signing)?;
+        let signature = tlv(0x03, &[&[0], &*signature].concat());
+        Ok(tlv(0x30, &[&*to_sign, algorithm, &signature].concat()))
     }
 
     /// Whether the CA is valid at this time.
@@ -254,9 +319,8 @@ impl Issuer {
         if csr.key().kind == Kind::Rsa {
             params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
         }
-        let signed = params.signed_by(csr.key(), &self.signer).map_err(CaError::signing)?;
-        let der = signed.der().to_vec();
-        let (pem, fingerprint) = (signed.pem(), fingerprint(&der));
+        let der = self.signed(&params, csr.key())?;
+        let (pem, fingerprint) = (certificate_pem(&der), fingerprint(&der));
         Ok(Leaf { pem, der, serial, device: device.clone(), not_before, not_after, fingerprint })
     }
 
@@ -283,21 +347,16 @@ impl Issuer {
         params.subject_alt_names = sans;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         let key = KeyPair::generate().map_err(CaError::signing)?;
-        let signed = params.signed_by(&key, &self.signer).map_err(CaError::signing)?;
-        Ok(ServerCertificate { certificate_pem: signed.pem(), key_pem: key.serialize_pem() })
+        let leaf = self.signed(&params, &key)?;
+        let between = self.chain.iter().filter(|der| !is_self_issued(der));
+        let chain_pem = std::iter::once(&leaf).chain(between).map(|der| certificate_pem(der));
+        Ok(ServerCertificate { chain_pem: chain_pem.collect(), key_pem: key.serialize_pem() })
     }
 
     /// Whether this CA signed the certificate.
     pub fn has_signed(&self, certificate: &X509Certificate<'_>) -> bool {
-        let Ok((_, ca)) = X509Certificate::from_der(&self.certificate_der) else { return false };
-        certificate.issuer().as_raw() == ca.subject().as_raw()
-            && verify_signature(
-                ca.public_key(),
-                &certificate.signature_algorithm,
-                &certificate.signature_value,
-                certificate.tbs_certificate.as_ref(),
-            )
-            .is_ok()
+        let ca = X509Certificate::from_der(self.certificate_der());
+        ca.is_ok_and(|(_, ca)| is_signed_by(certificate, &ca).is_ok())
     }
 
     /// First and last second of a certificate signed now.
@@ -307,14 +366,14 @@ impl Issuer {
         (now_s.saturating_sub(BACKDATE_S), end.min(self.not_after))
     }
 
-    /// The CA's certificate in PEM.
-    pub fn certificate_pem(&self) -> &str {
-        &self.certificate_pem
+    /// The CA's certificate in PEM, and behind it those up to the root, as far as they are known.
+    pub fn chain_pem(&self) -> String {
+        self.chain.iter().map(|der| certificate_pem(der)).collect()
     }
 
     /// The CA's certificate in DER.
     pub fn certificate_der(&self) -> &[u8] {
-        &self.certificate_der
+        self.chain.first().map_or(&[], Vec::as_slice)
     }
 
     /// SHA-256 of the CA's certificate, lower-case hexadecimal.
@@ -322,12 +381,30 @@ impl Issuer {
         &self.fingerprint
     }
 
-    pub(super) fn signer(&self) -> &rcgen::Issuer<'static, KeyPair> {
-        &self.signer
-    }
-
     pub(super) fn key_identifier(&self) -> KeyIdMethod {
         self.key_identifier.clone()
+    }
+}
+
+/// A key that cannot sign: what rcgen lays out with it is signed by [`Issuer::complete`].
+struct Unsigned {
+    public: Vec<u8>,
+    algorithm: &'static SignatureAlgorithm,
+}
+
+impl PublicKeyData for Unsigned {
+    fn der_bytes(&self) -> &[u8] {
+        &self.public
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        self.algorithm
+    }
+}
+
+impl SigningKey for Unsigned {
+    fn sign(&self, _: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        Ok(Vec::new())
     }
 }
 
@@ -346,7 +423,7 @@ fn ca_params(years: u32, now: Now) -> Result<CertificateParams, CaError> {
     let serial = Serial::random().map_err(CaError::signing)?;
     let short: String = serial.to_string().chars().skip(24).collect();
     let mut params = CertificateParams::default();
-    params.serial_number = Some(SerialNumber::from_slice(&serial.0));
+    params.serial_number = Some(SerialNumber::from_slice(serial.der()));
     params.not_before = date(now.unix_s().saturating_sub(CA_BACKDATE_S))?;
     params.not_after = years_later(date(now.unix_s())?, years);
     params.distinguished_name = DistinguishedName::new();
@@ -365,7 +442,7 @@ fn years_later(from: OffsetDateTime, years: u32) -> OffsetDateTime {
 /// What all certificates signed here have in common.
 fn leaf_params(nb: u64, na: u64, serial: Serial) -> Result<CertificateParams, CaError> {
     let mut params = CertificateParams::default();
-    params.serial_number = Some(SerialNumber::from_slice(&serial.0));
+    params.serial_number = Some(SerialNumber::from_slice(serial.der()));
     (params.not_before, params.not_after) = (date(nb)?, date(na)?);
     params.distinguished_name = DistinguishedName::new();
     params.is_ca = IsCa::ExplicitNoCa;
@@ -390,9 +467,68 @@ fn server_name(name: &str) -> Result<SanType, CaError> {
     name.try_into().map(SanType::DnsName).map_err(|_| bad())
 }
 
-fn one_certificate(text: &str) -> Option<Vec<u8>> {
-    let [block] = <[_; 1]>::try_from(pem::blocks(text)?).ok()?;
-    (block.label == "CERTIFICATE").then_some(block.der)
+fn certificate_pem(der: &[u8]) -> String {
+    pem::encode("CERTIFICATE", der)
+}
+
+/// The certificates of a PEM text that holds nothing else.
+fn certificates(text: &str) -> Option<Vec<Vec<u8>>> {
+    let blocks = pem::blocks(text).filter(|blocks| !blocks.is_empty())?;
+    blocks.into_iter().map(|b| (b.label == "CERTIFICATE").then_some(b.der)).collect()
+}
+
+fn parse_all(chain: &[Vec<u8>]) -> Option<Vec<X509Certificate<'_>>> {
+    let parse = |der| X509Certificate::from_der(der).ok().filter(|(rest, _)| rest.is_empty());
+    chain.iter().map(|der| Some(parse(der)?.1)).collect()
+}
+
+/// Whether each certificate is signed by the next one, which is a CA: relying parties go that way.
+fn check_chain(chain: &[X509Certificate<'_>]) -> Result<(), String> {
+    for (number, pair) in (1..).zip(chain.windows(2)) {
+        let [lower, upper] = pair else { continue };
+        let signed = match is_signed_by(lower, upper) {
+            // A root may sign with what this program does not know; others will.
+            Err(X509Error::SignatureUnsupportedAlgorithm) => true,
+            other => other.is_ok(),
+        };
+        if !signed {
+            return Err(format!(
+                "certificate {number} is not signed by certificate {}: first our CA, then whoever \
+                 signed it, up to the root",
+                number + 1
+            ));
+        }
+        let below =
+            upper.basic_constraints().ok().flatten().and_then(|c| c.value.path_len_constraint);
+        let why = match check_is_ca(upper) {
+            Ok(()) if below.is_some_and(|below| below < number) => {
+                "its pathlen allows no CA below it"
+            }
+            Ok(()) => continue,
+            Err(why) => why,
+        };
+        return Err(format!("certificate {}: {why}", number + 1));
+    }
+    Ok(())
+}
+
+/// By name and by signature.
+fn is_signed_by(lower: &X509Certificate<'_>, upper: &X509Certificate<'_>) -> Result<(), X509Error> {
+    if lower.issuer().as_raw() != upper.subject().as_raw() {
+        return Err(X509Error::SignatureVerificationError);
+    }
+    verify_signature(
+        upper.public_key(),
+        &lower.signature_algorithm,
+        &lower.signature_value,
+        lower.tbs_certificate.as_ref(),
+    )
+}
+
+/// Whether it is a root: relying parties have that one, or do not trust it.
+fn is_self_issued(der: &[u8]) -> bool {
+    let read = X509Certificate::from_der(der);
+    read.is_ok_and(|(_, c)| c.issuer().as_raw() == c.subject().as_raw())
 }
 
 fn check_is_ca(certificate: &X509Certificate<'_>) -> Result<(), &'static str> {
@@ -424,41 +560,10 @@ fn key_identifier(certificate: &X509Certificate<'_>) -> Result<KeyIdMethod, &'st
     }
 }
 
-/// The CA's subject as rcgen writes it: one attribute a part, no type twice. Whether the bytes are
-/// the same is seen in [`Issuer::try_out`].
-fn subject(name: &X509Name<'_>) -> Option<DistinguishedName> {
-    let mut subject = DistinguishedName::new();
-    for part in name.iter() {
-        let mut attributes = part.iter();
-        let (Some(one), None) = (attributes.next(), attributes.next()) else { return None };
-        let oid: Vec<u64> = one.attr_type().iter()?.collect();
-        subject.push(DnType::from_oid(&oid), value(one)?);
-    }
-    (name.iter().count() > 0).then_some(subject)
-}
-
-fn value(attribute: &AttributeTypeAndValue<'_>) -> Option<DnValue> {
-    let any = attribute.attr_value();
-    let text = std::str::from_utf8(any.data).ok()?;
-    match any.tag() {
-        Tag::Utf8String => Some(DnValue::Utf8String(text.to_owned())),
-        // Its writer panics on what it holds to be no printable string.
-        Tag::PrintableString if text.bytes().all(printable) => {
-            text.try_into().ok().map(DnValue::PrintableString)
-        }
-        Tag::Ia5String => text.try_into().ok().map(DnValue::Ia5String),
-        Tag::T61String => text.try_into().ok().map(DnValue::TeletexString),
-        _ => None,
-    }
-}
-
-fn printable(b: u8) -> bool {
-    b.is_ascii_alphanumeric() || b" '()+,-./:=".contains(&b)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::crl::Crl;
     use crate::ca::openssl::{must, run, run_program};
     use crate::clock;
     use crate::files::test_dir::TestDir;
@@ -519,7 +624,7 @@ mod tests {
 
         let again = load(&dir).unwrap();
         assert_eq!(again.certificate_der(), issuer.certificate_der());
-        assert_eq!(again.certificate_pem(), fs::read_to_string(dir.join(CERTIFICATE)).unwrap());
+        assert_eq!(again.chain_pem(), fs::read_to_string(dir.join(CERTIFICATE)).unwrap());
         signs(&again, &dir);
     }
 
@@ -573,9 +678,114 @@ mod tests {
             }
             let end = issuer.not_after;
             let csr = request(&dir, "genpkey -algorithm ED25519", "");
-            let leaf = issuer.sign(&csr, &device(), Serial([0x40; 16]), clock::now()).unwrap();
+            let leaf =
+                issuer.sign(&csr, &device(), Serial::from([0x40; 16]), clock::now()).unwrap();
             assert_eq!(leaf.not_after, end, "never past the CA's end");
         }
+    }
+
+    /// Of this the certificates' issuer, and the list's, are the bytes of the CA's subject.
+    #[test]
+    fn subjects_of_every_kind() {
+        let config = |lines: &str, mask: &str| {
+            format!(
+                "[req]\nprompt=no\nutf8=yes\nstring_mask={mask}\ndistinguished_name=dn\n\
+                x509_extensions=ca\n[dn]\n{lines}\n[ca]\nbasicConstraints=critical,CA:TRUE\n\
+                keyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n"
+            )
+        };
+        let (utf8, bmp, t61) = ("utf8only", "MASK:0x800", "MASK:0x4");
+        for (lines, mask) in [
+            ("0.DC=example\n1.DC=org\nCN=CA", utf8),
+            ("CN=CA\n0.OU=one\n1.OU=two\n2.OU=one", utf8),
+            ("O=x\n+CN=CA\n+OU=y\nL=z", utf8),
+            ("O=Müller\nCN=中文", bmp),
+            ("O=Müller\nCN=CA", t61),
+            ("O=Example\nCN=CA", "default"),
+            ("C=DE\nemailAddress=a@b.example\nserialNumber=1\n1.2.3.4=any", "nombstr"),
+            ("CN=CA", "MASK:0x100"),
+        ] {
+            let dir = TestDir::new();
+            fs::write(dir.join("c.cnf"), config(lines, mask)).unwrap();
+            must(&dir, "ecparam -genkey -noout -name prime256v1 -out root-ca.key");
+            must(&dir, "req -x509 -new -key root-ca.key -out root-ca.crt -days 30 -config c.cnf");
+            let issuer = load(&dir).unwrap_or_else(|e| panic!("{lines} {mask}: {e}"));
+            signs(&issuer, &dir);
+            let leaf = fs::read_to_string(dir.join("leaf.pem")).unwrap();
+            let leaf = pem::blocks(&leaf).unwrap().remove(0).der;
+            let (_, leaf) = X509Certificate::from_der(&leaf).unwrap();
+            assert_eq!(leaf.issuer().as_raw(), issuer.subject, "{lines} {mask}");
+            let list = Crl::sign(&issuer, &[], 0, clock::now()).unwrap();
+            list.write(&dir).unwrap();
+            must(&dir, "verify -crl_check -CAfile root-ca.crt -CRLfile crl.pem leaf.pem");
+        }
+    }
+
+    /// Makes a CA `name` with a key, and a certificate by `signer` or by itself.
+    fn ca_by(dir: &Path, name: &str, signer: Option<&str>, basic: &str) {
+        let extensions = format!(
+            "basicConstraints=critical,{basic}\nkeyUsage=critical,keyCertSign,cRLSign\n\
+            subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        );
+        fs::write(dir.join("ext"), extensions).unwrap();
+        must(dir, &format!("ecparam -genkey -noout -name prime256v1 -out {name}.key"));
+        must(dir, &format!("req -new -key {name}.key -subj /CN={name} -out {name}.csr"));
+        let by = match signer {
+            Some(ca) => format!("-CA {ca}.crt -CAkey {ca}.key -set_serial 7"),
+            None => format!("-signkey {name}.key"),
+        };
+        must(dir, &format!("x509 -req -in {name}.csr -days 30 -extfile ext {by} -out {name}.crt"));
+    }
+
+    #[test]
+    fn chains() {
+        let dir = TestDir::new();
+        ca_by(&dir, "root", None, "CA:TRUE");
+        ca_by(&dir, "upper", Some("root"), "CA:TRUE,pathlen:1");
+        ca_by(&dir, "ours", Some("upper"), "CA:TRUE,pathlen:0");
+        ca_by(&dir, "other", None, "CA:TRUE");
+        ca_by(&dir, "narrow", Some("upper"), "CA:TRUE,pathlen:0");
+        ca_by(&dir, "below", Some("narrow"), "CA:TRUE,pathlen:0");
+        ca_by(&dir, "leaf", Some("other"), "CA:FALSE");
+        let text = |name: &str| fs::read_to_string(dir.join(format!("{name}.crt"))).unwrap();
+        let put = |key: &str, chain: &[&str]| {
+            fs::copy(dir.join(format!("{key}.key")), dir.join(KEY)).unwrap();
+            let texts = chain.iter().map(|name| format!("A comment\n{}", text(name)));
+            fs::write(dir.join(CERTIFICATE), texts.collect::<String>()).unwrap();
+            load(&dir)
+        };
+        // The root alone; all; and without the root, which others have.
+        for chain in [&["root"][..], &["ours", "upper", "root"], &["ours", "upper"], &["ours"]] {
+            let issuer = put(chain[0], chain).unwrap();
+            let pem: String = chain.iter().map(|name| text(name)).collect();
+            assert_eq!(issuer.chain_pem(), pem);
+            let made = issuer.server_certificate(&["localhost"], 9, clock::now()).unwrap();
+            let between: String = chain.iter().filter(|n| **n != "root").map(|n| text(n)).collect();
+            let count = |pem: &str| pem.matches("BEGIN").count();
+            assert!(made.chain_pem.ends_with(&between));
+            assert_eq!(count(&made.chain_pem), 1 + count(&between));
+            let csr = request(&dir, "genpkey -algorithm ED25519", "");
+            let serial = Serial::random().unwrap();
+            let leaf = issuer.sign(&csr, &device(), serial, clock::now()).unwrap();
+            fs::write(dir.join("leaf.pem"), leaf.pem).unwrap();
+            fs::write(dir.join("chain.pem"), [&*pem, &text("upper")].concat()).unwrap();
+            must(&dir, "verify -x509_strict -CAfile root.crt -untrusted chain.pem leaf.pem");
+        }
+        let check = |key: &str, chain: &[&str], why: &str| {
+            let said = put(key, chain).unwrap_err();
+            assert!(said.contains("root-ca.") && said.contains(why), "{chain:?}: {said}");
+        };
+        check("ours", &["root", "upper", "ours"], "key of a later certificate in root-ca.crt");
+        check("ours", &["ours", "root"], "certificate 1 is not signed by certificate 2: first our");
+        check("ours", &["ours", "upper", "other"], "certificate 2 is not signed by certificate 3");
+        check("ours", &["ours", "ours"], "certificate 1 is not signed by certificate 2");
+        check("root", &["root", "other"], "certificate 1 is not signed by certificate 2");
+        check("below", &["below", "narrow"], "certificate 2: its pathlen allows no CA below it");
+        check("leaf", &["leaf", "other"], "CA:TRUE");
+        let key = fs::read_to_string(dir.join("ours.key")).unwrap();
+        fs::write(dir.join(CERTIFICATE), text("ours") + &key).unwrap();
+        let said = load(&dir).unwrap_err();
+        assert!(said.contains("not PEM certificates"), "{said}");
     }
 
     #[test]
@@ -599,10 +809,7 @@ mod tests {
         check(self_signed(&with("CA:FALSE", "keyCertSign,cRLSign")), CERTIFICATE, "CA:TRUE");
         check(self_signed(&with("CA:TRUE", "keyCertSign")), CERTIFICATE, "cRLSign");
         check(self_signed(&with("CA:TRUE", "cRLSign")), CERTIFICATE, "keyCertSign");
-        let subject = |s: &str| format!("-subj {s} -multivalue-rdn {CA_EXTENSIONS}");
-        check(self_signed(&subject("/CN=x+O=y")), CERTIFICATE, "subject");
-        check(self_signed(&subject("/DC=example/DC=org/CN=x")), CERTIFICATE, "subject");
-        check(self_signed(&format!("-subj / {CA_EXTENSIONS}")), CERTIFICATE, "subject");
+        check(self_signed(&format!("-subj / {CA_EXTENSIONS}")), CERTIFICATE, "subject is empty");
 
         must(&dir, &format!("req -x509 -key root-ca.key -out root-ca.crt {plain}"));
         must(&dir, "ecparam -genkey -name prime256v1 -out root-ca.key");
@@ -636,7 +843,7 @@ mod tests {
         run_program(&dir, "faketime", &format!("2020-01-01~00:00:00 openssl {req}")).unwrap();
         let issuer = load(&dir).unwrap();
         let csr = request(&dir, "genpkey -algorithm ED25519", "");
-        let sign = |now| issuer.sign(&csr, &device(), Serial([0x40; 16]), now).unwrap_err();
+        let sign = |now| issuer.sign(&csr, &device(), Serial::from([0x40; 16]), now).unwrap_err();
         let error = sign(clock::now());
         assert!(matches!(error, CaError::Expired { .. }));
         assert!(
@@ -700,7 +907,7 @@ mod tests {
         }
         let other = DeviceId::parse("device-10").unwrap();
         let csr = request(&dir, "genpkey -algorithm ED25519", "");
-        assert!(issuer.sign(&csr, &other, Serial([0x40; 16]), clock::now()).is_err());
+        assert!(issuer.sign(&csr, &other, Serial::from([0x40; 16]), clock::now()).is_err());
     }
 
     #[test]
@@ -709,7 +916,7 @@ mod tests {
         let issuer = Issuer::make(&dir, 10, 90, clock::now()).unwrap();
         let names = ["broker.local", "*.example.org", "192.168.1.5", "fe80::1"];
         let made = issuer.server_certificate(&names, 365, clock::now()).unwrap();
-        fs::write(dir.join("server.pem"), &made.certificate_pem).unwrap();
+        fs::write(dir.join("server.pem"), &made.chain_pem).unwrap();
         fs::write(dir.join("server.key"), &made.key_pem).unwrap();
         must(
             &dir,

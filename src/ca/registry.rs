@@ -59,6 +59,8 @@ const CLOCK_SLACK_S: u64 = 3600;
 pub enum RegistryError {
     /// A file cannot be read.
     Unreadable(String),
+    /// A certificate's own file is not there, or is no certificate; why.
+    Absent(String),
     /// A line of `index.txt` is no line of a CA database.
     Garbled {
         /// The file.
@@ -92,7 +94,7 @@ impl RegistryError {
 impl fmt::Display for RegistryError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            RegistryError::Unreadable(why) => f.write_str(why),
+            RegistryError::Unreadable(why) | RegistryError::Absent(why) => f.write_str(why),
             RegistryError::Garbled { path, line, why } => {
                 write!(f, "{} line {line}: {why}", path.display())
             }
@@ -118,6 +120,7 @@ impl From<RegistryError> for Problem {
         let code = match &error {
             RegistryError::Unreadable(_) | RegistryError::Garbled { .. } => Code::InternalError,
             RegistryError::NotWritten { .. } => Code::ServiceUnavailable,
+            RegistryError::Absent(_) => Code::CertificateNotFound,
         };
         Problem::from(code).log(error)
     }
@@ -242,6 +245,13 @@ impl Registry {
             files::write_atomic(&attributes, ATTRIBUTES.1.as_bytes(), 0o644)?;
         }
         let (rows, torn) = repair::load_index(&dir.join(INDEX))?;
+        if rows.foreign() > 0 {
+            let (lines, index) = (rows.foreign(), dir.join(INDEX));
+            log::info!(
+                "{lines} lines of {} are no device's: they count for the CRL only",
+                index.display()
+            );
+        }
         let registry = Registry {
             dir: dir.to_owned(),
             rows: RwLock::new(rows),
@@ -264,12 +274,12 @@ impl Registry {
     /// The device's newest certificate.
     pub fn newest(&self, device: &DeviceId) -> Option<Record> {
         let rows = self.read();
-        rows.of_device(device).next().map(Row::record)
+        rows.of_device(device).next().and_then(Row::record)
     }
 
     /// The certificate with this serial number.
     pub fn by_serial(&self, serial: &Serial) -> Option<Record> {
-        self.read().by_serial(serial).map(Row::record)
+        self.read().by_serial(serial).and_then(Row::record)
     }
 
     /// Whether the device has a certificate that is neither expired nor revoked.
@@ -306,17 +316,17 @@ impl Registry {
         self.read().revoked(now)
     }
 
-    /// Reads a certificate's own file.
+    /// Reads a certificate's own file. A record without one is a record all the same: a copy that was
+    /// taken while certificates were written may lack it, and another program's may lie elsewhere.
     ///
     /// # Errors
-    /// When it is not there, or is no certificate.
+    /// [`RegistryError::Absent`] when it is not there, or is no certificate.
     pub fn stored(&self, serial: &Serial) -> Result<Stored, RegistryError> {
         let path = self.pem_path(serial);
-        let unreadable =
-            |why: &str| RegistryError::Unreadable(format!("{}: {why}", path.display()));
-        let bytes = files::read(&path)?.ok_or_else(|| unreadable("missing"))?;
-        let text = String::from_utf8(bytes).map_err(|_| unreadable("not a text"))?;
-        read_stored(&text).ok_or_else(|| unreadable("not a PEM certificate"))
+        let absent = |why: &str| RegistryError::Absent(format!("{}: {why}", path.display()));
+        let bytes = files::read(&path)?.ok_or_else(|| absent("missing"))?;
+        let text = String::from_utf8(bytes).map_err(|_| absent("not a text"))?;
+        read_stored(&text).ok_or_else(|| absent("not a PEM certificate"))
     }
 
     /// Begins a batch of entries. Until they are committed or dropped no other writer gets in.
@@ -523,7 +533,7 @@ mod tests {
         let leaves = [(); 3].map(|()| fixture.leaf("device-1"));
         leaves.iter().for_each(|leaf| enter(&registry, leaf, None).unwrap());
         let [first, second, third] = leaves.map(|leaf| leaf.serial);
-        let (now, stranger) = (clock::now(), Serial([0x41; 16]));
+        let (now, stranger) = (clock::now(), Serial::from([0x41; 16]));
         assert_eq!(registry.revoke_these(&[second, stranger], now), Ok(vec![second]));
         assert_eq!(registry.revoke_these(&[second], now), Ok(vec![]), "once is enough");
         assert_eq!(registry.revoke_these(&[], now), Ok(vec![]));

@@ -225,7 +225,7 @@ mod tests {
     }
 
     fn serial(n: u8) -> Serial {
-        Serial([n; 16])
+        Serial::from([n; 16])
     }
 
     #[test]

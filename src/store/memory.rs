@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(one(&memory, Op::Issue(token("e", 1)), at(1)), ISSUED);
         assert_eq!(one(&memory, Op::Issue(token("d", 200)), at(300)), ISSUED);
         assert_eq!(
-            one(&memory, Op::Consume(token("d", 0), Serial([1; 16])), at(300)),
+            one(&memory, Op::Consume(token("d", 0), Serial::from([1; 16])), at(300)),
             Ok(Outcome::Unknown { lossless_run: None })
         );
     }
@@ -372,7 +372,7 @@ mod tests {
     #[test]
     fn a_token_is_granted_once_and_again_after_it_was_given_back() {
         let memory = memory(10);
-        let (t, first, second) = (token("d", 0), Serial([1; 16]), Serial([2; 16]));
+        let (t, first, second) = (token("d", 0), Serial::from([1; 16]), Serial::from([2; 16]));
         let consume = |serial| one(&memory, Op::Consume(t.clone(), serial), at(1));
         assert_eq!(consume(first), Ok(Outcome::Unknown { lossless_run: None }));
         assert_eq!(one(&memory, Op::Issue(t.clone()), at(0)), ISSUED);
@@ -389,7 +389,7 @@ mod tests {
     fn a_batch_answers_each_operation_for_itself() {
         let memory = memory(10);
         let t = token("d", 0);
-        let attempts = (1..=3).map(|n| Op::Consume(t.clone(), Serial([n; 16])));
+        let attempts = (1..=3).map(|n| Op::Consume(t.clone(), Serial::from([n; 16])));
         let ops: Vec<Op> = [Op::Issue(t.clone())].into_iter().chain(attempts).collect();
         let answers = memory.run(&ops, at(0));
         let used = Ok(Outcome::AlreadyUsed);
@@ -405,7 +405,7 @@ mod tests {
         let replaced = Ok(Outcome::Issued { killed: Some(dead) });
         assert_eq!(one(&memory, Op::Replace(new.clone()), at(1)), replaced);
         let used = Ok(Outcome::AlreadyUsed);
-        assert_eq!(one(&memory, Op::Consume(old, Serial([1; 16])), at(1)), used);
+        assert_eq!(one(&memory, Op::Consume(old, Serial::from([1; 16])), at(1)), used);
         let revoke = |issued_by_s, spare| {
             let kill = Kill { device: new.claims.device_id.clone(), issued_by_s, spare };
             one(&memory, Op::Kill(kill), at(2))
@@ -417,7 +417,7 @@ mod tests {
         assert_eq!(revoke(u64::MAX, None), Ok(Outcome::Killed(Some(dead))));
         assert_eq!(revoke(u64::MAX, None), none, "already dead");
         let used = Ok(Outcome::AlreadyUsed);
-        assert_eq!(one(&memory, Op::Consume(new, Serial([1; 16])), at(2)), used);
+        assert_eq!(one(&memory, Op::Consume(new, Serial::from([1; 16])), at(2)), used);
     }
 
     #[test]
@@ -425,15 +425,15 @@ mod tests {
         let memory = memory(10);
         let t = token("d", 0);
         one(&memory, Op::Issue(t.clone()), at(0)).unwrap();
-        let granted = one(&memory, Op::Consume(t.clone(), Serial([1; 16])), at(1));
+        let granted = one(&memory, Op::Consume(t.clone(), Serial::from([1; 16])), at(1));
         assert_eq!(granted, Ok(Outcome::Granted));
         let device = t.claims.device_id.clone();
         let kill = Op::Kill(Kill { device, issued_by_s: u64::MAX, spare: None });
         let dead = Dead { hash: t.hash, claims: t.claims.clone() };
         assert_eq!(one(&memory, kill, at(1)), Ok(Outcome::Killed(Some(dead))));
         assert!(memory.ledger.knows_as_killed(&t.hash), "whoever signs looks at this last");
-        one(&memory, Op::GiveBack(t.clone(), Serial([1; 16])), at(1)).unwrap();
-        let again = one(&memory, Op::Consume(t, Serial([2; 16])), at(1));
+        one(&memory, Op::GiveBack(t.clone(), Serial::from([1; 16])), at(1)).unwrap();
+        let again = one(&memory, Op::Consume(t, Serial::from([2; 16])), at(1));
         assert_eq!(again, Ok(Outcome::AlreadyUsed));
     }
 

@@ -5,6 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::ca::Chain;
+use crate::support::csr::{Csr, P256, key_file};
 use crate::support::device::Device;
 use crate::support::mosquitto::Broker;
 use crate::support::port::Port;
@@ -13,7 +15,7 @@ use crate::support::temp::TempDir;
 use crate::support::{check_error, wait};
 
 /// A service whose hook reloads the broker whose process id stands in `pid`.
-fn with_hook(dir: &TempDir) -> Service {
+fn with_hook(dir: &TempDir, setup: Setup) -> Service {
     let (pid, ran) = (dir.path().join("pid"), dir.path().join("ran"));
     let text = format!(
         "#!/bin/sh\necho \"$1\" >>{}\n[ ! -s {pid} ] || kill -HUP \"$(cat {pid})\"\n",
@@ -22,14 +24,14 @@ fn with_hook(dir: &TempDir) -> Service {
     );
     let hook = dir.file("hook", &text);
     assert!(Command::new("chmod").arg("755").arg(&hook).status().unwrap().success());
-    let setup = Setup::new().env("CRL_HOOK", hook.to_str().unwrap());
+    let setup = setup.env("CRL_HOOK", hook.to_str().unwrap());
     setup.env("ADMIN_API_KEY", ADMIN_KEY).start()
 }
 
 #[test]
 fn from_enrollment_to_revocation() {
     let dir = TempDir::new();
-    let service = with_hook(&dir);
+    let service = with_hook(&dir, Setup::new());
     let broker = Broker::start(&service);
     dir.file("pid", &broker.pid().to_string());
     let url = format!("http://127.0.0.1:{}", service.port());
@@ -63,6 +65,27 @@ fn from_enrollment_to_revocation() {
     let list = service.data("ca/crl.pem").display().to_string();
     assert!(ran.lines().all(|line| line == list) && Path::new(&list).is_absolute(), "{ran}");
     check_error(&service.revoke("device-1"), 404, "CERTIFICATE_NOT_FOUND", "once more");
+}
+
+/// The CA of a company whose root lies in a safe: broker and device have the chain.
+#[test]
+fn with_an_intermediate_ca() {
+    let (dir, setup) = (TempDir::new(), Setup::new());
+    Chain::new(3).put(&setup);
+    let service = with_hook(&dir, setup);
+    let broker = Broker::start(&service);
+    dir.file("pid", &broker.pid().to_string());
+    let device = Device::new("device-1", &format!("http://127.0.0.1:{}", service.port()));
+    let answer = service.enroll("device-1", &Csr::new("device-1").make());
+    fs::create_dir(device.folder()).unwrap();
+    fs::write(device.file("ca.crt"), answer.field("ca_certificate")).unwrap();
+    fs::write(device.file("device.crt"), answer.field("certificate")).unwrap();
+    fs::copy(key_file(P256), device.file("device.key")).unwrap();
+    let topic = "devices/device-1/state";
+    assert_eq!(broker.publish(&device, topic, "a"), Ok(()), "{}", broker.log());
+    assert_eq!(broker.receive(&device, topic), Ok("a".to_owned()), "{}", broker.log());
+    assert_eq!(service.revoke("device-1").status, 200, "{}", service.log());
+    broker.refuses_soon(&device);
 }
 
 #[test]

@@ -47,7 +47,7 @@ impl<'a> Entries<'a> {
 
     /// As [`Registry::has_active`], in this batch too.
     pub fn has_active(&self, device: &DeviceId, now: Now) -> bool {
-        let active = |e: &Entry| e.row.device == *device && e.row.is_active(now);
+        let active = |e: &Entry| e.row.is_of(device) && e.row.is_active(now);
         self.added.iter().any(active) || self.registry.has_active(device, now)
     }
 
@@ -244,7 +244,7 @@ mod tests {
         let registry = fixture.open();
         enter(&registry, &fixture.leaf("device-1"), None).unwrap();
         let before = fixture.index();
-        let lines = Row::new(Serial([0x41; 16]), device("d"), 1, None).line();
+        let lines = Row::new(Serial::from([0x41; 16]), device("d"), 1, None).line();
         for (stays, expected) in [("", &before), (&lines[..20], &before), (&lines, &before)] {
             fs::write(fixture.dir.join(INDEX), format!("{before}{stays}")).unwrap();
             let undo = Some((before.len() as u64, lines.clone()));
@@ -276,8 +276,8 @@ mod tests {
         }
         let _mounted = Mounted(&dir);
         // The index nearly fills its page, so that a line needs another and is torn without one.
-        let line = |n: u8| Row::new(Serial([n; 16]), device("d"), 1, None).line();
-        let seed: String = (0..(4096 / line(0).len()) as u8).map(line).collect();
+        let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1, None).line();
+        let seed: String = (1..=(4096 / line(1).len()) as u8).map(line).collect();
         fs::write(dir.join(INDEX), &seed).unwrap();
         let registry = Registry::open(&dir, Some(clock::now())).unwrap();
         let index = || fs::read_to_string(dir.join(INDEX)).unwrap();

@@ -4,9 +4,10 @@
 use std::collections::HashSet;
 use std::io::{self, BufRead};
 
-use time::{Date, Month, OffsetDateTime, Time};
+use time::{Date, Month, Time};
 
 use super::rows::{Row, Rows};
+use crate::ca::der::time_text;
 use crate::device::DeviceId;
 use crate::serial::Serial;
 
@@ -59,10 +60,11 @@ impl Row {
     /// Status, end, revocation, serial, file and subject, as OpenSSL's `ca` writes them.
     pub(super) fn line(&self) -> String {
         let (status, revocation) = match self.revoked() {
-            Some(at) => ('R', asn1_time(at)),
+            Some(at) => ('R', time_text(at)),
             None => ('V', String::new()),
         };
-        let (end, serial, device) = (asn1_time(self.expires_at), self.serial, &self.device);
+        let (end, serial) = (time_text(self.expires_at), self.serial);
+        let device = self.device.as_ref().map_or("", DeviceId::as_str);
         format!("{status}\t{end}\t{revocation}\t{serial:X}\tunknown\t/CN={device}\n")
     }
 }
@@ -78,20 +80,15 @@ fn read_line(line: &[u8]) -> Result<Row, &'static str> {
         // The reason, if one follows, is for OpenSSL only.
         ("R", date) => {
             let date = date.split(',').next().unwrap_or_default();
-            Some(read_asn1_time(date).ok_or("the date of revocation is none")?)
+            Some(read_time(date).ok_or("the date of revocation is none")?)
         }
         _ => return Err("the status is none of V, R with a date, and E"),
     };
-    let expires_at = read_asn1_time(end).ok_or("the date of expiry is none")?;
-    let serial =
-        Serial::from_hex(serial).ok_or("the serial number is not 32 hexadecimal digits")?;
+    let expires_at = read_time(end).ok_or("the date of expiry is none")?;
+    let serial = Serial::from_hex(serial)
+        .ok_or("the serial number is not 1 to 20 bytes in hexadecimal digits")?;
     let device = subject.strip_prefix("/CN=").and_then(DeviceId::parse);
-    Ok(Row::new(
-        serial,
-        device.ok_or("the subject is not /CN= and a device id")?,
-        expires_at,
-        revoked_at,
-    ))
+    Ok(Row::new(serial, device, expires_at, revoked_at))
 }
 
 /// Copies the database with these certificates revoked; all else stays as it is to the letter, also
@@ -117,28 +114,14 @@ pub(super) fn copy_revoked(
 /// The line as revoked, if it is one of these, which it is then taken from.
 fn revoked_line(line: &[u8], serials: &mut HashSet<Serial>, now_s: u64) -> Option<String> {
     let line = std::str::from_utf8(line).ok()?;
-    let serial = Serial::from_hex(line.split('\t').nth(3)?).filter(|s| serials.remove(s))?;
+    Serial::from_hex(line.split('\t').nth(3)?).filter(|s| serials.remove(s))?;
     let fields: Vec<&str> = line.split('\t').collect();
-    let ["V" | "E", end, _, _, rest @ ..] = fields.as_slice() else { return None };
-    let (date, rest) = (asn1_time(now_s), rest.join("\t"));
-    Some(format!("R\t{end}\t{date}\t{serial:X}\t{rest}"))
-}
-
-/// UTCTime until 2049, GeneralizedTime from 2050 on (RFC 5280, 4.1.2.5).
-fn asn1_time(unix_s: u64) -> String {
-    let at = i64::try_from(unix_s).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
-    let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
-    let year = match at.year() {
-        year @ 1950..2050 => format!("{:02}", year % 100),
-        year => format!("{year:04}"),
-    };
-    let (month, day) = (u8::from(at.month()), at.day());
-    let (hour, minute, second) = at.to_hms();
-    format!("{year}{month:02}{day:02}{hour:02}{minute:02}{second:02}Z")
+    let ["V" | "E", end, _, rest @ ..] = fields.as_slice() else { return None };
+    Some(format!("R\t{end}\t{}\t{}", time_text(now_s), rest.join("\t")))
 }
 
 /// Reads either form; a date before 1970 is 1970.
-fn read_asn1_time(text: &str) -> Option<u64> {
+fn read_time(text: &str) -> Option<u64> {
     let digits = text.strip_suffix('Z').filter(|d| d.bytes().all(|b| b.is_ascii_digit()))?;
     let (year, rest) = digits.split_at_checked(digits.len().checked_sub(10)?)?;
     let year = match (year.len(), year.parse::<i32>().ok()?) {
@@ -157,13 +140,14 @@ fn read_asn1_time(text: &str) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::ca::registry::fixture::device;
+    use crate::clock::Now;
 
     #[test]
     fn garbled_lines() {
-        let line = Row::new(Serial([0x41; 16]), device("d"), 1_900_000_000, None).line();
+        let line = Row::new(Serial::from([0x41; 16]), device("d"), 1_900_000_000, None).line();
         assert_eq!(line, "V\t300317174640Z\t\t41414141414141414141414141414141\tunknown\t/CN=d\n");
         let row = read_line(line.as_bytes()).unwrap();
-        assert_eq!((row.line(), row.record().revoked_at), (line.clone(), None));
+        assert_eq!((row.line(), row.revoked()), (line.clone(), None));
         let serial = "41".repeat(16);
         let with = |status: &str, end: &str, revocation: &str| {
             read_line(
@@ -179,6 +163,10 @@ mod tests {
         );
         let reason = "20240101000000Z,keyCompromise";
         assert_eq!(with("R", "491231235959Z", reason), Ok((2_524_607_999, Some(1_704_067_200))));
+        // A clock that was not set has revoked, which counts all the same.
+        for date in ["700101000000Z", "691231235959Z", "19500101000000Z,superseded"] {
+            assert_eq!(with("R", "491231235959Z", date), Ok((2_524_607_999, Some(1))), "{date}");
+        }
         for (status, end, revocation) in [
             ("X", "300101000000Z", ""),
             ("", "300101000000Z", ""),
@@ -196,11 +184,45 @@ mod tests {
             assert!(with(status, end, revocation).is_err(), "{status} {end} {revocation}");
         }
         let other = line.replace("41", "42");
-        for bad in ["\n", "V\n", &line, &other.replace("/CN=", "/O="), &other.replace("42", "4")] {
+        for bad in ["\n", "V\n", &line, &other.replacen("42", "4", 1), &other.replace("42", "424")]
+        {
             let after = format!("{line}{bad}{}", line.replace("41", "43"));
             assert_eq!(read_index(after.as_bytes()).unwrap_err().0, 2);
             let last = read_index(format!("{line}{bad}").as_bytes());
             assert!(last.is_err(), "a whole line is not torn");
         }
+    }
+
+    #[test]
+    fn lines_of_another_program() {
+        let lines = [
+            "V\t300101000000Z\t\t01\tunknown\t/CN=short\n",
+            "V\t300101000000Z\t\t-7FEE\tunknown\t/CN=negative\n",
+            "R\t300101000000Z\t240101000000Z\t7fFF\t01.pem\t/C=DE/O=X/CN=no device's name\n",
+            "R\t300101000000Z\t240101000000Z\t00\tunknown\t\n",
+        ];
+        let Index { mut rows, .. } = read_index(lines.concat().as_bytes()).unwrap();
+        let now = Now { unix_ms: 1_800_000_000_000, mono_ms: 0 };
+        let serial = |hex| Serial::from_hex(hex).unwrap();
+        for (name, hex) in [("short", "01"), ("negative", "-7fee")] {
+            assert!(rows.has_active(&device(name), now));
+            assert_eq!(
+                rows.by_serial(&serial(hex)).unwrap().record().unwrap().device,
+                device(name)
+            );
+        }
+        assert_eq!(rows.foreign(), 2);
+        let at = 1_704_067_200;
+        assert_eq!(rows.revoked(now), [(serial("7FFF"), at), (serial("00"), at)]);
+        assert!(rows.accept(Row::new(serial("007fff"), device("d"), 1, None)).is_err(), "twice");
+
+        let mut copy = Vec::new();
+        let these = [serial("-7FEE"), serial("01")].into_iter().collect();
+        let missing = copy_revoked(lines.concat().as_bytes(), &mut copy, these, at).unwrap();
+        assert_eq!(missing, None);
+        let copied = String::from_utf8(copy).unwrap();
+        let revoked =
+            |n: usize| lines[n].replace("V\t300101000000Z\t", "R\t300101000000Z\t240101000000Z");
+        assert_eq!(copied, [&revoked(0), &revoked(1), lines[2], lines[3]].concat());
     }
 }

@@ -214,7 +214,7 @@ mod tests {
         for n in 1..=MOST_STRAYS as u8 {
             let name = format!(
                 "{:X}.pem",
-                Serial([0x40 + n % 64, n, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+                Serial::from([0x40 + n % 64, n, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
             );
             fs::write(fixture.dir.join(CERTS).join(name), "a certificate").unwrap();
         }
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_garbled_line_is_told_by_its_number() {
-        let line = |n: u8| Row::new(Serial([n; 16]), device("d"), 1_900_000_000, None).line();
+        let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1_900_000_000, None).line();
         let dir = TestDir::new();
         let path = dir.join(INDEX);
         let garbled = [line(0x41), line(0x41), line(0x43)].concat();

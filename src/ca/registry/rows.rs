@@ -25,7 +25,8 @@ pub(super) struct Rows {
 #[derive(Clone, Debug)]
 pub(super) struct Row {
     pub(super) serial: Serial,
-    pub(super) device: DeviceId,
+    /// `None` for what another program signed for somebody else: it counts for the list only.
+    pub(super) device: Option<DeviceId>,
     pub(super) expires_at: u64,
     /// 0 if it was not; an `Option` would take eight bytes more.
     revoked_at: u64,
@@ -45,11 +46,17 @@ const NONE: u32 = u32::MAX;
 impl Row {
     pub(super) fn new(
         serial: Serial,
-        device: DeviceId,
+        device: impl Into<Option<DeviceId>>,
         expires_at: u64,
         revoked_at: Option<u64>,
     ) -> Self {
-        Row { serial, device, expires_at, revoked_at: revoked_at.unwrap_or(0), older: NONE }
+        // A clock that was not set may have revoked at 0.
+        let revoked_at = revoked_at.map_or(0, |at| at.max(1));
+        Row { serial, device: device.into(), expires_at, revoked_at, older: NONE }
+    }
+
+    pub(super) fn is_of(&self, device: &DeviceId) -> bool {
+        self.device.as_ref() == Some(device)
     }
 
     pub(super) fn revoked(&self) -> Option<u64> {
@@ -60,9 +67,10 @@ impl Row {
         self.revoked_at == 0 && now.unix_s() <= self.expires_at
     }
 
-    pub(super) fn record(&self) -> Record {
+    /// What is known of a device's certificate.
+    pub(super) fn record(&self) -> Option<Record> {
         let Row { serial, device, expires_at, .. } = self.clone();
-        Record { serial, device, expires_at, revoked_at: self.revoked() }
+        Some(Record { serial, device: device?, expires_at, revoked_at: self.revoked() })
     }
 }
 
@@ -78,6 +86,11 @@ impl Rows {
 
     pub(super) fn is_empty(&self) -> bool {
         self.list.is_empty()
+    }
+
+    /// How many rows are no device's.
+    pub(super) fn foreign(&self) -> usize {
+        self.list.iter().filter(|row| row.device.is_none()).count()
     }
 
     /// The row at this place in the order of `index.txt`.
@@ -115,7 +128,7 @@ impl Rows {
         let spent = |(hash, token): (&TokenHash, &TokenRow)| {
             let row = self.list.get(token.row as usize)?;
             let token = Redeemed { hash: *hash, iat: token.iat, exp: token.exp };
-            Some(Spent { token, serial: row.serial, device: row.device.clone() })
+            Some(Spent { token, serial: row.serial, device: row.device.clone()? })
         };
         self.tokens.iter().filter_map(spent).collect()
     }
@@ -132,10 +145,12 @@ impl Rows {
     /// Adds a row as the newest of all. A device's name is held once, however many rows it has.
     pub(super) fn insert(&mut self, mut row: Row) -> u32 {
         let at = self.list.len() as u32;
-        if let Some((device, newest)) = self.by_device.get_key_value(&row.device) {
-            (row.device, row.older) = (device.clone(), *newest);
+        if let Some(device) = row.device.take() {
+            let known = self.by_device.get_key_value(&device);
+            let (device, older) = known.map_or((device, NONE), |(name, at)| (name.clone(), *at));
+            self.by_device.insert(device.clone(), at);
+            (row.device, row.older) = (Some(device), older);
         }
-        self.by_device.insert(row.device.clone(), at);
         self.by_serial.insert(row.serial, at);
         self.list.push(row);
         at
@@ -183,7 +198,7 @@ mod tests {
         for n in 0..100_000_u32 {
             let mut serial = [0x40; 16];
             serial[12..].copy_from_slice(&n.to_be_bytes());
-            rows.insert(Row::new(Serial(serial), device(&format!("device-{n:06}")), 1, None));
+            rows.insert(Row::new(Serial::from(serial), device(&format!("device-{n:06}")), 1, None));
         }
         // Each table has a byte of its own per slot; a name has two counters and malloc's head.
         let slots = |capacity: usize| (capacity * 8 / 7).next_power_of_two();

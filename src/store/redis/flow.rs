@@ -703,7 +703,7 @@ mod tests {
     fn attempt() -> Consume {
         let device_id = DeviceId::parse("d").unwrap();
         let claims = Claims { device_id, iat: 1, exp: 301, jti: None };
-        Consume { token: Signer::new(b"secret").sign(claims), serial: Serial([1; 16]) }
+        Consume { token: Signer::new(b"secret").sign(claims), serial: Serial::from([1; 16]) }
     }
 
     fn text(text: &str) -> Reply {
@@ -722,7 +722,7 @@ mod tests {
     #[test]
     fn a_taken_over_mark_must_still_be_ours_when_the_token_was_seen() {
         let take_over = || TakeMarkOver { attempt: attempt(), dead: "a 00".to_owned() };
-        let ours = context().layout.mark(Mark::Serial(Serial([1; 16])));
+        let ours = context().layout.mark(Mark::Serial(Serial::from([1; 16])));
         let replies = |taken, mark| vec![Ok(Value::Int(taken)), Ok(Value::Int(1)), text(mark)];
         assert_eq!(end(take_over(), replies(1, &ours)), Ok(Outcome::Granted));
         assert_eq!(end(take_over(), replies(1, "b 02")), Ok(Outcome::AlreadyUsed));
