@@ -11,12 +11,8 @@ use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 
-use super::CaError;
 use super::issuer::{self, BACKDATE_S, Issuer};
-<<<<<<< HEAD
-=======
-use super::{CaError, der, pem};
->>>>>>> 1b0b9eb (ca: any subject, the chain, and serial numbers of other programs)
+use super::{CaError, der};
 use crate::clock::Now;
 use crate::files;
 use crate::pem;
