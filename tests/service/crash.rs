@@ -179,8 +179,9 @@ fn a_mark_that_arrives_after_the_second_attempt_gives_no_second_certificate() {
     let trap = stage.proxy.trap("used:", Stop::Before);
     check_error(&stage.service.sign(&stage.token, &stage.csr), 503, "SERVICE_UNAVAILABLE", "held");
     stage.check_gives_one();
+    let commands = stage.proxy.commands().len();
     trap.release();
-    thread::sleep(Duration::from_millis(200)); // the late command has nothing to wait for
+    wait::for_true("the late command arrives", || stage.proxy.commands().len() > commands);
     stage.check_is_used();
     assert_eq!(stage.service.index().len(), 1);
 }
@@ -221,7 +222,7 @@ fn replies_that_are_cut_in_the_middle() {
 
 #[test]
 fn killed_at_random_under_load() {
-    const KILLS: u32 = 6;
+    const KILLS: usize = 6;
     let redis = Redis::start(&[]);
     let env = [("REDIS_URL", &*redis.url()), ("JWT_SECRET", token::SECRET), ("REENROLL", "allow")];
     let mut service = Setup::new().envs(&env).start();
@@ -237,7 +238,7 @@ fn killed_at_random_under_load() {
             });
         });
         for round in 0..KILLS {
-            thread::sleep(Duration::from_millis(300 + u64::from(round * 7919 % 400)));
+            history.wait_for(30 + round * 7919 % 40);
             service.kill9();
             service.restart();
         }
@@ -272,9 +273,9 @@ fn killed_redis_under_load() {
             });
         });
         for _ in 0..2 {
-            thread::sleep(Duration::from_millis(700));
+            history.wait_for(70);
             redis.kill9();
-            thread::sleep(Duration::from_millis(700));
+            history.wait_for(70);
             redis.start_again();
             service.wait_for_storage("redis");
         }

@@ -24,17 +24,18 @@ fn start(url: &str) -> Service {
     ])
 }
 
-/// Runs the load while `break_it` does its worst; then redeems what is left and judges.
-fn under_load(service: &Service, break_it: impl FnOnce()) {
+/// Runs the load while `break_it` does its worst, told what the load has done; then redeems what is
+/// left and judges.
+fn under_load(service: &Service, break_it: impl FnOnce(&History)) {
     let (fleet, history, stop) = (Fleet::new(400), History::new(), AtomicBool::new(false));
     let servers = [service.http];
     thread::scope(|scope| {
         scope.spawn(|| {
             fleet.run(&servers, &history, RATE, 8, || stop.load(Ordering::Relaxed));
         });
-        thread::sleep(Duration::from_millis(300));
-        break_it();
-        thread::sleep(Duration::from_millis(500));
+        history.wait_for(60);
+        break_it(&history);
+        history.wait_for(100);
         stop.store(true, Ordering::Relaxed);
     });
     service.wait_for_storage("redis");
@@ -49,14 +50,13 @@ fn under_load(service: &Service, break_it: impl FnOnce()) {
 fn killed_and_restarted_ten_times() {
     let mut redis = Redis::start(&[]);
     let service = start(&redis.url());
-    under_load(&service, || {
+    under_load(&service, |load| {
         for round in 0..10 {
             redis.kill9();
-            thread::sleep(Duration::from_millis(300));
+            load.wait_for(60);
             redis.start_again();
             // Now and then it dies again while tokens are being carried over.
-            let pause = if round % 3 == 0 { 120 } else { 700 };
-            thread::sleep(Duration::from_millis(pause));
+            load.wait_for(if round % 3 == 0 { 24 } else { 140 });
         }
     });
 }
@@ -65,10 +65,10 @@ fn killed_and_restarted_ten_times() {
 fn restarted_too_quickly_to_be_missed() {
     let mut redis = Redis::start(&[]);
     let service = start(&redis.url());
-    under_load(&service, || {
+    under_load(&service, |load| {
         for round in 0..6 {
             redis.restart(round % 2 == 0);
-            thread::sleep(Duration::from_millis(300));
+            load.wait_for(60);
         }
     });
 }
@@ -77,12 +77,12 @@ fn restarted_too_quickly_to_be_missed() {
 fn hung() {
     let redis = Redis::start(&[]);
     let service = start(&redis.url());
-    under_load(&service, || {
+    under_load(&service, |load| {
         for _ in 0..3 {
             let stopped = redis.stop();
-            thread::sleep(Duration::from_millis(1200));
+            load.wait_for(240);
             drop(stopped);
-            thread::sleep(Duration::from_millis(800));
+            load.wait_for(160);
         }
     });
 }
@@ -112,34 +112,34 @@ fn a_hung_redis_costs_neither_time_nor_cpu() {
     drop(stopped);
 }
 
-/// The proxy switches to each of the modes in turn, and back.
-fn by_proxy(modes: &[Mode], lasts: Duration) {
+/// The proxy switches to the mode and back, three times.
+fn by_proxy(mode: Mode) {
     let redis = Redis::start(&[]);
     let proxy = Proxy::start(redis.port());
     let service = start(&proxy.url());
-    under_load(&service, || {
-        for mode in modes {
-            proxy.set(*mode);
-            thread::sleep(lasts);
+    under_load(&service, |load| {
+        for _ in 0..3 {
+            proxy.set(mode);
+            load.wait_for(200);
             proxy.set(Mode::Pass);
-            thread::sleep(Duration::from_millis(800));
+            load.wait_for(160);
         }
     });
 }
 
 #[test]
 fn a_black_hole() {
-    by_proxy(&[Mode::Blackhole; 3], Duration::from_millis(1000));
+    by_proxy(Mode::Blackhole);
 }
 
 #[test]
 fn replies_are_swallowed() {
-    by_proxy(&[Mode::SwallowReplies; 3], Duration::from_millis(1000));
+    by_proxy(Mode::SwallowReplies);
 }
 
 #[test]
 fn commands_arrive_late() {
-    by_proxy(&[Mode::HoldCommands; 3], Duration::from_millis(1000));
+    by_proxy(Mode::HoldCommands);
 }
 
 #[test]
@@ -147,10 +147,10 @@ fn connections_are_reset() {
     let redis = Redis::start(&[]);
     let proxy = Proxy::start(redis.port());
     let service = start(&proxy.url());
-    under_load(&service, || {
+    under_load(&service, |load| {
         for _ in 0..30 {
             proxy.reset();
-            thread::sleep(Duration::from_millis(100));
+            load.wait_for(20);
         }
     });
 }
@@ -159,12 +159,12 @@ fn connections_are_reset() {
 fn out_of_memory() {
     let redis = Redis::start(&[]);
     let service = start(&redis.url());
-    under_load(&service, || {
+    under_load(&service, |load| {
         for _ in 0..3 {
             redis.cli(&["CONFIG", "SET", "maxmemory", "1"]);
-            thread::sleep(Duration::from_millis(1000));
+            load.wait_for(200);
             redis.cli(&["CONFIG", "SET", "maxmemory", "0"]);
-            thread::sleep(Duration::from_millis(800));
+            load.wait_for(160);
         }
     });
 }
@@ -174,12 +174,12 @@ fn read_only() {
     let (primary, redis) = (Redis::start(&[]), Redis::start(&[]));
     let service = start(&redis.url());
     let port = primary.port().to_string();
-    under_load(&service, || {
+    under_load(&service, |load| {
         // The new replica is emptied by its primary.
         redis.cli(&["REPLICAOF", "127.0.0.1", &port]);
-        thread::sleep(Duration::from_millis(1500));
+        load.wait_for(300);
         redis.cli(&["REPLICAOF", "NO", "ONE"]);
-        thread::sleep(Duration::from_millis(800));
+        load.wait_for(160);
     });
 }
 
@@ -187,12 +187,12 @@ fn read_only() {
 fn the_password_changes() {
     let redis = Redis::with_password("first");
     let service = start(&redis.url());
-    under_load(&service, || {
+    under_load(&service, |load| {
         redis.cli(&["CONFIG", "SET", "requirepass", "second"]);
         redis.try_cli(&["CLIENT", "KILL", "TYPE", "normal"]);
-        thread::sleep(Duration::from_millis(1000));
+        load.wait_for(200);
         redis.try_cli(&["-a", "second", "CONFIG", "SET", "requirepass", "first"]);
-        thread::sleep(Duration::from_millis(800));
+        load.wait_for(160);
     });
 }
 
@@ -200,10 +200,10 @@ fn the_password_changes() {
 fn clients_are_killed() {
     let redis = Redis::start(&[]);
     let service = start(&redis.url());
-    under_load(&service, || {
+    under_load(&service, |load| {
         for _ in 0..20 {
             redis.try_cli(&["CLIENT", "KILL", "TYPE", "normal"]);
-            thread::sleep(Duration::from_millis(100));
+            load.wait_for(20);
         }
     });
 }

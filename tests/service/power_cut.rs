@@ -156,9 +156,18 @@ struct Told {
     revoked: Mutex<BTreeSet<String>>,
 }
 
+impl Told {
+    /// Waits until so many more certificates were answered.
+    fn wait_for(&self, more: usize) {
+        let signed = || self.signed.lock().unwrap().len();
+        let goal = signed() + more;
+        wait::for_true("clients get certificates", || signed() >= goal);
+    }
+}
+
 #[test]
 fn killed_at_random_while_issuing_and_revoking() {
-    const KILLS: u64 = 12;
+    const KILLS: usize = 12;
     let env = [("ADMIN_API_KEY", ADMIN_KEY), ("JWT_SECRET", token::SECRET), ("REENROLL", "allow")];
     let mut service = Setup::new().envs(&env).start();
     let (told, done) = (Told::default(), AtomicBool::new(false));
@@ -174,7 +183,7 @@ fn killed_at_random_while_issuing_and_revoking() {
             });
         }
         for kill in 0..KILLS {
-            thread::sleep(Duration::from_millis(60 + kill * 7919 % 190));
+            told.wait_for(1 + kill * 7919 % 20);
             service.kill9();
             service.restart();
             check_told(&service, &told);

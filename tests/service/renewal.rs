@@ -383,31 +383,40 @@ fn a_list_that_cannot_be_written_shows_and_is_retried() {
 #[test]
 fn the_hook_runs_beside_and_never_twice_at_once() {
     let dir = TempDir::new();
-    let out = dir.path().join("out");
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (out, gate) = (path("out"), path("gate"));
+    assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
+    // Each run ends when the test lets it.
     let text = format!(
-        "#!/bin/sh\necho begin >>{out}\nenv >>{out}\nsleep 1\necho end >>{out}\nexit 3\n",
-        out = out.display()
+        "#!/bin/sh\necho begin >>{out}\nenv >>{out}\nread -r _ <{gate}\necho end >>{out}\nexit 3\n"
     );
     let hook = dir.file("hook", &text);
     assert!(Command::new("chmod").arg("755").arg(&hook).status().unwrap().success());
     let setup = Setup::new().env("CRL_HOOK", hook.to_str().unwrap());
     let setup = setup.env("ADMIN_API_KEY", ADMIN_KEY).env("JWT_SECRET", token::SECRET);
     let service = setup.start();
-    let names: Vec<String> = (0..5).map(|n| format!("d{n}")).collect();
+    let names: Vec<String> = (0..6).map(|n| format!("d{n}")).collect();
     names.iter().for_each(|name| drop(service.enroll(name, &Csr::new(name).make())));
     let read = || std::fs::read_to_string(&out).unwrap_or_default();
-    wait::for_true("the first list's run is over", || read().contains("end"));
-    let begin = std::time::Instant::now();
-    names.iter().for_each(|name| assert_eq!(service.revoke(name).status, 200));
-    assert!(begin.elapsed() < Duration::from_millis(900), "nobody waits for the hook");
-    let runs = |text: &str| text.lines().filter(|l| *l == "end").count();
-    // Two, if the end of the first run was noticed before the first of the five.
-    wait::for_true("another run for five lists", || runs(&read()) >= 2);
-    std::thread::sleep(Duration::from_millis(2500));
+    let lines = |line: &str| read().lines().filter(|l| *l == line).count();
+    let let_it_end = |run: usize| {
+        wait::for_true("it runs", || lines("begin") == run);
+        std::fs::write(&gate, "go\n").unwrap();
+        wait::for_true("it is over", || lines("end") == run);
+    };
+    let_it_end(1);
+    assert_eq!(service.revoke(&names[0]).status, 200);
+    wait::for_true("the second run is under way", || lines("begin") == 2);
+    let others = &names[1..5];
+    others.iter().for_each(|name| assert_eq!(service.revoke(name).status, 200, "nobody waits"));
+    assert_eq!((lines("begin"), lines("end")), (2, 1));
+    let_it_end(2);
+    let_it_end(3); // one for four lists
+    assert_eq!(service.revoke(&names[5]).status, 200);
+    let_it_end(4); // and no other came between
     let said = read();
-    assert!((2..=3).contains(&runs(&said)), "{said}");
     let order: Vec<&str> = said.lines().filter(|l| ["begin", "end"].contains(l)).collect();
-    assert_eq!(order, ["begin", "end"].repeat(runs(&said)));
+    assert_eq!(order, ["begin", "end"].repeat(4));
     assert!(
         !said.contains(ADMIN_KEY) && !said.contains(token::SECRET) && !said.contains("DATA_DIR")
     );

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use crate::support::history::{History, Op, Rules};
 use crate::support::load::{Fleet, replay_all};
@@ -36,7 +35,7 @@ fn killed_fifty_times() {
             random ^= random << 13;
             random ^= random >> 7;
             random ^= random << 17;
-            thread::sleep(Duration::from_millis(20 + random % 180));
+            history.wait_for(8 + random as usize % 72);
             service.kill9();
             service.restart();
         }

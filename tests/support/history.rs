@@ -10,6 +10,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::http::Response;
+use super::wait;
 
 /// What was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -94,6 +95,16 @@ impl History {
         }
         self.0.lock().unwrap().push(event.clone());
         event
+    }
+
+    /// Waits until so many more requests have been answered or given up: a stretch of time that is
+    /// as long on a slow machine as on a quick one.
+    #[track_caller]
+    pub fn wait_for(&self, requests: usize) {
+        let len = || self.0.lock().unwrap().len();
+        let goal = len() + requests;
+        let came = wait::until(Duration::from_secs(60), || (len() >= goal).then_some(()));
+        assert!(came.is_some(), "the load stands still at {} requests", len());
     }
 
     /// All events until now.
