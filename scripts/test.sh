@@ -4,7 +4,7 @@
 # usage: scripts/test.sh [arguments for cargo test]
 #
 # Tests need real parts: redis-server, mosquitto and its clients, openssl, curl, busybox, faketime,
-# prlimit, shellcheck, and PyJWT in a virtual environment in the build folder. On Debian, as root,
+# prlimit, setpriv, promtool, shellcheck, and PyJWT in a virtual environment in the build folder. On Debian, as root,
 # missing ones are installed by apt-get; elsewhere this says what is missing and fails. No test is
 # ever skipped.
 set -eu
@@ -20,7 +20,8 @@ missing() {
     has mosquitto || echo mosquitto
     has mosquitto_pub || echo mosquitto-clients
     has busybox || echo busybox
-    has prlimit || echo util-linux
+    has prlimit && has setpriv || echo util-linux
+    has promtool || echo prometheus
     has openssl || echo openssl
     has curl || echo curl
     has faketime || echo faketime

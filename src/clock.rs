@@ -10,6 +10,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::time::{ClockId, clock_gettime};
 use time::OffsetDateTime;
 
+/// A day in seconds.
+pub const DAY_S: u64 = 86_400;
+/// From how many days on the end of a certificate is warned of.
+const WARNING_DAYS: u64 = 30;
+
 /// One reading of both clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
@@ -37,6 +42,15 @@ impl Now {
     /// Whole seconds since 1970, as JWTs and certificates count them.
     pub fn unix_s(&self) -> u64 {
         self.unix_ms / 1000
+    }
+
+    /// `ends in 3 days, at 2025-…`, if this second since 1970 is less than 30 days ahead; nothing if
+    /// it is later or past.
+    pub fn ends_soon(&self, end_s: u64) -> Option<String> {
+        let left = end_s.checked_sub(self.unix_s()).filter(|left| *left < WARNING_DAYS * DAY_S)?;
+        let (days, end) = (left / DAY_S, rfc3339(end_s.saturating_mul(1000)));
+        let days = if days == 1 { "1 day".to_owned() } else { format!("{days} days") };
+        Some(format!("ends in {days}, at {end}"))
     }
 
     /// A clock that shows a time before this program was built has not been set.

@@ -103,6 +103,8 @@ use crate::store::redis::RedisStore;
 const SMALL_STACK_BYTES: usize = 256 * 1024;
 /// How often a clock that is not set is looked at.
 const CLOCK_WATCH: Duration = Duration::from_millis(500);
+/// How often what ends is said again.
+const DAY: Duration = Duration::from_secs(clock::DAY_S);
 /// Longest time to finish what was begun, after the signal to stop.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -390,12 +392,15 @@ impl Running<'_> {
         manager: &mut Manager,
         reread: impl Fn() -> Result<Config, ConfigError>,
     ) -> Result<(), RunError> {
+        let mut note_at_ms = 0;
         loop {
             self.report(manager);
-            let event = match manager.due_in(clock::now()) {
-                None => happened.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(limit) => happened.recv_timeout(limit),
-            };
+            let now = clock::now();
+            if now.mono_ms >= note_at_ms {
+                self.note_certificate(now);
+                note_at_ms = now.mono_ms + clock::DAY_S * 1000;
+            }
+            let event = happened.recv_timeout(manager.due_in(now).map_or(DAY, |due| due.min(DAY)));
             match event {
                 Ok(Event::Signal(SIGHUP)) => {
                     manager.reloading();
@@ -435,6 +440,11 @@ impl Running<'_> {
         });
     }
 
+    /// Says daily that the certificate which we show ends.
+    fn note_certificate(&self, now: clock::Now) {
+        self.api.certificate_notes(now).iter().for_each(|note| log::warn!("{note}"));
+    }
+
     /// TLS files and API keys are read again. What cannot be used changes nothing at all.
     fn reload(&self, later: Result<Config, ConfigError>) {
         let later = match later {
@@ -445,11 +455,12 @@ impl Running<'_> {
         if let Some(Err(error)) = shown.map(|shown| self.server.replace_certificate(shown)) {
             return log::error!("SIGHUP: everything stays as it was: {error}");
         }
-        self.api.set_keys(&later);
+        self.api.reload(&later);
         log::info!("SIGHUP: TLS certificate and key and the API keys were read again");
         for name in self.config.fixed_changes(&later) {
             log::warn!("SIGHUP: {name} has changed, which takes effect at the next start only");
         }
+        self.note_certificate(clock::now());
         let new = |warning: &&String| !self.config.warnings.contains(warning);
         later.warnings.iter().filter(new).for_each(|warning| log::warn!("{warning}"));
     }

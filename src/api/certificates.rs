@@ -93,8 +93,8 @@ pub(super) fn crl(api: &Api, request: &Request, _: &str, now: Now) -> Result<Pla
 
 /// `DELETE /api/v1/certificates/{device_id}`
 pub(super) fn revoke(api: &Api, request: &Request, name: &str, now: Now) -> Result<Plan, Problem> {
-    let keys = api.keys();
-    let key = keys.admin.as_ref().ok_or(Code::AdminDisabled)?;
+    let settings = api.settings();
+    let key = settings.admin_key.as_ref().ok_or(Code::AdminDisabled)?;
     if !request.bears(key) {
         return Err(Code::AdminForbidden.into());
     }

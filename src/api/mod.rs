@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use log::Level;
 
+use crate::ca;
 use crate::clock::{self, Now};
 use crate::config::{Config, Secret};
 use crate::metrics::Metrics;
@@ -31,24 +32,33 @@ use rate_limit::RateLimit;
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
-    keys: RwLock<Arc<Keys>>,
+    settings: RwLock<Arc<Settings>>,
     onboarding_limit: RateLimit,
     metrics: Arc<Metrics>,
     /// How many lanes to workers cannot be used now; put here by whoever knows the edge.
     lanes_down: OnceLock<Box<dyn Fn() -> u64 + Send + Sync>>,
 }
 
-/// What callers must bear; `None` as in [`Config`].
-struct Keys {
-    onboarding: Option<Secret>,
-    admin: Option<Secret>,
+/// What may change while the service runs.
+struct Settings {
+    /// What callers must bear; `None` as in [`Config`].
+    onboarding_key: Option<Secret>,
+    /// The same for the admin endpoints.
+    admin_key: Option<Secret>,
+    /// First and last second of the certificate that we show, since 1970.
+    certificate: Option<(u64, u64)>,
+    /// What the configuration has that is allowed, but unwise.
+    warnings: Vec<String>,
 }
 
-impl Keys {
+impl Settings {
     fn of(config: &Config) -> Arc<Self> {
-        Arc::new(Keys {
-            onboarding: config.onboarding_api_key.clone(),
-            admin: config.admin_api_key.clone(),
+        let shown = config.tls.as_ref().and_then(|shown| shown.cert.first());
+        Arc::new(Settings {
+            onboarding_key: config.onboarding_api_key.clone(),
+            admin_key: config.admin_api_key.clone(),
+            certificate: shown.and_then(|der| ca::validity(der)),
+            warnings: config.warnings.clone(),
         })
     }
 }
@@ -126,7 +136,7 @@ impl Api {
     pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
         Api {
             provisioner,
-            keys: RwLock::new(Keys::of(config)),
+            settings: RwLock::new(Settings::of(config)),
             onboarding_limit: RateLimit::new(config.http.onboarding_rate_limit),
             metrics,
             lanes_down: OnceLock::new(),
@@ -139,14 +149,21 @@ impl Api {
         let _ = self.lanes_down.set(Box::new(count));
     }
 
-    /// From the next request on, both keys are those of `config`.
-    pub fn set_keys(&self, config: &Config) {
-        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Keys::of(config);
+    /// From the next request on, the keys are those of `config`, and its certificate is watched.
+    pub fn reload(&self, config: &Config) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Settings::of(config);
     }
 
-    /// The keys as they are now; a request looks once, so that it sees both old or both new.
-    fn keys(&self) -> Arc<Keys> {
-        Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner))
+    /// What is to be said of the certificate that we show over HTTPS: that it does not count now, or
+    /// not much longer.
+    pub fn certificate_notes(&self, now: Now) -> Vec<String> {
+        let notes = operations::certificate_notes(self, now);
+        [notes.reasons, notes.warnings].concat()
+    }
+
+    /// The settings as they are now; a request looks once, so that it sees all old or all new ones.
+    fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Answers the requests of one batch, each for itself: one that panics answers 500.

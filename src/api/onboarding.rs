@@ -14,7 +14,7 @@ pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Pl
     let admitted = api.onboarding_limit.admit(request.client, now);
     admitted
         .map_err(|seconds| Problem { retry_after_s: Some(seconds), ..Code::RateLimited.into() })?;
-    let authenticated = match &api.keys().onboarding {
+    let authenticated = match &api.settings().onboarding_key {
         Some(key) if !request.bears(key) => return Err(Code::ApiKeyRequired.into()),
         key => key.is_some(),
     };

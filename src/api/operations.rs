@@ -2,7 +2,7 @@
 
 use super::message::Json;
 use super::{Api, Plan, ROUTES, Reply, Request};
-use crate::clock::Now;
+use crate::clock::{self, DAY_S, Now};
 use crate::metrics::{MEDIA_TYPE, Page};
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job};
@@ -26,7 +26,7 @@ fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
         .field("deviceCount", count);
     let mut json = Json::new();
     json.field("status", if degraded { "degraded" } else { "ok" })
-        .field("timestamp", crate::clock::rfc3339(now.unix_ms))
+        .field("timestamp", clock::rfc3339(now.unix_ms))
         .field("version", VERSION)
         .field("uptime_seconds", now.mono_ms / 1000)
         .field("storage", if status.redis_serves { "redis" } else { "memory" })
@@ -34,13 +34,16 @@ fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     Ok(Reply::json(json.end()))
 }
 
+/// What `GET /ready` says: why the service is not ready, and what is well only today.
+#[derive(Default)]
+pub(super) struct Notes {
+    pub reasons: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
 /// `GET /ready`: whether tokens can be issued and certificates signed
 pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
-    let mut reasons = api.provisioner.obstacles(now);
-    let down = api.lanes_down.get().map_or(0, |count| count());
-    if down > 0 {
-        reasons.push(format!("lanes to workers that cannot be used: {down}"));
-    }
+    let Notes { reasons, warnings } = notes(api, now);
     if !reasons.is_empty() {
         return Err(Problem::from(Code::ServiceUnavailable)
             .text("Not ready")
@@ -48,11 +51,57 @@ pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, P
     }
     let mut json = Json::new();
     json.field("status", "ready");
-    let warnings = api.provisioner.warnings(now);
     if !warnings.is_empty() {
         json.field("warnings", warnings);
     }
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+}
+
+fn notes(api: &Api, now: Now) -> Notes {
+    let mut reasons = api.provisioner.obstacles(now);
+    let down = api.lanes_down.get().map_or(0, |count| count());
+    if down > 0 {
+        reasons.push(format!("lanes to workers that cannot be used: {down}"));
+    }
+    let mut warnings = api.provisioner.warnings(now);
+    for more in [certificate_notes(api, now), crl_notes(api, now)] {
+        reasons.extend(more.reasons);
+        warnings.extend(more.warnings);
+    }
+    warnings.extend(api.settings().warnings.iter().cloned());
+    Notes { reasons, warnings }
+}
+
+/// Of the certificate that we show over HTTPS: by one that does not count, no device that checks it
+/// can reach us.
+pub(super) fn certificate_notes(api: &Api, now: Now) -> Notes {
+    let mut notes = Notes::default();
+    let shown = api.settings().certificate;
+    let Some((begin, end)) = shown.filter(|_| api.provisioner.ca().clock_is_plausible(now)) else {
+        return notes;
+    };
+    let date = |second: u64| clock::rfc3339(second.saturating_mul(1000));
+    if now.unix_s() < begin {
+        notes.reasons.push(format!("our TLS certificate begins only at {}", date(begin)));
+    } else if now.unix_s() > end {
+        notes.reasons.push(format!("our TLS certificate expired at {}", date(end)));
+    } else if let Some(soon) = now.ends_soon(end) {
+        notes.warnings.push(format!("our TLS certificate {soon}"));
+    }
+    notes
+}
+
+/// Of the list that brokers read: it is renewed daily, so one of two days has been forgotten.
+fn crl_notes(api: &Api, now: Now) -> Notes {
+    let mut notes = Notes::default();
+    let Some(crl) = api.provisioner.ca().crl() else { return notes };
+    let end = clock::rfc3339(crl.next_update().saturating_mul(1000));
+    if now.unix_s() > crl.next_update() {
+        notes.reasons.push(format!("the CRL expired at {end}: brokers refuse every device"));
+    } else if now.unix_s().saturating_sub(crl.made_at) > 2 * DAY_S {
+        notes.warnings.push(format!("the CRL was not renewed and ends at {end}"));
+    }
+    notes
 }
 
 /// `GET /metrics`
@@ -64,7 +113,7 @@ fn render_metrics(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Counted(count) = done else { return Err(Code::InternalError.into()) };
     let mut page = api.metrics.page(now);
     store_state(api, count, &mut page);
-    ca_state(api, now, &mut page);
+    ends(api, now, &mut page);
     Ok(Reply::of_type(MEDIA_TYPE, page.into_text()))
 }
 
@@ -82,14 +131,20 @@ fn store_state(api: &Api, live: u64, page: &mut Page) {
     page.gauge("mqtt_lite_store_full", "No room for a token.", u8::from(status.full));
 }
 
-/// When the CA ends, and how old the list is that the brokers read.
-fn ca_state(api: &Api, now: Now, page: &mut Page) {
+/// When the CA, its list and our own certificate end.
+fn ends(api: &Api, now: Now, page: &mut Page) {
     let ca = api.provisioner.ca();
     if let Some(issuer) = ca.issuer() {
-        let days = issuer.not_after.saturating_sub(now.unix_s()) / 86_400;
-        page.gauge("mqtt_lite_ca_days_left", "Whole days until the CA ends.", days);
+        let help = "When the CA ends, in seconds since 1970.";
+        page.gauge("mqtt_lite_ca_expiry_timestamp_seconds", help, issuer.not_after);
+    }
+    if let Some((_, end)) = api.settings().certificate {
+        let help = "When the certificate that we show over HTTPS ends, in seconds since 1970.";
+        page.gauge("mqtt_lite_tls_certificate_expiry_timestamp_seconds", help, end);
     }
     if let Some(crl) = ca.crl() {
+        let help = "When the certificate revocation list ends, in seconds since 1970.";
+        page.gauge("mqtt_lite_crl_expiry_timestamp_seconds", help, crl.next_update());
         let age = now.unix_s().saturating_sub(crl.made_at);
         page.gauge("mqtt_lite_crl_age_seconds", "Age of the certificate revocation list.", age);
     }

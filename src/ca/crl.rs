@@ -66,6 +66,11 @@ impl Crl {
         Ok(Crl { pem: pem::encode("X509 CRL", &der), der, number, made_at })
     }
 
+    /// Its last second: then whoever reads it refuses everybody. In seconds since 1970.
+    pub fn next_update(&self) -> u64 {
+        self.made_at.saturating_add(LIFETIME_S)
+    }
+
     /// Whether it is time for a new one; also when the clock was set back before this one.
     pub fn is_due(&self, now: Now) -> bool {
         now.unix_s() < self.made_at || now.unix_s() - self.made_at >= RENEWED_AFTER_S

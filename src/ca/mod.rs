@@ -21,6 +21,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
+use x509_parser::asn1_rs::FromDer as _;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::time::ASN1Time;
+
 use crate::clock::{self, Now};
 use crate::files::{self, FilesError};
 use crate::problem::{Code, Problem};
@@ -241,6 +245,14 @@ impl Ca {
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
+}
+
+/// First and last second of a certificate in DER, since 1970; `None` if it is none.
+pub fn validity(der: &[u8]) -> Option<(u64, u64)> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let validity = certificate.validity();
+    let second = |time: ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+    Some((second(validity.not_before), second(validity.not_after)))
 }
 
 fn clock_is_plausible(issuer: Option<&Issuer>, now: Now) -> bool {

@@ -20,9 +20,6 @@ const LOOK: Duration = Duration::from_secs(3600);
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// The pause before a record that could not be written is tried again.
 const TRIAL_MS: u64 = 2000;
-/// From when on the end of the CA is warned of.
-const CA_WARNING_S: u64 = 30 * DAY_S;
-const DAY_S: u64 = 86_400;
 
 /// Publishes the list of one CA.
 pub struct Publisher {
@@ -121,10 +118,8 @@ impl Publisher {
 
     /// That the CA ends soon, if it does. No certificate outlives it.
     pub fn warning(&self, now: Now) -> Option<String> {
-        let end = self.ca.issuer()?.not_after;
-        let left = end.checked_sub(now.unix_s()).filter(|left| *left < CA_WARNING_S)?;
-        let date = clock::rfc3339(end.saturating_mul(1000));
-        Some(format!("the CA ends in {} days, at {date}", left / DAY_S))
+        let soon = now.ends_soon(self.ca.issuer()?.not_after)?;
+        Some(format!("the CA {soon}"))
     }
 
     /// Tries the record, at the start; it is tried again until it can be written.
@@ -205,6 +200,7 @@ impl Publisher {
 mod tests {
     use super::*;
     use crate::ca::CaSettings;
+    use crate::clock::DAY_S;
     use crate::files::test_dir::TestDir;
     use std::os::unix::fs::MetadataExt as _;
 

@@ -16,7 +16,12 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
+use time::OffsetDateTime;
+
+use crate::support::clock::{FakeClock, now_s};
+use crate::support::https;
 use crate::support::service::{Service, Setup};
+use crate::support::temp::TempDir;
 use crate::support::wait;
 
 /// A server whose CA signed its own certificate. The CA was fetched as devices fetch it.
@@ -307,6 +312,59 @@ fn a_slow_handshake_and_an_idle_connection_have_the_time_that_the_variables_give
     assert!(ended.is_err() || ended.is_ok_and(|n| n == 0), "it is closed");
     let took = idle.elapsed();
     assert!(took > Duration::from_millis(900) && took < Duration::from_secs(5), "{took:?}");
+}
+
+/// A certificate for `localhost`, that begins in so many hours and ends so many days later, and its key.
+fn write_pair(dir: &TempDir, hours: i64, days: i64) {
+    let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    params.not_before = OffsetDateTime::now_utc() + time::Duration::hours(hours);
+    params.not_after = params.not_before + time::Duration::days(days);
+    let key = rcgen::KeyPair::generate().unwrap();
+    dir.file("server.crt", &params.self_signed(&key).unwrap().pem());
+    dir.file("server.key", &key.serialize_pem());
+}
+
+#[test]
+fn the_end_of_the_certificate_is_a_warning_then_a_reason() {
+    let (dir, clock) = (TempDir::new(), FakeClock::at(now_s()));
+    write_pair(&dir, -1, 40);
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let mut setup = Setup::new().env("TLS_CERT", &path("server.crt"));
+    setup = setup.env("TLS_KEY", &path("server.key"));
+    for (name, value) in clock.env() {
+        setup = setup.env(name, &value);
+    }
+    let service = setup.start();
+    let get = |path: &str| https::ask(&service, path, None, &["-k"]);
+    let end = || {
+        let name = "mqtt_lite_tls_certificate_expiry_timestamp_seconds ";
+        let page = get("/metrics").text();
+        let value = page.lines().find_map(|line| line.strip_prefix(name)).unwrap().to_owned();
+        value.parse::<u64>().unwrap().abs_diff(now_s()) / 3600
+    };
+    assert!(!get("/ready").text().contains("warnings"), "{}", get("/ready").text());
+    assert!([958, 959].contains(&end()), "40 days less an hour");
+
+    write_pair(&dir, -1, 2);
+    service.signal("HUP");
+    service.wait_for_log("WARN  our TLS certificate ends in 1 day, at 2");
+    let ready = get("/ready");
+    assert_eq!(ready.status, 200);
+    assert!(ready.text().contains("\"warnings\":[\"our TLS certificate ends in 1 day, at 2"));
+    assert!([46, 47].contains(&end()));
+
+    clock.set(now_s() + 50 * 3600);
+    let ready = get("/ready");
+    assert_eq!(ready.status, 503);
+    assert!(ready.text().contains("our TLS certificate expired at 2"), "{}", ready.text());
+    write_pair(&dir, -1, 40);
+    service.signal("HUP");
+    wait::for_true("the new one counts", || get("/ready").status == 200);
+    write_pair(&dir, 60, 40);
+    service.signal("HUP");
+    wait::for_true("it does not count yet", || {
+        get("/ready").text().contains("our TLS certificate begins only at 2")
+    });
 }
 
 /// Sends SIGHUP and gives the line that it caused.

@@ -2,9 +2,13 @@
 //! that follow what happened, and as many series after an attack as before.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
+use crate::support::clock::now_s;
 use crate::support::csr;
 use crate::support::http::Response;
+use crate::support::https;
 use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
 use serde_json::json;
@@ -51,8 +55,12 @@ fn what_happens_is_counted() {
     assert_eq!(page.value("mqtt_lite_store_mode", &[("mode", "redis")]), 0.0);
     assert!(page.value("mqtt_lite_edge_connections_total", &[]) >= 7.0);
     assert!(page.value("mqtt_lite_edge_connections", &[]) >= 1.0);
-    let days = page.value("mqtt_lite_ca_days_left", &[]);
-    assert!((3640.0..=3653.0).contains(&days), "ten years: {days}");
+    let left = |what: &str| {
+        let end = page.value(&format!("mqtt_lite_{what}_expiry_timestamp_seconds"), &[]);
+        (end - now_s() as f64) / 86_400.0
+    };
+    assert!((3640.0..=3653.0).contains(&left("ca")), "ten years: {}", left("ca"));
+    assert!((6.9..=7.0).contains(&left("crl")), "a week: {}", left("crl"));
     let age = page.value("mqtt_lite_crl_age_seconds", &[]);
     assert!((0.0..60.0).contains(&age), "published with the revocation: {age}");
     let version = [("version", env!("CARGO_PKG_VERSION"))];
@@ -60,6 +68,31 @@ fn what_happens_is_counted() {
     let rss = page.value("process_resident_memory_bytes", &[]) / 1024.0;
     assert!((rss - service.rss_kib() as f64).abs() < 4096.0, "{rss} KiB");
     assert!(page.value("process_open_fds", &[]) >= 10.0);
+}
+
+/// With everything that has metrics of its own.
+#[test]
+fn every_family_has_its_row_in_the_page_and_promtool_agrees() {
+    let redis = Redis::start(&[]);
+    let service = https::start(Setup::new().env("REDIS_URL", &redis.url()));
+    let text = https::ask(&service, "/metrics", None, &[]).text();
+    let names = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+    let shown: BTreeSet<&str> = names.map(|(name, _)| name).collect();
+    let page = include_str!("../../docs/metrics.md");
+    let rows = page.lines().filter(|line| line.starts_with("| `"));
+    let cells = rows.filter_map(|row| row.split('|').nth(1));
+    let listed: BTreeSet<&str> = cells
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .filter_map(|quoted| quoted.split('{').next())
+        .collect();
+    assert_eq!(shown, listed, "on the page of the program, and in docs/metrics.md");
+
+    let mut promtool = Command::new("promtool");
+    promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = promtool.spawn().unwrap_or_else(|e| panic!("promtool is not installed: {e}"));
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
