@@ -10,7 +10,7 @@
 # ends with 0 if no probe failed, p99 stayed under 50 ms (more than the other server's), memory under
 # 16 MiB, no thread was added, the server answered afterwards, and everyone of a burst was answered.
 #   MPL_BIN       the program; else it is built
-#   ATTACK_BIN    examples/attack; else it is built
+#   ATTACK_BIN    the attacker, of tools/; else it is built
 #   ATTACK_ONLY   run only the attacks whose names match this pattern of the shell
 #   ATTACK_NOTES  a file for what the attackers themselves report
 # It needs slowhttptest (on Debian, as root, it is installed), 2 GB of memory, and 20,000 descriptors.
@@ -62,10 +62,10 @@ done
 build=${CARGO_TARGET_DIR:-$root/target}/release
 # Built together, so that what both need is built once.
 if [ -z "${MPL_BIN:-}" ] || [ -z "${ATTACK_BIN:-}" ]; then
-    (cd "$root" && nice cargo build --locked --release --bin mqtt-publisher-lite --example attack)
+    (cd "$root" && nice cargo build --locked --release -p mqtt-publisher-lite -p tools --bin mqtt-publisher-lite --bin attack)
 fi
 bin=${MPL_BIN:-$build/mqtt-publisher-lite}
-attack=${ATTACK_BIN:-$build/examples/attack}
+attack=${ATTACK_BIN:-$build/attack}
 for file in "$bin" "$attack"; do
     [ -x "$file" ] || fail "no program $file"
 done

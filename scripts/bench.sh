@@ -49,14 +49,14 @@ target=${CARGO_TARGET_DIR:-$root/target}
 case $target in /*) ;; *) target=$PWD/$target ;; esac
 cd "$root"
 if [ -n "$build" ]; then
-    cargo build --locked --release --bins --examples
+    cargo build --locked --release -p mqtt-publisher-lite -p tools --bins
     CARGO_TARGET_DIR=$target/peer cargo build --locked --release \
-        --manifest-path benches/peer/Cargo.toml
+        --manifest-path tools/peer/Cargo.toml
 fi
 mkdir -p "$out"
-exec python3 benches/measure.py \
+exec python3 tools/measure.py \
     --program "${MPL_BIN:-$target/release/mqtt-publisher-lite}" \
     --unbatched "${MPL_UNBATCHED:-}" \
-    --examples "$target/release/examples" \
+    --tools "$target/release" \
     --peer "$target/peer/release/peer" \
     --out "$out" --rounds "$rounds" $quick

@@ -26,5 +26,5 @@ fi
 
 # A folder of its own: two compilers in one would rebuild everything at every turn.
 CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/msrv rustup run "$msrv" \
-    cargo check --locked --all-targets
+    cargo check --locked --workspace --all-targets
 echo "compiles with Rust $msrv"

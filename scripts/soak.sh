@@ -5,7 +5,7 @@
 #
 # A day is 288 lives of a token that lasts 300 s; at 2 s it is ten minutes. The lifetime is one setting
 # of a process, so three instances run side by side, with 1, 3 and 5 s, on one Redis and under one CA:
-# each also redeems what another issued. The third speaks HTTPS, where devices renew. examples/soak
+# each also redeems what another issued. The third speaks HTTPS, where devices renew. The load of tools/
 # sends them 500 requests a second in all, three of four of them onboardings of ever new devices, and
 # checks each answer. Every 5 s this reads of each instance its VmRSS, threads, descriptors and
 # certificates, and of Redis the live tokens and the keys; after that it sends SIGHUP, so that all files
@@ -25,7 +25,7 @@
 # With --outage Redis is killed in the middle and comes back, empty, after ten seconds; until 20 s later
 # warnings, errors and answers 503 are not counted, and the second half begins a minute later.
 #   MPL_BIN    the program; else target/release
-#   SOAK_BIN   examples/soak; else target/release/examples
+#   SOAK_BIN   the load, `soak` of tools/; else target/release/soak
 #   RATE       requests a second, 500
 #   LIMIT      32
 #   SOAK_KEEP  a file for all samples: second, lifetime of tokens, KiB, threads, descriptors,
@@ -54,7 +54,7 @@ record=200
 every=5
 release=${CARGO_TARGET_DIR:-$root/target}/release
 bin=${MPL_BIN:-$release/mqtt-publisher-lite}
-load=${SOAK_BIN:-$release/examples/soak}
+load=${SOAK_BIN:-$release/soak}
 work=$(mktemp -d)
 redis=
 servers=
@@ -81,7 +81,7 @@ fail() {
 
 [ "$minutes" -ge 3 ] || fail "less than three minutes show nothing"
 for file in "$bin" "$load"; do
-    [ -x "$file" ] || fail "no program $file: cargo build --release --bins --example soak"
+    [ -x "$file" ] || fail "no program $file: cargo build --release -p mqtt-publisher-lite -p tools --bin mqtt-publisher-lite --bin soak"
 done
 for tool in redis-server redis-cli curl; do
     command -v "$tool" >/dev/null 2>&1 || fail "$tool is not installed"

@@ -1,7 +1,7 @@
 //! For measuring: a constant answer behind the edge, and the same from bare `tiny_http`. A target
 //! that ends in `?n` has n bytes, and `/api/v1/crl?n` comes from the lane for what is large.
 //!
-//! `cargo run --release --example edge -- [lanes [port]]` serves through the edge on port 19102 (HTTPS
+//! `cargo run --release -p tools --bin edge -- [lanes [port]]` serves through the edge on port 19102 (HTTPS
 //! if `TLS_CERT` and `TLS_KEY` are set), and bare on the port after it.
 
 use std::error::Error;
@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let lanes: usize = std::env::args().nth(1).map_or(Ok(1), |n| n.parse())?;
     let port: u16 = std::env::args().nth(2).map_or(Ok(19102), |n| n.parse())?;
     thread::spawn(move || bare(port + 1));
-    let dir = std::env::temp_dir().join(format!("edge-example-{}", std::process::id()));
+    let dir = std::env::temp_dir().join(format!("edge-tool-{}", std::process::id()));
     let mut kinds = vec![Kind::Plain; lanes];
     kinds.extend([Kind::Certificate, Kind::Bulk]);
     let lanes = open_lanes(&dir, &kinds)?;

@@ -131,8 +131,8 @@ class Bench:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
             return json.load(answer)
 
-    def example(self, name):
-        return str(pathlib.Path(self.options.examples) / name)
+    def tool(self, name):
+        return str(pathlib.Path(self.options.tools) / name)
 
 
 def cpu_s(process):
@@ -186,7 +186,7 @@ def openssl_floor_us(seconds):
 
 
 def flow(bench, port, connections, devices, prefix):
-    command = [bench.example("load"), "flow", f"127.0.0.1:{port}", str(connections), str(devices), prefix]
+    command = [bench.tool("load"), "flow", f"127.0.0.1:{port}", str(connections), str(devices), prefix]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"load failed: {done.stderr}")
@@ -196,7 +196,7 @@ def flow(bench, port, connections, devices, prefix):
 
 def slow_rss(bench, server, connections):
     port, process = server
-    load = [bench.example("load"), "slow", f"127.0.0.1:{port}", str(connections)]
+    load = [bench.tool("load"), "slow", f"127.0.0.1:{port}", str(connections)]
     with subprocess.Popen(load, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         time.sleep(0.5)
@@ -204,7 +204,7 @@ def slow_rss(bench, server, connections):
 
 
 def start_ms(bench, times, port, command, env=None):
-    load = [bench.example("load"), "start", f"127.0.0.1:{port}", str(times), *map(str, command)]
+    load = [bench.tool("load"), "start", f"127.0.0.1:{port}", str(times), *map(str, command)]
     text = subprocess.run(load, check=True, capture_output=True, text=True, env=env).stdout
     return [float(line) for line in text.split()]
 
@@ -301,7 +301,7 @@ def flow_round(bench, series, devices, n):
 def distance_round(bench, series, seconds, n):
     """Redis is 20 ms away."""
     far = free_port()
-    delay = [bench.example("delay"), far, f"127.0.0.1:{bench.redis_port}", 20]
+    delay = [bench.tool("delay"), far, f"127.0.0.1:{bench.redis_port}", 20]
     sides = {"ours": bench.ours, "peer": bench.peer}
     if bench.options.unbatched:
         sides["unbatched"] = lambda redis: bench.ours(redis, program=bench.options.unbatched)
@@ -324,7 +324,7 @@ def memory_round(bench, series, seconds, n):
                 result = onboard(server, 32, seconds)
         else:
             port = free_port(1)
-            edge = [bench.example("edge"), 1, port]
+            edge = [bench.tool("edge"), 1, port]
             with started(edge, port + 1) as process:
                 result = onboard((port + 1, process), 32, seconds)
         check(result, f"{side} without Redis")
@@ -443,7 +443,7 @@ def markdown(bench, table, quick):
         "service and yardstick run one after the other, each freshly started on an empty Redis, and "
         "the other one first in every other round. Both log a line for each token. The limits of "
         "connections were raised to 2,048 for one address; everything else is the default.", "",
-        "*axum* is `benches/peer`: axum, tokio and the redis crate, the same token, the same four "
+        "*axum* is `tools/peer`: axum, tokio and the redis crate, the same token, the same four "
         "commands in one pipeline, the same line in the log, and none of the rest. The times are of `wrk`, "
         "the memory is `VmRSS`, the CPU is `/proc/PID/stat`.", "",
         "![throughput, latency and memory](bench.svg)", "",
@@ -501,7 +501,7 @@ def picture(series):
 
 def main():
     parser = argparse.ArgumentParser()
-    for name in ("program", "unbatched", "examples", "peer", "out"):
+    for name in ("program", "unbatched", "tools", "peer", "out"):
         parser.add_argument(f"--{name}", required=name != "unbatched")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,7 +1,7 @@
 //! What the parts of an onboarding and of a redemption cost alone, on one processor. Needs
 //! redis-server.
 //!
-//! `cargo bench --bench micro`, with a name to run only those that have it.
+//! `cargo bench -p tools --bench micro`, with a name to run only those that have it.
 
 #![allow(
     missing_docs,

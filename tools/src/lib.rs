@@ -1,0 +1,1 @@
+//! What the measuring programs in `src/bin` share.
