@@ -54,7 +54,7 @@ const BY_HAND: &[(&str, &str, &str)] = &[
     ("quickstart.md", "git clone", "CI has the source, and compiles it in other ways"),
 ];
 
-/// What stands behind "```sh" is read by `scripts/check-readme.sh`, which `.ci/run` calls for each page
+/// What stands behind "```sh" is read by `.ci/check-readme.sh`, which `.ci/run` calls for each page
 /// but one, and by who is named there.
 #[test]
 fn every_block_of_commands_is_run_by_somebody() {

@@ -4,7 +4,7 @@
 # data folder can be written to. Laid out and run as contrib/docker/Dockerfile says: its COPY, ENV,
 # USER, ENTRYPOINT and HEALTHCHECK; and as an engine would run it, as process 1 of its own.
 #
-# usage: scripts/check-chroot.sh [PROGRAM]
+# usage: .ci/check-chroot.sh [PROGRAM]
 #
 # PROGRAM is dist/x86_64-unknown-linux-musl/mqtt-publisher-lite (scripts/build-static.sh) unless
 # named; one for ARM runs under qemu-user-static, which is then in the root too. Needs root (chroot,

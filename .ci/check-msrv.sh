@@ -1,7 +1,7 @@
 #!/bin/sh
 # Checks that the crate, its tests included, compiles with the Rust version that Cargo.toml names.
 #
-# usage: scripts/check-msrv.sh [--install]
+# usage: .ci/check-msrv.sh [--install]
 #
 # It needs rustup with that toolchain; with --install it is installed (about 200 MB, and it does not
 # become the default). What needs no second compiler is checked by every test run: that no
@@ -18,7 +18,7 @@ if ! command -v rustup >/dev/null 2>&1; then
 fi
 if ! rustup run "$msrv" rustc --version >/dev/null 2>&1; then
     if [ "${1:-}" != --install ]; then
-        echo "Rust $msrv is not installed: scripts/check-msrv.sh --install" >&2
+        echo "Rust $msrv is not installed: .ci/check-msrv.sh --install" >&2
         exit 1
     fi
     rustup toolchain install "$msrv" --profile minimal --no-self-update

@@ -11,7 +11,7 @@
 #
 # Anything else is not run here (tests/house/docs.rs knows who does).
 #
-# usage: scripts/check-readme.sh [PAGE]
+# usage: .ci/check-readme.sh [PAGE]
 #
 # A block is run as it stands, but each PORT of the page, and 6379, becomes a free one. `cargo run
 # --release` and target/release/mqtt-publisher-lite are the program that MPL_BIN names; else
@@ -140,6 +140,28 @@ serve() {
     redis=
     ! grep -q REDIS_HOST "$served" || redis=REDIS_PORT=$(port 6379)
     begin "$(port "${served##*.}")" env -i PATH="$PATH" PORT="$(port 3002)" ${redis:+"$redis"} "$@" sh -eu "$served"
+    # The service listens before it has found its Redis.
+    ! grep -q 'cargo run\|/mqtt-publisher-lite$' "$served" ||
+        await "it is ready" ready "$(port "${served##*.}")"
+}
+
+ready() {
+    for scheme in http https; do
+        ! curl --silent --fail --insecure --max-time 2 --output "$work/answer" "$scheme://127.0.0.1:$1/ready" || return 0
+    done
+    return 1
+}
+
+# await WHAT COMMAND…: runs the command until it succeeds, for ten seconds at most.
+await() {
+    what=$1
+    shift
+    tries=0
+    until "$@"; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || fail "waited in vain until $what"
+        sleep 0.1
+    done
 }
 
 # accept FILE: what check-config says of the settings of a block; files that they name are made.

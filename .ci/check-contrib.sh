@@ -3,10 +3,10 @@
 # installing them: systemd-analyze and systemd-sysusers, strace against the unit's filter of system
 # calls, shellcheck and a stub of procd, monit, and the program itself.
 #
-# usage: scripts/check-contrib.sh
+# usage: .ci/check-contrib.sh
 #
 # MPL_BIN names the program; else target/release, else target/debug. It needs root, since it gives files
-# to others; on Debian it installs missing tools. The Dockerfile is tried by scripts/check-chroot.sh,
+# to others; on Debian it installs missing tools. The Dockerfile is tried by .ci/check-chroot.sh,
 # which has a static program.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -116,7 +116,7 @@ esac
 END
 chmod 755 "$work/shims"/*
 # The blocks of a page that are marked as run by this.
-blocks_of() { awk '/^ *```sh by scripts\/check-contrib.sh/ { on = 1; next } /^ *```/ { on = 0 } on' "$root/$1"; }
+blocks_of() { awk '/^ *```sh by \.ci\/check-contrib\.sh/ { on = 1; next } /^ *```/ { on = 0 } on' "$root/$1"; }
 installed() { [ "$(stat -c '%a %g' "$sysroot$1")" = "$2" ] || fail "$1 has $(stat -c '%a %g' "$sysroot$1"), not $2"; }
 blocks_of README.md >"$work/install.sh"
 [ "$(grep -c ^install "$work/install.sh")" -ge 5 ] || fail "the README does not say how to install"
