@@ -18,7 +18,7 @@ pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Pl
         Some(key) if !request.bears(key) => return Err(Code::ApiKeyRequired.into()),
         key => key.is_some(),
     };
-    let body = request.json()?;
+    let body = request.json(&["device_id", "replace"])?;
     let device = body.get("device_id").and_then(Value::as_str).map(str::trim);
     let device = device.filter(|id| !id.is_empty()).ok_or(Code::DeviceIdRequired)?;
     let device = DeviceId::parse(device).ok_or(Code::DeviceIdInvalid)?;

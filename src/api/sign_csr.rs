@@ -9,7 +9,7 @@ use crate::problem::{Code, Problem};
 use crate::provisioner::Done;
 
 pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
-    let body = request.json()?;
+    let body = request.json(&["csr", "device_id", "provisioning_token", "user_id"])?;
     let token = request.bearer().or_else(|| text(&body, "provisioning_token"));
     let token = token.ok_or(Code::TokenMissing)?;
     let token = api.provisioner.check_token(token, now)?;

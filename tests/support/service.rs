@@ -350,6 +350,11 @@ impl Service {
         self.proc_status("VmRSS:")
     }
 
+    /// The most resident memory that there was, in KiB.
+    pub fn peak_rss_kib(&self) -> u64 {
+        self.proc_status("VmHWM:")
+    }
+
     /// Number of threads.
     pub fn threads(&self) -> u64 {
         self.proc_status("Threads:")
