@@ -27,13 +27,13 @@ use crate::provisioner::{Done, Job, Provisioner};
 use crate::store::Op;
 
 pub use message::{Method, Reply, Request};
-use rate_limit::RateLimit;
+use rate_limit::OnboardingLimits;
 
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
     settings: RwLock<Arc<Settings>>,
-    onboarding_limit: RateLimit,
+    onboarding_limits: OnboardingLimits,
     metrics: Arc<Metrics>,
     /// How many lanes to workers cannot be used now; put here by whoever knows the edge.
     lanes_down: OnceLock<Box<dyn Fn() -> u64 + Send + Sync>>,
@@ -137,7 +137,7 @@ impl Api {
         Api {
             provisioner,
             settings: RwLock::new(Settings::of(config)),
-            onboarding_limit: RateLimit::new(config.http.onboarding_rate_limit),
+            onboarding_limits: OnboardingLimits::new(config.http.onboarding_rate_limit),
             metrics,
             lanes_down: OnceLock::new(),
         }

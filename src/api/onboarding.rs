@@ -10,14 +10,14 @@ use crate::problem::{Code, Problem};
 use crate::provisioner::Done;
 
 pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
-    // Before the key is looked at, so that keys cannot be tried at leisure.
-    let admitted = api.onboarding_limit.admit(request.client, now);
+    let settings = api.settings();
+    let authenticated = settings.onboarding_key.as_ref().is_some_and(|key| request.bears(key));
+    let admitted = api.onboarding_limits.admit(request.client, authenticated, now);
     admitted
         .map_err(|seconds| Problem { retry_after_s: Some(seconds), ..Code::RateLimited.into() })?;
-    let authenticated = match &api.settings().onboarding_key {
-        Some(key) if !request.bears(key) => return Err(Code::ApiKeyRequired.into()),
-        key => key.is_some(),
-    };
+    if settings.onboarding_key.is_some() && !authenticated {
+        return Err(Code::ApiKeyRequired.into());
+    }
     let body = request.json(&["device_id", "replace"])?;
     let device = body.get("device_id").and_then(Value::as_str).map(str::trim);
     let device = device.filter(|id| !id.is_empty()).ok_or(Code::DeviceIdRequired)?;

@@ -29,6 +29,27 @@ fn a_client_cannot_choose_its_address() {
     assert_eq!(service.http.get("/health").status, 200, "only onboarding is limited");
 }
 
+/// Without a key, or with a wrong one, a client uses up what is left to such clients, and no more.
+#[test]
+fn those_without_the_key_do_not_count_against_those_with_it() {
+    let key = "onboarding-key-0001";
+    let service = Service::start(&[("ONBOARDING_RATE_LIMIT", "2"), ("ONBOARDING_API_KEY", key)]);
+    let ask = |device: &str, key: Option<&str>| {
+        let bearer = key.map(|key| format!("Bearer {key}"));
+        let mut headers = vec![("Content-Type", "application/json")];
+        headers.extend(bearer.as_deref().map(|bearer| ("Authorization", bearer)));
+        let body = json!({ "device_id": device }).to_string();
+        service.http.request("POST", "/api/v1/onboarding", &headers, body.as_bytes())
+    };
+    assert_eq!(ask("a", None).status, 401);
+    assert_eq!(ask("a", Some("a-wrong-key-0123456")).status, 401);
+    check_limited(&ask("a", None));
+    assert_eq!(ask("a", Some(key)).status, 200);
+    assert_eq!(ask("b", Some(key)).status, 200);
+    check_limited(&ask("c", Some(key)));
+    check_limited(&ask("c", None));
+}
+
 #[test]
 fn behind_a_trusted_proxy_each_client_counts_for_itself() {
     let env = [("ONBOARDING_RATE_LIMIT", "2"), ("TRUSTED_PROXIES", "127.0.0.0/8")];
