@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use redis::{ConnectionAddr, ConnectionInfo, IntoConnectionInfo as _};
+use percent_encoding::percent_decode_str;
 use rustls::RootCertStore;
 
 use super::Secret;
@@ -133,21 +133,15 @@ impl Settings {
 impl Server {
     /// Nothing of `text` goes into an error: a password may stand anywhere in a URL that is wrong.
     fn from_url(variable: &Variable, text: &str) -> Result<Self, ConfigError> {
-        let refuse = || ConfigError::new(variable, text, variable.allowed);
-        let info = connection_info(text).ok_or_else(refuse)?;
-        let (host, port, tls) = address(info.addr()).ok_or_else(refuse)?;
-        let settings = info.redis_settings();
-        let password = settings.password().filter(|p| !p.is_empty());
-        let username = user(settings.username().unwrap_or_default(), password.is_some());
+        let url = Url::read(text);
+        let url = url.ok_or_else(|| ConfigError::new(variable, text, variable.allowed))?;
+        let password = Some(url.password).filter(|password| !password.is_empty());
+        let username = user(&url.username, password.is_some());
         // Mostly it is a password in the wrong place; it must not be shown as a user's name.
         let alone = "names a user without a password; a password alone is redis://:password@host";
         let username = username.ok_or_else(|| ConfigError::new(variable, text, alone))?;
-        let password = password.map(|p| Secret::new(p.to_owned()));
-        let db = settings.db();
-        if !(0..=i64::from(i32::MAX)).contains(&db) {
-            return Err(refuse());
-        }
-        Ok(Server { host, port, username, password, db, tls })
+        let password = password.map(Secret::new);
+        Ok(Server { host: url.host, port: url.port, username, password, db: url.db, tls: url.tls })
     }
 
     fn from_parts(vars: &Vars<'_>) -> Result<Option<Self>, ConfigError> {
@@ -214,22 +208,42 @@ fn given_of(vars: &Vars<'_>, variables: &[Variable]) -> Result<String, ConfigErr
     Ok(given.join(", "))
 }
 
-fn connection_info(url: &str) -> Option<ConnectionInfo> {
-    let url = redis::parse_redis_url(url)?;
-    // SECURITY: the redis crate takes `#insecure` as leave not to check the server's name.
-    let plain = url.query().is_none() && url.fragment().is_none();
-    let is_ours = plain && matches!(url.scheme(), "redis" | "rediss");
-    is_ours.then(|| url.into_connection_info().ok()).flatten()
+/// The parts of a URL, decoded; what is not there is empty or the default.
+struct Url {
+    tls: bool,
+    host: String,
+    port: u16,
+    username: String,
+    password: String,
+    db: i64,
 }
 
-/// Host, port, and whether to speak TLS.
-fn address(address: &ConnectionAddr) -> Option<(String, u16, bool)> {
-    let (name, port, tls) = match address {
-        ConnectionAddr::Tcp(name, port) => (name, *port, false),
-        ConnectionAddr::TcpTls { host: name, port, .. } => (name, *port, true),
-        _ => return None,
-    };
-    host(name).filter(|_| port != 0).map(|host| (host, port, tls))
+impl Url {
+    /// `None` if anything in it is not understood.
+    fn read(text: &str) -> Option<Url> {
+        let url = redis::parse_redis_url(text)?;
+        let tls = match url.scheme() {
+            "redis" => false,
+            "rediss" => true,
+            _ => return None,
+        };
+        // SECURITY: elsewhere `#insecure` is leave not to check the server's name.
+        if url.query().is_some() || url.fragment().is_some() {
+            return None;
+        }
+        let decoded = |text| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
+        Some(Url {
+            tls,
+            host: host(url.host_str()?)?,
+            port: Some(url.port().unwrap_or(6379)).filter(|port| *port != 0)?,
+            username: decoded(url.username())?,
+            password: decoded(url.password().unwrap_or_default())?,
+            db: match url.path().trim_matches('/') {
+                "" => 0,
+                number => number.parse::<i32>().ok().filter(|db| *db >= 0)?.into(),
+            },
+        })
+    }
 }
 
 /// A host name or an IP address; IPv6 may stand in brackets, which are taken off.

@@ -37,7 +37,8 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
 /// Files other than `src/clock.rs` that read the monotonic clock.
 const DEADLINES: &[(&str, &str)] = &[
     ("src/store/redis/mod.rs", "a batch has one deadline, which is counted on the socket's clock"),
-    ("src/store/redis/connection.rs", "time-outs of sockets are what is left until it"),
+    ("src/store/redis/stream.rs", "time-outs of sockets are what is left until it"),
+    ("src/store/redis/pool.rs", "connecting has a deadline, of which each address gets its share"),
     (
         "src/store/failover/carry.rs",
         "the last round of a carry-over has a deadline of the same kind",

@@ -95,7 +95,7 @@ impl Failover {
         }
         if copy.is_some() && self.policy == OutageRedeem::Own {
             state.run_id = None;
-            self.suspect(state, "Redis has lost a token of this instance".to_owned());
+            self.suspect(state, "Redis has lost a token of this instance");
             return Err(StoreError::Undecided);
         }
         if now.mono_ms < state.grace_until_ms {

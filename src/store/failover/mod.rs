@@ -4,11 +4,12 @@
 //! is read under it again; what Redis cannot answer is answered from memory. What each operation
 //! does in these three places stands in `issue`, `consume` and `kill`.
 //!
-//! Four modes, and who answers in them:
+//! Five modes, and who answers in them:
 //!
 //! | mode | onboarding | redemption | entered when |
 //! |---|---|---|---|
 //! | `Primary` | Redis | Redis | everything known here has been carried over |
+//! | `Renewing` | waits | waits | a connection was closed while it was idle |
 //! | `Suspect` | memory | 503 | a connection was lost; a fresh one decides what it is |
 //! | `Degraded` | memory | memory, for tokens issued here | Redis is away |
 //! | `Closing` | waits | waits | the last round of the carry-over |
@@ -50,6 +51,9 @@ pub trait Remote: TokenStore {
 
     /// Drops all connections.
     fn disconnect(&self);
+
+    /// The server has closed a connection while nobody used it. Waits for nothing.
+    fn was_cut(&self, now: Now) -> bool;
 }
 
 /// What a server says of itself.
@@ -80,9 +84,17 @@ pub struct Failover {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Primary,
+    Renewing,
     Suspect,
     Degraded,
     Closing,
+}
+
+impl Mode {
+    /// It will not last, and whoever asks waits for its end.
+    fn is_brief(self) -> bool {
+        matches!(self, Mode::Renewing | Mode::Closing)
+    }
 }
 
 struct State {
@@ -145,7 +157,7 @@ impl Failover {
     pub fn set_ca_fingerprint(&self, fingerprint: String) {
         let mut state = locked(&self.state);
         if state.mode == Mode::Primary && state.ca_fingerprint.is_none() {
-            self.suspect(&mut state, "the CA was made".to_owned());
+            self.suspect(&mut state, "the CA was made");
         }
         state.ca_fingerprint = Some(fingerprint);
     }
@@ -218,7 +230,7 @@ impl Failover {
         now: Now,
         answers: &mut [Option<Answer>],
     ) -> (Vec<Sent<'a>>, u64) {
-        let mut state = self.wait_out_last_round();
+        let mut state = self.settled(now);
         let mut sent = Vec::new();
         for (at, (op, answer)) in ops.iter().zip(answers).enumerate() {
             *answer = match state.mode {
@@ -232,12 +244,15 @@ impl Failover {
         (sent, state.epoch)
     }
 
-    /// In the last round of a carry-over everybody waits, but never long.
-    fn wait_out_last_round(&self) -> MutexGuard<'_, State> {
-        let state = locked(&self.state);
-        let waited = self
-            .changed
-            .wait_timeout_while(state, self.timeout, |state| state.mode == Mode::Closing);
+    /// The state in which the batch is answered. In the last round of a carry-over, and while idle
+    /// connections that were cut are renewed, everybody waits, but never long.
+    fn settled(&self, now: Now) -> MutexGuard<'_, State> {
+        let mut state = locked(&self.state);
+        if state.mode == Mode::Primary && self.remote.was_cut(now) {
+            self.doubt(&mut state, Mode::Renewing, "closed while it was idle");
+        }
+        let brief = |state: &mut State| state.mode.is_brief();
+        let waited = self.changed.wait_timeout_while(state, self.timeout, brief);
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
@@ -351,15 +366,19 @@ impl Failover {
         };
         match down.kind {
             DownKind::Refused => self.degrade(state, &down.why),
-            DownKind::Lost | DownKind::ReadOnly => self.suspect(state, down.why.clone()),
+            DownKind::Lost | DownKind::ReadOnly => self.suspect(state, &down.why),
             DownKind::Busy => {}
         }
     }
 
     /// A connection was lost: a fresh one decides whether that is an outage.
-    fn suspect(&self, state: &mut State, why: String) {
+    fn suspect(&self, state: &mut State, why: &str) {
+        self.doubt(state, Mode::Suspect, why);
+    }
+
+    fn doubt(&self, state: &mut State, mode: Mode, why: &str) {
         self.lose(state);
-        state.mode = Mode::Suspect;
+        state.mode = mode;
         state.noting = true;
         log::info!("Redis connection lost ({why}), connecting anew");
     }

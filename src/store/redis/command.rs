@@ -41,18 +41,27 @@ impl Command {
 #[derive(Default)]
 pub(super) struct Commands {
     bytes: Vec<u8>,
-    count: usize,
+    /// Where each command begins.
+    begins: Vec<usize>,
 }
 
 impl Commands {
     pub fn push(&mut self, command: &Command) {
+        self.begins.push(self.bytes.len());
         push_counted(b'*', command.words as u64, &mut self.bytes);
         self.bytes.extend_from_slice(&command.packed);
-        self.count += 1;
     }
 
     pub fn count(&self) -> usize {
-        self.count
+        self.begins.len()
+    }
+
+    /// The name of a command: its first word.
+    pub fn name(&self, index: usize) -> &str {
+        let begin = self.begins.get(index).copied().unwrap_or_default();
+        let bytes = self.bytes.get(begin..).unwrap_or_default();
+        let word = bytes.split(|byte| *byte == b'\n').nth(2).unwrap_or_default();
+        std::str::from_utf8(word).unwrap_or_default().trim_end()
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -97,6 +106,7 @@ mod tests {
         assert_eq!(commands.bytes(), cmd.get_packed_command());
         commands.push(&Command::new("TIME"));
         assert_eq!(commands.count(), 2);
+        assert_eq!([commands.name(0), commands.name(1)], ["SET", "TIME"]);
         assert!(commands.bytes().ends_with(b"*1\r\n$4\r\nTIME\r\n"));
     }
 }

@@ -1,318 +1,169 @@
-//! Blocking connections: one for each worker, pipelines with one deadline, closed at the first doubt.
+//! One blocking connection: pipelines with one deadline, closed at the first doubt.
 //!
-//! The `redis` crate encodes commands, parses replies, does TLS and logs in. What it does not do is
-//! done here: its time-outs count per reply and are cleared after set-up, its pipeline hides all
-//! replies behind the first error, and a reply that came too late would be read as the next one's.
+//! The `redis` crate parses the replies; its own connection is not used: its time-outs count per
+//! reply and are cleared after set-up, its pipeline hides all replies behind the first error, a
+//! reply that came too late would be read as the next one's, a name's second address is never
+//! reached if the first one swallows packets, and nothing tells whether the other side has closed.
 
-use std::fmt;
-use std::sync::{Condvar, Mutex};
+use std::io::{self, Read, Write as _};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use redis::io::tcp::{TcpSettings, socket2::TcpKeepalive};
-use redis::{
-    Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, ServerError, ServerErrorKind, TlsCertificates, Value,
-};
+use redis::{Parser, Value};
 
-use super::command::Commands;
+use super::cause::{Server, Stage};
+use super::command::{Command, Commands};
 use super::reply::Reply;
+use super::stream::{Stream, time_left};
+use crate::clock::Now;
 use crate::config;
-use crate::store::{Down, DownKind, StoreError, locked};
+use crate::store::{Down, StoreError};
 
 /// The time-out of a socket is set anew when this much of it has passed; setting it for every reply
 /// would cost a system call each.
 const TIMEOUT_GRAIN: Duration = Duration::from_millis(5);
-/// A peer that a dead NAT path hides is noticed after about a minute of silence.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
-const KEEPALIVE_PROBES: u32 = 3;
-/// What is said of an answer that did not come.
-const LATE: &str = "no answer in time";
-/// However long connecting took, the greeting has this much time.
-const LEAST_GREETING: Duration = Duration::from_millis(20);
 
 /// One connection to Redis.
 pub(super) struct Connection {
-    inner: redis::Connection,
-    /// The pool's generation that it belongs to.
-    generation: u64,
+    stream: Stream,
+    parser: Parser,
+    server: Arc<Server>,
+    stage: Stage,
     /// The time-outs that the socket has now.
-    timeout: Duration,
+    read_timeout: Duration,
     write_timeout: Duration,
+    /// The pool's generation that it belongs to.
+    pub generation: u64,
+    /// When it was put back into the pool, by [`Now::mono_ms`].
+    pub idle_since_ms: u64,
 }
 
 impl Connection {
+    pub fn new(stream: Stream, server: Arc<Server>) -> Self {
+        Connection {
+            stream,
+            parser: Parser::new(),
+            server,
+            stage: Stage::Login,
+            read_timeout: Duration::ZERO,
+            write_timeout: Duration::ZERO,
+            generation: 0,
+            idle_since_ms: 0,
+        }
+    }
+
+    /// Says who we are, or at least something, so that the server answers: one that allows no more
+    /// clients, or speaks another protocol, is found out here.
+    pub fn log_in(&mut self, config: &config::Redis, deadline: Instant) -> Result<(), StoreError> {
+        let mut commands = Commands::default();
+        if let Some(password) = &config.password {
+            let auth = Command::new("AUTH");
+            let auth = config.username.iter().fold(auth, |auth, name| auth.arg(name));
+            commands.push(&auth.arg(password.reveal()));
+        }
+        if config.db != 0 {
+            commands.push(&Command::new("SELECT").arg(&config.db.to_string()));
+        }
+        let anonymous = commands.count() == 0;
+        if anonymous {
+            commands.push(&Command::new("PING"));
+        }
+        let replies = self.round_trip(&commands, deadline).map_err(StoreError::Down)?;
+        self.stage = Stage::Greeting;
+        // A user who may do only what is needed may not be allowed to.
+        let needless = |error: &StoreError| anonymous && error.to_string().contains("NOPERM");
+        replies.into_iter().filter_map(Result::err).find(|e| !needless(e)).map_or(Ok(()), Err)
+    }
+
+    /// From now on what is sent may be carried out although no answer comes.
+    pub fn serve(mut self, generation: u64, now: Now) -> Self {
+        self.stage = Stage::Service;
+        self.generation = generation;
+        self.idle_since_ms = now.mono_ms;
+        self
+    }
+
+    /// The other side has closed it while nobody used it.
+    pub fn has_ended(&mut self) -> bool {
+        self.stream.has_ended()
+    }
+
     /// Sends the commands in one write and reads one reply for each, all before `deadline`.
     pub fn round_trip(
         &mut self,
         commands: &Commands,
         deadline: Instant,
     ) -> Result<Vec<Reply>, Down> {
-        let sent = |error| failure(&error);
-        let left = time_left(deadline).ok_or_else(|| late(false))?;
-        self.limit_writing(left).map_err(sent)?;
-        // Writing also reads while TLS shakes hands.
-        self.limit_reading(left).map_err(sent)?;
-        self.inner.send_packed_command(commands.bytes()).map_err(sent)?;
-        (0..commands.count()).map(|_| self.receive(deadline)).collect()
+        let left = time_left(deadline)
+            .map_err(|late| Down { maybe_done: false, ..self.server.failed(&late, self.stage) })?;
+        self.send(commands, left).map_err(|error| self.server.failed(&error, self.stage))?;
+        (0..commands.count()).map(|index| self.receive(commands, index, deadline)).collect()
+    }
+
+    fn send(&mut self, commands: &Commands, left: Duration) -> io::Result<()> {
+        self.limit_writing(left)?;
+        // Writing also reads while TLS renews its keys.
+        self.limit_reading(left)?;
+        self.stream.write_all(commands.bytes())?;
+        self.stream.flush()
     }
 
     /// One reply; an error of the server is a reply like any other.
-    fn receive(&mut self, deadline: Instant) -> Result<Reply, Down> {
-        let left = time_left(deadline).ok_or_else(|| late(true))?;
-        self.limit_reading(left).map_err(|error| failure(&error))?;
-        match self.inner.recv_response() {
-            Ok(Value::ServerError(error)) => Ok(Err(refusal(&error))),
-            Ok(value) => Ok(Ok(value)),
-            Err(error) => Err(failure(&error)),
+    fn receive(
+        &mut self,
+        commands: &Commands,
+        index: usize,
+        deadline: Instant,
+    ) -> Result<Reply, Down> {
+        let limited = time_left(deadline).and_then(|left| self.limit_reading(left));
+        limited.map_err(|error| self.server.failed(&error, self.stage))?;
+        let mut reader = Reader { stream: &mut self.stream, failure: None };
+        match (self.parser.parse_value(&mut reader), reader.failure) {
+            (Ok(Value::ServerError(error)), _) => {
+                Ok(Err(self.server.refused(&error, commands.name(index))))
+            }
+            (Ok(value), _) => Ok(Ok(value)),
+            (Err(_), Some(error)) => Err(self.server.failed(&error, self.stage)),
+            (Err(_), None) => Err(self.server.misspoke(self.stage)),
         }
     }
 
-    fn limit_writing(&mut self, left: Duration) -> Result<(), RedisError> {
+    fn limit_writing(&mut self, left: Duration) -> io::Result<()> {
         if self.write_timeout.abs_diff(left) > TIMEOUT_GRAIN {
-            self.inner.set_write_timeout(Some(left))?;
+            self.stream.socket().set_write_timeout(Some(left))?;
             self.write_timeout = left;
         }
         Ok(())
     }
 
-    fn limit_reading(&mut self, left: Duration) -> Result<(), RedisError> {
-        if self.timeout.abs_diff(left) > TIMEOUT_GRAIN {
-            self.inner.set_read_timeout(Some(left))?;
-            self.timeout = left;
+    fn limit_reading(&mut self, left: Duration) -> io::Result<()> {
+        if self.read_timeout.abs_diff(left) > TIMEOUT_GRAIN {
+            self.stream.socket().set_read_timeout(Some(left))?;
+            self.read_timeout = left;
         }
         Ok(())
     }
 }
 
-/// The connection failed; nothing more is read from it.
-fn lost(why: String, maybe_done: bool) -> Down {
-    Down { why, kind: DownKind::Lost, maybe_done, dying: None }
+/// Keeps the error of a read, which the crate's parser gives back as a text only.
+struct Reader<'a> {
+    stream: &'a mut Stream,
+    failure: Option<io::Error>,
 }
 
-/// What was sent may have arrived.
-fn failure(error: &RedisError) -> Down {
-    if error.is_timeout() { late(true) } else { lost(reason(error), true) }
-}
-
-fn late(maybe_done: bool) -> Down {
-    lost(LATE.to_owned(), maybe_done)
-}
-
-fn time_left(deadline: Instant) -> Option<Duration> {
-    deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
-}
-
-/// The connections that are not in use. Only [`Pool::reopen`] makes any, on the caller's thread.
-pub(super) struct Pool {
-    client: Client,
-    tls: bool,
-    /// For connecting and greeting. An eighth of what was configured is left for the look-up of the
-    /// name and for saying why it failed before the start stops waiting.
-    connect_timeout: Duration,
-    size: usize,
-    state: Mutex<State>,
-    put_back: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    idle: Vec<Connection>,
-    /// Connections of this generation, idle or in use; 0 while there is no server.
-    open: usize,
-    /// Counts up at every reopening; a connection of an older one is closed when it comes back.
-    generation: u64,
-}
-
-impl fmt::Debug for Pool {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Pool({})", self.size)
-    }
-}
-
-impl Pool {
-    pub fn new(config: &config::Redis) -> Result<Self, StoreError> {
-        let client =
-            client(config).map_err(|error| StoreError::Down(lost(reason(&error), false)))?;
-        Ok(Pool {
-            client,
-            tls: config.tls,
-            connect_timeout: config.connect_timeout * 7 / 8,
-            size: config.pool_size.max(1),
-            state: Mutex::default(),
-            put_back: Condvar::new(),
-        })
-    }
-
-    pub fn is_open(&self) -> bool {
-        locked(&self.state).open > 0
-    }
-
-    /// An idle connection, or one that another worker puts back before the deadline.
-    pub fn take(&self, deadline: Instant) -> Result<Connection, Down> {
-        let mut state = locked(&self.state);
-        loop {
-            if let Some(connection) = state.idle.pop() {
-                return Ok(connection);
+impl Read for Reader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.stream.read(buffer) {
+            Ok(0) => {
+                self.failure = Some(io::ErrorKind::UnexpectedEof.into());
+                Ok(0)
             }
-            if state.open == 0 {
-                return Err(lost("not connected".to_owned(), false));
-            }
-            let busy = || Down {
-                kind: DownKind::Busy,
-                ..lost("REDIS_POOL_SIZE connections are too few".to_owned(), false)
-            };
-            let left = time_left(deadline).ok_or_else(busy)?;
-            let waited = self.put_back.wait_timeout(state, left);
-            state = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
-        }
-    }
-
-    /// Only a connection that has answered everything comes back; the others are dropped.
-    pub fn put_back(&self, connection: Connection) {
-        let mut state = locked(&self.state);
-        if connection.generation == state.generation {
-            state.idle.push(connection);
-            self.put_back.notify_one();
-        }
-    }
-
-    /// Closes what is idle, and what is in use when it comes back.
-    pub fn close(&self) {
-        let mut state = locked(&self.state);
-        state.generation += 1;
-        state.open = 0;
-        state.idle.clear();
-        self.put_back.notify_all();
-    }
-
-    /// Connects anew, name resolution included, greets on the last connection, and replaces all
-    /// connections. One is enough to serve; a server may allow no more.
-    ///
-    /// On the last, because the server may start again in between: then the others fail when they
-    /// are used, which is noticed. Were the last one not the one that was asked who it is talking
-    /// to, it would serve another server, empty perhaps, as if it were the one that was greeted.
-    pub fn reopen<T>(
-        &self,
-        greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
-    ) -> Result<T, StoreError> {
-        self.close();
-        let deadline = Instant::now() + self.connect_timeout;
-        let mut last = self.connect()?;
-        let mut fresh = Vec::with_capacity(self.size);
-        let mut refused = None;
-        while refused.is_none() && fresh.len() + 1 < self.size {
-            match self.connect() {
-                Ok(connection) => fresh.push(std::mem::replace(&mut last, connection)),
-                Err(error) => refused = Some(error),
+            Ok(read) => Ok(read),
+            Err(error) => {
+                let kind = error.kind();
+                self.failure = Some(error);
+                Err(kind.into())
             }
         }
-        let deadline = deadline.max(Instant::now() + LEAST_GREETING);
-        let hello = greet(&mut last, deadline).map_err(|error| self.explained(error))?;
-        fresh.push(last);
-        if let Some(error) = refused {
-            log::warn!("Redis gives {} of {} connections: {error}", fresh.len(), self.size);
-        }
-        let mut state = locked(&self.state);
-        state.generation += 1;
-        state.open = fresh.len();
-        let generation = state.generation;
-        state.idle = fresh.into_iter().map(|c| Connection { generation, ..c }).collect();
-        self.put_back.notify_all();
-        Ok(hello)
     }
-
-    fn connect(&self) -> Result<Connection, StoreError> {
-        match self.client.get_connection_with_timeout(self.connect_timeout) {
-            Ok(inner) => Ok(Connection {
-                inner,
-                generation: 0,
-                timeout: Duration::ZERO,
-                write_timeout: Duration::ZERO,
-            }),
-            Err(error) => Err(self.connect_error(&error)),
-        }
-    }
-
-    fn connect_error(&self, error: &RedisError) -> StoreError {
-        let server = error.clone().into_server_errors();
-        if let Some((_, server)) = server.as_deref().and_then(<[_]>::first) {
-            return refusal(server);
-        }
-        match error.kind() {
-            ErrorKind::AuthenticationFailed => {
-                let why = format!("wrong user name or password? {}", reason(error));
-                StoreError::Down(Down { kind: DownKind::Refused, ..lost(why, false) })
-            }
-            _ if error.is_timeout() => self.explained(StoreError::Down(late(false))),
-            _ if error.is_connection_refusal() => StoreError::Down(lost(reason(error), false)),
-            _ => self.explained(StoreError::Down(lost(reason(error), false))),
-        }
-    }
-
-    /// A server that speaks TLS, asked in plain, hangs up; a plain one, asked in TLS, waits for the
-    /// end of what it takes for a command, or answers with an error that is no TLS.
-    fn explained(&self, error: StoreError) -> StoreError {
-        let StoreError::Down(down) = error else { return error };
-        let is_late = down.why == LATE;
-        let why = match down.kind {
-            DownKind::Lost if self.tls && (is_late || down.why.contains("corrupt message")) => {
-                format!("TLS failed, is this a plain port? {}", down.why)
-            }
-            DownKind::Lost if !self.tls && !is_late && down.why.contains("end of file") => {
-                format!("connection closed, does the server want TLS? {}", down.why)
-            }
-            _ => down.why,
-        };
-        StoreError::Down(Down { why, ..down })
-    }
-}
-
-fn client(config: &config::Redis) -> Result<Client, RedisError> {
-    let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(
-        TcpKeepalive::new()
-            .with_time(KEEPALIVE_IDLE)
-            .with_interval(KEEPALIVE_EVERY)
-            .with_retries(KEEPALIVE_PROBES),
-    );
-    let mut login = RedisConnectionInfo::default().set_db(config.db).set_skip_set_lib_name();
-    if let Some(username) = &config.username {
-        login = login.set_username(username);
-    }
-    if let Some(password) = &config.password {
-        login = login.set_password(password.reveal());
-    }
-    let info = |addr: ConnectionAddr| -> Result<ConnectionInfo, RedisError> {
-        Ok(addr.into_connection_info()?.set_redis_settings(login).set_tcp_settings(tcp))
-    };
-    let (host, port) = (config.host.clone(), config.port);
-    if !config.tls {
-        return Client::open(info(ConnectionAddr::Tcp(host, port))?);
-    }
-    let info = info(ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None })?;
-    match &config.tls_ca {
-        None => Client::open(info),
-        Some(ca) => {
-            let root_cert = Some(ca.pem.clone());
-            Client::build_with_tls(info, TlsCertificates { client_tls: None, root_cert })
-        }
-    }
-}
-
-/// What a server's error means. `WRONGTYPE` is the fault of one key; with any other the server says
-/// that it does not serve, or not us.
-fn refusal(error: &ServerError) -> StoreError {
-    let detail = error.details().unwrap_or_default();
-    let why = format!("{} {detail}", error.code()).trim_end().to_owned();
-    if error.code() == "WRONGTYPE" || detail.contains("WRONGTYPE") {
-        return StoreError::Failed(why);
-    }
-    let read_only = error.kind() == Some(ServerErrorKind::ReadOnly) || detail.contains("READONLY");
-    let kind = if read_only { DownKind::ReadOnly } else { DownKind::Refused };
-    StoreError::Down(Down { kind, ..lost(why, false) })
-}
-
-/// The text of an error on one line. The crate's errors name neither address nor password.
-fn reason(error: &RedisError) -> String {
-    error.to_string().replace(['\n', '\r'], " ")
 }

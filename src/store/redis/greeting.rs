@@ -6,8 +6,8 @@ use super::command::Commands;
 use super::connection::Connection;
 use super::layout::Layout;
 use super::reply::{Info, Replies};
+use crate::store::StoreError;
 use crate::store::failover::Hello;
-use crate::store::{Down, StoreError};
 
 /// Asks who the server is, whether it takes writes, whether this user may do all that will be
 /// needed, and whose CA is entered there. All in one round trip, and the writing is real: a server
@@ -28,12 +28,12 @@ pub(super) fn greet(
     let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
     let mut replies = replies.into_iter();
     let server = Replies::new(replies.by_ref().take(2).collect()).info();
-    replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), |e| Err(for_acl(e)))?;
+    replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), Err)?;
     let mut replies = Replies::new(replies.collect());
     if ca.is_some() {
-        replies.text().map_err(for_acl)?;
+        replies.text()?;
     }
-    let entered = replies.text().map_err(for_acl)?;
+    let entered = replies.text()?;
     let keeps_all = server.keeps_all();
     Ok(Hello {
         run_id: server.run_id,
@@ -59,15 +59,4 @@ fn push_every_kind(layout: &Layout, commands: &mut Commands) -> usize {
     commands.push(&layout.oldest_live(0, 1));
     commands.push(&layout.time());
     commands.count() - before
-}
-
-/// An error in the greeting, with what to do about it.
-fn for_acl(error: StoreError) -> StoreError {
-    match error {
-        StoreError::Down(down) if down.why.starts_with("NOPERM") => {
-            let why = format!("{} (README: the rights that the ACL user needs)", down.why);
-            StoreError::Down(Down { why, ..down })
-        }
-        other => other,
-    }
 }

@@ -13,18 +13,21 @@
 //! key. No command names two keys, so clustered servers take them too. Nothing is ever sent twice.
 //! Each operation is a chain of [`Flow`]s, one a round trip; the flows of a batch share their trips.
 
+mod cause;
 mod command;
 mod connection;
 mod flow;
 mod greeting;
 mod layout;
+mod pool;
 mod reply;
+mod stream;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::clock::Now;
+use crate::clock::{self, Now};
 use crate::config;
 use crate::jwt::Signer;
 use crate::metrics::Metrics;
@@ -32,9 +35,10 @@ use crate::store::failover::{Hello, Remote};
 use crate::store::{Answer, Down, Op, Status, StoreError, TokenStore};
 
 use command::Commands;
-use connection::Pool;
+use connection::Connection;
 use flow::{Context, Flow, Next};
 use layout::Layout;
+use pool::Pool;
 use reply::Reply;
 
 /// How often an issue also prunes the set of live tokens.
@@ -98,7 +102,7 @@ impl TokenStore for RedisStore {
             flows.push(Running::new(Box::new(flow::Prune)));
         }
         let deadline = Instant::now() + self.timeout;
-        if let Err(broken) = self.run_flows(&mut flows, deadline) {
+        if let Err(broken) = self.run_flows(&mut flows, deadline, now) {
             self.metrics.redis_failures.add(1);
             flows.iter_mut().for_each(|flow| flow.fail(&self.context, &broken));
         }
@@ -128,7 +132,7 @@ impl RedisStore {
 
     /// Round trip after round trip until every flow has its answer. A connection that failed is
     /// closed, and its flows are not run again.
-    fn run_flows(&self, flows: &mut [Running], deadline: Instant) -> Result<(), Down> {
+    fn run_flows(&self, flows: &mut [Running], deadline: Instant, now: Now) -> Result<(), Down> {
         let mut connection = self.pool.take(deadline)?;
         while flows.iter().any(Running::is_waiting) {
             let mut commands = Commands::default();
@@ -143,7 +147,7 @@ impl RedisStore {
                 flow.receive(&self.context, replies.by_ref().take(count).collect());
             }
         }
-        self.pool.put_back(connection);
+        self.pool.put_back(connection, now);
         Ok(())
     }
 }
@@ -207,12 +211,17 @@ impl Running {
 impl Remote for RedisStore {
     fn connect(&self, ca_fingerprint: Option<&str>) -> Result<Hello, StoreError> {
         let layout = &self.context.layout;
-        self.pool.reopen(|connection, deadline| {
+        let greet = |connection: &mut Connection, deadline| {
             greeting::greet(layout, connection, ca_fingerprint, deadline)
-        })
+        };
+        self.pool.reopen(greet, clock::now())
     }
 
     fn disconnect(&self) {
         self.pool.close();
+    }
+
+    fn was_cut(&self, now: Now) -> bool {
+        self.pool.was_cut(now)
     }
 }

@@ -1,0 +1,144 @@
+//! Why a server cannot be used, in words for the log: where it is, what is wrong, which setting
+//! mends it; never a password or a token.
+
+use std::fmt;
+use std::io;
+
+use redis::{ServerError, ServerErrorKind};
+use rustls::{AlertDescription, CertificateError};
+
+use crate::store::{Down, DownKind, StoreError};
+
+/// How far a connection had come when it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    LookUp,
+    Connect,
+    Handshake,
+    /// The first answer.
+    Login,
+    Greeting,
+    Service,
+}
+
+/// A server, as the configuration names it.
+#[derive(Debug)]
+pub(super) struct Server {
+    /// Host and port.
+    pub name: String,
+    pub tls: bool,
+}
+
+impl Server {
+    /// It cannot be used, or not any more; nothing more is read from the connection.
+    pub fn lost(&self, why: impl fmt::Display, maybe_done: bool) -> Down {
+        let why = format!("{}: {why}", self.name).replace(['\n', '\r'], " ");
+        Down { why, kind: DownKind::Lost, maybe_done, dying: None }
+    }
+
+    /// Reading, writing, or what comes before them, has failed.
+    pub fn failed(&self, error: &io::Error, stage: Stage) -> Down {
+        self.lost(io_cause(error, stage, self.tls), stage == Stage::Service)
+    }
+
+    /// What came is no answer of Redis.
+    pub fn misspoke(&self, stage: Stage) -> Down {
+        let hint = if self.tls { "" } else { ", does the server want TLS?" };
+        self.lost(format!("no answer of Redis{hint}"), stage == Stage::Service)
+    }
+
+    /// What the server's error to `command` means. `WRONGTYPE` is the fault of one key; with any
+    /// other the server says that it does not serve, or not us.
+    pub fn refused(&self, error: &ServerError, command: &str) -> StoreError {
+        // SECURITY: what is cut off are words of the command, a token perhaps.
+        let detail = error.details().unwrap_or_default();
+        let detail = detail.split(", with args beginning").next().unwrap_or_default();
+        let said = format!("{} {detail}", error.code()).trim_end().to_owned();
+        let down = self.lost(refusal_cause(&said, command), false);
+        if said.contains("WRONGTYPE") {
+            return StoreError::Failed(down.why);
+        }
+        let read_only =
+            error.kind() == Some(ServerErrorKind::ReadOnly) || said.contains("READONLY");
+        let kind = if read_only { DownKind::ReadOnly } else { DownKind::Refused };
+        StoreError::Down(Down { kind, ..down })
+    }
+}
+
+fn refusal_cause(said: &str, command: &str) -> String {
+    if said.starts_with("WRONGPASS") || said.contains("invalid password") {
+        format!("wrong user name or password? {said}")
+    } else if said.starts_with("NOAUTH") {
+        format!("it wants a password: {said}")
+    } else if said.starts_with("NOPERM") {
+        format!("{command} is not allowed, the README has the rights that its user needs: {said}")
+    } else {
+        said.to_owned()
+    }
+}
+
+fn io_cause(error: &io::Error, stage: Stage, tls: bool) -> String {
+    let late = matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock);
+    let said = if late { "no answer in time".to_owned() } else { error.to_string() };
+    let ended = matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    );
+    match (stage, error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>())) {
+        (_, Some(error)) => tls_cause(error),
+        (Stage::LookUp, _) if late => "its name is still being looked up".to_owned(),
+        (Stage::LookUp, _) => format!("the name was not found: {said}"),
+        (Stage::Connect, _) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            "connection refused".to_owned()
+        }
+        (Stage::Handshake, _) => format!("TLS failed, is this a plain port? {said}"),
+        (Stage::Login, _) if ended && !tls => {
+            "no answer of Redis, does the server want TLS? It has closed the connection".to_owned()
+        }
+        (Stage::Greeting, _) if ended => {
+            "connection closed at the greeting, by a proxy that knows no INFO?".to_owned()
+        }
+        _ if ended => "connection closed".to_owned(),
+        _ => said,
+    }
+}
+
+fn tls_cause(error: &rustls::Error) -> String {
+    let cause = match error {
+        rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => {
+            "it wants a client certificate"
+        }
+        // The second where the trusted CA has the name of its issuer, but another key.
+        rustls::Error::InvalidCertificate(
+            CertificateError::UnknownIssuer | CertificateError::BadSignature,
+        ) => "its certificate is of a CA that is not trusted, see REDIS_TLS_CA",
+        rustls::Error::InvalidCertificate(
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+        ) => "its certificate is for another name",
+        rustls::Error::InvalidCertificate(
+            CertificateError::Expired | CertificateError::ExpiredContext { .. },
+        ) => "its certificate has expired, or the clock is wrong",
+        rustls::Error::InvalidCertificate(_) => "its certificate is refused",
+        rustls::Error::InvalidMessage(_) => "TLS failed, is this a plain port?",
+        _ => "TLS failed",
+    };
+    let separator = if cause.ends_with('?') { " " } else { ": " };
+    format!("{cause}{separator}{error}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use redis::Value;
+
+    #[test]
+    fn words_of_a_command_stay_out_of_the_log() {
+        let reply = "-ERR unknown command 'SET', with args beginning with: 'token:eyJh' 'x'\r\n";
+        let Ok(Value::ServerError(error)) = redis::parse_redis_value(reply.as_bytes()) else {
+            panic!("an error reply");
+        };
+        let server = Server { name: "h:1".to_owned(), tls: false };
+        let said = server.refused(&error, "SET").to_string();
+        assert_eq!(said, "h:1: ERR unknown command 'SET'");
+    }
+}

@@ -1,0 +1,227 @@
+//! The connections that are not in use, one for each worker. Only [`Pool::reopen`] makes any, on its
+//! caller's thread.
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::cause::{Server, Stage};
+use super::connection::Connection;
+use super::stream::{Name, Stream, Tls, time_left};
+use crate::clock::Now;
+use crate::config;
+use crate::store::{Down, DownKind, StoreError, locked};
+
+/// A connection that was idle for longer may have been closed by the other side; looking costs three
+/// system calls.
+const IDLE_MS: u64 = 100;
+
+/// All connections to one server.
+pub(super) struct Pool {
+    config: config::Redis,
+    server: Arc<Server>,
+    tls: Option<Tls>,
+    /// For connecting, and a quarter of it for the greeting. An eighth of what was configured is
+    /// left for saying why it failed before the start stops waiting.
+    connect_timeout: Duration,
+    size: usize,
+    /// Held while connecting; only the supervisor does.
+    way: Mutex<Way>,
+    state: Mutex<State>,
+    put_back: Condvar,
+}
+
+/// How the server is reached.
+struct Way {
+    name: Name,
+    /// Which of the name's addresses is tried first: another one after each failure.
+    turn: usize,
+}
+
+#[derive(Default)]
+struct State {
+    idle: Vec<Connection>,
+    /// Connections of this generation, idle or in use; 0 while there is no server.
+    open: usize,
+    /// Counts up at every reopening; a connection of an older one is closed when it comes back.
+    generation: u64,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pool({})", self.size)
+    }
+}
+
+impl Pool {
+    pub fn new(config: &config::Redis) -> Result<Self, StoreError> {
+        let name = match config.host.contains(':') {
+            true => format!("[{}]:{}", config.host, config.port),
+            false => format!("{}:{}", config.host, config.port),
+        };
+        let server = Server { name, tls: config.tls };
+        let tls = Tls::new(config).map_err(|error| StoreError::Down(server.lost(error, false)))?;
+        Ok(Pool {
+            config: config.clone(),
+            server: Arc::new(server),
+            tls,
+            connect_timeout: config.connect_timeout * 7 / 8,
+            size: config.pool_size.max(1),
+            way: Mutex::new(Way { name: Name::new(config.host.clone(), config.port), turn: 0 }),
+            state: Mutex::default(),
+            put_back: Condvar::new(),
+        })
+    }
+
+    pub fn is_open(&self) -> bool {
+        locked(&self.state).open > 0
+    }
+
+    /// The other side has closed a connection that was idle. Waits for nothing.
+    pub fn was_cut(&self, now: Now) -> bool {
+        let mut state = locked(&self.state);
+        state.idle.iter_mut().any(|connection| {
+            now.mono_ms.saturating_sub(connection.idle_since_ms) > IDLE_MS && connection.has_ended()
+        })
+    }
+
+    /// An idle connection, or one that another worker puts back before the deadline.
+    pub fn take(&self, deadline: Instant) -> Result<Connection, Down> {
+        let mut state = locked(&self.state);
+        loop {
+            if let Some(connection) = state.idle.pop() {
+                return Ok(connection);
+            }
+            if state.open == 0 {
+                return Err(self.server.lost("not connected", false));
+            }
+            let busy = |_| Down {
+                kind: DownKind::Busy,
+                ..self.server.lost("REDIS_POOL_SIZE connections are too few", false)
+            };
+            let left = time_left(deadline).map_err(busy)?;
+            let waited = self.put_back.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Only a connection that has answered everything comes back; the others are dropped.
+    pub fn put_back(&self, mut connection: Connection, now: Now) {
+        let mut state = locked(&self.state);
+        if connection.generation == state.generation {
+            connection.idle_since_ms = now.mono_ms;
+            state.idle.push(connection);
+            self.put_back.notify_one();
+        }
+    }
+
+    /// Closes what is idle, and what is in use when it comes back.
+    pub fn close(&self) {
+        let mut state = locked(&self.state);
+        state.generation += 1;
+        state.open = 0;
+        state.idle.clear();
+        self.put_back.notify_all();
+    }
+
+    /// Looks the name up again, connects, greets on the last connection, and replaces all
+    /// connections. One is enough to serve; a server may allow no more, or be too slow for more.
+    ///
+    /// On the last, because the server may start again in between: then the others fail when they
+    /// are used, which is noticed. Were the last one not the one that was asked who it is talking
+    /// to, it would serve another server, empty perhaps, as if it were the one that was greeted.
+    pub fn reopen<T>(
+        &self,
+        greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
+        now: Now,
+    ) -> Result<T, StoreError> {
+        self.close();
+        let mut way = locked(&self.way);
+        let opened = self.open_all(&mut way, greet);
+        let Ok((connections, hello)) = opened else {
+            way.turn = way.turn.wrapping_add(1);
+            return opened.map(|(_, hello)| hello);
+        };
+        let mut state = locked(&self.state);
+        state.generation += 1;
+        state.open = connections.len();
+        let generation = state.generation;
+        state.idle = connections.into_iter().map(|c| c.serve(generation, now)).collect();
+        self.put_back.notify_all();
+        Ok(hello)
+    }
+
+    fn open_all<T>(
+        &self,
+        way: &mut Way,
+        greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
+    ) -> Result<(Vec<Connection>, T), StoreError> {
+        let begun = Instant::now();
+        let deadline = begun + self.connect_timeout;
+        let (socket, address) = self.reach(way, deadline)?;
+        let mut last = self.prepare(socket, deadline)?;
+        let mut fresh = Vec::with_capacity(self.size);
+        let mut refused = None;
+        while refused.is_none() && fresh.len() + 1 < self.size {
+            let limit = deadline - self.connect_timeout / 2;
+            match self.connect(address, limit).and_then(|socket| self.prepare(socket, limit)) {
+                Ok(connection) => fresh.push(std::mem::replace(&mut last, connection)),
+                Err(error) => refused = Some(error),
+            }
+        }
+        let deadline = deadline.max(Instant::now() + self.connect_timeout / 4);
+        let hello = greet(&mut last, deadline)?;
+        fresh.push(last);
+        if let Some(error) = refused {
+            log::warn!("Redis gives {} of {} connections: {error}", fresh.len(), self.size);
+        }
+        Ok((fresh, hello))
+    }
+
+    /// The first address that takes a connection. None may use more than its share of the time: the
+    /// first of two may be one that swallows everything.
+    fn reach(
+        &self,
+        way: &mut Way,
+        deadline: Instant,
+    ) -> Result<(TcpStream, SocketAddr), StoreError> {
+        let unknown = |error: io::Error| self.failed(&error, Stage::LookUp);
+        let mut addresses = way.name.look_up(deadline).map_err(unknown)?;
+        let count = addresses.len();
+        addresses.rotate_left(way.turn % count.max(1));
+        let mut error = unknown(io::ErrorKind::NotFound.into());
+        for (tried, address) in addresses.into_iter().enumerate() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let share = left / u32::try_from(count - tried).unwrap_or(u32::MAX);
+            match self.connect(address, Instant::now() + share) {
+                Ok(socket) => return Ok((socket, address)),
+                Err(failure) => error = failure,
+            }
+        }
+        Err(error)
+    }
+
+    fn connect(&self, address: SocketAddr, deadline: Instant) -> Result<TcpStream, StoreError> {
+        time_left(deadline)
+            .and_then(|limit| Stream::connect(address, limit))
+            .map_err(|error| self.failed(&error, Stage::Connect))
+    }
+
+    /// TLS and login.
+    fn prepare(&self, socket: TcpStream, deadline: Instant) -> Result<Connection, StoreError> {
+        let stream = match &self.tls {
+            None => Ok(Stream::Plain(socket)),
+            Some(tls) => Stream::secured(socket, tls, deadline),
+        };
+        let stream = stream.map_err(|error| self.failed(&error, Stage::Handshake))?;
+        let mut connection = Connection::new(stream, Arc::clone(&self.server));
+        connection.log_in(&self.config, deadline)?;
+        Ok(connection)
+    }
+
+    fn failed(&self, error: &io::Error, stage: Stage) -> StoreError {
+        StoreError::Down(self.server.failed(error, stage))
+    }
+}
