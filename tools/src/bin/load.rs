@@ -12,7 +12,6 @@
 
 #![allow(clippy::indexing_slicing, reason = "a measurement that goes wrong may end with a panic")]
 
-use std::error::Error;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
@@ -21,9 +20,9 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use rcgen::{CertificateParams, DnType, KeyPair};
-
-type Failure = Box<dyn Error + Send + Sync>;
+use rcgen::KeyPair;
+use tools::http::{self, Connection, get};
+use tools::{Failure, csr, quantile_ms};
 
 /// Threads that drive the connections, each its share in turn.
 const THREADS: usize = 4;
@@ -62,9 +61,7 @@ fn start(address: SocketAddr, program: &str, arguments: &[&str]) -> Result<(), F
 }
 
 fn is_healthy(address: SocketAddr) -> Result<(), Failure> {
-    let mut stream = TcpStream::connect(address)?;
-    stream.write_all(b"GET /health HTTP/1.1\r\nHost: bench\r\n\r\n")?;
-    receive(&mut stream, &mut Vec::new()).map(drop)
+    Connection::over(TcpStream::connect(address)?).exchange(&get("/health", "")).map(drop)
 }
 
 fn slow(address: SocketAddr, connections: usize) -> Result<(), Failure> {
@@ -81,7 +78,7 @@ fn slow(address: SocketAddr, connections: usize) -> Result<(), Failure> {
 
 /// What one device sends: its onboarding, and the body with which it presents its token.
 struct Device {
-    onboarding: Vec<u8>,
+    onboarding: String,
     signing: String,
 }
 
@@ -113,41 +110,31 @@ fn flow(
     }
     let took = start.elapsed();
     times.sort_unstable();
-    let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize].as_secs_f64() * 1000.0;
     println!(
         "flows {} per_second {:.0} p50_ms {:.2} p99_ms {:.2}",
         times.len(),
         times.len() as f64 / took.as_secs_f64(),
-        at(0.5),
-        at(0.99)
+        quantile_ms(&times, 0.5),
+        quantile_ms(&times, 0.99)
     );
     Ok(())
 }
 
 fn device(prefix: &str, n: usize, key: &KeyPair) -> Result<Device, Failure> {
     let name = format!("{prefix}-{n}");
-    let mut parameters = CertificateParams::default();
-    parameters.distinguished_name.remove(DnType::CommonName);
-    parameters.distinguished_name.push(DnType::CommonName, name.as_str());
-    let csr = BASE64.encode(parameters.serialize_request(key)?.pem()?);
+    let csr = BASE64.encode(csr(&name, key)?);
     let body = format!(r#"{{"device_id":"{name}"}}"#);
     let onboarding = post("onboarding", "", &body);
     Ok(Device { onboarding, signing: format!(r#"{{"csr":"{csr}","device_id":"{name}"}}"#) })
 }
 
-fn post(endpoint: &str, fields: &str, body: &str) -> Vec<u8> {
-    let length = body.len();
-    format!(
-        "POST /api/v1/{endpoint} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n\
-         {fields}Content-Length: {length}\r\n\r\n{body}"
-    )
-    .into_bytes()
+fn post(endpoint: &str, fields: &str, body: &str) -> String {
+    http::post(&format!("/api/v1/{endpoint}"), fields, body)
 }
 
 /// One connection and the device that is under way on it.
 struct Client {
-    stream: TcpStream,
-    buffer: Vec<u8>,
+    connection: Connection<TcpStream>,
     device: usize,
     began: Instant,
     /// Its token was asked for, and its certificate not yet.
@@ -169,10 +156,11 @@ fn drive(
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         let began = Instant::now();
-        clients.push(Client { stream, buffer: Vec::new(), device, began, onboarding: true });
+        let connection = Connection::over(stream);
+        clients.push(Client { connection, device, began, onboarding: true });
     }
     for client in &mut clients {
-        client.stream.write_all(&devices[client.device].onboarding)?;
+        client.connection.send(&devices[client.device].onboarding)?;
     }
     while !clients.is_empty() {
         let mut at = 0;
@@ -194,13 +182,13 @@ fn turn(
     next: &mut impl Iterator<Item = usize>,
     times: &mut Vec<Duration>,
 ) -> Result<bool, Failure> {
-    let answer = receive(&mut client.stream, &mut client.buffer)?;
+    let answer = client.connection.receive()?.body;
     if client.onboarding {
         let (_, rest) = answer.split_once("\"provisioning_token\":\"").ok_or(answer.as_str())?;
         let (token, _) = rest.split_once('"').ok_or("half a token")?;
         let bearer = format!("Authorization: Bearer {token}\r\n");
         let request = post("sign-csr", &bearer, &devices[client.device].signing);
-        client.stream.write_all(&request)?;
+        client.connection.send(&request)?;
         client.onboarding = false;
         return Ok(true);
     }
@@ -210,27 +198,6 @@ fn turn(
     times.push(client.began.elapsed());
     let Some(device) = next.next() else { return Ok(false) };
     (client.device, client.began, client.onboarding) = (device, Instant::now(), true);
-    client.stream.write_all(&devices[device].onboarding)?;
+    client.connection.send(&devices[device].onboarding)?;
     Ok(true)
-}
-
-fn receive(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<String, Failure> {
-    const LENGTH: &str = "content-length:";
-    buffer.clear();
-    let mut chunk = [0; 16 * 1024];
-    loop {
-        let text = std::str::from_utf8(buffer)?;
-        if let Some((head, body)) = text.split_once("\r\n\r\n") {
-            let head = head.to_ascii_lowercase();
-            let length = head.lines().find_map(|line| line.strip_prefix(LENGTH));
-            let length: usize = length.ok_or("no length")?.trim().parse()?;
-            if body.len() >= length {
-                return Ok(body.to_owned());
-            }
-        }
-        match stream.read(&mut chunk)? {
-            0 => return Err("the server closed the connection".into()),
-            n => buffer.extend_from_slice(&chunk[..n]),
-        }
-    }
 }

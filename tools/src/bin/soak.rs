@@ -11,7 +11,6 @@
 #![allow(clippy::indexing_slicing, reason = "a measurement that goes wrong may end with a panic")]
 
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
@@ -20,13 +19,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rcgen::{CertificateParams, DnType, KeyPair};
+use rcgen::KeyPair;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde_json::{Value, json};
-
-type Failure = Box<dyn Error + Send + Sync>;
+use tools::http::{self, Answer};
+use tools::{Failure, quantile_ms};
 
 /// Each drives one connection to every server, and has its share of the rate.
 const CLIENTS: usize = 12;
@@ -153,10 +152,7 @@ impl Seen {
     fn print(&self, took: Duration) {
         let mut times = self.times.clone();
         times.sort_unstable();
-        let at = |share: f64| {
-            let place = (times.len().saturating_sub(1) as f64 * share) as usize;
-            times.get(place).copied().unwrap_or_default().as_secs_f64() * 1000.0
-        };
+        let at = |share| quantile_ms(&times, share);
         println!(
             "{} requests in {:.1} s, {:.0} a second; answered after p50 {:.1} ms, p99 {:.1} ms, \
              max {:.0} ms",
@@ -236,7 +232,7 @@ impl Client {
         let bearer = format!("Authorization: Bearer {token}\r\n");
         let garbage = post("sign-csr", &bearer, &json!({"csr": "garbage"}));
         self.ask("garbage", home, &garbage, &["400 INVALID_CSR", "401 TOKEN_EXPIRED"])?;
-        let csr = json!({ "csr": self.csr(n)? });
+        let csr = json!({ "csr": tools::csr(&name(n), &self.key)? });
         let signing = post("sign-csr", &bearer, &csr);
         let signed = self.ask("signing", home, &signing, &["200", "401 TOKEN_EXPIRED"])?;
         let Some(certificate) = signed["certificate"].as_str() else { return Ok(()) };
@@ -249,7 +245,7 @@ impl Client {
         }
         if (n / MIXED).is_multiple_of(10) {
             let bearer = format!("Authorization: Bearer {}\r\n", self.load.admin_key);
-            let request = format!("DELETE {path} HTTP/1.1\r\nHost: soak\r\n{bearer}\r\n");
+            let request = format!("DELETE {path} HTTP/1.1\r\nHost: localhost\r\n{bearer}\r\n");
             self.ask("revoking", home, &request, &["200"])?;
         }
         self.ask("status", home, &get(&format!("{path}/status")), &["200"]).map(drop)
@@ -276,7 +272,7 @@ impl Client {
     /// What is refused, some of it with the connection.
     fn be_refused(&mut self, n: usize) -> Result<(), Failure> {
         const JSON: &str = "Content-Type: application/json\r\n";
-        let head = "POST /api/v1/onboarding HTTP/1.1\r\nHost: soak\r\n".to_owned();
+        let head = "POST /api/v1/onboarding HTTP/1.1\r\nHost: localhost\r\n".to_owned();
         let fields = self.fields(n);
         let forged = "Authorization: Bearer e30.e30.e30\r\n";
         let (request, answer) = match n % 10 {
@@ -302,7 +298,7 @@ impl Client {
         self.wait();
         let server = &self.load.servers[self.home(n)];
         let mut stream = TcpStream::connect(server.address)?;
-        stream.write_all(b"POST /api/v1/onboarding HTTP/1.1\r\nHost: soak\r\nX-Half: ")?;
+        stream.write_all(b"POST /api/v1/onboarding HTTP/1.1\r\nHost: localhost\r\nX-Half: ")?;
         self.seen.times.push(Duration::ZERO);
         *self.seen.answers.entry(("half a request", "none".to_owned())).or_default() += 1;
         Ok(())
@@ -327,13 +323,6 @@ impl Client {
         format!("Authorization: Bearer {}\r\n{}", self.load.onboarding_key, address(n))
     }
 
-    fn csr(&self, n: usize) -> Result<String, Failure> {
-        let mut parameters = CertificateParams::default();
-        parameters.distinguished_name.remove(DnType::CommonName);
-        parameters.distinguished_name.push(DnType::CommonName, name(n));
-        Ok(parameters.serialize_request(&self.key)?.pem()?)
-    }
-
     /// The server of the turn; the rounds, in which the mix repeats, are spread too.
     fn home(&self, n: usize) -> usize {
         (n + n / MIXED) % self.load.servers.len()
@@ -353,7 +342,7 @@ impl Client {
             _ => Connection::open(&self.load.servers[at], &self.load.roots, None)?,
         };
         let answer = self.exchange(what, &mut connection, request)?;
-        if !answer.closes {
+        if !answer.closes() {
             self.connections[at] = Some(connection);
         }
         self.judge(what, &answer, allowed)?;
@@ -378,7 +367,8 @@ impl Client {
         answer: &Answer,
         allowed: &[&str],
     ) -> Result<(), Failure> {
-        let said = format!("{} {}", answer.status, answer.code);
+        let code = answer.field("X-Error-Code").unwrap_or_default();
+        let said = format!("{} {code}", answer.status);
         let said = said.trim();
         *self.seen.answers.entry((what, said.to_owned())).or_default() += 1;
         let is_fine = allowed.contains(&said) || (self.load.outage && answer.status == 503);
@@ -402,37 +392,23 @@ fn address(n: usize) -> String {
 }
 
 fn get(path: &str) -> String {
-    format!("GET {path} HTTP/1.1\r\nHost: soak\r\n\r\n")
+    http::get(path, "")
 }
 
 fn post(endpoint: &str, fields: &str, body: &Value) -> String {
-    let body = body.to_string();
-    let length = body.len();
-    format!(
-        "POST /api/v1/{endpoint} HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\n\
-         {fields}Content-Length: {length}\r\n\r\n{body}"
-    )
+    http::post(&format!("/api/v1/{endpoint}"), fields, &body.to_string())
 }
 
 trait Stream: Read + Write {}
 impl<T: Read + Write> Stream for T {}
 
 struct Connection {
-    stream: Box<dyn Stream>,
+    http: http::Connection<Box<dyn Stream>>,
     used: usize,
 }
 
 /// A client certificate and its key.
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
-
-struct Answer {
-    status: u16,
-    /// `X-Error-Code`, empty if there is none.
-    code: String,
-    /// No further request will be read.
-    closes: bool,
-    body: String,
-}
 
 impl Connection {
     fn open(
@@ -445,7 +421,7 @@ impl Connection {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         if !server.tls {
-            return Ok(Connection { stream: Box::new(stream), used: 0 });
+            return Ok(Connection::over(Box::new(stream)));
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
@@ -456,40 +432,15 @@ impl Connection {
             None => config.with_no_client_auth(),
         };
         let session = ClientConnection::new(Arc::new(config), server.address.ip().into())?;
-        Ok(Connection { stream: Box::new(StreamOwned::new(session, stream)), used: 0 })
+        Ok(Connection::over(Box::new(StreamOwned::new(session, stream))))
+    }
+
+    fn over(stream: Box<dyn Stream>) -> Self {
+        Connection { http: http::Connection::over(stream), used: 0 }
     }
 
     fn exchange(&mut self, request: &str) -> Result<Answer, Failure> {
         self.used += 1;
-        self.stream.write_all(request.as_bytes())?;
-        self.stream.flush()?;
-        let (mut text, mut chunk) = (Vec::new(), [0; 16 * 1024]);
-        loop {
-            match self.stream.read(&mut chunk)? {
-                0 => return Err("the server closed the connection".into()),
-                n => text.extend_from_slice(&chunk[..n]),
-            }
-            if let Some(answer) = whole_answer(std::str::from_utf8(&text)?)? {
-                return Ok(answer);
-            }
-        }
+        self.http.exchange(request)
     }
-}
-
-fn whole_answer(text: &str) -> Result<Option<Answer>, Failure> {
-    let Some((head, body)) = text.split_once("\r\n\r\n") else { return Ok(None) };
-    let field = |name: &str| {
-        let mut fields = head.lines().skip(1).filter_map(|line| line.split_once(": "));
-        fields.find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value)
-    };
-    let length: usize = field("Content-Length").ok_or("no length")?.parse()?;
-    if body.len() < length {
-        return Ok(None);
-    }
-    Ok(Some(Answer {
-        status: head.split(' ').nth(1).ok_or("no status")?.parse()?,
-        code: field("X-Error-Code").unwrap_or_default().to_owned(),
-        closes: field("Connection").is_some_and(|value| value.eq_ignore_ascii_case("close")),
-        body: body.to_owned(),
-    }))
 }
