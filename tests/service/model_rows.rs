@@ -1,5 +1,5 @@
-//! The rows of `token_model.py` on a real Redis: the interleavings that break the obvious way, staged
-//! with traps between the program and Redis. The tests are named after the rows.
+//! Rows 1 to 21 of the model in `docs/model/` on a real Redis: the interleavings that break the obvious
+//! way, staged with traps between the program and Redis. The tests are named after the rows.
 //!
 //! Not staged: 16 is a limit that is known and accepted; the schedules of 5b are in 5 and in
 //! `instances.rs` (fifty requests, two instances).

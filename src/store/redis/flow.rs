@@ -2,7 +2,8 @@
 //!
 //! A [`Flow`] is one round trip of one operation; `send` and `receive` stand beside each other, and
 //! `receive` names the next trip or the answer. The order of the commands in a trip matters: the
-//! value that decides is read last, after everything that could change it.
+//! value that decides is read last, after everything that could change it. What each rule of it is good
+//! for is shown by `docs/model/`, which tries every order of the commands with and without it.
 //!
 //! A line is a round trip; `CAS` is compare-and-set, `CAD` compare-and-delete.
 //!
