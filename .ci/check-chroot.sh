@@ -10,44 +10,31 @@
 # named; one for ARM runs under qemu-user-static, which is then in the root too. Needs root (chroot,
 # mount, unshare), redis-server with TLS, openssl and curl.
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+me="chroot"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/../scripts/lib.sh"
 bin=${1:-$root/dist/x86_64-unknown-linux-musl/mqtt-publisher-lite}
 dockerfile=$root/contrib/docker/Dockerfile
-work=$(mktemp -d)
-new=$work/root
 engine=
 redis=
+make_work
+new=$work/root
 
-finish() {
-    code=$?
-    trap - EXIT
+leave() {
     [ -z "$engine" ] || server_in "$engine" >"$work/server" 2>/dev/null || true
     for process in $(cat "$work/server" 2>/dev/null) $redis; do kill -KILL "$process" 2>/dev/null || true; done
     wait
     [ "$code" -eq 0 ] || [ ! -e "$work/log" ] || sed 's/^/server: /' "$work/log" >&2
     umount "$new/data" 2>/dev/null || true
     umount "$new" 2>/dev/null || true
-    rm -rf "$work"
-    exit "$code"
 }
+
 # server_in ENGINE: the process that it started, by its number outside.
 server_in() { tr -d ' ' <"/proc/$1/task/$1/children"; }
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-fail() {
-    echo "chroot: $*" >&2
-    exit 1
-}
-
-ok() { echo "ok: $*"; }
 
 [ "$(id -u)" -eq 0 ] || fail "chroot, mount and unshare need root"
 [ -x "$bin" ] || fail "no program at $bin: scripts/build-static.sh makes it"
-for tool in file redis-server openssl curl chroot mount unshare; do
-    command -v $tool >/dev/null 2>&1 || fail "$tool is not installed"
-done
+tools file redis-server openssl curl chroot:coreutils mount unshare:util-linux
 
 # of INSTRUCTION: what stands behind it in the Dockerfile.
 of() { sed -n "s/^$1 //p" "$dockerfile"; }
@@ -91,11 +78,6 @@ openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=re
     -keyout redis.key -out redis.csr 2>/dev/null
 echo 'subjectAltName=DNS:redis.chroot.test' >san
 openssl x509 -req -in redis.csr -CA ca.crt -CAkey ca.key -days 2 -extfile san -out redis.crt 2>/dev/null
-free_port() {
-    port=$1
-    while curl --silent --max-time 1 "http://127.0.0.1:$port/" >/dev/null 2>&1; do port=$((port + 1)); done
-    echo "$port"
-}
 port=$(free_port $((20000 + $$ % 6000)))
 redis_port=$(free_port $((26000 + $$ % 6000)))
 redis-server --port 0 --tls-port "$redis_port" --tls-cert-file redis.crt --tls-key-file redis.key \
@@ -131,8 +113,8 @@ stop() {
     engine=
 }
 
-# healthy: what the health check says, by its exit code.
-healthy() {
+# healthy_inside: what the health check says, by its exit code.
+healthy_inside() {
     # shellcheck disable=SC2086 # a command and its arguments
     (inside $check) 2>"$work/unhealthy"
 }
@@ -140,13 +122,7 @@ healthy() {
 settings="HTTP_HOST=127.0.0.1 PORT=$port REDIS_HOST=redis.chroot.test REDIS_PORT=$redis_port"
 settings="$settings REDIS_TLS=true REDIS_TLS_CA=/etc/redis-ca.crt REDIS_PASSWORD=secret-of-redis"
 start
-tries=0
-until healthy; do
-    kill -0 "$engine" 2>/dev/null || fail "the server ended at its start"
-    tries=$((tries + 1))
-    [ "$tries" -lt 100 ] || fail "the server does not answer"
-    sleep 0.1
-done
+await "the health check is content" "$engine" healthy_inside
 ok "the health check"
 curl --silent --fail "http://127.0.0.1:$port/health" >"$work/health"
 grep -q '"storage":"redis"' "$work/health" || fail "not with Redis: $(cat "$work/health")"
@@ -168,17 +144,13 @@ stop
 if grep -i 'no such file' "$work/log" >&2; then fail "it misses a file"; fi
 ok "an orderly end"
 code=0
-healthy || code=$?
+healthy_inside || code=$?
 [ $code -eq 1 ] || fail "the health check of a server that is gone ends with $code, for an engine that is 1"
 ok "the health check fails: $(tail -1 "$work/unhealthy")"
 settings="$settings REDIS_TLS_CA="
 start
-tries=0
-until grep -qi 'Failed to connect to Redis: .*certificate' "$work/log"; do
-    tries=$((tries + 1))
-    [ "$tries" -lt 100 ] || fail "with the public roots a private CA must be refused"
-    sleep 0.1
-done
+refuses_redis() { grep -qi 'Failed to connect to Redis: .*certificate' "$work/log"; }
+await "a private CA is refused where the public roots count" "$engine" refuses_redis
 ok "with the public roots, which are built in, the private CA is refused"
 stop
 echo "chroot: all passed"

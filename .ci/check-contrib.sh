@@ -9,60 +9,22 @@
 # to others; on Debian it installs missing tools. The Dockerfile is tried by .ci/check-chroot.sh,
 # which has a static program.
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+me="contrib"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/../scripts/lib.sh"
 contrib=$root/contrib
 # Most that `systemd-analyze security` may find wanting, in tenths of its points (0 is best, 100 worst).
 threshold=12
-work=$(mktemp -d)
 server=
+make_work
 
-finish() {
-    code=$?
-    trap - EXIT
+leave() {
     # strace does not end for a signal, but when the program does that it watches.
     [ -z "$server" ] || kill "$(sed -n '1s/ .*//p' "$work/trace")" 2>/dev/null || true
-    rm -rf "$work"
-    exit "$code"
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-fail() {
-    echo "contrib: $*" >&2
-    exit 1
 }
 
-ok() { echo "ok: $*"; }
-
-has() { command -v "$1" >/dev/null 2>&1; }
-
-missing() {
-    has systemd-analyze || echo systemd
-    has shellcheck || echo shellcheck
-    has strace || echo strace
-    has monit || echo monit
-    has curl || echo curl
-    has openssl || echo openssl
-}
-
-packages=$(missing | tr '\n' ' ')
-if [ -n "$packages" ]; then
-    if ! has apt-get || [ "$(id -u)" -ne 0 ]; then
-        fail "missing: $packages(these are Debian's names; as root on Debian, this script installs them)"
-    fi
-    apt-get update -qq
-    # shellcheck disable=SC2086 # one word for each package
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
-fi
-
-build=${CARGO_TARGET_DIR:-$root/target}
-bin=${MPL_BIN:-}
-for candidate in "$build/release/mqtt-publisher-lite" "$build/debug/mqtt-publisher-lite"; do
-    [ -n "$bin" ] || [ ! -x "$candidate" ] || bin=$candidate
-done
-[ -n "$bin" ] || fail "no program: build it or set MPL_BIN"
-case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
+tools systemd-analyze:systemd shellcheck strace monit curl openssl
+find_service
 
 # --- systemd: the units as they are, with this program in its place.
 units=$work/units
@@ -156,8 +118,7 @@ filter @system-service | sort -u >"$work/allowed"
 # @privileged holds @chown, which also unprivileged programs call; what is denied is denied.
 comm -23 "$work/allowed" "$work/denied" >"$work/permitted"
 printf '%s\n' execve getrlimit prlimit64 >>"$work/permitted"
-port=$((20000 + $$ % 12000))
-while curl --silent --max-time 1 "http://127.0.0.1:$port/" >/dev/null 2>&1; do port=$((port + 1)); done
+port=$(free_port $((20000 + $$ % 12000)))
 # In the unit's mask, too: the broker must be able to read what it reads, and nobody the keys.
 (
     umask 077
@@ -166,13 +127,7 @@ while curl --silent --max-time 1 "http://127.0.0.1:$port/" >/dev/null 2>&1; do p
         strace -f -qq -o "$work/trace" "$bin"
 ) 2>"$work/log" &
 server=$!
-tries=0
-until curl --silent --fail --max-time 2 --output /dev/null "http://127.0.0.1:$port/health"; do
-    kill -0 "$server" 2>/dev/null || fail "the server ended at its start: $(cat "$work/log")"
-    tries=$((tries + 1))
-    [ "$tries" -lt 200 ] || fail "the server does not answer"
-    sleep 0.1
-done
+await "the server answers" "$server" healthy "$port"
 "$root/scripts/smoke.sh" "http://127.0.0.1:$port" >/dev/null || fail "the smoke test"
 # What monit would run every cycle, as root, on this server and on none: no value may run as a command.
 # shellcheck disable=SC2016 # to be expanded by nobody

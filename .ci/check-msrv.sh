@@ -8,23 +8,20 @@
 # dependency asks for a newer Rust (tests/house/architecture.rs), and by clippy's incompatible_msrv that
 # nothing newer than that version is used of the standard library.
 set -eu
-cd "$(dirname "$0")/.."
+me="msrv"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/../scripts/lib.sh"
+cd "$root"
 msrv=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' Cargo.toml)
-[ -n "$msrv" ] || { echo "Cargo.toml names no rust-version" >&2; exit 1; }
+[ -n "$msrv" ] || fail "Cargo.toml names no rust-version"
 
-if ! command -v rustup >/dev/null 2>&1; then
-    echo "rustup is needed to have Rust $msrv beside the one installed" >&2
-    exit 1
-fi
+has rustup || fail "rustup is needed to have Rust $msrv beside the one installed"
 if ! rustup run "$msrv" rustc --version >/dev/null 2>&1; then
-    if [ "${1:-}" != --install ]; then
-        echo "Rust $msrv is not installed: .ci/check-msrv.sh --install" >&2
-        exit 1
-    fi
+    [ "${1:-}" = --install ] || fail "Rust $msrv is not installed: .ci/check-msrv.sh --install"
     rustup toolchain install "$msrv" --profile minimal --no-self-update
 fi
 
 # A folder of its own: two compilers in one would rebuild everything at every turn.
-CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/msrv rustup run "$msrv" \
+CARGO_TARGET_DIR=$build/msrv rustup run "$msrv" \
     cargo check --locked --workspace --all-targets
 echo "compiles with Rust $msrv"

@@ -18,47 +18,31 @@
 # target/release, else target/debug. A page that names Redis gets one. It needs curl and what the page
 # uses.
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+me="page"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/../scripts/lib.sh"
 page=${1:-$root/README.md}
 page=$(cd "$(dirname "$page")" && pwd)/$(basename "$page")
-name=$(basename "$page")
-work=$(mktemp -d)
+me=$(basename "$page")
+make_work
 
-# end PORT: stops what was started to listen there.
-end() {
+# end_group PORT: stops what was started to listen there.
+end_group() {
     [ -e "$work/pid.$1" ] || return 0
     kill -- "-$(cat "$work/pid.$1")"
     while kill -0 -- "-$(cat "$work/pid.$1")" 2>/dev/null; do sleep 0.05; done
     rm "$work/pid.$1"
 }
 
-finish() {
-    code=$?
-    trap - EXIT
+leave() {
     for file in "$work"/pid.*; do
         [ -e "$file" ] || continue
-        end "${file##*.}" 2>/dev/null || true
+        end_group "${file##*.}" 2>/dev/null || true
         [ "$code" -eq 0 ] || sed "s/^/${file##*.}: /" "$work/log.${file##*.}" >&2
     done
-    rm -rf "$work"
-    exit "$code"
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-fail() {
-    echo "$name: $*" >&2
-    exit 1
 }
 
-build=${CARGO_TARGET_DIR:-$root/target}
-bin=${MPL_BIN:-}
-for candidate in "$build/release/mqtt-publisher-lite" "$build/debug/mqtt-publisher-lite"; do
-    [ -n "$bin" ] || [ ! -x "$candidate" ] || bin=$candidate
-done
-[ -n "$bin" ] || fail "no program: build it or set MPL_BIN"
-case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
+find_service
 
 # One file for each block, named by its number and what it is: 01.run, 02.server.3002 …
 awk -v dir="$work" '
@@ -81,7 +65,7 @@ last=$((20000 + $$ % 12000))
 : >"$work/ports"
 for port in 6379 $(find "$work" -name '*.server.*' | sed 's/.*\.//' | sort -u); do
     last=$((last + 1))
-    while curl --silent --max-time 1 "http://127.0.0.1:$last/" >/dev/null 2>&1; do last=$((last + 1)); done
+    last=$(free_port "$last")
     echo "$port $last" >>"$work/ports"
     for block in "$work"/[0-9]*; do
         sed "1!{ s/\\([^0-9]\\)$port\\([^0-9]\\)/\\1$last\\2/g; s/\\([^0-9]\\)$port\$/\\1$last/; }" "$block" >"$work/new"
@@ -114,16 +98,10 @@ export PATH ONBOARDING_API_KEY ADMIN_API_KEY
 begin() {
     here=$1
     shift
-    end "$here"
+    end_group "$here"
     (cd "$work/run" && exec setsid "$@") >>"$work/log.$here" 2>&1 &
     echo $! >"$work/pid.$here"
-    tries=0
-    until listens "$here"; do
-        kill -0 "$(cat "$work/pid.$here")" 2>/dev/null || fail "what is to listen on $here has ended"
-        tries=$((tries + 1))
-        [ "$tries" -lt 100 ] || fail "nobody listens on $here"
-        sleep 0.1
-    done
+    await "somebody listens on $here" "$(cat "$work/pid.$here")" listens "$here"
 }
 
 listens() {
@@ -142,7 +120,7 @@ serve() {
     begin "$(port "${served##*.}")" env -i PATH="$PATH" PORT="$(port 3002)" ${redis:+"$redis"} "$@" sh -eu "$served"
     # The service listens before it has found its Redis.
     ! grep -q 'cargo run\|/mqtt-publisher-lite$' "$served" ||
-        await "it is ready" ready "$(port "${served##*.}")"
+        await "it is ready" "$(cat "$work/pid.$here")" ready "$here"
 }
 
 ready() {
@@ -150,18 +128,6 @@ ready() {
         ! curl --silent --fail --insecure --max-time 2 --output "$work/answer" "$scheme://127.0.0.1:$1/ready" || return 0
     done
     return 1
-}
-
-# await WHAT COMMAND…: runs the command until it succeeds, for ten seconds at most.
-await() {
-    what=$1
-    shift
-    tries=0
-    until "$@"; do
-        tries=$((tries + 1))
-        [ "$tries" -lt 100 ] || fail "waited in vain until $what"
-        sleep 0.1
-    done
 }
 
 # accept FILE: what check-config says of the settings of a block; files that they name are made.
@@ -209,4 +175,4 @@ fi
     done
 ) &
 wait $! || fail "a command failed, see above"
-echo "$name: $blocks blocks ran"
+echo "$me: $blocks blocks ran"

@@ -15,76 +15,43 @@
 #   ATTACK_NOTES  a file for what the attackers themselves report
 # It needs slowhttptest (on Debian, as root, it is installed), 2 GB of memory, and 20,000 descriptors.
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+me="attack"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
 seconds=${1:-15}
 path=${2:-/api/v1/crl}
 only=${ATTACK_ONLY:-*}
-work=$(mktemp -d)
 server=
 twin=
-: >"$work/notes"
 failed=0
+make_work
+: >"$work/notes"
 
 stop_servers() {
-    for process in $server $twin; do
-        kill "$process" 2>/dev/null || true
-        wait "$process" 2>/dev/null || true
-    done
+    # shellcheck disable=SC2086 # those that run
+    end $server $twin
     server=
     twin=
 }
 
-finish() {
-    code=$?
-    trap - EXIT
+leave() {
     [ "$code" -eq 0 ] || [ ! -s "$work/server.log" ] || sed 's/^/server: /' "$work/server.log" >&2
     stop_servers
-    rm -rf "$work"
-    exit "$code"
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-fail() {
-    echo "attack: $*" >&2
-    exit 1
 }
 
-if ! command -v slowhttptest >/dev/null 2>&1 && [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slowhttptest >/dev/null
-fi
-for tool in slowhttptest curl prlimit; do
-    command -v "$tool" >/dev/null 2>&1 || fail "$tool is not installed"
-done
+tools slowhttptest curl prlimit:util-linux
 
-build=${CARGO_TARGET_DIR:-$root/target}/release
 # Built together, so that what both need is built once.
 if [ -z "${MPL_BIN:-}" ] || [ -z "${ATTACK_BIN:-}" ]; then
     (cd "$root" && nice cargo build --locked --release -p mqtt-publisher-lite -p tools --bin mqtt-publisher-lite --bin attack)
 fi
-bin=${MPL_BIN:-$build/mqtt-publisher-lite}
-attack=${ATTACK_BIN:-$build/attack}
-for file in "$bin" "$attack"; do
-    [ -x "$file" ] || fail "no program $file"
-done
-case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
-case $attack in /*) ;; *) attack=$PWD/$attack ;; esac
+bin=$(program "${MPL_BIN:-$build/release/mqtt-publisher-lite}")
+attack=$(program "${ATTACK_BIN:-$build/release/attack}")
 
 # The attacked server's limit on open files, when it has another than ours.
 files=
 # A variable for it.
 setting=
-
-# free_port FIRST: a port from there on that nobody answers on.
-free_port() {
-    free=$1
-    while curl --silent --max-time 1 "http://127.0.0.1:$free/" >/dev/null 2>&1; do
-        free=$((free + 1))
-    done
-    echo "$free"
-}
 
 start_server() {
     port=$(free_port $((20000 + $$ % 6000)))
@@ -93,7 +60,7 @@ start_server() {
     env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$port" DATA_DIR="$work/data" \
         ${setting:+"$setting"} ${files:+prlimit "--nofile=$files"} "$bin" >"$work/server.log" 2>&1 &
     server=$!
-    await "$server" "$port"
+    await "the server answers" "$server" healthy "$port"
 }
 
 # The one that nobody attacks.
@@ -103,21 +70,7 @@ start_twin() {
     env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$twin_port" DATA_DIR="$work/twin" \
         "$bin" >"$work/twin.log" 2>&1 &
     twin=$!
-    await "$twin" "$twin_port"
-}
-
-await() {
-    tries=0
-    until answers "$2"; do
-        kill -0 "$1" 2>/dev/null || fail "a server ended at its start"
-        tries=$((tries + 1))
-        [ "$tries" -lt 100 ] || fail "a server does not answer"
-        sleep 0.1
-    done
-}
-
-answers() {
-    curl --silent --fail --max-time 2 --output /dev/null "http://127.0.0.1:$1/health"
+    await "the other one answers" "$twin" healthy "$twin_port"
 }
 
 # A CA with so many revoked certificates that its CRL has half a megabyte.
@@ -179,7 +132,7 @@ row() {
     wait "$attacker" || true
     wait "$beside" || true
     verdict=ok
-    answers "$port" || verdict="does not answer"
+    healthy "$port" || verdict="does not answer"
     line=$(sed -n 's/^probe: count //p' "$work/probe")
     # shellcheck disable=SC2086 # words of: COUNT failures N p50 X p99 X max X ms
     set -- "$1" "$2" $line

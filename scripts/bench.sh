@@ -16,8 +16,10 @@
 # It needs Rust, python3, redis-server, redis-benchmark, redis-cli, wrk and openssl (Debian's names:
 # python3 redis-server redis-tools wrk openssl).
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
-build=yes
+me="bench"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+compile=yes
 quick=
 rounds=5
 out=$root/docs
@@ -28,7 +30,7 @@ while [ $# -gt 0 ]; do
             rounds=${2:?"--rounds needs a number"}
             shift
             ;;
-        --no-build) build= ;;
+        --no-build) compile= ;;
         --out)
             out=${2:?"--out needs a folder"}
             shift
@@ -41,22 +43,19 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-for tool in cargo python3 redis-server redis-benchmark redis-cli wrk openssl; do
-    command -v "$tool" >/dev/null 2>&1 || { echo "missing: $tool" >&2; exit 1; }
-done
+has cargo || fail "cargo is not installed"
+tools python3 redis-server redis-benchmark:redis-tools redis-cli:redis-tools wrk openssl
 
-target=${CARGO_TARGET_DIR:-$root/target}
-case $target in /*) ;; *) target=$PWD/$target ;; esac
 cd "$root"
-if [ -n "$build" ]; then
+if [ -n "$compile" ]; then
     cargo build --locked --release -p mqtt-publisher-lite -p tools --bins
-    CARGO_TARGET_DIR=$target/peer cargo build --locked --release \
+    CARGO_TARGET_DIR=$build/peer cargo build --locked --release \
         --manifest-path tools/peer/Cargo.toml
 fi
 mkdir -p "$out"
 exec python3 tools/measure.py \
-    --program "${MPL_BIN:-$target/release/mqtt-publisher-lite}" \
+    --program "${MPL_BIN:-$build/release/mqtt-publisher-lite}" \
     --unbatched "${MPL_UNBATCHED:-}" \
-    --tools "$target/release" \
-    --peer "$target/peer/release/peer" \
+    --tools "$build/release" \
+    --peer "$build/peer/release/peer" \
     --out "$out" --rounds "$rounds" $quick

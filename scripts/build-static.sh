@@ -16,24 +16,10 @@
 #   SMOKE=0       does not run what was built
 #   STD=...       where the standard library comes from: rust-src, debian, or prebuilt (by rustup)
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
-build=${CARGO_TARGET_DIR:-$root/target}
+me="build-static"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
 name=mqtt-publisher-lite
-
-fail() {
-    echo "build-static: $*" >&2
-    exit 1
-}
-
-has() { command -v "$1" >/dev/null 2>&1; }
-
-debian() {
-    if ! has apt-get || [ "$(id -u)" -ne 0 ]; then
-        fail "missing: $* (these are Debian's names; as root on Debian, this script installs them)"
-    fi
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
-}
 
 case ${1:-x86_64} in
     x86_64 | x86_64-unknown-linux-musl) target=x86_64-unknown-linux-musl machine=x86-64 qemu=x86_64 ;;
@@ -148,9 +134,13 @@ MPL_BIN=$run "$root/scripts/smoke.sh"
 
 # --- What it takes, idle: tokens in memory, and a CA that is there already.
 [ "$run" = "$dist/$name" ] || exit 0
-work=$(mktemp -d)
 server=
-trap '[ -z "$server" ] || kill "$server"; rm -rf "$work"' EXIT
+make_work
+
+leave() {
+    [ -z "$server" ] || end "$server"
+}
+
 for start in first second; do
     env -i DATA_DIR="$work/data" HTTP_HOST=127.0.0.1 PORT=$((20000 + $$ % 12000)) "$run" 2>"$work/log" &
     server=$!

@@ -8,20 +8,20 @@
 # program; else target/release. Wants curl and openssl, and some 700 MB below TMPDIR, since each
 # certificate is a file.
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+me="record-scale"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
 count=${1:-100000}
 revoked=${2:-10000}
-bin=${MPL_BIN:-${CARGO_TARGET_DIR:-$root/target}/release/mqtt-publisher-lite}
-[ -x "$bin" ] || { echo "no program $bin: cargo build --release, or set MPL_BIN" >&2; exit 1; }
-work=$(mktemp -d)
+bin=$(program "${MPL_BIN:-$build/release/mqtt-publisher-lite}")
 server=
-finish() {
-    [ -z "$server" ] || kill "$server" 2>/dev/null || true
-    rm -rf "$work"
+make_work
+
+leave() {
+    [ -z "$server" ] || end "$server"
 }
-trap finish EXIT
-trap 'exit 1' INT TERM
-port=$((20000 + $$ % 12000))
+
+port=$(free_port $((20000 + $$ % 12000)))
 url=http://127.0.0.1:$port
 admin=record-scale-admin-key
 
@@ -31,7 +31,7 @@ start() {
     env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$port" DATA_DIR="$work/data" ADMIN_API_KEY=$admin \
         "$bin" >>"$work/log" 2>&1 &
     server=$!
-    until curl --silent --fail --output /dev/null "$url/health"; do
+    until healthy "$port"; do
         kill -0 "$server" 2>/dev/null || { cat "$work/log" >&2; exit 1; }
         sleep 0.005
     done

@@ -11,39 +11,23 @@
 #   CURL_CA_BUNDLE        the CA of a server that speaks HTTPS (read by curl itself)
 #   SMOKE_DEVICE          the device's name; else a new one for each run
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+me="smoke"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
 url=${1:-}
 device=${SMOKE_DEVICE:-smoke-$(date +%s)-$$}
-work=$(mktemp -d)
 server=
+make_work
 
-finish() {
-    code=$?
-    trap - EXIT
-    if [ -n "$server" ]; then
-        kill "$server" 2>/dev/null || true
-        wait "$server" 2>/dev/null || true
-        [ "$code" -eq 0 ] || sed 's/^/server: /' "$work/server.log" >&2
-    fi
-    rm -rf "$work"
-    [ "$code" -eq 0 ] || echo "smoke test FAILED" >&2
-    exit "$code"
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-fail() {
-    echo "FAILED: $*" >&2
+leave() {
+    [ -z "$server" ] || end "$server"
+    [ "$code" -ne 0 ] || return 0
     [ ! -s "$work/body" ] || printf 'answer: %s\n' "$(cat "$work/body")" >&2
-    exit 1
+    [ -z "$server" ] || sed 's/^/server: /' "$work/server.log" >&2
+    echo "smoke test FAILED" >&2
 }
 
-ok() { echo "ok: $*"; }
-
-for tool in curl openssl; do
-    command -v "$tool" >/dev/null 2>&1 || fail "$tool is not installed"
-done
+tools curl openssl
 
 # request STATUS PATH [JSON [AUTHORIZATION]]: asks and leaves the body in $work/body.
 request() {
@@ -75,32 +59,14 @@ field() {
 # code CODE: the answer is this error.
 code() { [ "$(field code)" = "$1" ] || fail "code $(field code), expected $1"; }
 
-free_port() {
-    port=$((20000 + $$ % 12000))
-    while curl --silent --max-time 1 "http://127.0.0.1:$port/" >/dev/null 2>&1; do
-        port=$((port + 1))
-    done
-    echo "$port"
-}
-
 start_server() {
-    bin=${MPL_BIN:-}
-    for candidate in "${CARGO_TARGET_DIR:-$root/target}/release" "${CARGO_TARGET_DIR:-$root/target}/debug"; do
-        [ -n "$bin" ] || [ ! -x "$candidate/mqtt-publisher-lite" ] || bin=$candidate/mqtt-publisher-lite
-    done
-    [ -n "$bin" ] || fail "no program: build it (cargo build --release) or set MPL_BIN"
-    port=$(free_port)
+    find_service
+    port=$(free_port $((20000 + $$ % 12000)))
     url=http://127.0.0.1:$port
     env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$port" DATA_DIR="$work/data" \
         "$bin" >"$work/server.log" 2>&1 &
     server=$!
-    tries=0
-    until curl --silent --fail --max-time 2 --output /dev/null "$url/health"; do
-        kill -0 "$server" 2>/dev/null || fail "the server ended at its start"
-        tries=$((tries + 1))
-        [ "$tries" -lt 100 ] || fail "the server does not answer"
-        sleep 0.1
-    done
+    await "the server answers" "$server" healthy "$port"
 }
 
 [ -n "$url" ] || start_server

@@ -32,7 +32,9 @@
 #              certificates, live tokens, keys
 # It needs redis-server, redis-cli and curl.
 set -eu
-root=$(cd "$(dirname "$0")/.." && pwd)
+me="soak"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
 outage=
 case ${1:-} in
     --outage)
@@ -52,61 +54,32 @@ rate=${RATE:-500}
 limit=${LIMIT:-32}
 record=200
 every=5
-release=${CARGO_TARGET_DIR:-$root/target}/release
-bin=${MPL_BIN:-$release/mqtt-publisher-lite}
-load=${SOAK_BIN:-$release/soak}
-work=$(mktemp -d)
 redis=
 servers=
 loading=
+make_work
 
-finish() {
-    code=$?
-    trap - EXIT
-    for process in $loading $servers $redis; do
-        kill "$process" 2>/dev/null || true
-        wait "$process" 2>/dev/null || true
-    done
-    rm -rf "$work"
-    exit "$code"
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-fail() {
-    echo "soak: $*" >&2
-    exit 1
+leave() {
+    # shellcheck disable=SC2086 # those that run
+    end $loading $servers $redis
+    [ "$code" -eq 0 ] || tail -n 1 "$work"/log.* "$work/redis.log" >&2
 }
 
 [ "$minutes" -ge 3 ] || fail "less than three minutes show nothing"
-for file in "$bin" "$load"; do
-    [ -x "$file" ] || fail "no program $file: cargo build --release -p mqtt-publisher-lite -p tools --bin mqtt-publisher-lite --bin soak"
-done
-for tool in redis-server redis-cli curl; do
-    command -v "$tool" >/dev/null 2>&1 || fail "$tool is not installed"
-done
-case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
-
-# free_port FIRST: a port from there on that nobody answers on.
-free_port() {
-    free=$1
-    while curl --silent --max-time 1 "http://127.0.0.1:$free/" >/dev/null 2>&1 ||
-        redis-cli -p "$free" ping >/dev/null 2>&1; do
-        free=$((free + 1))
-    done
-    echo "$free"
-}
+[ -n "${MPL_BIN:-}${SOAK_BIN:-}" ] || [ -x "$build/release/soak" ] ||
+    fail "cargo build --release -p mqtt-publisher-lite -p tools --bin mqtt-publisher-lite --bin soak"
+bin=$(program "${MPL_BIN:-$build/release/mqtt-publisher-lite}")
+load=$(program "${SOAK_BIN:-$build/release/soak}")
+tools redis-server redis-cli:redis-tools curl
 
 ask_redis() { redis-cli -p "$redis_port" "$@"; }
+
+answers_redis() { ask_redis ping >/dev/null 2>&1; }
 
 start_redis() {
     redis-server --port "$redis_port" --bind 127.0.0.1 --save '' --appendonly no --dir "$work" >>"$work/redis.log" &
     redis=$!
-    until ask_redis ping >/dev/null 2>&1; do
-        kill -0 "$redis" 2>/dev/null || fail "Redis ended at its start: $(tail -1 "$work/redis.log")"
-        sleep 0.1
-    done
+    await "Redis answers" "$redis" answers_redis
 }
 
 # start TTL [NAME=VALUE …]: an instance; its process id is in $started, its URL in $url.
@@ -122,14 +95,10 @@ start() {
         ONBOARDING_RATE_LIMIT=60 "$@" "$bin" >"$work/log.$ttl" 2>&1 &
     started=$!
     servers="$servers $started"
-    tries=0
-    until answer=$(health "$url") && echo "$answer" | grep -q '"storage":"redis"'; do
-        kill -0 "$started" 2>/dev/null || fail "an instance ended at its start: $(tail -1 "$work/log.$ttl")"
-        tries=$((tries + 1))
-        [ "$tries" -lt 100 ] || fail "an instance does not find Redis: $(tail -1 "$work/log.$ttl")"
-        sleep 0.1
-    done
+    await "an instance finds Redis" "$started" is_on_redis "$url"
 }
+
+is_on_redis() { health "$1" | grep -q '"storage":"redis"'; }
 
 health() { curl --silent --fail --insecure --max-time 2 "$1/health"; }
 

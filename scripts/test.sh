@@ -8,50 +8,14 @@
 # missing ones are installed by apt-get; elsewhere this says what is missing and fails. No test is
 # ever skipped.
 set -eu
-cd "$(dirname "$0")/.."
-build=${CARGO_TARGET_DIR:-target}
-
-has() { command -v "$1" >/dev/null 2>&1; }
-
-# The Debian packages of the commands that are missing.
-missing() {
-    has redis-server || echo redis-server
-    has redis-cli || echo redis-tools
-    has mosquitto || echo mosquitto
-    has mosquitto_pub || echo mosquitto-clients
-    has busybox || echo busybox
-    has prlimit && has setpriv || echo util-linux
-    has promtool || echo prometheus
-    has openssl || echo openssl
-    has curl || echo curl
-    has faketime || echo faketime
-    has shellcheck || echo shellcheck
-    has cc || echo gcc
-    python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || echo python3-venv
-}
-
-install() {
-    if ! has apt-get || [ "$(id -u)" -ne 0 ]; then
-        echo "missing: $* (these are Debian's names; as root on Debian, this script installs them)" >&2
-        exit 1
-    fi
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
-}
-
-packages=$(missing)
-# shellcheck disable=SC2086 # one word for each package
-[ -z "$packages" ] || install $packages
-packages=$(missing)
-if [ -n "$packages" ]; then
-    echo "still missing after the installation: $packages" >&2
-    exit 1
-fi
-
-if ! has cargo; then
-    echo "missing: cargo (Rust, with rustfmt and clippy)" >&2
-    exit 1
-fi
+me="test"
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+cd "$root"
+tools redis-server redis-cli:redis-tools mosquitto mosquitto_pub:mosquitto-clients busybox \
+    prlimit:util-linux setpriv:util-linux promtool:prometheus openssl curl faketime shellcheck cc:gcc
+python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || debian python3-venv
+has cargo || fail "missing: cargo (Rust, with rustfmt and clippy)"
 
 venv=$build/venv
 if ! "$venv/bin/python" -c 'import jwt' >/dev/null 2>&1; then
