@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::ca::csr::Csr;
-use crate::ca::identity::{self, IdentityError};
+use crate::ca::identity::IdentityError;
 use crate::ca::issuer::{Issuer, Leaf};
 use crate::ca::publisher::Publisher;
 use crate::ca::registry::{Entries, Record, Redeemed, RegistryError};
@@ -24,8 +24,8 @@ use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
-use crate::store::ledger::Ledger;
-use crate::store::{Answer, Kill, Op, Outcome, Status, StoreError, TokenStore};
+use crate::store::ledger::{Known, Ledger};
+use crate::store::{Answer, Dead, Kill, Killed, Op, Outcome, Status, StoreError, TokenStore};
 
 /// Certificates of one device that are neither expired nor revoked, at which it gets no further one
 /// by renewal: a client that renews in a loop must not fill the disk.
@@ -336,7 +336,7 @@ impl Provisioner {
         let decided: Vec<Decided> =
             jobs.into_iter().map(|job| self.decide(job, &mut answers, &mut left, now)).collect();
         let mut done = self.record(decided, &mut left, now);
-        self.publish_revoked(&mut done, &left.superseded);
+        self.publish_revoked(&mut done, &left);
         self.publisher.watch_record(clock::now());
         if !left.back.is_empty() {
             self.store.run(&left.back, clock::now());
@@ -367,7 +367,7 @@ impl Provisioner {
                 Err(problem) => Decided::Done(Err(problem)),
             },
             Job::Renew(renew) => Decided::Granted(Grant::Certificate(renew)),
-            Job::Revoke(revoke) => Decided::Done(self.revoked(revoke, answer())),
+            Job::Revoke(revoke) => Decided::Done(self.revoked(revoke, answer(), left)),
             Job::Count => Decided::Done(match answer() {
                 Ok(Outcome::Counted(count)) => Ok(Done::Counted(count)),
                 other => Err(unexpected(other)),
@@ -409,45 +409,47 @@ impl Provisioner {
         Ok(Done::Issued(token))
     }
 
-    fn revoked(&self, revoke: Revoke, answer: Answer) -> Result<Done, Problem> {
+    /// What can be done here is done first, and an error says so beside what it is about.
+    fn revoked(&self, revoke: Revoke, answer: Answer, left: &mut Left) -> Result<Done, Problem> {
         let Revoke { device, client } = revoke;
-        let killed = match answer {
-            Ok(Outcome::Killed(dead)) => dead,
+        let Killed { dead, known, .. } = match answer {
+            Ok(Outcome::Killed(killed)) => *killed,
             other => return Err(unexpected(other)),
         };
-        if let Some(dead) = &killed {
+        let registry = self.ca().registry();
+        // One whose certificate is recorded was used up; its keys were about to go.
+        let dead = dead.filter(|dead| !registry.knows_token(&dead.hash));
+        if let Some(dead) = &dead {
             self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, by {client}", dead.hash.short());
         }
-        let serials = self.ca().registry().revoke(&device, clock::now())?;
+        let serials = registry.revoke(&device, clock::now())?;
+        left.revoked |= !serials.is_empty();
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
             log::info!("certificate {serial} of {device} revoked, by {client}");
         }
-        if serials.is_empty() && killed.is_none() && !self.is_owed(&device) {
-            let status = self.store.status();
-            if status.redis_enabled && !status.redis_serves {
-                // If there is a token, it dies when Redis is back; whether there is, nobody knows.
-                let why = format!("device {device}: its token is looked for when Redis is back");
-                return Err(Problem::from(Code::ServiceUnavailable).log(why));
-            }
-            return Err(no_certificate());
+        if !known.redeemed_elsewhere.is_empty() || known.unsure {
+            return Err(not_everywhere(&known, &serials, dead.as_ref()));
         }
-        Ok(Done::Revoked(device))
-    }
-
-    /// The device's certificate is revoked, but the list that says so could not be published: then a
-    /// second attempt is answered like the first, not that there is nothing to revoke.
-    fn is_owed(&self, device: &DeviceId) -> bool {
-        let newest = || self.ca().registry().newest(device);
-        self.publisher.failure().is_some() && newest().is_some_and(|r| r.revoked_at.is_some())
+        if known.any || dead.is_some() || registry.knows_device(&device) {
+            return Ok(Done::Revoked(device));
+        }
+        let status = self.store.status();
+        if status.redis_enabled && !status.redis_serves {
+            // If there is a token, it dies when Redis is back; whether there is, nobody knows.
+            let why = format!("device {device}: its token is looked for when Redis is back");
+            return Err(Problem::from(Code::ServiceUnavailable).log(why));
+        }
+        Err(no_certificate())
     }
 
     /// Revokes what was renewed, and publishes one list for all that the batch has revoked. A
     /// revocation that no broker can learn of is no success; it is tried again by itself.
-    fn publish_revoked(&self, done: &mut [Result<Done, Problem>], superseded: &[Serial]) {
-        let mut changed = done.iter().any(|done| matches!(done, Ok(Done::Revoked(_))));
-        match self.ca().registry().revoke_these(superseded, clock::now()) {
+    fn publish_revoked(&self, done: &mut [Result<Done, Problem>], left: &Left) {
+        let mut changed =
+            left.revoked || done.iter().any(|done| matches!(done, Ok(Done::Revoked(_))));
+        match self.ca().registry().revoke_these(&left.superseded, clock::now()) {
             Ok(serials) => {
                 self.metrics.certificates_revoked.add(serials.len() as u64);
                 serials
@@ -552,7 +554,7 @@ impl Provisioner {
     fn judge_again(&self, renew: &Renew, now: Now) -> Result<(), IdentityError> {
         let record = self.ca().registry().by_serial(&renew.old.serial);
         let record = record.ok_or(IdentityError::NotOurs("gone from the record"))?;
-        identity::still_counts(&record, self.rules.renew_after_expiry_days, now)
+        self.ca().still_counts(&record, self.rules.renew_after_expiry_days, now)
     }
 
     fn count(&self, grant: &Grant) {
@@ -606,6 +608,8 @@ struct Left {
     after: Vec<Op>,
     /// Certificates that were renewed and must be revoked.
     superseded: Vec<Serial>,
+    /// Something was revoked that a new list has to name.
+    revoked: bool,
 }
 
 impl Job {
@@ -618,7 +622,8 @@ impl Job {
             Job::Renew(_) => return None,
             // Whatever its `iat` says: another instance's clock may be ahead.
             Job::Revoke(Revoke { device, .. }) => {
-                Op::Kill(Kill { device: device.clone(), issued_by_s: u64::MAX, spare: None })
+                let device = device.clone();
+                Op::Kill(Kill { device, issued_by_s: u64::MAX, spare: None, copies: Vec::new() })
             }
             Job::Count => Op::Count,
         })
@@ -739,6 +744,33 @@ fn not_committed() -> RegistryError {
 /// For the log: which token was refused. The client is told nothing that it did not send.
 fn refused(problem: impl Into<Problem>, hash: &TokenHash, device: &DeviceId) -> Problem {
     problem.into().log_more(format!("token {} of {device}", hash.short()))
+}
+
+/// Why a revocation is not done: another instance has, or may have, a certificate of the device. With
+/// what was done all the same.
+fn not_everywhere(known: &Known, revoked: &[Serial], dead: Option<&Dead>) -> Problem {
+    let mut text: String = known
+        .redeemed_elsewhere
+        .iter()
+        .filter_map(|mark| mark.split_once(' '))
+        .map(|(instance, serial)| {
+            format!(
+                "Not revoked: instance {instance} has redeemed a token of this device for \
+                 certificate {serial}, which only that instance can revoke. "
+            )
+        })
+        .collect();
+    if known.unsure {
+        text += "Not known while Redis is away: whether another instance has redeemed a token of \
+                 this device. ";
+    }
+    let serials: Vec<String> = revoked.iter().map(|s| format!("certificate {s} revoked")).collect();
+    let serials =
+        if serials.is_empty() { "no certificate revoked".to_owned() } else { serials.join(", ") };
+    let token =
+        dead.map_or("no token killed".to_owned(), |d| format!("token {} killed", d.hash.short()));
+    let problem = Problem::from(Code::ServiceUnavailable).log(&text);
+    problem.text(format!("{text}Done here: {serials}, {token}."))
 }
 
 /// The device has none, as far as is recorded here.

@@ -68,19 +68,28 @@ impl Ca {
         let serial = Serial::from_der(certificate.raw_serial());
         let record = serial.and_then(|serial| self.registry().by_serial(&serial));
         let record = record.ok_or(not_ours("not in the record of devices"))?;
-        still_counts(&record, late_days, now)?;
+        self.still_counts(&record, late_days, now)?;
         Ok(record)
     }
-}
 
-/// Whether a certificate in the record may be renewed now.
-///
-/// # Errors
-/// If it is revoked, or has ended more than `late_days` ago.
-pub fn still_counts(record: &Record, late_days: u32, now: Now) -> Result<(), IdentityError> {
-    if record.revoked_at.is_some() {
-        return Err(IdentityError::Revoked);
+    /// Whether a certificate in the record may be renewed now.
+    ///
+    /// # Errors
+    /// If it or the device's newest is revoked, or it has ended more than `late_days` ago. An older
+    /// one must be no way around a revocation.
+    pub fn still_counts(
+        &self,
+        record: &Record,
+        late_days: u32,
+        now: Now,
+    ) -> Result<(), IdentityError> {
+        let newest = self.registry().newest(&record.device);
+        if newest.as_ref().is_none_or(|newest| newest.revoked_at.is_some())
+            || record.revoked_at.is_some()
+        {
+            return Err(IdentityError::Revoked);
+        }
+        let last = record.expires_at.saturating_add(u64::from(late_days) * DAY_S);
+        if now.unix_s() > last { Err(IdentityError::Expired) } else { Ok(()) }
     }
-    let last = record.expires_at.saturating_add(u64::from(late_days) * DAY_S);
-    if now.unix_s() > last { Err(IdentityError::Expired) } else { Ok(()) }
 }

@@ -334,16 +334,22 @@ impl Registry {
         Entries::begin(self)
     }
 
-    /// Revokes all unexpired certificates of a device, and says which. On disk when it returns.
+    /// Whether anything is recorded of the device.
+    pub fn knows_device(&self, device: &DeviceId) -> bool {
+        self.read().of_device(device).next().is_some()
+    }
+
+    /// Revokes all certificates of a device that are not, and says which; also those that have
+    /// ended, which might be renewed all the same. On disk when it returns.
     ///
     /// # Errors
     /// When `index.txt` cannot be read or written; memory then still has them unrevoked, and trying
     /// again is safe.
     pub fn revoke(&self, device: &DeviceId, now: Now) -> Result<Vec<Serial>, RegistryError> {
         let mut writer = self.lock_writer();
-        let unexpired = |row: &&Row| row.is_active(now);
+        let valid = |row: &&Row| row.revoked().is_none();
         let serials: Vec<Serial> =
-            self.read().of_device(device).filter(unexpired).map(|r| r.serial).collect();
+            self.read().of_device(device).filter(valid).map(|r| r.serial).collect();
         self.trial.note(self.enter_revoked(&mut writer, &serials, now))?;
         Ok(serials)
     }

@@ -9,6 +9,7 @@ use std::collections::hash_map::Entry as Slot;
 use std::sync::Mutex;
 
 use crate::clock::Now;
+use crate::device::DeviceId;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::{Mark, locked};
@@ -35,8 +36,31 @@ enum State {
 struct Entry {
     state: State,
     claims: Claims,
+    elsewhere: Elsewhere,
     /// When nobody needs to know any more, by [`Now::mono_ms`].
     ends_ms: u64,
+}
+
+/// Whether another instance had redeemed a token before it was killed here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Elsewhere {
+    /// None had, as far as is known.
+    No,
+    /// Redis, which knows, was away.
+    Unknown,
+    /// One had; its mark, `<instance> <serial>`.
+    Redeemed(String),
+}
+
+/// What is known of a device's tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// There is or was one here.
+    pub any: bool,
+    /// Marks of other instances, [`Elsewhere::Redeemed`].
+    pub redeemed_elsewhere: Vec<String>,
+    /// Of one it is [`Elsewhere::Unknown`].
+    pub unsure: bool,
 }
 
 /// What [`Ledger::begin`] says to a new attempt.
@@ -112,6 +136,41 @@ impl Ledger {
         self.put(hash, State::Killed, claims, now);
     }
 
+    /// Notes what Redis says of a token that is killed here: the mark of the instance that had
+    /// redeemed it, or that none had. Returns whether that is news. Once known it stays, since the
+    /// mark in Redis is written over by the kill.
+    pub fn note_elsewhere(&self, hash: &TokenHash, mark: Option<&str>) -> bool {
+        let mut entries = locked(&self.entries);
+        let Some(entry) = entries.get_mut(hash) else { return false };
+        match (&entry.elsewhere, mark) {
+            (Elsewhere::Redeemed(_), _) => return false,
+            (_, Some(mark)) => entry.elsewhere = Elsewhere::Redeemed(mark.to_owned()),
+            (_, None) => entry.elsewhere = Elsewhere::No,
+        }
+        mark.is_some()
+    }
+
+    /// Redis, which knows whether another instance had redeemed this killed token, is away.
+    pub fn note_unsure(&self, hash: &TokenHash) {
+        if let Some(entry) = locked(&self.entries).get_mut(hash) {
+            entry.elsewhere = Elsewhere::Unknown;
+        }
+    }
+
+    /// What is known of the device's tokens. Looks at every entry: for what is seldom asked.
+    pub fn known_of(&self, device: &DeviceId) -> Known {
+        let mut known = Known::default();
+        for entry in locked(&self.entries).values().filter(|e| e.claims.device_id == *device) {
+            known.any = true;
+            match &entry.elsewhere {
+                Elsewhere::No => {}
+                Elsewhere::Unknown => known.unsure = true,
+                Elsewhere::Redeemed(mark) => known.redeemed_elsewhere.push(mark.clone()),
+            }
+        }
+        known
+    }
+
     /// Somebody has deleted the token from Redis; final.
     pub fn delete(&self, hash: TokenHash, claims: Claims, now: Now) {
         self.put(hash, State::Deleted, claims, now);
@@ -184,7 +243,8 @@ fn entry(state: State, claims: Claims, now: Now) -> Entry {
     // The whole lifetime, as a mark in Redis: were it what the wall clock says is left, one that is
     // ahead for a while would end it early.
     let lasts = claims.lifetime_s() * 1000 + MARGIN_MS;
-    Entry { state, claims, ends_ms: now.mono_ms.saturating_add(lasts) }
+    let ends_ms = now.mono_ms.saturating_add(lasts);
+    Entry { state, claims, elsewhere: Elsewhere::No, ends_ms }
 }
 
 fn mark(state: State) -> Option<Mark> {
@@ -211,7 +271,6 @@ fn make_room(entries: &mut HashMap<TokenHash, Entry>, max: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::DeviceId;
     use crate::jwt::Signer;
 
     fn at(s: u64) -> Now {
@@ -277,6 +336,27 @@ mod tests {
         assert_eq!(ledger.begin(&t, serial(1), true, at(0)), Begin::Deleted);
         assert!(!ledger.knows_as_spent(&t.hash), "nobody used it");
         assert_eq!(ledger.mark_of(&t.hash), Some((Mark::Killed, t.claims)));
+    }
+
+    #[test]
+    fn what_is_known_of_a_device() {
+        let ledger = Ledger::new(100);
+        let [one, two] = ["d", "e"].map(|name| token(name, 300));
+        let known = |name| ledger.known_of(&DeviceId::parse(name).unwrap());
+        assert_eq!(known("d"), Known::default());
+        ledger.kill(one.hash, one.claims.clone(), at(0));
+        ledger.begin(&two, serial(1), false, at(0));
+        assert_eq!((known("d"), known("f").any), (Known { any: true, ..Known::default() }, false));
+        ledger.note_unsure(&one.hash);
+        assert!(known("d").unsure && !known("e").unsure && known("e").any);
+        assert!(!ledger.note_elsewhere(&one.hash, None) && !known("d").unsure);
+        assert!(ledger.note_elsewhere(&one.hash, Some("i 01")));
+        for mark in [None, Some("j 02"), Some("i 01")] {
+            assert!(!ledger.note_elsewhere(&one.hash, mark), "known already");
+            assert_eq!(known("d").redeemed_elsewhere, ["i 01"]);
+        }
+        ledger.reap(at(1000));
+        assert_eq!(known("d"), Known::default());
     }
 
     #[test]

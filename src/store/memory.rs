@@ -13,7 +13,9 @@ use crate::device::DeviceId;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::{Begin, Ledger};
-use crate::store::{Answer, Dead, Kill, Op, Outcome, Status, StoreError, TokenStore, locked};
+use crate::store::{
+    Answer, Dead, Kill, Killed, Op, Outcome, Status, StoreError, TokenStore, locked,
+};
 
 /// The tokens that this process issued and that are neither used, nor killed, nor expired.
 #[derive(Debug)]
@@ -125,26 +127,29 @@ impl Memory {
         Ok(dead)
     }
 
-    /// Kills every live token of the device that `kill` means, also one that is being redeemed: its
-    /// certificate may not be signed yet. Returns which those were.
-    pub fn kill(&self, kill: &Kill, now: Now) -> Vec<Dead> {
-        let mut table = locked(&self.table);
-        let meant = |hash: &TokenHash, entry: &Entry| {
+    /// The live tokens of the device that `kill` means, also one that is being redeemed: its
+    /// certificate may not be signed yet. With what Redis has of each.
+    pub fn meant_by(&self, kill: &Kill, now: Now) -> Vec<(Dead, InRedis)> {
+        let table = locked(&self.table);
+        let meant = |(hash, entry): &(&TokenHash, &Entry)| {
             entry.claims.device_id == kill.device
                 && entry.claims.iat <= kill.issued_by_s
-                && kill.spare != Some(*hash)
+                && kill.spare != Some(**hash)
                 && entry.ends_ms > now.mono_ms
                 && !self.ledger.knows_as_killed(hash)
         };
-        let killed: Vec<_> = table
-            .tokens
-            .iter()
-            .filter(|(hash, entry)| meant(hash, entry))
-            .map(|(hash, entry)| Dead { hash: *hash, claims: entry.claims.clone() })
-            .collect();
-        for dead in &killed {
+        let copy = |(hash, entry): (&TokenHash, &Entry)| {
+            (Dead { hash: *hash, claims: entry.claims.clone() }, entry.in_redis)
+        };
+        table.tokens.iter().filter(meant).map(copy).collect()
+    }
+
+    /// Kills the tokens that `kill` means; returns which those were.
+    pub fn kill(&self, kill: &Kill, now: Now) -> Vec<(Dead, InRedis)> {
+        let killed = self.meant_by(kill, now);
+        for (dead, _) in &killed {
             self.ledger.kill(dead.hash, dead.claims.clone(), now);
-            table.remove(&dead.hash);
+            self.remove(&dead.hash);
         }
         killed
     }
@@ -301,7 +306,11 @@ impl Memory {
                 self.remove(&token.hash);
                 Ok(Outcome::Done)
             }
-            Op::Kill(kill) => Ok(Outcome::Killed(self.kill(kill, now).into_iter().next())),
+            Op::Kill(kill) => {
+                let dead = self.kill(kill, now).into_iter().next().map(|(dead, _)| dead);
+                let known = self.ledger.known_of(&kill.device);
+                Ok(Outcome::Killed(Box::new(Killed { dead, known, ..Killed::default() })))
+            }
             Op::Count => Ok(Outcome::Counted(self.count())),
             Op::Mark(hash, ..) => {
                 self.remove(hash);
@@ -346,6 +355,12 @@ mod tests {
 
     fn memory(max: usize) -> Memory {
         Memory::new(max, Arc::new(Ledger::new(max)))
+    }
+
+    fn killed(answer: Answer) -> Option<Dead> {
+        let Ok(Outcome::Killed(killed)) = answer else { panic!("{answer:?}") };
+        assert!(killed.known.any && killed.redeemed_elsewhere.is_empty());
+        killed.dead
     }
 
     fn one(memory: &Memory, op: Op, now: Now) -> Answer {
@@ -407,14 +422,14 @@ mod tests {
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(one(&memory, Op::Consume(old, Serial::from([1; 16])), at(1)), used);
         let revoke = |issued_by_s, spare| {
-            let kill = Kill { device: new.claims.device_id.clone(), issued_by_s, spare };
-            one(&memory, Op::Kill(kill), at(2))
+            let (device, copies) = (new.claims.device_id.clone(), Vec::new());
+            killed(one(&memory, Op::Kill(Kill { device, issued_by_s, spare, copies }), at(2)))
         };
-        let none = Ok(Outcome::Killed(None));
+        let none = None;
         assert_eq!(revoke(new.claims.iat - 1, None), none, "issued later");
         assert_eq!(revoke(u64::MAX, Some(new.hash)), none, "spared");
         let dead = Dead { hash: new.hash, claims: new.claims.clone() };
-        assert_eq!(revoke(u64::MAX, None), Ok(Outcome::Killed(Some(dead))));
+        assert_eq!(revoke(u64::MAX, None), Some(dead));
         assert_eq!(revoke(u64::MAX, None), none, "already dead");
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(one(&memory, Op::Consume(new, Serial::from([1; 16])), at(2)), used);
@@ -428,9 +443,10 @@ mod tests {
         let granted = one(&memory, Op::Consume(t.clone(), Serial::from([1; 16])), at(1));
         assert_eq!(granted, Ok(Outcome::Granted));
         let device = t.claims.device_id.clone();
-        let kill = Op::Kill(Kill { device, issued_by_s: u64::MAX, spare: None });
+        let copies = Vec::new();
+        let kill = Op::Kill(Kill { device, issued_by_s: u64::MAX, spare: None, copies });
         let dead = Dead { hash: t.hash, claims: t.claims.clone() };
-        assert_eq!(one(&memory, kill, at(1)), Ok(Outcome::Killed(Some(dead))));
+        assert_eq!(killed(one(&memory, kill, at(1))), Some(dead));
         assert!(memory.ledger.knows_as_killed(&t.hash), "whoever signs looks at this last");
         one(&memory, Op::GiveBack(t.clone(), Serial::from([1; 16])), at(1)).unwrap();
         let again = one(&memory, Op::Consume(t, Serial::from([2; 16])), at(1));

@@ -18,6 +18,7 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
+use ledger::Known;
 
 /// One thing to do with one token or device.
 #[derive(Clone, Debug)]
@@ -53,6 +54,19 @@ pub struct Kill {
     pub issued_by_s: u64,
     /// Not this one: it is what the device was given instead.
     pub spare: Option<TokenHash>,
+    /// Copies that this instance has of the device's tokens; filled in by `failover`.
+    pub copies: Vec<Dead>,
+}
+
+/// What a kill has done and found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Killed {
+    /// The token that was live, if there was one.
+    pub dead: Option<Dead>,
+    /// Tokens that other instances had redeemed, each with its mark, `<instance> <serial>`.
+    pub redeemed_elsewhere: Vec<(Dead, String)>,
+    /// What is known here of the device's tokens, this kill included; filled in by `failover`.
+    pub known: Known,
 }
 
 /// Why a token is dead.
@@ -96,12 +110,12 @@ pub enum Outcome {
         /// and lacks, somebody has deleted.
         lossless_run: Option<String>,
     },
-    /// `Kill`: the token that was live, if there was one.
-    Killed(Option<Dead>),
+    /// `Kill`: done.
+    Killed(Box<Killed>),
     /// `Count`: live tokens, which is also the number of devices that have one.
     Counted(u64),
-    /// `Mark`: done; if another instance redeemed the token too, names both, as
-    /// `<instance> <serial> and <instance> <serial>`.
+    /// `Mark`: done; if another instance has redeemed the token, names who has, as
+    /// `<instance> <serial>`; if this one has too, both, joined by ` and `.
     Marked(Option<String>),
     /// The others: done, or noted to be done when Redis is back.
     Done,

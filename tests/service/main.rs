@@ -42,5 +42,6 @@ mod redis_layout;
 mod redis_returns;
 mod redis_start;
 mod renewal;
+mod revocation;
 mod service_killed;
 mod sign_csr;

@@ -15,20 +15,20 @@ use crate::support::temp::TempDir;
 use crate::support::{check_error, fields, token, wait};
 
 /// An HTTPS server, and folders for certificates.
-struct Stage {
-    service: Service,
-    dir: TempDir,
+pub struct Stage {
+    pub service: Service,
+    pub dir: TempDir,
 }
 
 impl Stage {
-    fn set(env: &[(&str, &str)]) -> Self {
+    pub fn set(env: &[(&str, &str)]) -> Self {
         let setup = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY).envs(env);
         Stage { service: https::start(setup), dir: TempDir::new() }
     }
 
     /// A certificate for `device`, by a token.
     #[track_caller]
-    fn enroll(&self, device: &str) -> Identity {
+    pub fn enroll(&self, device: &str) -> Identity {
         let body = json!({"device_id": device});
         let answer = https::post(&self.service, "/api/v1/onboarding", None, &body, &[]);
         assert_eq!(answer.status, 200, "{}", answer.text());
@@ -40,30 +40,30 @@ impl Stage {
 
     /// The certificate of a good answer as a file.
     #[track_caller]
-    fn keep(&self, answer: &Response) -> Identity {
+    pub fn keep(&self, answer: &Response) -> Identity {
         assert_eq!(answer.status, 200, "{}\n{}", answer.text(), self.service.log());
         let name = format!("{}.crt", answer.field("serial_number"));
         let certificate = self.dir.file(&name, &answer.field("certificate"));
         Identity { certificate, key: key_file(P256) }
     }
 
-    fn renew(&self, who: Option<&Identity>, csr: &str) -> Response {
+    pub fn renew(&self, who: Option<&Identity>, csr: &str) -> Response {
         https::post(&self.service, "/api/v1/renew", who, &json!({"csr": csr}), &[])
     }
 
-    fn revoke(&self, device: &str) -> Response {
+    pub fn revoke(&self, device: &str) -> Response {
         let bearer = format!("Authorization: Bearer {ADMIN_KEY}");
         let path = format!("/api/v1/certificates/{device}");
         https::ask(&self.service, &path, None, &["-X", "DELETE", "-H", &bearer])
     }
 
-    fn serial(&self, who: &Identity) -> String {
+    pub fn serial(&self, who: &Identity) -> String {
         let pem = std::fs::read_to_string(&who.certificate).unwrap();
         csr::x509_field(&pem, &["-serial"])
     }
 
     /// The lines of the record, as status and serial.
-    fn record(&self) -> Vec<(String, String)> {
+    pub fn record(&self) -> Vec<(String, String)> {
         self.service.index().iter().map(|l| (l[0].clone(), l[3].clone())).collect()
     }
 

@@ -8,8 +8,9 @@ use super::follow_up::FollowUp;
 use super::{Failover, Hello, Mode, State};
 use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
+use crate::jwt::{Claims, TokenHash};
 use crate::store::memory::InRedis;
-use crate::store::{Down, Op, Outcome, StoreError, locked};
+use crate::store::{Down, Mark, Op, Outcome, StoreError, locked};
 
 /// After an outage other instances may still be carrying their tokens over: so long an unknown
 /// token is answered with 503.
@@ -139,6 +140,9 @@ impl Failover {
             (FollowUp::Withdraw(token, serial), ..) => {
                 self.ledger.release_unknown(&token.hash, serial)
             }
+            (_, Op::Mark(hash, Mark::Killed, claims), Outcome::Marked(other)) => {
+                self.learn_elsewhere(hash, claims, other.as_deref());
+            }
             (_, Op::Mark(hash, _, claims), Outcome::Marked(Some(both))) => {
                 log::error!(
                     "token {} of device {} was redeemed twice, as instance and serial: {both}",
@@ -146,11 +150,30 @@ impl Failover {
                     claims.device_id
                 );
             }
-            (FollowUp::Kill(_), _, Outcome::Killed(Some(dead))) => {
-                self.ledger.kill(dead.hash, dead.claims.clone(), clock::now());
-                self.memory.remove(&dead.hash);
+            (FollowUp::Kill(_), _, Outcome::Killed(killed)) => {
+                let redeemed = killed.redeemed_elsewhere.iter().map(|(token, _)| token);
+                for dead in killed.dead.iter().chain(redeemed) {
+                    self.ledger.kill(dead.hash, dead.claims.clone(), clock::now());
+                    self.memory.remove(&dead.hash);
+                }
+                for (token, mark) in &killed.redeemed_elsewhere {
+                    self.learn_elsewhere(&token.hash, &token.claims, Some(mark));
+                }
             }
             _ => {}
+        }
+    }
+
+    /// A token that was killed here while Redis was away may have had its certificate before.
+    fn learn_elsewhere(&self, hash: &TokenHash, claims: &Claims, mark: Option<&str>) {
+        let is_news = self.ledger.note_elsewhere(hash, mark);
+        if let Some((instance, serial)) = mark.filter(|_| is_news).and_then(|m| m.split_once(' ')) {
+            log::warn!(
+                "token {} of device {} was killed here, but instance {instance} has redeemed it for \
+                 certificate {serial}: to revoke that, ask there",
+                hash.short(),
+                claims.device_id
+            );
         }
     }
 

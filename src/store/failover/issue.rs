@@ -93,6 +93,7 @@ impl Failover {
             device: token.claims.device_id.clone(),
             issued_by_s: token.claims.iat,
             spare: Some(token.hash),
+            copies: Vec::new(),
         };
         state.follow_ups.note_kill(kill, now);
         Ok(Outcome::Issued { killed })

@@ -192,6 +192,7 @@ struct Sent<'a> {
 
 impl TokenStore for Failover {
     fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
+        let ops = &*self.with_copies(ops, now);
         let mut answers: Vec<Option<Answer>> = ops.iter().map(|_| None).collect();
         let (sent, epoch) = self.begin(ops, now, &mut answers);
         if !sent.is_empty() {

@@ -29,7 +29,9 @@
 //!   │                                         └─▶ as above
 //!   └ another's ─▶ AlreadyUsed
 //!
-//! Kill ───── GET lease ─▶ KillLeased ── SET mark killed · DEL token · ZREM live · CAD lease ─▶ Killed
+//! Kill ───── GET lease · GET the marks of the copies known here
+//!   │ none leased ────▶ Killed
+//!   └ a token ────▶ KillLeased ── GET, SET its mark killed · DEL token · ZREM live · CAD lease ─▶ Killed
 //! GiveBack ─ CAD mark
 //! Finish ─── CAD lease · DEL token · ZREM live      (TakeBack too)
 //! Mark ───── GET mark · SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
@@ -44,7 +46,7 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::serial::Serial;
-use crate::store::{Answer, Dead, Kill, Mark, Op, Outcome, StoreError};
+use crate::store::{Answer, Dead, Kill, Killed, Mark, Op, Outcome, StoreError};
 
 /// A lease whose token has been marked for this long is not waited for.
 const MARKED_LONG_MS: u64 = 30_000;
@@ -365,46 +367,71 @@ fn push_kill(layout: &Layout, out: &mut Commands, compact: &str, claims: &Claims
     out.push(&layout.remove_live(&hash));
 }
 
-/// Killing, first trip: which token holds the lease?
+/// Killing, first trip: which token holds the lease? And who has redeemed those that are known here:
+/// their marks say so for as long as nothing is written over them.
 struct FindLease(Kill);
 
 impl Flow for FindLease {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         out.push(&layout.get_lease(&self.0.device));
+        self.0.copies.iter().for_each(|copy| out.push(&layout.get_mark(&copy.hash)));
     }
 
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::new(replies).text().and_then(|lease| {
-            let Some(compact) = lease else { return Next::done(Outcome::Killed(None)) };
-            let claims = context.claims_of(&compact, &self.0.device);
-            let spared = self.0.spare == Some(TokenHash::of(&compact));
-            if spared || claims.iat > self.0.issued_by_s {
-                return Next::done(Outcome::Killed(None));
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            let lease = replies.text()?;
+            let mut killed = Killed::default();
+            for copy in &self.0.copies {
+                note_redeemed(&mut killed, copy, replies.text()?, context);
             }
-            Next::trip(KillLeased { device: self.0, compact, claims })
+            let leased = lease.map(|compact| {
+                let claims = context.claims_of(&compact, &self.0.device);
+                (Dead { hash: TokenHash::of(&compact), claims }, compact)
+            });
+            match leased {
+                Some((token, compact))
+                    if self.0.spare != Some(token.hash)
+                        && token.claims.iat <= self.0.issued_by_s =>
+                {
+                    Next::trip(KillLeased { device: self.0.device, token, compact, killed })
+                }
+                _ => Next::done(Outcome::Killed(Box::new(killed))),
+            }
         }))
     }
 }
 
-/// Killing, second trip: the token dies, then the lease is freed.
+fn note_redeemed(killed: &mut Killed, token: &Dead, mark: Option<String>, context: &Context) {
+    let mark = mark.filter(|mark| context.layout.is_anothers_attempt(mark));
+    let noted = killed.redeemed_elsewhere.iter().any(|(noted, _)| noted.hash == token.hash);
+    if let Some(mark) = mark.filter(|_| !noted) {
+        killed.redeemed_elsewhere.push((token.clone(), mark));
+    }
+}
+
+/// Killing, second trip: the token dies, then the lease is freed. Who had redeemed it is read first.
 struct KillLeased {
-    device: Kill,
+    device: DeviceId,
+    token: Dead,
     compact: String,
-    claims: Claims,
+    killed: Killed,
 }
 
 impl Flow for KillLeased {
     fn send(&self, layout: &Layout, out: &mut Commands) {
-        push_kill(layout, out, &self.compact, &self.claims);
-        out.push(&layout.free_lease(&self.device.device, &self.compact));
+        out.push(&layout.get_mark(&self.token.hash));
+        push_kill(layout, out, &self.compact, &self.token.claims);
+        out.push(&layout.free_lease(&self.device, &self.compact));
     }
 
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            let KillLeased { token, mut killed, .. } = *self;
+            note_redeemed(&mut killed, &token, replies.text()?, context);
             replies.skip();
             let was_live = replies.number()? == 1;
-            let dead = Dead { hash: TokenHash::of(&self.compact), claims: self.claims };
-            Next::done(Outcome::Killed(was_live.then_some(dead)))
+            killed.dead = was_live.then_some(token);
+            Next::done(Outcome::Killed(Box::new(killed)))
         }))
     }
 }
@@ -601,13 +628,11 @@ impl Flow for Enter {
 
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
-            let twice = replies.text()?.filter(|other| {
-                matches!(self.mark, Mark::Serial(_))
-                    && !other.ends_with(" killed")
-                    && !context.layout.is_own_attempt(other)
-            });
-            let both = twice.map(|other| format!("{} and {other}", context.layout.mark(self.mark)));
-            let marked = Outcome::Marked(both);
+            let other = replies.text()?.filter(|mark| context.layout.is_anothers_attempt(mark));
+            let marked = Outcome::Marked(other.map(|other| match self.mark {
+                Mark::Serial(_) => format!("{} and {other}", context.layout.mark(self.mark)),
+                Mark::Killed => other,
+            }));
             replies.skip();
             replies.skip();
             match replies.text()?.filter(|lease| TokenHash::of(lease) == self.hash) {

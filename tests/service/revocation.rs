@@ -1,0 +1,204 @@
+//! `DELETE /api/v1/certificates/{device_id}`: what it answers is so, whatever is asked and wherever.
+
+use crate::renewal::Stage;
+use crate::support::clock::{FakeClock, now_s};
+use crate::support::csr::Csr;
+use crate::support::http::Response;
+use crate::support::instance::{
+    self, Device, another, certificate, cut_off, first, issued, onboard, reconnect, redeem,
+    replace, revoke, token,
+};
+use crate::support::proxy::Proxy;
+use crate::support::redis::Redis;
+use crate::support::service::{ADMIN_KEY, Service};
+use crate::support::{check_error, fields, on_both_stores};
+
+/// How the fleet's operator reads an answer: a 200 is the same each time.
+fn check_revoked(answer: &Response, device: &str) {
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(fields(&answer.text()), ["success", "message", "device_id", "timestamp"]);
+    assert_eq!(answer.field("message"), "Certificate revoked successfully");
+    assert_eq!(answer.field("device_id"), device);
+}
+
+fn instance_id(service: &Service) -> String {
+    instance::mark(service, "").trim().to_owned()
+}
+
+fn status(service: &Service, device: &str) -> String {
+    service.http.get(&format!("/api/v1/certificates/{device}/status")).field("status")
+}
+
+#[test]
+fn asked_again_it_answers_the_same() {
+    on_both_stores(&[("ADMIN_API_KEY", ADMIN_KEY)], |service| {
+        service.enroll("d", &Csr::new("d").make());
+        for _ in 0..3 {
+            check_revoked(&service.revoke("d"), "d");
+            assert_eq!(status(service, "d"), "revoked");
+        }
+        // A device that never had more than a token.
+        let compact = service.token("e");
+        for _ in 0..3 {
+            check_revoked(&service.revoke("e"), "e");
+        }
+        let answer = service.sign(&compact, &Csr::new("e").make());
+        check_error(&answer, 401, "TOKEN_ALREADY_USED", "killed");
+        for _ in 0..2 {
+            let answer = service.revoke("nobody");
+            check_error(&answer, 404, "CERTIFICATE_NOT_FOUND", "nothing is known of it");
+            assert_eq!(answer.field("error"), "No certificate found for this device");
+        }
+        let log = service.log();
+        assert_eq!(log.matches(" killed, by ").count(), 1, "only one token was killed: {log}");
+        assert_eq!(log.matches(" of d revoked, by ").count(), 1, "{log}");
+        let metrics = service.http.get("/metrics").text();
+        assert!(metrics.contains("mqtt_lite_tokens_total{event=\"killed\"} 1\n"), "{metrics}");
+        assert!(metrics.contains("certificates_total{event=\"revoked\"} 1\n"), "{metrics}");
+    });
+}
+
+/// Certificates that have ended, but that `RENEW_AFTER_EXPIRY_DAYS` would renew, now or once it is set.
+#[test]
+fn after_a_200_nothing_of_the_device_renews() {
+    for late_days in ["30", "0"] {
+        let clock = FakeClock::at(now_s());
+        let env = clock.env();
+        let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, &**value)).collect();
+        let more = [("DEVICE_CERT_VALIDITY_DAYS", "10"), ("RENEW_AFTER_EXPIRY_DAYS", late_days)];
+        let mut stage = Stage::set(&[&env[..], &more].concat());
+        let ended = stage.enroll("ended");
+        let first = stage.enroll("d");
+        clock.set(now_s() + 8 * 86_400);
+        let second = stage.keep(&stage.renew(Some(&first), &Csr::new("d").make()));
+        clock.set(now_s() + 12 * 86_400);
+        for device in ["ended", "d"] {
+            assert_eq!(stage.revoke(device).status, 200, "{device}");
+            assert_eq!(stage.revoke(device).status, 200, "{device}, once more");
+        }
+        assert!(stage.record().iter().all(|(status, _)| status == "R"), "{:?}", stage.record());
+        stage.service.set_env("RENEW_AFTER_EXPIRY_DAYS", "365");
+        stage.service.kill9();
+        stage.service.restart();
+        for (who, device) in [(&ended, "ended"), (&first, "d"), (&second, "d")] {
+            let answer = stage.renew(Some(who), &Csr::new(device).make());
+            assert_eq!((answer.status, &*answer.code()), (401, "CLIENT_CERTIFICATE_REVOKED"));
+        }
+    }
+}
+
+/// An operator may revoke the newest alone, by `openssl ca`: an older one is no way around it.
+#[test]
+fn an_older_certificate_does_not_renew_when_the_newest_is_revoked() {
+    let mut stage = Stage::set(&[]);
+    let old = stage.enroll("d");
+    let new = stage.keep(&stage.renew(Some(&old), &Csr::new("d").make()));
+    stage.service.kill9();
+    let index = stage.service.read("ca/index.txt");
+    let (first, second) = index.split_once('\n').unwrap();
+    let second = second.replacen("V\t", "R\t", 1).replacen("Z\t\t", "Z\t260101000000Z\t", 1);
+    std::fs::write(stage.service.data("ca/index.txt"), format!("{first}\n{second}")).unwrap();
+    stage.service.restart();
+    for who in [&old, &new] {
+        let answer = stage.renew(Some(who), &Csr::new("d").make());
+        check_error(&answer, 401, "CLIENT_CERTIFICATE_REVOKED", "the newest is revoked");
+    }
+}
+
+/// Two instances on one Redis. They know nothing of each other's certificates, but a token's mark
+/// names who redeemed it.
+#[test]
+fn what_another_instance_has_signed_is_not_said_to_be_revoked() {
+    let redis = Redis::start(&[]);
+    let issuer = first(&redis.url(), &[]);
+    let signer = another(&issuer, &redis.url(), &[]);
+    let d = Device::new("d");
+    let compact = token(&issuer, &d);
+    let serial = certificate(&signer, &compact, &d);
+    for _ in 0..2 {
+        let answer = revoke(&issuer, &d);
+        check_error(&answer, 503, "SERVICE_UNAVAILABLE", "the certificate is elsewhere");
+        let (error, by) = (answer.field("error"), instance_id(&signer));
+        let whose =
+            format!("instance {by} has redeemed a token of this device for certificate {serial}");
+        assert!(error.contains(&whose), "{error}");
+        assert!(error.contains("Done here: no certificate revoked, no token killed"), "{error}");
+        assert!(!issuer.log().contains(" killed, by "), "{}", issuer.log());
+    }
+    assert_eq!(status(&signer, "d"), "active");
+    check_revoked(&revoke(&signer, &d), "d");
+    assert_eq!(status(&signer, "d"), "revoked");
+
+    // What is known here is revoked all the same, and told.
+    let e = Device::new("e");
+    let own = certificate(&issuer, &token(&issuer, &e), &e);
+    let compact = token(&issuer, &e);
+    let other = certificate(&signer, &compact, &e);
+    let answer = revoke(&issuer, &e);
+    check_error(&answer, 503, "SERVICE_UNAVAILABLE", "half of it");
+    let error = answer.field("error");
+    let done = format!("Done here: certificate {own} revoked, no token killed");
+    assert!(error.contains(&done) && error.contains(&other), "{error}");
+    assert_eq!(status(&issuer, "e"), "revoked");
+    assert!(issuer.read("ca/crl.pem").len() > 10, "and the list is new");
+    assert!(issuer.log().contains(&format!("certificate {own} of e revoked, by ")));
+
+    // Nothing of it is anybody else's.
+    let f = Device::new("f");
+    certificate(&issuer, &token(&signer, &f), &f);
+    check_revoked(&revoke(&issuer, &f), "f");
+}
+
+/// While Redis is away, nobody can know whether another instance has redeemed the token.
+#[test]
+fn what_is_not_known_is_not_said_to_be_revoked() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let lonely = first(&proxy.url(), &[]);
+    let other = another(&lonely, &redis.url(), &[]);
+    let [d, e, f] = ["d", "e", "f"].map(Device::new);
+    let (redeemed, unused) = (token(&lonely, &d), token(&lonely, &e));
+    let serial = certificate(&other, &redeemed, &d);
+    certificate(&lonely, &token(&lonely, &f), &f);
+    cut_off(&lonely, &proxy);
+    for device in [&d, &e] {
+        for _ in 0..2 {
+            let answer = revoke(&lonely, device);
+            check_error(&answer, 503, "SERVICE_UNAVAILABLE", &device.name);
+            let error = answer.field("error");
+            assert!(error.contains("while Redis is away"), "{error}");
+        }
+    }
+    check_revoked(&revoke(&lonely, &f), "f");
+    reconnect(&lonely, &proxy);
+    let by = instance_id(&other);
+    lonely.wait_for_log(&format!("instance {by} has redeemed it for certificate {serial}"));
+    let line =
+        format!("instance {by} has redeemed a token of this device for certificate {serial}");
+    let answer = revoke(&lonely, &d);
+    check_error(&answer, 503, "SERVICE_UNAVAILABLE", "now it is known");
+    assert!(answer.field("error").contains(&line), "{}", answer.text());
+    check_revoked(&revoke(&lonely, &e), "e");
+    let answer = redeem(&other, &unused, &e);
+    check_error(&answer, 401, "TOKEN_ALREADY_USED", "killed, when Redis was back");
+}
+
+/// Of two kills of one token one is a kill.
+#[test]
+fn a_kill_is_logged_when_a_token_was_killed() {
+    let redis = Redis::start(&[]);
+    let one = first(&redis.url(), &[]);
+    let two = another(&one, &redis.url(), &[]);
+    let d = Device::new("d");
+    let old = token(&one, &d);
+    let new = issued(&two, &replace(&two, &d));
+    check_revoked(&revoke(&two, &d), "d");
+    check_revoked(&revoke(&two, &d), "d");
+    let killed = |service: &Service| service.log().matches(" killed").count();
+    assert_eq!(killed(&two), 2, "replaced, then revoked: {}", two.log());
+    for compact in [&old, &new] {
+        check_error(&redeem(&one, compact, &d), 401, "TOKEN_ALREADY_USED", "dead");
+    }
+    assert_eq!(onboard(&one, &d).status, 200, "the device is free");
+    assert_eq!(instance::certificates(&[&one, &two]), 0);
+}
