@@ -19,7 +19,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`pem`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
+//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
 //! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
@@ -41,6 +41,7 @@ pub mod clock;
 pub mod device;
 pub mod pem;
 pub mod serial;
+pub mod subscriber;
 
 pub mod json;
 pub mod jwt;

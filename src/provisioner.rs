@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::ledger::{Known, Ledger};
-use crate::store::{Answer, Dead, Kill, Killed, Op, Outcome, Status, StoreError, TokenStore};
+use crate::store::{Answer, Dead, Kill, Killed, New, Op, Outcome, Status, StoreError, TokenStore};
 
 /// Certificates of one device that are neither expired nor revoked, at which it gets no further one
 /// by renewal: a client that renews in a loop must not fill the disk.
@@ -616,8 +616,11 @@ impl Job {
     /// What the store is asked for it, if it is asked.
     fn op(&self) -> Option<Op> {
         Some(match self {
-            Job::Issue(Issue { token, replace: false, .. }) => Op::Issue(token.clone()),
-            Job::Issue(Issue { token, replace: true, .. }) => Op::Replace(token.clone()),
+            Job::Issue(Issue { token, replace, client }) => Op::Issue(New {
+                token: token.clone(),
+                replaces: *replace,
+                subscriber: (*client).into(),
+            }),
             Job::Redeem(redeem) => Op::Consume(redeem.token.clone(), redeem.serial),
             Job::Renew(_) => return None,
             // Whatever its `iat` says: another instance's clock may be ahead.
@@ -728,6 +731,7 @@ fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
 fn unexpected(answer: Answer) -> Problem {
     match answer {
         Err(StoreError::Full) => Code::StoreFull.into(),
+        Err(error @ StoreError::ShareFull) => Problem::from(Code::RateLimited).log(error),
         Err(StoreError::Failed(why)) => {
             log::error!("the token store failed: {why}");
             Problem::from(Code::ServiceUnavailable).log(why)

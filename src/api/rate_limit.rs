@@ -5,10 +5,11 @@
 //! have used least are forgotten, which costs them nothing they would notice.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 
 use crate::clock::Now;
+use crate::subscriber::Subscriber;
 
 /// Addresses remembered; 64 bytes each.
 const MOST_CLIENTS: usize = 8192;
@@ -45,7 +46,7 @@ impl OnboardingLimits {
 #[derive(Debug)]
 pub struct RateLimit {
     per_minute: u64,
-    buckets: Mutex<HashMap<IpAddr, Bucket>>,
+    buckets: Mutex<HashMap<Subscriber, Bucket>>,
 }
 
 /// What a client has used, in units of 1/60,000 of a request, and when that was counted.
@@ -70,7 +71,7 @@ impl RateLimit {
             return Ok(());
         }
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = subscriber(client);
+        let client = client.into();
         if buckets.len() >= MOST_CLIENTS && !buckets.contains_key(&client) {
             self.forget_some(&mut buckets, now);
         }
@@ -91,7 +92,7 @@ impl RateLimit {
     }
 
     /// The half that has used least goes, so that the search is paid once for many clients.
-    fn forget_some(&self, buckets: &mut HashMap<IpAddr, Bucket>, now: Now) {
+    fn forget_some(&self, buckets: &mut HashMap<Subscriber, Bucket>, now: Now) {
         let mut used: Vec<u64> = buckets.values().map(|b| self.still_used(b, now)).collect();
         used.sort_unstable();
         let median = used.get(used.len() / 2).copied().unwrap_or(0);
@@ -101,13 +102,6 @@ impl RateLimit {
             spare -= usize::from(goes);
             !goes
         });
-    }
-}
-
-fn subscriber(client: IpAddr) -> IpAddr {
-    match client.to_canonical() {
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64)).into(),
-        v4 @ IpAddr::V4(_) => v4,
     }
 }
 

@@ -5,6 +5,7 @@
 //! the same token, at half the memory. Tokens age by the monotonic clock.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -14,8 +15,14 @@ use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::{Begin, Ledger};
 use crate::store::{
-    Answer, Dead, Kill, Killed, Op, Outcome, Status, StoreError, TokenStore, locked,
+    Answer, Dead, Kill, Killed, New, Op, Outcome, Status, StoreError, TokenStore, locked,
 };
+use crate::subscriber::Subscriber;
+
+/// A subscriber may hold so many times as many tokens as are free. Alone it gets three quarters of
+/// all, ten that ask for all they can get leave one in 31, and who holds few is never refused
+/// before all is full.
+const SHARE: usize = 3;
 
 /// The tokens that this process issued and that are neither used, nor killed, nor expired.
 #[derive(Debug)]
@@ -32,6 +39,8 @@ struct Table {
     tokens: HashMap<TokenHash, Entry>,
     /// Which token holds the device: its only one, or its latest.
     leases: HashMap<DeviceId, TokenHash>,
+    /// How many tokens count as each subscriber's.
+    held: HashMap<Subscriber, usize>,
     /// When the reaper means to look again, by [`Now::mono_ms`].
     next_reap_ms: Option<u64>,
     stopped: bool,
@@ -43,6 +52,7 @@ struct Entry {
     /// By [`Now::mono_ms`].
     ends_ms: u64,
     in_redis: InRedis,
+    subscriber: Subscriber,
 }
 
 /// What Redis has of a token, as far as is known here.
@@ -76,13 +86,13 @@ impl Memory {
     /// Stores the token unless the device has a live one.
     ///
     /// # Errors
-    /// `Full` at the bound; nothing is evicted.
-    pub fn issue(&self, token: &Token, in_redis: InRedis, now: Now) -> Answer {
+    /// `Full` at the bound, `ShareFull` before it; nothing is evicted.
+    pub fn issue(&self, new: &New, in_redis: InRedis, now: Now) -> Answer {
         let mut table = locked(&self.table);
-        if let Some(expires_at_ms) = self.lease(&table, &token.claims.device_id, now) {
+        if let Some(expires_at_ms) = self.lease(&table, &new.token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
         }
-        self.insert(&mut table, token, in_redis, now)?;
+        self.insert(&mut table, new, in_redis, now)?;
         Ok(Outcome::Issued { killed: None })
     }
 
@@ -91,33 +101,35 @@ impl Memory {
     ///
     /// An older token that Redis had confirmed in the same era is forgotten: since the device's
     /// lease was free, it is used, killed or deleted, and Redis knows which.
-    pub fn copy(&self, token: &Token, in_redis: InRedis, now: Now) {
+    pub fn copy(&self, new: &New, in_redis: InRedis, now: Now) {
         let mut table = locked(&self.table);
-        let old = table.leases.get(&token.claims.device_id).copied();
+        let old = table.leases.get(&new.token.claims.device_id).copied();
         if let (Some(old), InRedis::Confirmed(_)) = (old, in_redis)
             && table.tokens.get(&old).is_some_and(|entry| entry.in_redis == in_redis)
         {
             table.remove(&old);
         }
-        let _no_room_is_fine = self.insert(&mut table, token, in_redis, now);
+        let _no_room_is_fine = self.insert(&mut table, new, in_redis, now);
     }
 
     /// Stores the token and kills the one that held the lease; returns which that was.
     ///
     /// # Errors
-    /// `Full` at the bound; the old token stays then.
+    /// As of [`Memory::issue`]; the old token stays then.
     pub fn replace(
         &self,
-        token: &Token,
+        new: &New,
         in_redis: InRedis,
         now: Now,
     ) -> Result<Option<Dead>, StoreError> {
         let mut table = locked(&self.table);
-        let old = table.leases.get(&token.claims.device_id).copied();
-        let old = old.filter(|old| *old != token.hash && table.live(old, now).is_some());
-        let entry = old.and_then(|old| table.tokens.remove(&old));
-        if let Err(full) = self.insert(&mut table, token, in_redis, now) {
-            table.tokens.extend(old.zip(entry));
+        let old = table.leases.get(&new.token.claims.device_id).copied();
+        let old = old.filter(|old| *old != new.token.hash && table.live(old, now).is_some());
+        let entry = old.and_then(|old| table.take(&old));
+        if let Err(full) = self.insert(&mut table, new, in_redis, now) {
+            if let Some((old, entry)) = old.zip(entry) {
+                table.put(old, entry);
+            }
             return Err(full);
         }
         let dead = old.zip(entry).map(|(hash, entry)| Dead { hash, claims: entry.claims });
@@ -194,8 +206,14 @@ impl Memory {
     pub fn reap(&self, now: Now) -> Option<u64> {
         let by_ledger = self.ledger.reap(now);
         let mut table = locked(&self.table);
-        table.tokens.retain(|_, entry| entry.ends_ms > now.mono_ms);
-        let Table { tokens, leases, .. } = &mut *table;
+        let Table { tokens, leases, held, .. } = &mut *table;
+        tokens.retain(|_, entry| {
+            let lives = entry.ends_ms > now.mono_ms;
+            if !lives {
+                one_less(held, entry.subscriber);
+            }
+            lives
+        });
         leases.retain(|_, hash| tokens.contains_key(hash));
         if tokens.capacity() > 1024 && tokens.len() < tokens.capacity() / 8 {
             tokens.shrink_to_fit();
@@ -245,18 +263,23 @@ impl Memory {
     fn insert(
         &self,
         table: &mut Table,
-        token: &Token,
+        new: &New,
         in_redis: InRedis,
         now: Now,
     ) -> Result<(), StoreError> {
-        if table.tokens.len() >= self.max && !table.tokens.contains_key(&token.hash) {
-            return Err(StoreError::Full);
+        let New { token, subscriber, .. } = new;
+        if !table.tokens.contains_key(&token.hash) {
+            let held = table.held.get(subscriber).copied().unwrap_or_default();
+            match self.max.saturating_sub(table.tokens.len()) {
+                0 => return Err(StoreError::Full),
+                free if held >= free.saturating_mul(SHARE) => return Err(StoreError::ShareFull),
+                _ => {}
+            }
         }
         let left = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms);
         let ends_ms = now.mono_ms.saturating_add(left.min(token.claims.lifetime_s() * 1000));
         let claims = token.claims.clone();
-        table.leases.insert(claims.device_id.clone(), token.hash);
-        table.tokens.insert(token.hash, Entry { claims, ends_ms, in_redis });
+        table.put(token.hash, Entry { claims, ends_ms, in_redis, subscriber: *subscriber });
         if table.next_reap_ms.is_none_or(|next| ends_ms < next) {
             table.next_reap_ms = Some(ends_ms);
             self.sooner.notify_all();
@@ -270,11 +293,35 @@ impl Table {
         self.tokens.get(hash).filter(|entry| entry.ends_ms > now.mono_ms)
     }
 
+    /// Enters the token and leases its device to it.
+    fn put(&mut self, hash: TokenHash, entry: Entry) {
+        self.take(&hash);
+        *self.held.entry(entry.subscriber).or_default() += 1;
+        self.leases.insert(entry.claims.device_id.clone(), hash);
+        self.tokens.insert(hash, entry);
+    }
+
+    /// Takes the token out; its lease stays.
+    fn take(&mut self, hash: &TokenHash) -> Option<Entry> {
+        let entry = self.tokens.remove(hash)?;
+        one_less(&mut self.held, entry.subscriber);
+        Some(entry)
+    }
+
     fn remove(&mut self, hash: &TokenHash) {
-        let Some(entry) = self.tokens.remove(hash) else { return };
+        let Some(entry) = self.take(hash) else { return };
         let device = &entry.claims.device_id;
         if self.leases.get(device) == Some(hash) {
             self.leases.remove(device);
+        }
+    }
+}
+
+fn one_less(held: &mut HashMap<Subscriber, usize>, subscriber: Subscriber) {
+    if let Slot::Occupied(mut slot) = held.entry(subscriber) {
+        *slot.get_mut() -= 1;
+        if *slot.get() == 0 {
+            slot.remove();
         }
     }
 }
@@ -292,11 +339,11 @@ impl TokenStore for Memory {
 impl Memory {
     fn run_one(&self, op: &Op, now: Now) -> Answer {
         match op {
-            Op::Issue(token) => self.issue(token, InRedis::No, now),
-            Op::Replace(token) => {
-                let killed = self.replace(token, InRedis::No, now)?;
+            Op::Issue(new) if new.replaces => {
+                let killed = self.replace(new, InRedis::No, now)?;
                 Ok(Outcome::Issued { killed })
             }
+            Op::Issue(new) => self.issue(new, InRedis::No, now),
             Op::Consume(token, serial) => Ok(self.consume(token, *serial, now)),
             Op::GiveBack(token, serial) => {
                 self.ledger.release(&token.hash, *serial);
@@ -317,7 +364,8 @@ impl Memory {
                 Ok(Outcome::Marked(None))
             }
             Op::Carry(token, _) => {
-                self.issue(token, InRedis::No, now)?;
+                let (token, subscriber) = (token.clone(), Subscriber::default());
+                self.issue(&New { token, replaces: false, subscriber }, InRedis::No, now)?;
                 Ok(Outcome::Done)
             }
         }
@@ -367,17 +415,25 @@ mod tests {
         memory.run(&[op], now).remove(0)
     }
 
+    fn issue(token: Token) -> Op {
+        Op::Issue(New { token, replaces: false, subscriber: Subscriber::default() })
+    }
+
+    fn replace(token: Token) -> Op {
+        Op::Issue(New { token, replaces: true, subscriber: Subscriber::default() })
+    }
+
     const ISSUED: Answer = Ok(Outcome::Issued { killed: None });
 
     #[test]
     fn one_live_token_a_device_until_it_ends() {
         let memory = memory(10);
-        assert_eq!(one(&memory, Op::Issue(token("d", 0)), at(0)), ISSUED);
+        assert_eq!(one(&memory, issue(token("d", 0)), at(0)), ISSUED);
         let expires_at_ms = at(300).unix_ms;
         let active = Ok(Outcome::AlreadyActive { expires_at_ms });
-        assert_eq!(one(&memory, Op::Issue(token("d", 1)), at(1)), active);
-        assert_eq!(one(&memory, Op::Issue(token("e", 1)), at(1)), ISSUED);
-        assert_eq!(one(&memory, Op::Issue(token("d", 200)), at(300)), ISSUED);
+        assert_eq!(one(&memory, issue(token("d", 1)), at(1)), active);
+        assert_eq!(one(&memory, issue(token("e", 1)), at(1)), ISSUED);
+        assert_eq!(one(&memory, issue(token("d", 200)), at(300)), ISSUED);
         assert_eq!(
             one(&memory, Op::Consume(token("d", 0), Serial::from([1; 16])), at(300)),
             Ok(Outcome::Unknown { lossless_run: None })
@@ -390,14 +446,14 @@ mod tests {
         let (t, first, second) = (token("d", 0), Serial::from([1; 16]), Serial::from([2; 16]));
         let consume = |serial| one(&memory, Op::Consume(t.clone(), serial), at(1));
         assert_eq!(consume(first), Ok(Outcome::Unknown { lossless_run: None }));
-        assert_eq!(one(&memory, Op::Issue(t.clone()), at(0)), ISSUED);
+        assert_eq!(one(&memory, issue(t.clone()), at(0)), ISSUED);
         assert_eq!(consume(first), Ok(Outcome::Granted));
         assert_eq!(consume(second), Ok(Outcome::AlreadyUsed));
         assert_eq!(one(&memory, Op::GiveBack(t.clone(), first), at(1)), Ok(Outcome::Done));
         assert_eq!(consume(second), Ok(Outcome::Granted));
         assert_eq!(one(&memory, Op::Finish(t.clone()), at(1)), Ok(Outcome::Done));
         assert_eq!(consume(first), Ok(Outcome::AlreadyUsed));
-        assert_eq!(one(&memory, Op::Issue(token("d", 2)), at(2)), ISSUED);
+        assert_eq!(one(&memory, issue(token("d", 2)), at(2)), ISSUED);
     }
 
     #[test]
@@ -405,7 +461,7 @@ mod tests {
         let memory = memory(10);
         let t = token("d", 0);
         let attempts = (1..=3).map(|n| Op::Consume(t.clone(), Serial::from([n; 16])));
-        let ops: Vec<Op> = [Op::Issue(t.clone())].into_iter().chain(attempts).collect();
+        let ops: Vec<Op> = [issue(t.clone())].into_iter().chain(attempts).collect();
         let answers = memory.run(&ops, at(0));
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(answers, [ISSUED, Ok(Outcome::Granted), used.clone(), used]);
@@ -415,10 +471,10 @@ mod tests {
     fn replacing_and_revoking_kill_for_good() {
         let memory = memory(10);
         let (old, new) = (token("d", 0), token("d", 1));
-        one(&memory, Op::Issue(old.clone()), at(0)).unwrap();
+        one(&memory, issue(old.clone()), at(0)).unwrap();
         let dead = Dead { hash: old.hash, claims: old.claims.clone() };
         let replaced = Ok(Outcome::Issued { killed: Some(dead) });
-        assert_eq!(one(&memory, Op::Replace(new.clone()), at(1)), replaced);
+        assert_eq!(one(&memory, replace(new.clone()), at(1)), replaced);
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(one(&memory, Op::Consume(old, Serial::from([1; 16])), at(1)), used);
         let revoke = |issued_by_s, spare| {
@@ -439,7 +495,7 @@ mod tests {
     fn a_token_under_redemption_is_killed_too() {
         let memory = memory(10);
         let t = token("d", 0);
-        one(&memory, Op::Issue(t.clone()), at(0)).unwrap();
+        one(&memory, issue(t.clone()), at(0)).unwrap();
         let granted = one(&memory, Op::Consume(t.clone(), Serial::from([1; 16])), at(1));
         assert_eq!(granted, Ok(Outcome::Granted));
         let device = t.claims.device_id.clone();
@@ -456,15 +512,15 @@ mod tests {
     #[test]
     fn full_is_full_and_the_reaper_makes_room() {
         let memory = memory(2);
-        one(&memory, Op::Issue(token("a", 0)), at(0)).unwrap();
-        one(&memory, Op::Issue(token("b", 10)), at(10)).unwrap();
+        one(&memory, issue(token("a", 0)), at(0)).unwrap();
+        one(&memory, issue(token("b", 10)), at(10)).unwrap();
         assert!(memory.status().full);
-        assert_eq!(one(&memory, Op::Issue(token("c", 10)), at(10)), Err(StoreError::Full));
-        assert_eq!(one(&memory, Op::Replace(token("c", 10)), at(10)), Err(StoreError::Full));
+        assert_eq!(one(&memory, issue(token("c", 10)), at(10)), Err(StoreError::Full));
+        assert_eq!(one(&memory, replace(token("c", 10)), at(10)), Err(StoreError::Full));
         assert_eq!(one(&memory, Op::Count, at(10)), Ok(Outcome::Counted(2)));
         assert_eq!(memory.reap(at(300)), Some(at(310).mono_ms));
         assert_eq!(one(&memory, Op::Count, at(300)), Ok(Outcome::Counted(1)));
-        assert_eq!(one(&memory, Op::Issue(token("c", 255)), at(300)), ISSUED);
+        assert_eq!(one(&memory, issue(token("c", 255)), at(300)), ISSUED);
         assert_eq!(memory.reap(at(900)), None);
         assert_eq!(one(&memory, Op::Count, at(900)), Ok(Outcome::Counted(0)));
     }
@@ -473,7 +529,7 @@ mod tests {
     fn a_wall_clock_that_jumps_ends_no_token() {
         let memory = memory(10);
         let t = token("d", 0);
-        one(&memory, Op::Issue(t.clone()), at(0)).unwrap();
+        one(&memory, issue(t.clone()), at(0)).unwrap();
         let jumped = Now { unix_ms: at(100_000).unix_ms, mono_ms: at(1).mono_ms };
         assert_eq!(memory.live(&t.hash, jumped).map(|copy| copy.left_ms), Some(299_000));
     }

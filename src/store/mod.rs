@@ -18,15 +18,14 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
+use crate::subscriber::Subscriber;
 use ledger::Known;
 
 /// One thing to do with one token or device.
 #[derive(Clone, Debug)]
 pub enum Op {
-    /// Store a new token and lease its device to it, unless another token holds the lease.
-    Issue(Token),
-    /// Store a new token, take the lease over from whichever token holds it and kill that one.
-    Replace(Token),
+    /// Store a new token and lease its device to it.
+    Issue(New),
     /// Remove a new token that was issued but not handed out, and its lease.
     TakeBack(Token),
     /// Take the token for the attempt that would sign under this serial: once, by one attempt.
@@ -43,6 +42,17 @@ pub enum Op {
     Mark(TokenHash, Mark, Claims),
     /// Carry-over: enter a live token for what is left of its time, and its lease if that is free.
     Carry(Token, u64),
+}
+
+/// A token to be issued.
+#[derive(Clone, Debug)]
+pub struct New {
+    /// The token.
+    pub token: Token,
+    /// Another token that holds the lease is killed; otherwise it stays, and this one is not issued.
+    pub replaces: bool,
+    /// Whose share of the memory it counts against: none may fill it for all.
+    pub subscriber: Subscriber,
 }
 
 /// Which token of a device an [`Op::Kill`] means.
@@ -90,12 +100,12 @@ pub struct Dead {
 /// What became of an [`Op`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// `Issue`, `Replace`: the token is live and the device's only one.
+    /// `Issue`: the token is live and the device's only one.
     Issued {
         /// The token that was replaced, if there was one.
         killed: Option<Dead>,
     },
-    /// `Issue`, `Replace`: another token holds the lease.
+    /// `Issue`: another token holds the lease.
     AlreadyActive {
         /// When that token ends, in milliseconds since 1970.
         expires_at_ms: u64,
@@ -132,6 +142,8 @@ pub enum StoreError {
     Undecided,
     /// No room for another token.
     Full,
+    /// No room for another token of this subscriber.
+    ShareFull,
 }
 
 /// A store that does not serve.
@@ -143,7 +155,7 @@ pub struct Down {
     pub kind: DownKind,
     /// A command was sent that may have been carried out, or may yet be.
     pub maybe_done: bool,
-    /// `Replace`: the token that was being replaced and must die, whatever became of the rest.
+    /// `Issue`: the token that was being replaced and must die, whatever became of the rest.
     pub dying: Option<Box<Dead>>,
 }
 
@@ -166,6 +178,9 @@ impl fmt::Display for StoreError {
             StoreError::Down(Down { why, .. }) | StoreError::Failed(why) => f.write_str(why),
             StoreError::Undecided => f.write_str("cannot be decided now"),
             StoreError::Full => f.write_str("the token store is full"),
+            StoreError::ShareFull => {
+                f.write_str("the client's share of MEMORY_MAX_TOKENS is used up")
+            }
         }
     }
 }

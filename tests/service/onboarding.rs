@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::support::clock::{now_ms, parse_utc};
 use crate::support::csr::Csr;
 use crate::support::http::Response;
+use crate::support::port::Port;
 use crate::support::service::{Service, Setup};
 use crate::support::{check_error, check_timestamp, fields, on_both_stores, token, wait};
 
@@ -203,6 +204,48 @@ fn a_full_memory_refuses_and_evicts_nothing() {
     check_error(&service.onboard("d0"), 409, "TOKEN_ALREADY_ACTIVE", "the first is still there");
     assert_eq!(service.sign(&tokens[0], &Csr::new("d0").make()).status, 200);
     wait::for_true("there is room again", || service.onboard("d3").status == 200);
+}
+
+/// An address may hold three times as many tokens in memory as are free: three quarters of all, if
+/// it is alone. An IPv6 site is one address.
+#[test]
+fn one_address_does_not_fill_the_memory_for_all() {
+    let nobody = Port::any();
+    let away = format!("redis://127.0.0.1:{}", nobody.number());
+    for redis in [vec![], vec![("REDIS_URL", &*away)]] {
+        let env = [("MEMORY_MAX_TOKENS", "40"), ("TRUSTED_PROXIES", "127.0.0.1")];
+        let service = Setup::new().envs(&env).envs(&redis).start();
+        let ask = |client: &str, device: String| {
+            let headers = [("X-Forwarded-For", client)];
+            service.http.post_with("/api/v1/onboarding", &headers, &json!({"device_id": device}))
+        };
+        let fill = |clients: &[&str], name: &str| {
+            let mut answers =
+                (0..40).map(|n| ask(clients[n % clients.len()], format!("{name}{n}")));
+            let mut tokens = vec![];
+            loop {
+                let answer = answers.next().unwrap();
+                match answer.status {
+                    200 => tokens.push(answer.field("provisioning_token")),
+                    _ => break check_error(&answer, 429, "RATE_LIMITED", name),
+                }
+            }
+            tokens
+        };
+        let site = ["2001:db8:0:1::1", "2001:db8:0:1:ffff::2"];
+        let greedy = fill(&site, "greedy-");
+        assert_eq!(greedy.len(), 30);
+        assert_eq!(service.http.get("/ready").status, 200, "others are served");
+        assert_eq!(fill(&["192.0.2.1"], "second-").len(), 8, "three quarters of what is left");
+        assert_eq!(ask("2001:db8:0:2::1", "another-site".to_owned()).status, 200);
+        let csr = Csr::new("greedy-0").make();
+        assert_eq!(service.sign(&greedy[0], &csr).status, 200);
+        check_error(&ask(site[0], "next".to_owned()), 429, "RATE_LIMITED", "29 of 40, 2 are free");
+        assert_eq!(ask("192.0.2.3", "one".to_owned()).status, 200);
+        assert_eq!(ask("192.0.2.4", "two".to_owned()).status, 200);
+        check_error(&ask("192.0.2.5", "three".to_owned()), 503, "STORE_FULL", "full is full");
+        wait::for_true("/ready says so", || service.http.get("/ready").status == 503);
+    }
 }
 
 #[test]

@@ -32,7 +32,8 @@ use mqtt_publisher_lite::store::failover::Remote;
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
 use mqtt_publisher_lite::store::redis::RedisStore;
-use mqtt_publisher_lite::store::{Op, TokenStore};
+use mqtt_publisher_lite::store::{New, Op, TokenStore};
+use mqtt_publisher_lite::subscriber::Subscriber;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 
 const HEAD: &[u8] = b"POST /api/v1/onboarding HTTP/1.1\r\nHost: gateway.example:3002\r\n\
@@ -55,6 +56,10 @@ fn token(name: &str, now: Now) -> Token {
     signer().sign(claims(name, now))
 }
 
+fn issue(token: Token) -> Op {
+    Op::Issue(New { token, replaces: false, subscriber: Subscriber::default() })
+}
+
 #[divan::bench]
 fn token_sign(bencher: Bencher) {
     let (signer, claims) = (signer(), claims("device-001", clock::now()));
@@ -72,14 +77,14 @@ fn token_verify(bencher: Bencher) {
 #[divan::bench(args = [0, 100_000])]
 fn memory_store(bencher: Bencher, live: usize) {
     let now = clock::now();
-    let memory = Memory::new(live + 1, Arc::new(Ledger::new(100_000)));
+    let memory = Memory::new(2 * live + 1, Arc::new(Ledger::new(100_000)));
     for n in 0..live {
-        memory.run(&[Op::Issue(token(&format!("other-{n}"), now))], now);
+        memory.run(&[issue(token(&format!("other-{n}"), now))], now);
     }
     let token = token("device-001", now);
     let serial = Serial::from([0x40; 16]);
     bencher.bench(|| {
-        let (issue, finish) = (Op::Issue(token.clone()), Op::Finish(token.clone()));
+        let (issue, finish) = (issue(token.clone()), Op::Finish(token.clone()));
         let back = Op::GiveBack(token.clone(), serial);
         memory.run(&[issue, Op::Consume(token.clone(), serial), back, finish], now)
     });
@@ -130,7 +135,7 @@ fn redis_store(bencher: Bencher, batch: usize) {
     let store = redis.store();
     let tokens: Vec<Token> = (0..batch).map(|n| token(&format!("device-{n}"), now)).collect();
     bencher.bench(|| {
-        let issue: Vec<Op> = tokens.iter().cloned().map(Op::Issue).collect();
+        let issue: Vec<Op> = tokens.iter().cloned().map(issue).collect();
         let finish: Vec<Op> = tokens.iter().cloned().map(Op::Finish).collect();
         (store.run(&issue, now), store.run(&finish, now))
     });

@@ -4,7 +4,7 @@ use super::{Failover, State};
 use crate::clock::Now;
 use crate::jwt::Token;
 use crate::store::memory::InRedis;
-use crate::store::{Answer, Kill, Op, Outcome, StoreError};
+use crate::store::{Answer, Kill, New, Outcome, StoreError};
 
 impl Failover {
     /// Until it has an answer from Redis, memory issues nothing for the same device.
@@ -17,12 +17,12 @@ impl Failover {
     pub(super) fn issue_answered(
         &self,
         state: &mut State,
-        op: &Op,
-        token: &Token,
+        new: &New,
         result: Answer,
         late: bool,
         now: Now,
     ) -> Answer {
+        let token = &new.token;
         end_issue(state, token);
         match result {
             Ok(Outcome::Issued { killed }) => {
@@ -30,7 +30,7 @@ impl Failover {
                     self.mark_dead(state, dead, late, now);
                 }
                 let in_redis = if late { InRedis::Maybe } else { InRedis::Confirmed(state.era) };
-                self.memory.copy(token, in_redis, now);
+                self.memory.copy(new, in_redis, now);
                 if late {
                     state.note_carry(token.hash);
                 }
@@ -41,7 +41,7 @@ impl Failover {
                     self.mark_dead(state, dead, true, now);
                 }
                 let in_redis = if down.maybe_done { InRedis::Maybe } else { InRedis::No };
-                self.issue_from_memory(state, op, token, in_redis, now)
+                self.issue_from_memory(state, new, in_redis, now)
             }
             Err(StoreError::Failed(why)) => {
                 // What was carried out of it would keep the device waiting for a token that nobody
@@ -57,18 +57,18 @@ impl Failover {
     pub(super) fn issue_from_memory(
         &self,
         state: &mut State,
-        op: &Op,
-        token: &Token,
+        new: &New,
         in_redis: InRedis,
         now: Now,
     ) -> Answer {
-        let answer = match op {
-            Op::Replace(_) => self.replace_in_memory(state, token, in_redis, now),
+        let token = &new.token;
+        let answer = if new.replaces {
+            self.replace_in_memory(state, new, in_redis, now)
+        } else if state.issuing.contains_key(&token.claims.device_id) {
             // Redis is being asked for another token of this device.
-            _ if state.issuing.contains_key(&token.claims.device_id) => {
-                Ok(Outcome::AlreadyActive { expires_at_ms: token.claims.exp * 1000 })
-            }
-            _ => self.memory.issue(token, in_redis, now),
+            Ok(Outcome::AlreadyActive { expires_at_ms: token.claims.exp * 1000 })
+        } else {
+            self.memory.issue(new, in_redis, now)
         };
         match &answer {
             Ok(Outcome::Issued { .. }) => state.note_carry(token.hash),
@@ -81,11 +81,12 @@ impl Failover {
     fn replace_in_memory(
         &self,
         state: &mut State,
-        token: &Token,
+        new: &New,
         in_redis: InRedis,
         now: Now,
     ) -> Answer {
-        let killed = self.memory.replace(token, in_redis, now)?;
+        let killed = self.memory.replace(new, in_redis, now)?;
+        let token = &new.token;
         if let Some(dead) = &killed {
             state.note_mark(dead.hash);
         }

@@ -260,8 +260,8 @@ impl Failover {
     /// Notes what is about to be asked of Redis; an answer if it need not be asked.
     fn begin_in_redis(&self, state: &mut State, op: &Op, now: Now) -> Option<Answer> {
         match op {
-            Op::Issue(token) | Op::Replace(token) => {
-                Failover::begin_issue(state, token);
+            Op::Issue(new) => {
+                Failover::begin_issue(state, &new.token);
                 None
             }
             Op::Consume(token, serial) => self.begin_consume(token, *serial, now),
@@ -295,9 +295,7 @@ impl Failover {
     /// The answer to one operation that went to Redis. `late`: Redis was lost meanwhile.
     fn answered(&self, state: &mut State, op: &Op, result: Answer, late: bool, now: Now) -> Answer {
         match op {
-            Op::Issue(token) | Op::Replace(token) => {
-                self.issue_answered(state, op, token, result, late, now)
-            }
+            Op::Issue(new) => self.issue_answered(state, new, result, late, now),
             Op::Consume(token, serial) => {
                 self.consume_answered(state, token, *serial, result, late, now)
             }
@@ -321,9 +319,7 @@ impl Failover {
     /// The answer to one operation while Redis does not serve.
     fn answer_from_memory(&self, state: &mut State, op: &Op, now: Now) -> Answer {
         match op {
-            Op::Issue(token) | Op::Replace(token) => {
-                self.issue_from_memory(state, op, token, InRedis::No, now)
-            }
+            Op::Issue(new) => self.issue_from_memory(state, new, InRedis::No, now),
             Op::Consume(token, serial) => self.consume_from_memory(state, token, *serial, now),
             Op::Kill(kill) => self.kill_from_memory(state, kill, now),
             Op::GiveBack(token, serial) => self.given_back(state, token, *serial, false, now),

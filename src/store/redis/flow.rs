@@ -46,7 +46,7 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::serial::Serial;
-use crate::store::{Answer, Dead, Kill, Killed, Mark, Op, Outcome, StoreError};
+use crate::store::{Answer, Dead, Kill, Killed, Mark, New, Op, Outcome, StoreError};
 
 /// A lease whose token has been marked for this long is not waited for.
 const MARKED_LONG_MS: u64 = 30_000;
@@ -115,8 +115,10 @@ impl Next {
 /// The first trip of an operation.
 pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
     match op {
-        Op::Issue(token) => Box::new(Issue::new(token.clone(), now)),
-        Op::Replace(token) => Box::new(Replace(Issue::new(token.clone(), now))),
+        Op::Issue(New { token, replaces, .. }) => {
+            let issue = Issue::new(token.clone(), now);
+            if *replaces { Box::new(Replace(issue)) } else { Box::new(issue) }
+        }
         Op::TakeBack(token) | Op::Finish(token) => {
             Box::new(Remove { token: token.clone(), then: Outcome::Done })
         }

@@ -85,7 +85,7 @@ impl RedisStore {
     fn prune_is_due(&self, ops: &[Op], now: Now) -> bool {
         let due = self.prune_at_ms.load(Ordering::Relaxed);
         let next = now.mono_ms + PRUNE_EVERY_MS;
-        ops.iter().any(|op| matches!(op, Op::Issue(_) | Op::Replace(_)))
+        ops.iter().any(|op| matches!(op, Op::Issue(_)))
             && now.mono_ms >= due
             && self
                 .prune_at_ms
