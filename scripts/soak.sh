@@ -107,6 +107,15 @@ of_status() { sed -n "s/^$1:[^0-9]*\\([0-9]*\\).*/\\1/p" "/proc/$2/status"; }
 # descriptors PID
 descriptors() { find "/proc/$1/fd" -mindepth 1 2>/dev/null | wc -l; }
 
+# note_counts FILE: a line for each instance, its threads and descriptors.
+note_counts() {
+    ttl=1
+    for id in $ids; do
+        echo "$ttl $(of_status Threads "$id") $(descriptors "$id")" >>"$1"
+        ttl=$((ttl + 2))
+    done
+}
+
 now() { date -u +%Y-%m-%dT%H:%M:%S.000Z; }
 
 (
@@ -128,11 +137,7 @@ ids="$ids $started" urls="$urls $url"
 start 5 TLS_CERT="$work/tls/server.crt" TLS_KEY="$work/tls/server.key"
 ids="$ids $started" urls="$urls $url"
 sleep 1
-ttl=1
-for id in $ids; do
-    echo "$ttl $(of_status Threads "$id") $(descriptors "$id")" >>"$work/before"
-    ttl=$((ttl + 2))
-done
+note_counts "$work/before"
 
 # sample: one line for each instance.
 sample() {
@@ -176,11 +181,7 @@ loading=
 cat "$work/load"
 [ "$status" -eq 0 ] || fail "the load ended with $status"
 sleep 2
-ttl=1
-for id in $ids; do
-    echo "$ttl $(of_status Threads "$id") $(descriptors "$id")" >>"$work/after"
-    ttl=$((ttl + 2))
-done
+note_counts "$work/after"
 [ -z "${SOAK_KEEP:-}" ] || cp "$work/samples" "$SOAK_KEEP"
 
 echo

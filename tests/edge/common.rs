@@ -2,16 +2,20 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
-use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mqtt_publisher_lite::api::Reply;
 use mqtt_publisher_lite::edge::{Counters, Edge, Handle, Kind, Settings};
 use mqtt_publisher_lite::server::{Call, Stopper, answer, open_lanes};
+
+use crate::support::temp::TempDir;
+
+pub use crate::support::random::Xorshift;
+pub use crate::support::wait::for_true as until;
 
 /// An edge that serves until it is dropped.
 pub struct Served {
@@ -22,15 +26,13 @@ pub struct Served {
     pub handled: Arc<AtomicU64>,
     edge: Option<JoinHandle<()>>,
     workers: Vec<(Stopper, JoinHandle<()>)>,
-    dir: PathBuf,
+    _dir: TempDir,
 }
 
 /// Serves with one lane of each kind and the settings as `adjust` leaves them.
 pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let dir = std::env::temp_dir().join(format!("edge-{}-{n}", std::process::id()));
-    let lanes = open_lanes(&dir, &[Kind::Plain, Kind::Certificate, Kind::Bulk]).unwrap();
+    let dir = TempDir::new();
+    let lanes = open_lanes(dir.path(), &[Kind::Plain, Kind::Certificate, Kind::Bulk]).unwrap();
     let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
     let handled = Arc::new(AtomicU64::new(0));
     let workers = lanes
@@ -45,7 +47,7 @@ pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
     let edge = Edge::open(settings, addresses).unwrap();
     let (addr, handle, counters) = (edge.local_addr(), edge.handle(), edge.counters());
     let edge = thread::spawn(move || edge.run().unwrap());
-    let served = Served { addr, handle, counters, handled, edge: Some(edge), workers, dir };
+    let served = Served { addr, handle, counters, handled, edge: Some(edge), workers, _dir: dir };
     until("the lanes are open", || served.handle.is_ready());
     served
 }
@@ -140,7 +142,6 @@ impl Served {
             stopper.stop();
             worker.join().unwrap();
         }
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
@@ -186,15 +187,6 @@ pub fn statuses(text: &str) -> Vec<u16> {
     text.split("HTTP/1.1 ").skip(1).map(|r| r[..3].parse().unwrap()).collect()
 }
 
-/// Waits until `done`, 10 seconds at most.
-pub fn until(what: &str, done: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !done() {
-        assert!(start.elapsed() < Duration::from_secs(10), "waited in vain: {what}");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
-
 /// Runs `body` in a process of its own, in which no other test runs: for what counts or limits
 /// something of the whole process. `test` is the name of the test that calls this.
 pub fn alone(test: &str, body: impl FnOnce()) {
@@ -219,16 +211,4 @@ pub fn connect_from(host: IpAddr, to: SocketAddr) -> std::io::Result<TcpStream> 
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     Ok(stream)
-}
-
-/// A seeded source of numbers that repeat from run to run.
-pub struct Xorshift(pub u64);
-
-impl Xorshift {
-    pub fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % bound as u64) as usize
-    }
 }

@@ -1,11 +1,13 @@
 //! kill -9 of the program, and of the network under it, at the moments that matter: nothing is burnt,
 //! nothing is signed twice.
 
-use std::thread;
+use std::io;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::support::csr::Csr;
 use crate::support::history::Op;
+use crate::support::http::Response;
 use crate::support::load::sign;
 use crate::support::proxy::{Mode, Proxy, Stop};
 use crate::support::redis::Redis;
@@ -30,6 +32,12 @@ impl Stage {
         service.wait_for_storage("redis");
         let token = service.token("d");
         Stage { redis, proxy, service, token, csr: Csr::new("d").make() }
+    }
+
+    /// A device that presents the token, once.
+    fn client(&self) -> JoinHandle<io::Result<Response>> {
+        let (http, token, csr) = (self.service.http, self.token.clone(), self.csr.clone());
+        thread::spawn(move || sign(&http, &token, &csr))
     }
 
     fn mark(&self) -> String {
@@ -64,8 +72,7 @@ impl Stage {
 fn killed_between_the_mark_and_the_record() {
     let mut stage = Stage::set("5000");
     let trap = stage.proxy.trap("used:", Stop::After);
-    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
-    let client = thread::spawn(move || sign(&http, &compact, &csr));
+    let client = stage.client();
     trap.wait();
     assert!(stage.redis.exists(&stage.mark()), "the mark stands in Redis");
     stage.service.kill9();
@@ -82,8 +89,7 @@ fn killed_between_the_mark_and_the_record() {
 fn a_token_that_is_killed_while_its_dead_mark_is_taken_over() {
     let mut stage = Stage::set("5000");
     let trap = stage.proxy.trap("used:", Stop::After);
-    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
-    let client = thread::spawn(move || sign(&http, &compact, &csr));
+    let client = stage.client();
     trap.wait();
     stage.service.kill9();
     assert!(client.join().unwrap().is_err());
@@ -91,13 +97,12 @@ fn a_token_that_is_killed_while_its_dead_mark_is_taken_over() {
     stage.restart();
 
     let trap = stage.proxy.trap("\r\nEVAL\r\n", Stop::Before);
-    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
-    let client = thread::spawn(move || sign(&http, &compact, &csr).unwrap());
+    let client = stage.client();
     trap.wait();
     let killed = "AAAAAAAAAAAAAAAAAAAAAA killed";
     stage.redis.cli(&["SET", &stage.mark(), killed, "PX", "360000"]);
     trap.release();
-    check_error(&client.join().unwrap(), 401, "TOKEN_ALREADY_USED", "killed meanwhile");
+    check_error(&client.join().unwrap().unwrap(), 401, "TOKEN_ALREADY_USED", "killed meanwhile");
     assert_eq!(stage.redis.cli(&["GET", &stage.mark()]), killed, "the other's mark stands");
     assert!(stage.service.index().is_empty());
 }
@@ -106,8 +111,7 @@ fn a_token_that_is_killed_while_its_dead_mark_is_taken_over() {
 fn killed_before_the_mark_reaches_redis() {
     let mut stage = Stage::set("5000");
     let trap = stage.proxy.trap("used:", Stop::Before);
-    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
-    let client = thread::spawn(move || sign(&http, &compact, &csr));
+    let client = stage.client();
     trap.wait();
     stage.service.kill9();
     assert!(client.join().unwrap().is_err());
@@ -120,8 +124,7 @@ fn killed_before_the_mark_reaches_redis() {
 fn killed_and_the_mark_arrives_after_the_restart() {
     let mut stage = Stage::set("5000");
     let trap = stage.proxy.trap("used:", Stop::Before);
-    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
-    let client = thread::spawn(move || sign(&http, &compact, &csr));
+    let client = stage.client();
     trap.wait();
     stage.service.kill9();
     assert!(client.join().unwrap().is_err());
@@ -136,8 +139,7 @@ fn killed_after_the_record() {
     let mut stage = Stage::set("5000");
     // The first command of the cleaning up, after the certificate is recorded.
     let trap = stage.proxy.trap("\r\nDEL\r\n", Stop::Before);
-    let (http, compact, csr) = (stage.service.http, stage.token.clone(), stage.csr.clone());
-    let client = thread::spawn(move || sign(&http, &compact, &csr));
+    let client = stage.client();
     trap.wait();
     wait::for_true("it is recorded", || stage.service.index().len() == 1);
     stage.service.kill9();
@@ -246,14 +248,13 @@ fn killed_at_random_under_load() {
     });
     service.wait_for_storage("redis");
     fleet.redeem_rest(&[http], &history);
-    let serials: Vec<String> = service.index().iter().map(|line| line[3].clone()).collect();
     // A device whose onboarding was answered by nobody may still have its token: 409.
     let rules = crate::support::history::Rules {
         onboard: &["200", "409 TOKEN_ALREADY_ACTIVE"],
         redeem: &["200", "401 TOKEN_ALREADY_USED", "503 SERVICE_UNAVAILABLE"],
         unanswered: true,
     };
-    history.judge(&rules, &serials);
+    history.judge(&rules, &service.serials());
     assert!(history.events().iter().any(|e| e.op == Op::Redeem && e.status == 200));
 }
 
@@ -282,8 +283,7 @@ fn killed_redis_under_load() {
         done.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     fleet.redeem_rest(&[service.http], &history);
-    let serials: Vec<String> = service.index().iter().map(|line| line[3].clone()).collect();
-    history.judge(&crate::support::history::Rules::OUTAGE, &serials);
+    history.judge(&crate::support::history::Rules::OUTAGE, &service.serials());
 }
 
 #[test]

@@ -10,10 +10,11 @@ use serde_json::json;
 use crate::support::csr::{self, Csr, P256, key_file, try_openssl};
 use crate::support::http::Response;
 use crate::support::https::{self, Identity};
+use crate::support::random::Xorshift;
 use crate::support::service::{ADMIN_KEY, Service, Setup};
 
 const OPERATIONS: u32 = 200;
-const DEVICES: u32 = 12;
+const DEVICES: usize = 12;
 
 /// A fleet under random operations, and what should have come of them.
 struct Fleet {
@@ -23,7 +24,7 @@ struct Fleet {
     expected: BTreeMap<String, bool>,
     /// The newest certificate of each device that is not revoked.
     newest: Vec<Option<String>>,
-    random: u64,
+    random: Xorshift,
     done: [u32; 3],
 }
 
@@ -34,21 +35,14 @@ impl Fleet {
             service: https::start(Setup::new().envs(&env)),
             requests: (0..DEVICES).map(|n| Csr::new(&format!("device-{n}")).make()).collect(),
             expected: BTreeMap::new(),
-            newest: vec![None; DEVICES as usize],
-            random: 0x9e37_79b9_7f4a_7c15,
+            newest: vec![None; DEVICES],
+            random: Xorshift(0x9e37_79b9_7f4a_7c15),
             done: [0; 3],
         }
     }
 
-    fn below(&mut self, bound: u32) -> u32 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        u32::try_from(self.random % u64::from(bound)).unwrap()
-    }
-
     fn operate(&mut self) {
-        let (device, kind) = (self.below(DEVICES) as usize, self.below(10));
+        let (device, kind) = (self.random.below(DEVICES), self.random.below(10));
         match (kind, self.newest[device].clone()) {
             (0..4, Some(serial)) => self.renew(device, &serial),
             (4..7, Some(_)) => self.revoke(device),
@@ -127,7 +121,7 @@ fn two_hundred_mixed_operations() {
     (0..OPERATIONS).for_each(|_| fleet.operate());
     assert!(fleet.done.iter().all(|n| *n >= 20), "{:?} issued, renewed, revoked", fleet.done);
     let folder = fleet.service.data("ca");
-    let mut recorded: Vec<String> = fleet.service.index().iter().map(|l| l[3].clone()).collect();
+    let mut recorded: Vec<String> = fleet.service.serials();
     recorded.sort();
     assert!(recorded.iter().eq(fleet.expected.keys()), "each answered one is recorded, no other");
 

@@ -42,8 +42,7 @@ fn under_load(service: &Service, break_it: impl FnOnce(&History)) {
     // An unknown outcome is decided, and the ten seconds after an outage are over.
     fleet.redeem_rest(&servers, &history);
     replay_all(&servers, &history, &fleet);
-    let serials: Vec<String> = service.index().into_iter().map(|row| row[3].clone()).collect();
-    history.judge(&Rules::OUTAGE, &serials);
+    history.judge(&Rules::OUTAGE, &service.serials());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::support::http::Response;
 use crate::support::https::{self, Identity};
 use crate::support::service::{ADMIN_KEY, Service, Setup};
 use crate::support::temp::TempDir;
-use crate::support::{check_error, fields, token, wait};
+use crate::support::{CERTIFICATE_FIELDS, check_error, fields, token, wait};
 
 /// An HTTPS server, and folders for certificates.
 pub struct Stage {
@@ -81,21 +81,7 @@ fn a_renewal_is_answered_like_a_redemption() {
         let digest = if key == P256 { "sha256" } else { "-" };
         let answer = stage.renew(Some(&old), &Csr::new("d").key(key).digest(digest).make());
         let new = stage.keep(&answer);
-        assert_eq!(
-            fields(&answer.text()),
-            [
-                "success",
-                "device_id",
-                "certificate",
-                "ca_certificate",
-                "expires_at",
-                "serial_number",
-                "fingerprint",
-                "certificateId",
-                "downloadUrl",
-                "timestamp"
-            ]
-        );
+        assert_eq!(fields(&answer.text()), CERTIFICATE_FIELDS);
         csr::verify_with_openssl(&answer.field("ca_certificate"), &answer.field("certificate"))
             .unwrap();
         let status = https::ask(&stage.service, "/api/v1/certificates/d/status", None, &[]);

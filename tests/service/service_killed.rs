@@ -8,6 +8,7 @@ use std::thread;
 
 use crate::support::history::{History, Op, Rules};
 use crate::support::load::{Fleet, replay_all};
+use crate::support::random::Xorshift;
 use crate::support::redis::Redis;
 use crate::support::service::Service;
 use crate::support::token;
@@ -29,13 +30,9 @@ fn killed_fifty_times() {
         scope.spawn(|| {
             fleet.run(&servers, &history, 400.0, 12, || stop.load(Ordering::Relaxed));
         });
-        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = Xorshift(0x9e37_79b9_7f4a_7c15);
         for _ in 0..KILLS {
-            // xorshift64: the moments differ and the run can be repeated
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            history.wait_for(8 + random as usize % 72);
+            history.wait_for(8 + random.below(72));
             service.kill9();
             service.restart();
         }
@@ -45,8 +42,7 @@ fn killed_fifty_times() {
     fleet.redeem_rest(&servers, &history);
     replay_all(&servers, &history, &fleet);
     let rules = Rules { unanswered: true, ..Rules::OUTAGE };
-    let serials: Vec<String> = service.index().into_iter().map(|row| row[3].clone()).collect();
-    history.judge(&rules, &serials);
+    history.judge(&rules, &service.serials());
     check_records(&service, &history);
     let log = service.log();
     assert!(!log.contains("ERROR"), "a start was not clean:\n{log}");

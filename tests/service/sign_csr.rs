@@ -11,20 +11,9 @@ use crate::support::csr::{self, Csr};
 use crate::support::http::Response;
 use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
-use crate::support::{check_error, check_timestamp, fields, on_both_stores, token, wait};
-
-const FIELDS: [&str; 10] = [
-    "success",
-    "device_id",
-    "certificate",
-    "ca_certificate",
-    "expires_at",
-    "serial_number",
-    "fingerprint",
-    "certificateId",
-    "downloadUrl",
-    "timestamp",
-];
+use crate::support::{
+    CERTIFICATE_FIELDS, check_error, check_timestamp, fields, on_both_stores, token, wait,
+};
 
 #[test]
 fn from_token_to_certificate() {
@@ -34,7 +23,7 @@ fn from_token_to_certificate() {
         let answer = service.sign_with(&compact, &body);
         assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
         assert_eq!(answer.header("Content-Type"), Some("application/json; charset=utf-8"));
-        assert_eq!(fields(&answer.text()), FIELDS);
+        assert_eq!(fields(&answer.text()), CERTIFICATE_FIELDS);
         check_timestamp(&answer);
         assert_eq!(answer.json()["success"], true);
         assert_eq!(answer.field("device_id"), "device-001");

@@ -1,19 +1,12 @@
 //! What the integration tests share: the real program, a real Redis, a faulty network between the
 //! two, real `openssl`, and a judge for what many clients saw.
 //!
-//! A test crate says `mod support;` and takes what it needs. Everything here waits by polling with
+//! Each test binary takes what it needs. Everything here waits by polling with
 //! a deadline, fails with a message that shows the program's log, and cleans up after itself by
 //! process id. Nothing is skipped: a tool that is missing fails the test (`scripts/test.sh`
 //! installs them all).
 
-#![allow(dead_code, reason = "each test crate uses the part that it needs")]
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    clippy::panic,
-    reason = "a fixture that cannot do its work fails the test"
-)]
+#![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
 pub mod clock;
 pub mod csr;
@@ -26,6 +19,7 @@ pub mod load;
 pub mod mosquitto;
 pub mod port;
 pub mod proxy;
+pub mod random;
 pub mod redis;
 pub mod service;
 pub mod temp;
@@ -66,6 +60,20 @@ pub fn check_timestamp(answer: &Response) {
     assert!(text.len() == 24 && &text[19..20] == "." && text.ends_with('Z'), "{text:?}");
     assert!(off <= 5, "{text:?} is {off} s off");
 }
+
+/// What an answer with a certificate has, in this order.
+pub const CERTIFICATE_FIELDS: [&str; 10] = [
+    "success",
+    "device_id",
+    "certificate",
+    "ca_certificate",
+    "expires_at",
+    "serial_number",
+    "fingerprint",
+    "certificateId",
+    "downloadUrl",
+    "timestamp",
+];
 
 /// The names of the fields of a JSON object, in their order, without those of inner objects.
 pub fn fields(json: &str) -> Vec<String> {

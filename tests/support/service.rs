@@ -290,6 +290,11 @@ impl Service {
         text.lines().map(|line| line.split('\t').map(str::to_owned).collect()).collect()
     }
 
+    /// The serial numbers in `index.txt`.
+    pub fn serials(&self) -> Vec<String> {
+        self.index().into_iter().map(|row| row[3].clone()).collect()
+    }
+
     /// All that the process, and those before a restart, wrote to stdout and stderr.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
