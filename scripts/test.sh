@@ -3,17 +3,17 @@
 #
 # usage: scripts/test.sh [arguments for cargo test]
 #
-# Tests need real parts: redis-server, mosquitto and its clients, openssl, curl, busybox, faketime,
-# prlimit, setpriv, promtool, shellcheck, and PyJWT in a virtual environment in the build folder. On Debian, as root,
-# missing ones are installed by apt-get; elsewhere this says what is missing and fails. No test is
-# ever skipped.
+# Tests need real parts: redis-server, mosquitto and its clients, openssl, curl, wget, busybox,
+# faketime, prlimit, setpriv, promtool, shellcheck, and PyJWT in a virtual environment in the build
+# folder. On Debian, as root, missing ones are installed by apt-get; elsewhere this says what is missing
+# and fails. No test is ever skipped.
 set -eu
 me="test"
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 cd "$root"
 tools redis-server redis-cli:redis-tools mosquitto mosquitto_pub:mosquitto-clients busybox \
-    prlimit:util-linux setpriv:util-linux promtool:prometheus openssl curl faketime shellcheck cc:gcc
+    prlimit:util-linux setpriv:util-linux promtool:prometheus openssl curl wget faketime shellcheck cc:gcc
 python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || debian python3-venv
 has cargo || fail "missing: cargo (Rust, with rustfmt and clippy)"
 

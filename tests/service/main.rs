@@ -22,6 +22,8 @@ mod csr_policy;
 mod cut_off;
 mod drain;
 mod enroll;
+mod enroll_attacks;
+mod enroll_tools;
 mod errors;
 mod flash_wear;
 mod forged_tokens;

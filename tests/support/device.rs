@@ -1,7 +1,7 @@
 //! A device: `scripts/enroll.sh`, in whatever surroundings a test gives it.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -14,7 +14,9 @@ pub struct Device {
     pub name: String,
     url: String,
     dir: TempDir,
+    folder: String,
     surroundings: Surroundings,
+    wrapper: Vec<String>,
     env: Vec<(String, String)>,
 }
 
@@ -25,7 +27,15 @@ pub enum Surroundings {
     Full,
     /// busybox and openssl, nothing else.
     Busybox,
+    /// Those of a small Debian: no curl, GNU's wget, and no lock by `flock`.
+    Wget,
 }
+
+/// What `scripts/enroll.sh` calls, and a service's commands need.
+const USUAL: &[&str] = &[
+    "awk", "cat", "chmod", "cmp", "cp", "cut", "date", "grep", "head", "mkdir", "mktemp", "mv",
+    "openssl", "rm", "sed", "sh", "sleep", "sync", "tail", "tr", "wc", "wget",
+];
 
 /// What `enroll.sh` ended with and said.
 #[derive(Debug)]
@@ -41,7 +51,9 @@ impl Device {
             name: name.to_owned(),
             url: url.to_owned(),
             dir,
+            folder: "mqtt".to_owned(),
             surroundings: Surroundings::Full,
+            wrapper: vec![],
             env: vec![],
         }
     }
@@ -56,9 +68,38 @@ impl Device {
         self
     }
 
+    /// Another name for the folder of its files.
+    pub fn in_folder(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.folder);
+        self
+    }
+
+    /// A command that executes the shell with the script.
+    pub fn wrapper(mut self, command: &[&str]) -> Self {
+        self.wrapper = command.iter().map(|a| (*a).to_owned()).collect();
+        self
+    }
+
+    /// Puts a program of its own before all others: a shell script, where `REAL` is the path of the one
+    /// of this machine.
+    pub fn program(self, name: &str, script: &str) -> Self {
+        let own = self.dir.path().join("own");
+        fs::create_dir_all(&own).unwrap();
+        let real = on_path(name).display().to_string();
+        fs::write(own.join(name), format!("#!/bin/sh\n{}\n", script.replace("REAL", &real)))
+            .unwrap();
+        fs::set_permissions(own.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        self
+    }
+
+    /// A folder that only this device has.
+    pub fn outside(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// Where it keeps its files; not made before `enroll.sh` makes it.
     pub fn folder(&self) -> PathBuf {
-        self.dir.path().join("mqtt")
+        self.dir.path().join(&self.folder)
     }
 
     pub fn file(&self, name: &str) -> PathBuf {
@@ -105,18 +146,35 @@ impl Device {
     }
 
     fn command(&self, more: &[&str]) -> Command {
-        let mut command = match self.surroundings {
-            Surroundings::Full => {
-                let mut command = Command::new("sh");
-                command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
-                command
-            }
-            Surroundings::Busybox => busybox(self.dir.path()),
-        };
+        let (shell, path) = self.shell();
+        let words: Vec<&str> = self.wrapper.iter().map(String::as_str).chain([&*shell]).collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
+        if self.surroundings != Surroundings::Full {
+            command.env_clear();
+        }
         let own = self.env.iter().map(|(name, value)| (name, value));
+        command.env("PATH", format!("{}:{path}", self.dir.path().join("own").display()));
         command.arg(script()).args(["--url", &self.url, "--device-id", &self.name, "--dir"]);
         command.arg(self.folder()).args(more).envs(own).stdin(Stdio::null());
         command
+    }
+
+    /// The shell, and where its programs are.
+    fn shell(&self) -> (String, String) {
+        let bin = self.dir.path().join("bin");
+        let programs = match self.surroundings {
+            Surroundings::Full => return ("sh".to_owned(), std::env::var("PATH").unwrap()),
+            Surroundings::Busybox => applets(),
+            Surroundings::Wget => {
+                USUAL.iter().map(|name| ((*name).to_owned(), on_path(name))).collect()
+            }
+        };
+        if !bin.exists() {
+            fs::create_dir(&bin).unwrap();
+            programs.iter().for_each(|(name, real)| symlink(real, bin.join(name)).unwrap());
+        }
+        (bin.join("sh").display().to_string(), bin.display().to_string())
     }
 }
 
@@ -124,24 +182,19 @@ pub fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/enroll.sh")
 }
 
-/// busybox' shell, with a path that holds its applets and openssl only.
-fn busybox(dir: &Path) -> Command {
-    let bin = dir.join("bin");
-    if !bin.exists() {
-        fs::create_dir(&bin).unwrap();
-        let list = Command::new("busybox").arg("--list").output().unwrap_or_else(|e| {
-            panic!("busybox is not installed (scripts/test.sh installs it): {e}");
-        });
-        let real = |name: &str| {
-            let found = Command::new("sh").args(["-c", &format!("command -v {name}")]).output();
-            PathBuf::from(String::from_utf8(found.unwrap().stdout).unwrap().trim())
-        };
-        for applet in String::from_utf8(list.stdout).unwrap().lines() {
-            symlink(real("busybox"), bin.join(applet)).unwrap();
-        }
-        symlink(real("openssl"), bin.join("openssl")).unwrap();
-    }
-    let mut command = Command::new(bin.join("sh"));
-    command.env_clear().env("PATH", bin);
-    command
+/// The applets of busybox, and openssl.
+fn applets() -> Vec<(String, PathBuf)> {
+    let list = Command::new("busybox").arg("--list").output().unwrap_or_else(|e| {
+        panic!("busybox is not installed (scripts/test.sh installs it): {e}");
+    });
+    let (list, busybox) = (String::from_utf8(list.stdout).unwrap(), on_path("busybox"));
+    let applets = list.lines().map(|name| (name.to_owned(), busybox.clone()));
+    applets.chain([("openssl".to_owned(), on_path("openssl"))]).collect()
+}
+
+/// Where a program of this machine is.
+fn on_path(name: &str) -> PathBuf {
+    let found = Command::new("sh").args(["-c", &format!("command -v {name}")]).output().unwrap();
+    assert!(found.status.success(), "{name} is not installed (scripts/test.sh installs it)");
+    PathBuf::from(String::from_utf8(found.stdout).unwrap().trim())
 }

@@ -8,10 +8,12 @@
 
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
+pub mod authority;
 pub mod clock;
 pub mod csr;
 pub mod device;
 pub mod history;
+pub mod hostile;
 pub mod http;
 pub mod https;
 pub mod instance;

@@ -1,0 +1,259 @@
+//! `scripts/enroll.sh` with what devices have in the place of this machine's programs: other versions of
+//! openssl, other programs for HTTP, files of other systems. What is said of an old version here was
+//! seen with the real one.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use crate::support::authority::Authority;
+use crate::support::clock::{FakeClock, now_s};
+use crate::support::csr;
+use crate::support::device::{Device, Outcome, Surroundings};
+use crate::support::hostile::{Hostile, Reply};
+use crate::support::https;
+use crate::support::service::{Service, Setup};
+use crate::support::temp::TempDir;
+use crate::support::wait;
+
+use Surroundings::{Busybox, Full, Wget};
+
+/// OpenSSL 1.0.2: no `-no_check_time`; a blank in `subject= CN=…`; `verify` says of some errors that
+/// they are, then OK, and ends with 0.
+const OPENSSL_102: &str = r#"
+case $* in *-no_check_time* | *-noservername*) echo "unknown option" >&2; exit 1 ;; esac
+case $* in
+verify*) REAL "$@" || echo OK; exit 0 ;;
+*-subject\ *) REAL "$@" | sed 's/^subject=/subject= /' ;;
+*) exec REAL "$@" ;;
+esac"#;
+
+/// LibreSSL: neither `-no_check_time` nor `-partial_chain`; its `s_client` verifies no name.
+const LIBRESSL: &str = r#"
+case $* in
+*-no_check_time* | *-partial_chain* | *-verify_hostname* | *-noservername*)
+    echo "unknown option" >&2
+    exit 1
+    ;;
+*-subject\ *) REAL "$@" | sed 's/^subject=/subject= /' ;;
+*) exec REAL "$@" ;;
+esac"#;
+
+/// One that knows no way around the clock.
+const OTHER: &str = r#"
+case $* in *-no_check_time* | *-partial_chain* | *-attime*) echo "unknown option" >&2; exit 1 ;; esac
+exec REAL "$@""#;
+
+/// OpenWrt's uclient-fetch of 2024: no `-S`; of an error it says the status alone, and ends with 8.
+const UCLIENT: &str = r#"
+usage() { echo 'Usage: wget [options] <URL> --header= --post-file=FILE' >&2; exit 1; }
+for word; do case $word in -S | --help | --version | --tries* | --config*) usage ;; esac; done
+REAL -nv --server-response "$@" 2>/tmp/uclient.$$ && { rm /tmp/uclient.$$; exit 0; }
+sed -n 's,^ *HTTP/1.1 \([0-9]*\).*,HTTP error \1,p' /tmp/uclient.$$ | tail -n 1 >&2
+rm /tmp/uclient.$$
+exit 8"#;
+
+fn http_url(service: &Service) -> String {
+    format!("http://127.0.0.1:{}", service.port())
+}
+
+fn https_url(service: &Service) -> String {
+    format!("https://localhost:{}", service.port())
+}
+
+#[track_caller]
+fn check(outcome: &Outcome, code: i32, said: &str) {
+    assert_eq!(outcome.code, Some(code), "{outcome:?}");
+    assert!(outcome.said.contains(said), "{said}: {outcome:?}");
+}
+
+/// The CA is one that another has signed, and is alone in its file.
+fn with_intermediate() -> Setup {
+    let issuing = Authority::root("/CN=Root").intermediate("/O=Fleet/CN=Issuing CA");
+    issuing.put(Setup::new(), "")
+}
+
+#[test]
+fn an_old_openssl_will_do() {
+    let (plain, secure) = (Setup::new().start(), https::start(Setup::new()));
+    for (name, script) in [("1.0.2", OPENSSL_102), ("libressl", LIBRESSL)] {
+        for surroundings in [Full, Busybox] {
+            let id = format!("{name}-{surroundings:?}");
+            let device = Device::new(&id, &http_url(&plain)).surroundings(surroundings);
+            let device = device.program("openssl", script);
+            device.must_enroll(&[]);
+            let key = device.read("device.key");
+            device.must_enroll(&[]);
+            assert_eq!(device.read("device.key"), key, "{id}: the second run leaves it alone");
+            let device = Device::new(&id, &https_url(&secure)).surroundings(surroundings);
+            let outcome = device.program("openssl", script).enroll(&["--tries", "1"]);
+            if (name, surroundings) == ("libressl", Busybox) {
+                check(&outcome, 1, "curl is needed");
+            } else {
+                check(&outcome, 0, "is valid until");
+            }
+        }
+    }
+    assert!(!secure.log().contains("issued for libressl-Busybox"), "{}", secure.log());
+    let lines = plain.index().len();
+    let device = Device::new("d", &http_url(&plain)).program("openssl", OTHER);
+    check(&device.enroll(&["--tries", "1"]), 1, "openssl cannot verify");
+    assert_eq!(plain.index().len(), lines, "no token is spent on it");
+    assert!(!plain.log().contains("issued for d,"), "{}", plain.log());
+}
+
+/// With the root behind it or not, whatever openssl knows.
+#[test]
+fn a_ca_that_is_no_root() {
+    let (plain, secure) = (with_intermediate().start(), https::start(with_intermediate()));
+    for surroundings in [Full, Busybox] {
+        for (service, url) in [(&plain, http_url(&plain)), (&secure, https_url(&secure))] {
+            let ca = service.read("ca/root-ca.crt");
+            let pin = csr::x509_field(&ca, &["-fingerprint", "-sha256"]);
+            let id = format!("d-{surroundings:?}");
+            let device = Device::new(&id, &url).surroundings(surroundings);
+            device.must_enroll(&["--ca-fingerprint", &pin]);
+            assert_eq!(device.read("ca.crt").trim(), ca.trim());
+            let serial = csr::x509_field(&device.read("device.crt"), &["-serial"]);
+            device.must_enroll(&["--ca-fingerprint", &pin]);
+            assert_eq!(csr::x509_field(&device.read("device.crt"), &["-serial"]), serial);
+        }
+    }
+    // Where openssl wants a root, this CA alone is not enough, which is found out in time.
+    let device = Device::new("e", &http_url(&plain)).program("openssl", LIBRESSL);
+    check(&device.enroll(&["--tries", "1"]), 1, "openssl cannot verify");
+    // And an old curl gives way to openssl.
+    let curl = "case $* in *--version*) echo curl 7.64.0 ;; *) exec REAL \"$@\" ;; esac";
+    let curl = format!("grep -qs cacert \"$3\" && exit 60\n{curl}");
+    Device::new("f", &https_url(&secure)).program("curl", &curl).must_enroll(&[]);
+    assert!(!plain.log().contains("issued for e,"), "{}", plain.log());
+}
+
+#[test]
+fn whatever_speaks_http() {
+    let key = "onboarding-key-of-the-tests";
+    let service = Setup::new().env("ONBOARDING_API_KEY", key).start();
+    let dir = TempDir::new();
+    let file = dir.file("key", key).display().to_string();
+    let wrong = dir.file("wrong", "another-key-altogether").display().to_string();
+    let own = |id: &str| Device::new(id, &http_url(&service)).surroundings(Wget);
+    for (id, device) in [("gnu", own("gnu")), ("openwrt", own("openwrt").program("wget", UCLIENT))]
+    {
+        check(&device.enroll(&["--api-key-file", &wrong]), 4, "onboarding: 401");
+        device.must_enroll(&["--api-key-file", &file]);
+        assert!(service.log().contains(&format!("issued for {id},")), "{}", service.log());
+        drop(device.enroll(&["--api-key-file", &file]));
+    }
+    let log = service.log();
+    for (id, usage) in [
+        ("old-openwrt", "Usage: wget [options] <URL> --post-file=FILE"),
+        ("old-busybox", "BusyBox v1.20 Usage: wget [--header 'h: v'] [-O FILE] [-S]"),
+    ] {
+        let device = own(id).program("wget", &format!("echo \"{usage}\" >&2; exit 1"));
+        check(&device.enroll(&["--api-key-file", &file]), 1, "curl is needed");
+    }
+    assert_eq!(service.log(), log, "nobody was asked");
+}
+
+#[test]
+fn a_key_as_editors_leave_it() {
+    const ODD: &str = r#"k"e\y'#$%s`(x)*&\\n"#;
+    let (plain, secure) = (
+        Setup::new().env("ONBOARDING_API_KEY", ODD).start(),
+        https::start(Setup::new().env("ONBOARDING_API_KEY", ODD)),
+    );
+    let dir = TempDir::new();
+    let good = ["\r\n", "\n", "", " \t\r\n", "\r\nof the second line"];
+    for (n, end) in good.iter().enumerate() {
+        let key = format!("{}{ODD}{end}", if n % 2 == 0 { "\u{feff}" } else { "" });
+        let file = dir.file("key", &key).display().to_string();
+        for surroundings in [Full, Busybox, Wget] {
+            let urls = [http_url(&plain), https_url(&secure)];
+            for url in &urls[..if surroundings == Wget || n > 0 { 1 } else { 2 }] {
+                let device = Device::new(&format!("d{n}-{surroundings:?}"), url);
+                device.surroundings(surroundings).must_enroll(&["--api-key-file", &file]);
+            }
+        }
+    }
+    let log = plain.log();
+    for bad in ["", "\n", "\r\n", "two words of a key ü", "\u{fffd}\u{1b}[31m-key-of-the-tests"] {
+        let file = dir.file("key", bad).display().to_string();
+        let device = Device::new("d", &http_url(&plain));
+        check(&device.enroll(&["--api-key-file", &file]), 1, "is no key");
+    }
+    assert_eq!(plain.log(), log, "nobody was asked");
+}
+
+/// Quotes, colons and the like in the names of folders, and what others may do in those above.
+#[test]
+fn folders_of_any_name() {
+    let clock = FakeClock::at(now_s());
+    let env = clock.env();
+    let pairs: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, &**value)).collect();
+    for surroundings in [Full, Busybox] {
+        clock.set_right();
+        let service = https::start(Setup::new().envs(&pairs));
+        let device = Device::new("d", &https_url(&service)).surroundings(surroundings);
+        let odd = r#"ab:c "d" \e 'f' $g"#;
+        let temporary = device.outside().join(odd);
+        fs::create_dir(&temporary).unwrap();
+        let mut env = clock.env();
+        env.push(("TMPDIR", temporary.display().to_string()));
+        let device = device.in_folder(&format!("{odd}/{odd}/mqtt")).env(&env);
+        device.must_enroll(&[]);
+        let mode =
+            |path: &std::path::Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&device.folder()), 0o700);
+        assert_eq!(mode(device.folder().parent().unwrap()), 0o755);
+        clock.set(now_s() + 70 * 86_400);
+        device.must_enroll(&[]);
+        assert!(service.log().contains("in renewal of"), "{}", service.log());
+        assert_eq!(fs::read_dir(&temporary).unwrap().count(), 1, "nothing is left behind");
+    }
+}
+
+/// Before its clock is set a device cannot judge a certificate: that is no reason to distrust.
+#[test]
+fn a_clock_that_is_not_right_yet() {
+    let service = https::start(Setup::new());
+    let year = 365 * 86_400;
+    for surroundings in [Full, Busybox] {
+        for (n, time) in
+            [86_400, now_s() - 20 * 86_400, now_s() + 30 * year].into_iter().enumerate()
+        {
+            let clock = FakeClock::at(time);
+            let device = Device::new("d", &https_url(&service)).surroundings(surroundings);
+            let device = device.env(&clock.env());
+            let outcome = device.enroll(&["--tries", "1"]);
+            check(&outcome, 3, if n < 2 { "it is not set yet" } else { "expired" });
+            assert!(device.files().iter().all(|name| name == "device.key.new"), "{outcome:?}");
+            clock.set_right();
+            if n == 0 {
+                let device = Device::new(&format!("{surroundings:?}"), &https_url(&service));
+                device.surroundings(surroundings).env(&clock.env()).must_enroll(&[]);
+            }
+        }
+        // Between the CA's beginning and the server's.
+        let clock = FakeClock::at(now_s() - 43_200);
+        let device = Device::new("e", &https_url(&service)).surroundings(surroundings);
+        check(&device.env(&clock.env()).enroll(&["--tries", "1"]), 3, "not yet valid");
+    }
+    assert!(!service.log().contains("issued for d,"), "{}", service.log());
+    // Without TLS nothing depends on it.
+    let plain = Setup::new().start();
+    let clock = FakeClock::at(86_400);
+    Device::new("d", &http_url(&plain)).env(&clock.env()).must_enroll(&[]);
+}
+
+/// A server that never answers must not hold the lock for ever; not every device has `timeout`.
+#[test]
+fn a_server_that_is_silent() {
+    for surroundings in [Full, Busybox, Wget] {
+        let server = Hostile::start(|_| Reply::Silence);
+        let device = Device::new("d", &server.url()).surroundings(surroundings);
+        // The minute that the script waits is over in a second.
+        let device = device.program("sleep", "exec REAL 1");
+        check(&device.enroll(&["--tries", "2"]), 3, "giving up for now after 2 attempts");
+        let asked = server.requests().len() as u64;
+        wait::for_true("it hung up each time", || server.hung_up() == asked);
+    }
+}
