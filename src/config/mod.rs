@@ -257,6 +257,7 @@ impl Config {
                 "REDIS_POOL_SIZE={pool} is less than WORKERS={workers}: workers will wait for a connection"
             ));
         }
+        self.warnings.extend(self.tls.as_deref().and_then(tls::warning));
         if self.redis.is_some() && self.jwt_secret.is_none() {
             let text =
                 "JWT_SECRET is unset: other instances on this Redis cannot verify our tokens";

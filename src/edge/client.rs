@@ -3,27 +3,28 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
 
-use rustls::ServerConnection;
-
 use super::conn::{Phase, Reader, Request, Step};
 use super::head::Origin;
 use super::lane::is_transient;
 use super::limits::Held;
 use super::poll::{Interest, Watched};
 use super::proxies::Networks;
+use super::tls::{Received, Stream};
 use super::unsent::Unsent;
 use crate::problem::Code;
 
 /// One connection.
 pub struct Client {
     stream: Watched<TcpStream>,
-    tls: Option<Box<ServerConnection>>,
+    tls: Tls,
     /// Its requests.
     pub reader: Reader,
     /// The peer, which may be a proxy.
     pub peer: IpAddr,
     /// The peer is a trusted proxy.
     pub is_proxy: bool,
+    /// No other connection has had this number.
+    pub serial: u64,
     /// The request that is in a lane.
     pub request: Option<Request>,
     /// What happens when the present reply is out.
@@ -38,8 +39,15 @@ pub struct Client {
     lingered: usize,
 }
 
-/// What an idle TLS connection holds, as measured: 7.6 MB for 1,000.
-pub const TLS_HELD: usize = 8 * 1024;
+/// What stands between the socket and the requests.
+pub enum Tls {
+    /// Nothing.
+    None,
+    /// TLS.
+    Here(Box<Stream>),
+    /// A step of its handshake is being computed; so many bytes are held for it.
+    Away(usize),
+}
 
 /// What is read after the last reply, so that a client that still sends can read that reply first.
 /// More than the rest of any request that we would take; a client that goes on is closed.
@@ -58,8 +66,12 @@ pub enum After {
 
 /// What a read gave.
 pub enum Input {
-    /// So many bytes.
+    /// So many bytes in the buffer.
     Bytes(usize),
+    /// Bytes that were encrypted, in the other buffer.
+    Decrypted,
+    /// A step of the TLS handshake is to be computed.
+    Handshake,
     /// Nothing yet.
     Nothing,
     /// The client will send no more.
@@ -72,9 +84,10 @@ impl Client {
     /// A connection that was just accepted.
     pub fn new(
         stream: Watched<TcpStream>,
-        tls: Option<Box<ServerConnection>>,
+        tls: Tls,
         peer: IpAddr,
         is_proxy: bool,
+        serial: u64,
     ) -> Self {
         Client {
             stream,
@@ -82,6 +95,7 @@ impl Client {
             reader: Reader::default(),
             peer,
             is_proxy,
+            serial,
             request: None,
             after: After::KeepAlive,
             is_last: false,
@@ -93,10 +107,23 @@ impl Client {
 
     /// Bytes of memory held.
     pub fn held(&self) -> Held {
-        let tls = self.tls.as_ref().map_or(0, |tls| TLS_HELD + certificates(tls));
+        let tls = match &self.tls {
+            Tls::None => 0,
+            Tls::Here(tls) => tls.held(),
+            Tls::Away(held) => *held,
+        };
         let (read, unsent) = (self.reader.held(), self.out.held());
         let behind = if self.reader.phase() == Phase::Busy { read } else { 0 };
         Held { all: read + unsent + tls, replies: behind + unsent }
+    }
+
+    /// Of these, what the client has sent of a request that is not whole.
+    pub fn unfinished(&self) -> usize {
+        match (&self.tls, self.reader.phase()) {
+            (_, Phase::Busy) => 0,
+            (Tls::Here(tls), _) => self.reader.held() + tls.unread(),
+            _ => self.reader.held(),
+        }
     }
 
     /// Takes bytes of a request, which has this number; see [`Reader::take`].
@@ -110,19 +137,22 @@ impl Client {
         proxies: &Networks,
         out: &mut Vec<u8>,
     ) -> Result<Step, Code> {
-        let chain = self.tls.as_ref().and_then(|tls| tls.peer_certificates());
+        let certificate = match &self.tls {
+            Tls::Here(tls) => tls.client_certificate(),
+            Tls::None | Tls::Away(_) => None,
+        };
         let origin = Origin {
             number,
             peer: self.peer,
             proxies: self.is_proxy.then_some(proxies),
-            certificate: chain.and_then(|chain| chain.first()).map(|leaf| leaf.as_ref()),
+            certificate,
         };
         self.reader.take(input, origin, out)
     }
 
     /// Nothing is left to write.
     pub fn is_flushed(&self) -> bool {
-        self.out.is_empty() && !self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+        self.out.is_empty() && !matches!(&self.tls, Tls::Here(tls) if !tls.is_flushed())
     }
 
     /// Throws away what waits behind the request in work, which is the last one then: what follows
@@ -134,24 +164,85 @@ impl Client {
         self.reader.drop_pending();
     }
 
-    /// Reads once.
+    /// Reads once: into `buf` what is not encrypted, into `plain` what was.
     ///
     /// # Errors
     /// When the connection is broken.
-    pub fn read(&mut self, buf: &mut [u8]) -> io::Result<Input> {
+    pub fn read(&mut self, buf: &mut [u8], plain: &mut Vec<u8>) -> io::Result<Input> {
+        let most = match &self.tls {
+            Tls::Here(tls) => tls.takes().min(buf.len()),
+            Tls::Away(_) => return self.pause().map(|()| Input::Nothing),
+            Tls::None => buf.len(),
+        };
+        let n = match (&*self.stream).read(buf.get_mut(..most).unwrap_or_default()) {
+            Ok(0) => return Ok(Input::End),
+            Ok(n) => n,
+            Err(e) if is_transient(&e) => return Ok(Input::Nothing),
+            Err(e) => return Err(e),
+        };
         match &mut self.tls {
-            Some(tls) if self.after != After::Lingering => {
-                let input = read_tls(tls, &self.stream, buf)?;
-                self.push()?;
-                Ok(input)
+            Tls::Here(tls) if tls.is_handshaking() => {
+                tls.put(buf.get(..n).unwrap_or_default());
+                Ok(Input::Handshake)
             }
-            _ => match (&*self.stream).read(buf) {
-                Ok(0) => Ok(Input::End),
-                Ok(n) => Ok(self.received(n)),
-                Err(e) if is_transient(&e) => Ok(Input::Nothing),
-                Err(e) => Err(e),
-            },
+            Tls::Here(tls) => {
+                let received = tls.receive(buf.get_mut(..n).unwrap_or_default(), plain);
+                self.understood(received, plain)
+            }
+            _ => Ok(self.received(n)),
         }
+    }
+
+    /// Gives away the TLS for a step of the handshake.
+    pub fn lend_tls(&mut self) -> Option<Box<Stream>> {
+        match std::mem::replace(&mut self.tls, Tls::None) {
+            Tls::Here(tls) => {
+                self.tls = Tls::Away(tls.held());
+                Some(tls)
+            }
+            other => {
+                self.tls = other;
+                None
+            }
+        }
+    }
+
+    /// Takes the TLS back, with what became of the step.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub fn return_tls(
+        &mut self,
+        tls: Box<Stream>,
+        outcome: Result<Received, rustls::Error>,
+        plain: &[u8],
+    ) -> io::Result<Input> {
+        self.tls = Tls::Here(tls);
+        self.resume()?;
+        self.understood(outcome, plain)
+    }
+
+    /// Whether the TLS is lent.
+    pub fn is_tls_away(&self) -> bool {
+        matches!(self.tls, Tls::Away(_))
+    }
+
+    /// Writes what TLS has to say to what it received.
+    fn understood(
+        &mut self,
+        received: Result<Received, rustls::Error>,
+        plain: &[u8],
+    ) -> io::Result<Input> {
+        self.push()?;
+        Ok(match received {
+            Ok(_) if !plain.is_empty() => Input::Decrypted,
+            Ok(Received::Taken) => Input::Nothing,
+            Ok(Received::End) => Input::End,
+            Err(e) => {
+                log::debug!("TLS: {e}");
+                Input::NotTls
+            }
+        })
     }
 
     /// What so many bytes are: input, or what a lingering client may send for a while yet.
@@ -165,7 +256,11 @@ impl Client {
 
     /// The TLS handshake is not over.
     pub fn is_handshaking(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
+        match &self.tls {
+            Tls::None => false,
+            Tls::Here(tls) => tls.is_handshaking(),
+            Tls::Away(_) => true,
+        }
     }
 
     /// Writes `bytes`, keeping what the socket does not take; `to_come` more will follow.
@@ -175,13 +270,12 @@ impl Client {
     pub fn send(&mut self, bytes: &[u8], to_come: usize) -> io::Result<()> {
         let taken = match &mut self.tls {
             _ if !self.out.is_empty() => 0,
-            Some(tls) if !tls.wants_write() => tls.writer().write(first_record(bytes))?,
-            Some(_) => 0,
-            None => write(&self.stream, bytes)?,
+            Tls::None => write(&self.stream, bytes)?,
+            Tls::Here(tls) => tls.send(bytes).map_err(io::Error::other)?,
+            Tls::Away(_) => return Err(io::ErrorKind::NotConnected.into()),
         };
-        let kept = rest(bytes, taken);
-        self.out.push(kept, to_come);
-        if self.tls.is_some() { self.push() } else { self.arm() }
+        self.out.push(rest(bytes, taken), to_come);
+        self.push()
     }
 
     /// Writes what was kept.
@@ -192,8 +286,9 @@ impl Client {
         loop {
             let piece = self.out.first();
             let done = match &mut self.tls {
-                Some(tls) => push_tls(tls, &self.stream, piece)?,
-                None => write(&self.stream, piece)?,
+                Tls::None => write(&self.stream, piece)?,
+                Tls::Here(tls) => push_tls(tls, &self.stream, piece)?,
+                Tls::Away(_) => 0,
             };
             let whole = done == piece.len();
             self.out.advance(done);
@@ -231,77 +326,36 @@ impl Client {
     /// # Errors
     /// When the connection is broken.
     pub fn linger(&mut self) -> io::Result<()> {
-        if let Some(tls) = &mut self.tls {
-            tls.send_close_notify();
+        if let Tls::Here(tls) = &mut self.tls {
+            tls.close();
             push_tls(tls, &self.stream, &[])?;
         }
         // The handshake's keys are of no use any more.
-        self.tls = None;
+        self.tls = Tls::None;
         self.after = After::Lingering;
         self.stream.shutdown(Shutdown::Write)?;
         self.resume()
     }
 }
 
-/// Bytes of the client's certificates, which rustls keeps as long as the connection.
-fn certificates(tls: &ServerConnection) -> usize {
-    tls.peer_certificates().unwrap_or_default().iter().map(|der| der.len()).sum()
-}
-
-/// Taken from the socket at most once, so that nobody keeps the thread for long.
-fn read_tls(tls: &mut ServerConnection, stream: &TcpStream, buf: &mut [u8]) -> io::Result<Input> {
-    match tls.read_tls(&mut &*stream) {
-        Ok(0) => return Ok(Input::End),
-        Ok(_) => {}
-        Err(e) if is_transient(&e) => return Ok(Input::Nothing),
-        Err(e) => return Err(e),
-    }
-    if let Err(e) = tls.process_new_packets() {
-        log::debug!("TLS: {e}");
-        return Ok(Input::NotTls);
-    }
-    let (mut filled, mut ended) = (0, false);
-    while let Some(space) = buf.get_mut(filled..).filter(|space| !space.is_empty()) {
-        match tls.reader().read(space) {
-            Ok(0) => {
-                ended = true;
-                break;
-            }
-            Ok(n) => filled += n,
-            Err(e) if is_transient(&e) => break,
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(match filled {
-        0 if ended => Input::End,
-        0 => Input::Nothing,
-        n => Input::Bytes(n),
-    })
-}
-
 /// Encrypts a record at a time, when the last one is out: what waits is held once, in the clear.
 /// Returns how many of `bytes` are done with.
-fn push_tls(tls: &mut ServerConnection, stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+fn push_tls(tls: &mut Stream, stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
     let mut done = 0;
     loop {
-        while tls.wants_write() {
-            match tls.write_tls(&mut &*stream) {
-                Ok(_) => {}
-                Err(e) if is_transient(&e) => return Ok(done),
-                Err(e) => return Err(e),
+        while !tls.is_flushed() {
+            let n = write(stream, tls.output())?;
+            if n == 0 {
+                return Ok(done);
             }
+            tls.advance_output(n);
         }
-        let record = first_record(rest(bytes, done));
-        if record.is_empty() {
+        let n = tls.send(rest(bytes, done)).map_err(io::Error::other)?;
+        if n == 0 {
             return Ok(done);
         }
-        done += tls.writer().write(record)?;
+        done += n;
     }
-}
-
-/// What one TLS record holds.
-fn first_record(bytes: &[u8]) -> &[u8] {
-    bytes.get(..16 * 1024).unwrap_or(bytes)
 }
 
 fn rest(bytes: &[u8], done: usize) -> &[u8] {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::answer::Date;
-use super::client::Client;
+use super::client::{Client, Tls};
 use super::conn::Phase;
 use super::lane::Lanes;
 use super::limits::{Budget, Held, PerAddress, counted_as};
@@ -16,10 +16,18 @@ use super::listen::Arrival;
 use super::poll::{Interest, Poll, Watched};
 use super::proxies::Networks;
 use super::timers::{Lists, Timers, Wait};
-use super::tls::Acceptor;
+use super::tls::{Acceptor, Handshakes};
 use super::{Counters, Deadlines, Settings};
 use crate::clock::Now;
 use crate::problem::Code;
+
+/// What TLS takes.
+pub struct Secure {
+    /// Makes the server's side of a connection.
+    pub acceptor: Arc<Acceptor>,
+    /// Computes its handshake.
+    pub handshakes: Handshakes,
+}
 
 /// Everyone who is in.
 pub struct Hall {
@@ -30,7 +38,8 @@ pub struct Hall {
     pub(super) ages: Lists<1>,
     per_address: PerAddress,
     pub(super) budget: Budget,
-    acceptor: Option<Arc<Acceptor>>,
+    /// With TLS.
+    pub(super) secure: Option<Secure>,
     pub(super) proxies: Networks,
     pub(super) counters: Arc<Counters>,
     /// Clients that were answered and have sent more already.
@@ -38,6 +47,8 @@ pub struct Hall {
     /// The number of the latest request.
     number: u64,
     pub(super) date: Date,
+    /// What was just decrypted.
+    pub(super) plain: Vec<u8>,
     /// The request that is being read, and the reply that is being written.
     pub(super) request_bytes: Vec<u8>,
     pub(super) reply_bytes: Vec<u8>,
@@ -50,7 +61,7 @@ pub struct Hall {
 
 impl Hall {
     /// An empty hall.
-    pub fn new(settings: Settings, acceptor: Option<Arc<Acceptor>>) -> Self {
+    pub fn new(settings: Settings, secure: Option<Secure>) -> Self {
         let size = settings.max_connections;
         let deadlines = settings.deadlines;
         Hall {
@@ -60,12 +71,13 @@ impl Hall {
             ages: Lists::new(size),
             per_address: PerAddress::default(),
             budget: Budget::new(settings.max_buffer_bytes),
-            acceptor,
+            secure,
             proxies: Networks::new(settings.trusted_proxies),
             counters: Arc::default(),
             waiting: Vec::new(),
             number: 0,
             date: Date::default(),
+            plain: Vec::new(),
             request_bytes: Vec::new(),
             reply_bytes: Vec::new(),
             answer_head: Vec::new(),
@@ -121,10 +133,14 @@ impl Hall {
             self.counters.turned_away.add(1);
             return;
         };
-        let tls = self.acceptor.as_ref().map(|acceptor| acceptor.accept().map(Box::new));
-        match (watch(stream, poll, at + first_key), tls.transpose()) {
+        let tls = match &self.secure {
+            Some(secure) => secure.acceptor.accept().map(|tls| Tls::Here(Box::new(tls))),
+            None => Ok(Tls::None),
+        };
+        match (watch(stream, poll, at + first_key), tls) {
             (Ok(stream), Ok(tls)) => {
-                self.enter(at, Client::new(stream, tls, peer, is_proxy), now);
+                let serial = self.next_number();
+                self.enter(at, Client::new(stream, tls, peer, is_proxy, serial), now);
             }
             (_, Err(e)) => log::error!("no TLS for client {peer}: {e}"),
             (Err(e), _) => log::debug!("client {peer} was gone at once: {e}"),
@@ -154,7 +170,7 @@ impl Hall {
             *place = Some(client);
         }
         self.ages.push_back(0, at);
-        let wait = if self.acceptor.is_some() { Wait::Handshake } else { Wait::Head };
+        let wait = if self.secure.is_some() { Wait::Handshake } else { Wait::Head };
         self.timers.restart(at, wait, now.mono_ms);
         self.settle(at, now);
     }
@@ -194,6 +210,9 @@ impl Hall {
         let Some(client) = self.clients.get_mut(at).and_then(Option::take) else { return };
         if !client.is_proxy {
             self.per_address.remove(client.peer);
+        }
+        if let Some(secure) = self.secure.as_ref().filter(|_| client.is_tls_away()) {
+            secure.handshakes.cancel(counted_as(client.peer), at);
         }
         self.budget.change(client.counted, Held::default());
         self.timers.remove(at);

@@ -105,7 +105,7 @@ pub struct Settings {
     /// Serve HTTPS, and show this.
     pub tls: Option<Arc<CertifiedKey>>,
     /// Connections at once; each costs a descriptor and about half a KiB. With TLS each holds
-    /// 8 KiB more, and there are never more than half of `max_buffer_bytes` pays for: 512 by
+    /// 4 KiB more, and there are never more than half of `max_buffer_bytes` pays for: 1,024 by
     /// default.
     pub max_connections: usize,
     /// Connections at once of one IPv4 address or one IPv6 /64, so that one host cannot take all.

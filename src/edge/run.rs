@@ -13,13 +13,12 @@ use std::time::Duration;
 
 use rustls::sign::CertifiedKey;
 
-use super::client::TLS_HELD;
-use super::hall::Hall;
+use super::hall::{Hall, Secure};
 use super::lane::Lanes;
 use super::limits::raise_open_files;
 use super::listen::{BACKLOG, Listener};
 use super::poll::{Poll, Ready, Waker};
-use super::tls::Acceptor;
+use super::tls::{Acceptor, Handshakes, STATE_HELD};
 use super::{Counters, LaneAddress, Settings};
 use crate::clock::{self, Now};
 
@@ -145,10 +144,14 @@ impl Edge {
         let listener = Listener::new(socket, &poll, places)?;
         let drain = settings.deadlines.drain;
         let first_client = LANES + lanes.len();
+        let secure = acceptor.clone().map(|acceptor| {
+            Handshakes::start(poll.waker()).map(|handshakes| Secure { acceptor, handshakes })
+        });
+        let secure = secure.transpose()?;
         Ok(Edge {
             listener: Some(listener),
             lanes: Lanes::new(lanes, LANES, settings.deadlines.work),
-            hall: Hall::new(settings, acceptor.clone()),
+            hall: Hall::new(settings, secure),
             shared: Arc::new(Shared {
                 stop: AtomicBool::new(false),
                 ready: AtomicBool::new(false),
@@ -202,6 +205,7 @@ impl Edge {
                 None => accept |= ready.key < LANES,
             }
         }
+        self.hall.handshakes_done(&mut self.lanes, now);
         self.flush_lanes(now);
         self.read_lanes(buf, now);
         self.hall.serve_waiting(&mut self.lanes, now);
@@ -306,7 +310,7 @@ impl Edge {
 
 /// Idle TLS connections may hold half of the budget; the rest is for requests and replies.
 fn fit_to_budget(mut settings: Settings) -> Settings {
-    let affordable = (settings.max_buffer_bytes / 2 / TLS_HELD).max(1);
+    let affordable = (settings.max_buffer_bytes / 2 / STATE_HELD).max(1);
     if settings.tls.is_some() && affordable < settings.max_connections {
         settings.max_connections = affordable;
         log::info!(

@@ -8,9 +8,10 @@ use super::client::{After, Client, Input};
 use super::conn::{Phase, Request, Step};
 use super::hall::Hall;
 use super::lane::{Lane, Lanes, Piece, Waiting};
-use super::limits::{Budget, Held};
+use super::limits::{Budget, Held, counted_as};
 use super::poll::Ready;
 use super::timers::Wait;
+use super::tls::{self, Done};
 use crate::clock::Now;
 use crate::problem::Code;
 
@@ -48,19 +49,59 @@ impl Hall {
         if phase == Phase::Busy && client.after != After::Lingering {
             return self.check(at, Client::pause);
         }
-        let input = client.read(buf);
-        if !client.is_handshaking() && self.timers.waits_for(at) == Some(Wait::Handshake) {
-            self.timers.restart(at, Wait::Head, now.mono_ms);
+        self.plain.clear();
+        match client.read(buf, &mut self.plain) {
+            Ok(Input::Bytes(n)) => self.take(at, buf.get(..n).unwrap_or_default(), lanes, now),
+            Ok(Input::Handshake) => self.lend_tls(at, now),
+            input => self.received(at, input, lanes, now),
         }
+    }
+
+    /// Has the next step of a TLS handshake computed, if there is room for what it holds meanwhile.
+    fn lend_tls(&mut self, at: usize, now: Now) {
+        self.settle(at, now);
+        let (Some(client), Some(secure)) = (client(&mut self.clients, at), &self.secure) else {
+            return;
+        };
+        if let Some(tls) = client.lend_tls() {
+            let step = tls::Step { at, serial: client.serial, tls };
+            secure.handshakes.submit(counted_as(client.peer), step);
+        }
+    }
+
+    /// Takes back the TLS of those whose steps were computed.
+    pub fn handshakes_done(&mut self, lanes: &mut Lanes, now: Now) {
+        let Some(secure) = &self.secure else { return };
+        for Done { step, plain, outcome } in secure.handshakes.take_done() {
+            let tls::Step { at, serial, tls } = step;
+            let Some(client) = client(&mut self.clients, at).filter(|c| c.serial == serial) else {
+                continue;
+            };
+            let input = client.return_tls(tls, outcome, &plain);
+            if !client.is_handshaking() {
+                self.timers.restart(at, Wait::Head, now.mono_ms);
+            }
+            self.plain = plain;
+            self.received(at, input, lanes, now);
+        }
+    }
+
+    fn received(&mut self, at: usize, input: std::io::Result<Input>, lanes: &mut Lanes, now: Now) {
+        let Some(client) = client(&mut self.clients, at) else { return };
+        let phase = client.reader.phase();
         match input {
-            Ok(Input::Nothing) => {}
+            Ok(Input::Decrypted) => {
+                let plain = std::mem::take(&mut self.plain);
+                self.take(at, &plain, lanes, now);
+                self.plain = plain;
+            }
             Ok(Input::NotTls) => {
                 self.counters.handshakes_failed.add(1);
                 client.reader.stop();
                 self.timers.restart(at, Wait::Linger, now.mono_ms);
                 self.check(at, Client::linger);
             }
-            Ok(Input::Bytes(n)) => self.take(at, buf.get(..n).unwrap_or_default(), lanes, now),
+            Ok(Input::Nothing | Input::Bytes(_) | Input::Handshake) => self.settle(at, now),
             Ok(Input::End) if matches!(phase, Phase::Head | Phase::Body) => {
                 self.refuse(at, Code::BadRequest, now);
             }
@@ -218,15 +259,16 @@ impl Hall {
         let Some(client) = client(&mut self.clients, at) else { return };
         match client.reader.phase() {
             _ if held.all <= before.all && held.replies <= before.replies => {}
-            Phase::Head | Phase::Body => {
+            _ if client.unfinished() > 0 => {
                 // What is small gets in as long as a reply can give way.
-                let stays = self.budget.has_room(held.all)
-                    || (Budget::is_small(held.all) && self.make_room(0));
+                let unfinished = client.unfinished();
+                let stays = self.budget.has_room(unfinished)
+                    || (Budget::is_small(unfinished) && self.make_room(0));
                 if !stays {
                     self.refuse(at, Code::ServiceUnavailable, now);
                 }
             }
-            Phase::Idle | Phase::Busy => {
+            _ => {
                 let is_over = self.budget.is_over() || self.budget.replies_are_over();
                 if is_over && client.reader.has_pending() {
                     client.drop_pending();

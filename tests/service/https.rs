@@ -389,3 +389,21 @@ fn is_closed(stream: &mut TcpStream) -> bool {
         Err(e) => !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut),
     }
 }
+
+/// Who replays a ClientHello gets a signature for nothing.
+#[test]
+fn an_rsa_key_that_is_slow_to_sign_with_is_warned_of() {
+    for (kind, warned) in [("rsa:2048", false), ("rsa:4096", true), ("ed25519", false)] {
+        let setup = Setup::new().args(&["check-config"]);
+        let [cert, key] = ["crt", "key"].map(|name| setup.dir().join(name).display().to_string());
+        let made = Command::new("openssl")
+            .args(["req", "-x509", "-nodes", "-days", "2", "-subj", "/CN=localhost"])
+            .args(["-newkey", kind, "-keyout", &key, "-out", &cert])
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", text(&made));
+        let exit = setup.env("TLS_CERT", &cert).env("TLS_KEY", &key).run();
+        assert_eq!(exit.code, Some(0), "{}", exit.log);
+        assert_eq!(exit.log.contains("an RSA key of 4096 bits"), warned, "{kind}: {}", exit.log);
+    }
+}

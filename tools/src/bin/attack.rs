@@ -4,8 +4,10 @@
 //! attack HOST:PORT idle  N SECONDS          N connections that say nothing
 //! attack HOST:PORT body  N SECONDS          N that send 63 of 64 KiB of a body, and stop
 //! attack HOST:PORT read  N SECONDS [PATH]   N that ask for PATH again and again and never read
+//! attack HOST:PORT hello N SECONDS [PER]    N that replay one TLS ClientHello, PER from one address
 //! attack HOST:PORT burst N TIMES   [PATH]   N opened at once, each asks once, so many times
 //! attack HOST:PORT probe   SECONDS [FROM]   /health every 100 ms from the address FROM
+//! attack HOST:PORT probe-tls SECONDS CERT   the same over TLS, on a new connection and on a kept one
 //! ```
 //!
 //! Connections come from many addresses of 127.0.0.0/8, so that neither ports nor the limit per
@@ -17,12 +19,17 @@ use std::error::Error;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 const CONNECTIONS_MAX: u32 = 16_000;
 const TIMES_MAX: u32 = 1_000;
@@ -46,6 +53,8 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args.as_slice() {
         [server, "probe", seconds, from @ ..] => probe(server, seconds, from.first().copied()),
+        [server, "probe-tls", seconds, cert] => probe_tls(server, seconds, cert),
+        [server, "hello", n, seconds, per @ ..] => replay(server, n, seconds, per.first()),
         [server, "burst", n, times, path @ ..] => burst(server, n, times, path.first().copied()),
         [server, mode, n, seconds, path @ ..] => hold(server, mode, n, seconds, path.first()),
         _ => {
@@ -173,41 +182,138 @@ fn burst(server: &str, n: &str, times: &str, path: Option<&str>) -> Result<bool,
     Ok(answered == wanted)
 }
 
+/// Sends the same ClientHello on each connection, and on a new one as soon as it is answered: it
+/// costs the server a key exchange and a signature, and the client nothing.
+fn replay(server: &str, n: &str, seconds: &str, per: Option<&&str>) -> Result<bool, Failure> {
+    let (server, n) = (target(server)?, number(n, CONNECTIONS_MAX)?);
+    let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
+    let per = per.map_or(Ok(PER_ADDRESS), |per| number(per, CONNECTIONS_MAX))?;
+    let mut hello = Vec::new();
+    tls_client(RootCertStore::empty())?.write_tls(&mut hello)?;
+    let act: Act = Box::new(move |stream| send(stream, &hello));
+    raise_open_files(n + 100)?;
+    let mut places: Vec<Option<TcpStream>> = (0..n).map(|_| None).collect();
+    let mut seen = Seen::default();
+    while Instant::now() < end {
+        for (i, place) in (0..).zip(&mut places) {
+            if place.as_ref().is_none_or(|stream| seen.is_ended(stream, false)) {
+                *place = seen.open(server, i / per * PER_ADDRESS, None, &act);
+            }
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    println!("hello: {seen:?}");
+    Ok(true)
+}
+
+fn tls_client(roots: RootCertStore) -> Result<ClientConnection, Failure> {
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(ClientConnection::new(Arc::new(config), ServerName::try_from("localhost")?)?)
+}
+
+/// Asks for `/health` over TLS: with a handshake of its own each time, and on one that is kept.
+fn probe_tls(server: &str, seconds: &str, cert: &str) -> Result<bool, Failure> {
+    let server = target(server)?;
+    let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(cert)?)?;
+    // Each time another client, as far as the server can tell.
+    let mut from = Ipv4Addr::new(127, 99, 0, 0).to_bits();
+    let mut open = || -> Result<Tls, Failure> {
+        from += 1;
+        let stream = open(server, Ipv4Addr::from_bits(from), None)?;
+        Ok(StreamOwned::new(tls_client(roots.clone())?, stream))
+    };
+    let mut kept = open()?;
+    let (mut new_times, mut kept_times) = (Times::default(), Times::default());
+    while Instant::now() < end {
+        let start = Instant::now();
+        kept_times.take(|| ask(&mut kept));
+        new_times.take(|| ask(&mut open()?));
+        thread::sleep(PROBE_EVERY.saturating_sub(start.elapsed()));
+    }
+    kept_times.print("kept");
+    new_times.print("probe");
+    Ok(kept_times.are_good() && new_times.are_good())
+}
+
+type Tls = StreamOwned<ClientConnection, TcpStream>;
+
+/// One request on a connection that stays open; the answer ends with a brace.
+fn ask(stream: &mut Tls) -> Result<(), Failure> {
+    stream.write_all(request("/health", "").as_bytes())?;
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"}") {
+        let mut piece = [0; 4096];
+        match stream.read(&mut piece)? {
+            0 => return Err("the connection ended".into()),
+            n => answer.extend_from_slice(piece.get(..n).unwrap_or_default()),
+        }
+    }
+    if answer.starts_with(b"HTTP/1.1 200 ") { Ok(()) } else { Err("not a 200".into()) }
+}
+
+/// How long answers took.
+#[derive(Default)]
+struct Times {
+    taken: Vec<Duration>,
+    failures: usize,
+}
+
+impl Times {
+    fn take(&mut self, ask: impl FnOnce() -> Result<(), Failure>) {
+        let start = Instant::now();
+        match ask() {
+            Ok(()) => self.taken.push(start.elapsed()),
+            Err(e) => {
+                self.failures += 1;
+                eprintln!("probe: {e} after {:?}", start.elapsed());
+            }
+        }
+    }
+
+    fn are_good(&self) -> bool {
+        self.failures == 0 && !self.taken.is_empty()
+    }
+
+    fn print(&mut self, what: &str) {
+        self.taken.sort();
+        let share = |percent: usize| {
+            let at = (self.taken.len() * percent / 100).min(self.taken.len().saturating_sub(1));
+            self.taken.get(at).map_or(f64::NAN, |time| time.as_secs_f64() * 1000.0)
+        };
+        println!(
+            "{what}: count {} failures {} p50 {:.2} p99 {:.2} max {:.2} ms",
+            self.taken.len(),
+            self.failures,
+            share(50),
+            share(99),
+            share(100)
+        );
+    }
+}
+
 /// Asks for `/health` on a new connection each time.
 fn probe(server: &str, seconds: &str, from: Option<&str>) -> Result<bool, Failure> {
     let server = target(server)?;
     let from = from.unwrap_or("127.99.99.99").parse()?;
     let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
     let request = request("/health", "Connection: close\r\n");
-    let (mut times, mut failures) = (Vec::new(), 0);
+    let mut times = Times::default();
     while Instant::now() < end {
         let start = Instant::now();
-        let answer = open(server, from, None).and_then(|mut stream| {
+        times.take(|| {
+            let mut stream = open(server, from, None)?;
             stream.write_all(request.as_bytes())?;
-            read_answer(&mut stream)
+            Ok(read_answer(&mut stream)?)
         });
-        match answer {
-            Ok(()) => times.push(start.elapsed()),
-            Err(e) => {
-                failures += 1;
-                eprintln!("probe: {e} after {:?}", start.elapsed());
-            }
-        }
         thread::sleep(PROBE_EVERY.saturating_sub(start.elapsed()));
     }
-    times.sort();
-    let share = |percent: usize| {
-        let at = (times.len() * percent / 100).min(times.len().saturating_sub(1));
-        times.get(at).map_or(f64::NAN, |time| time.as_secs_f64() * 1000.0)
-    };
-    println!(
-        "probe: count {} failures {failures} p50 {:.2} p99 {:.2} max {:.2} ms",
-        times.len(),
-        share(50),
-        share(99),
-        share(100)
-    );
-    Ok(failures == 0 && !times.is_empty())
+    times.print("probe");
+    Ok(times.are_good())
 }
 
 /// An answer is good if it is a whole 200.

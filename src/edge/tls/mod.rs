@@ -7,6 +7,10 @@
 //! verifier that judged more would have to break the handshake, and the client would never learn
 //! why. Whoever needs to know who the client is must judge the certificate.
 
+mod handshakes;
+mod stream;
+mod turns;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::client::danger::HandshakeSignatureValid;
@@ -18,9 +22,10 @@ use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
-use rustls::{
-    DigitallySignedStruct, DistinguishedName, ServerConfig, ServerConnection, SignatureScheme,
-};
+use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
+
+pub use handshakes::{Done, Handshakes, Step};
+pub use stream::{Received, STATE_HELD, Stream};
 
 /// Most bytes of certificates that a client may show. They are kept with the connection, and in the
 /// ticket of its session. A certificate of ours has 500, one of RSA 4096 with its CA 3,000.
@@ -54,9 +59,9 @@ impl Acceptor {
     ///
     /// # Errors
     /// When rustls finds its configuration wanting.
-    pub fn accept(&self) -> Result<ServerConnection, rustls::Error> {
+    pub fn accept(&self) -> Result<Stream, rustls::Error> {
         let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        ServerConnection::new(Arc::clone(&config))
+        Stream::new(Arc::clone(&config))
     }
 }
 

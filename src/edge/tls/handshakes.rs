@@ -1,0 +1,150 @@
+//! Handshakes are computed on a thread beside the edge: a signature with RSA 4096 takes 5 ms on a PC
+//! and 100 ms on a slow ARM, and whoever replays a ClientHello gets one for nothing.
+//!
+//! The steps that wait are taken by client address in turn, see [`Turns`]; a crowd of replayers delays
+//! a newcomer by the one step that is being computed. What comes after the signature is cheap and
+//! waits for nothing else.
+
+use std::io;
+use std::net::IpAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use super::stream::{Received, Stream};
+use super::turns::Turns;
+use crate::clock;
+use crate::edge::poll::Waker;
+
+/// Enough for the largest numbers that RSA has.
+const STACK_BYTES: usize = 256 * 1024;
+/// How much more willing the thread is to leave the processor to others: on a machine with one, those
+/// who are connected must not wait for those who want to be.
+const NICE: i32 = 5;
+
+/// A step of a connection's handshake, before or after it was computed.
+pub struct Step {
+    /// The connection's place.
+    pub at: usize,
+    /// The connection's number: another may have its place by now.
+    pub serial: u64,
+    /// Its TLS, with what the client has sent.
+    pub tls: Box<Stream>,
+}
+
+/// A step that was computed.
+pub struct Done {
+    /// Whose it is.
+    pub step: Step,
+    /// What the client sent behind its handshake.
+    pub plain: Vec<u8>,
+    /// What became of it.
+    pub outcome: Result<Received, rustls::Error>,
+}
+
+/// The thread, for the edge.
+pub struct Handshakes {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    waker: Waker,
+}
+
+#[derive(Default)]
+struct State {
+    /// Steps that may sign, and those after the signature.
+    costly: Turns<Step>,
+    cheap: Turns<Step>,
+    done: Vec<Done>,
+    stopped: bool,
+}
+
+impl Handshakes {
+    /// Starts the thread, which calls `waker` when a step is done.
+    ///
+    /// # Errors
+    /// When the system has no thread left.
+    pub fn start(waker: Waker) -> io::Result<Self> {
+        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), waker });
+        let own = Arc::clone(&shared);
+        let builder = thread::Builder::new().name("handshakes".to_owned()).stack_size(STACK_BYTES);
+        let thread = builder.spawn(move || own.work())?;
+        Ok(Handshakes { shared, thread: Some(thread) })
+    }
+
+    /// Has a step computed for a client at this address.
+    pub fn submit(&self, address: IpAddr, step: Step) {
+        let mut state = self.shared.lock();
+        let turns = if step.tls.has_signed() { &mut state.cheap } else { &mut state.costly };
+        turns.push(address, step, clock::now().mono_ms);
+        drop(state);
+        self.shared.changed.notify_one();
+    }
+
+    /// Forgets the step of a connection that is closed, if it still waits.
+    pub fn cancel(&self, address: IpAddr, at: usize) {
+        let mut state = self.shared.lock();
+        state.costly.remove(address, |step| step.at == at);
+        state.cheap.remove(address, |step| step.at == at);
+    }
+
+    /// The steps that were computed since the last call.
+    pub fn take_done(&self) -> Vec<Done> {
+        std::mem::take(&mut self.shared.lock().done)
+    }
+}
+
+impl Drop for Handshakes {
+    fn drop(&mut self) {
+        self.shared.lock().stopped = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // If it panicked, that was logged.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        if let Err(e) = rustix::process::nice(NICE) {
+            log::debug!("handshakes have the priority of all else: {e}");
+        }
+        while let Some(step) = self.next() {
+            let done = compute(step);
+            self.lock().done.push(done);
+            self.waker.wake();
+        }
+    }
+
+    /// Waits for a step; `None` at the end.
+    fn next(&self) -> Option<Step> {
+        let mut state = self.lock();
+        while !state.stopped {
+            let now_ms = clock::now().mono_ms;
+            let cheap = state.cheap.pop(now_ms);
+            if let Some(step) = cheap.or_else(|| state.costly.pop(now_ms)) {
+                return Some(step);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+}
+
+/// What panics costs its own connection only.
+fn compute(mut step: Step) -> Done {
+    let mut plain = Vec::new();
+    let advance = AssertUnwindSafe(|| step.tls.advance(&mut plain));
+    let outcome = catch_unwind(advance)
+        .unwrap_or_else(|_| Err(rustls::Error::General("the handshake panicked".into())));
+    Done { step, plain, outcome }
+}
