@@ -474,6 +474,7 @@ impl Running<'_> {
             process::exit(0);
         });
         self.server.stop();
+        self.api.stop();
         if let Some(failover) = &self.store.failover {
             failover.stop();
         }

@@ -8,12 +8,12 @@ use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal as _, Write};
 use std::os::unix::fs::MetadataExt as _;
 
-use env_logger::{Builder, Target};
-use log::{Level, LevelFilter, Record, SetLoggerError};
+use env_filter::{Builder, Filter};
+use log::{Level, LevelFilter, Metadata, Record, SetLoggerError};
 
 use crate::clock;
 use crate::config::{Log, LogFormat};
-use crate::stderr::Stderr;
+use crate::stderr;
 
 /// What the other crates may log if `RUST_LOG` does not ask for more: their debug lines are about
 /// their insides, and nobody has checked what they show.
@@ -25,26 +25,81 @@ const OTHERS: LevelFilter = LevelFilter::Warn;
 /// # Errors
 /// When there is a logger already.
 pub fn init(log: &Log, variable: impl Fn(&str) -> Option<OsString>) -> Result<(), SetLoggerError> {
+    let filter = filter(log);
+    let stream = variable("JOURNAL_STREAM");
+    let journal = stream.is_some_and(|stream| stream.to_str().is_some_and(is_stderr));
+    let style = match (log.format, journal) {
+        (LogFormat::Json, _) => Style::Json,
+        (LogFormat::Text, true) => Style::Journal,
+        (LogFormat::Text, false) => {
+            Style::Text { colours: may_colour(variable) && io::stderr().is_terminal() }
+        }
+    };
+    stderr::init(move |lost| style.lost(lost));
+    log::set_max_level(filter.filter());
+    log::set_boxed_logger(Box::new(Logger { filter, style }))
+}
+
+fn filter(log: &Log) -> Filter {
     let mut builder = Builder::new();
     match &log.filter {
-        Some(filter) => builder.parse_filters(filter),
+        Some(filter) => builder.parse(filter),
         None => builder
             .filter_level(OTHERS.min(log.level))
             .filter_module(env!("CARGO_CRATE_NAME"), log.level),
     };
-    let stream = variable("JOURNAL_STREAM");
-    let journal = stream.is_some_and(|stream| stream.to_str().is_some_and(is_stderr));
-    let colours = may_colour(variable) && io::stderr().is_terminal();
-    match (log.format, journal) {
-        (LogFormat::Json, _) => {
-            builder.format(|out, record| json(out, record, clock::now().unix_ms))
+    builder.build()
+}
+
+/// Writes each record that the filter lets through as a line.
+struct Logger {
+    filter: Filter,
+    style: Style,
+}
+
+impl log::Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.filter.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.filter.matches(record) {
+            stderr::write_line(&self.style.line(record));
         }
-        (LogFormat::Text, true) => builder.format(journal_text),
-        (LogFormat::Text, false) => {
-            builder.format(move |out, record| text(out, record, clock::now().unix_ms, colours))
-        }
-    };
-    builder.target(Target::Pipe(Box::new(Stderr))).try_init()
+    }
+
+    fn flush(&self) {}
+}
+
+/// How a line looks.
+#[derive(Clone, Copy)]
+enum Style {
+    Json,
+    Journal,
+    Text { colours: bool },
+}
+
+impl Style {
+    fn line(self, record: &Record<'_>) -> Vec<u8> {
+        let mut line = Vec::with_capacity(256);
+        let unix_ms = clock::now().unix_ms;
+        let written = match self {
+            Style::Json => json(&mut line, record, unix_ms),
+            Style::Journal => journal_text(&mut line, record),
+            Style::Text { colours } => text(&mut line, record, unix_ms, colours),
+        };
+        // A vector takes everything; only a message could fail to be written.
+        written.map_or_else(|_| Vec::new(), |()| line)
+    }
+
+    /// That lines were lost, as a line.
+    fn lost(self, lost: u64) -> Vec<u8> {
+        let record = |message| {
+            let level = Level::Warn;
+            self.line(&Record::builder().level(level).target(module_path!()).args(message).build())
+        };
+        record(format_args!("{lost} lines of the log were lost: nobody took them in time"))
+    }
 }
 
 /// As users and terminals have agreed to say it: a `NO_COLOR` that is not empty, or `TERM=dumb`.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::clock::Now;
 use crate::problem::Code;
+use crate::stderr;
 
 /// `Content-Type` of the page.
 pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -73,6 +74,11 @@ impl Endpoint {
 pub struct Counter(AtomicU64);
 
 impl Counter {
+    /// Nothing counted yet.
+    pub const fn new() -> Self {
+        Counter(AtomicU64::new(0))
+    }
+
     /// Counts `n` more.
     pub fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
@@ -222,6 +228,8 @@ impl Metrics {
     }
 
     fn show_process(&self, page: &mut Page, now: Now) {
+        let help = "Lines of the log that nobody took in time.";
+        page.counter("mqtt_lite_log_lines_lost_total", help, stderr::lost());
         page.family("mqtt_lite_build_info", "gauge", "The program; always 1.");
         page.sample("mqtt_lite_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
         page.gauge("mqtt_lite_uptime_seconds", "Time since the start.", now.mono_ms / 1000);

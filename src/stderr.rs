@@ -1,11 +1,59 @@
-//! Standard error, where the log goes.
+//! Standard error, where the log goes, and which may never stop the service.
+//!
+//! Whoever reads the log may be slow, or gone while its pipe is still open. Then a write would wait
+//! for it, and with it the worker that logs, and all others at their next line. So where a write can
+//! wait, there is a bound to it, and what is not taken in time is lost: it is counted, and said when
+//! the log flows again. Lines go out whole: what was begun is finished before anything else.
 
 use std::cell::RefCell;
-use std::io::{self, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::mem;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
+
+use crate::clock;
+use crate::metrics::Counter;
+
+/// How long a line may wait until there is room for it. A reader that is merely out of its turn
+/// reads within this time.
+const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How long no line waits after one has.
+const IMPATIENCE_MS: u64 = 1000;
+/// Bytes written at once where a write can wait: a pipe that is ready takes so many (PIPE_BUF).
+const PIECE: usize = 4096;
 
 thread_local! {
     /// What this thread has logged and is to be written together; `None` if it is written at once.
     static HELD: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
+}
+
+static SINK: Mutex<Option<Sink>> = Mutex::new(None);
+static LOST: Counter = Counter::new();
+
+/// Finds out what standard error is. From now on what was lost is said by the line that `notice`
+/// makes of the number of lines.
+pub fn init(notice: impl Fn(u64) -> Vec<u8> + Send + 'static) {
+    let sink = Sink::of(io::stderr(), "/proc/self/fd/2", Box::new(notice));
+    *SINK.lock().unwrap_or_else(PoisonError::into_inner) = sink.ok();
+}
+
+/// Writes a line, its end included, or holds it; see [`together`].
+pub fn write_line(line: &[u8]) {
+    let is_held = HELD.with_borrow_mut(|held| match held {
+        Some(lines) => {
+            lines.extend_from_slice(line);
+            true
+        }
+        None => false,
+    });
+    if !is_held {
+        write(line);
+    }
 }
 
 /// Writes what this thread logs during `work` together when that ends, be it by a panic: a batch of
@@ -16,35 +64,170 @@ pub fn together<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
+/// Lines that nobody took.
+pub fn lost() -> u64 {
+    LOST.value()
+}
+
 struct Release;
 
 impl Drop for Release {
     fn drop(&mut self) {
         let lines = HELD.take().unwrap_or_default();
-        // If that fails, there is nowhere left to say so.
-        let _ = io::stderr().lock().write_all(&lines);
+        if !lines.is_empty() {
+            write(&lines);
+        }
     }
 }
 
-/// Standard error, or what is held to be written there.
-#[derive(Debug)]
-pub struct Stderr;
+fn write(lines: &[u8]) {
+    match &mut *SINK.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some(sink) => sink.write(lines, &LOST),
+        // If that fails, there is nowhere left to say so.
+        None => drop(io::stderr().lock().write_all(lines)),
+    }
+}
 
-impl Write for Stderr {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        HELD.with_borrow_mut(|held| match held {
-            Some(lines) => lines.write(bytes),
-            None => io::stderr().lock().write(bytes),
-        })
+/// Where lines go.
+struct Sink {
+    out: File,
+    can: Waiting,
+    /// The rest of a line that was begun.
+    unfinished: Vec<u8>,
+    /// Lines that were lost since that was last said.
+    unsaid: u64,
+    /// When a line may wait again, by the monotonic clock.
+    patient_at_ms: u64,
+    notice: Box<dyn Fn(u64) -> Vec<u8> + Send>,
+}
+
+/// What a write does that finds no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waiting {
+    /// There is always room, or an error: a file.
+    Never,
+    /// It fails at once: a pipe or terminal that we have opened anew, since this must not be set for
+    /// those who share our standard error.
+    Refuses,
+    /// It waits, so there is asked first: a socket, or what may not be opened anew.
+    Waits,
+}
+
+impl Sink {
+    /// `path` leads to the same file.
+    fn of(
+        stderr: impl AsFd,
+        path: &str,
+        notice: Box<dyn Fn(u64) -> Vec<u8> + Send>,
+    ) -> io::Result<Self> {
+        let own = File::from(stderr.as_fd().try_clone_to_owned()?);
+        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
+        let anew = || OpenOptions::new().write(true).custom_flags(flags as i32).open(path);
+        let (out, can) = match own.metadata()?.file_type().is_file() {
+            true => (own, Waiting::Never),
+            false => anew().map_or((own, Waiting::Waits), |anew| (anew, Waiting::Refuses)),
+        };
+        Ok(Sink { out, can, unfinished: Vec::new(), unsaid: 0, patient_at_ms: 0, notice })
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn write(&mut self, lines: &[u8], lost: &Counter) {
+        let mut rest = lines;
+        while !rest.is_empty() && self.catch_up() {
+            let (piece, behind) = rest.split_at(self.piece(rest));
+            let left = self.settle(piece);
+            rest = rest.split_at(rest.len() - behind.len() - left.len()).1;
+            if !left.is_empty() {
+                break;
+            }
+        }
+        let count = rest.iter().filter(|b| **b == b'\n').count() as u64;
+        self.unsaid += count;
+        lost.add(count);
     }
+
+    /// Finishes the line that was begun, and says what was lost. False if there is no room for more.
+    fn catch_up(&mut self) -> bool {
+        let begun = mem::take(&mut self.unfinished);
+        self.unfinished = begun.split_at(self.put(&begun)).1.to_vec();
+        if !self.unfinished.is_empty() || self.unsaid == 0 {
+            return self.unfinished.is_empty();
+        }
+        let notice = (self.notice)(self.unsaid);
+        let left = self.settle(&notice).len();
+        if left < notice.len() {
+            self.unsaid = 0;
+        }
+        left == 0 && self.unfinished.is_empty()
+    }
+
+    /// Writes lines, and returns those that nobody took. The rest of one that was begun is kept.
+    fn settle<'l>(&mut self, lines: &'l [u8]) -> &'l [u8] {
+        let (out, rest) = lines.split_at(self.put(lines));
+        if out.is_empty() || out.ends_with(b"\n") {
+            return rest;
+        }
+        let (begun, rest) = rest.split_at(end_of_line(rest));
+        self.unfinished = begun.to_vec();
+        rest
+    }
+
+    /// How much of this to write at once, in whole lines if possible.
+    fn piece(&self, lines: &[u8]) -> usize {
+        if self.can == Waiting::Never || lines.len() <= PIECE {
+            return lines.len();
+        }
+        let most = lines.get(..PIECE).unwrap_or(lines);
+        most.iter().rposition(|b| *b == b'\n').map_or(end_of_line(lines), |at| at + 1)
+    }
+
+    /// Writes as much as is taken in time.
+    fn put(&mut self, bytes: &[u8]) -> usize {
+        let mut taken = 0;
+        while let Some(rest) = bytes.get(taken..).filter(|rest| !rest.is_empty()) {
+            match self.try_put(rest) {
+                Ok(n) if n > 0 => taken += n,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock && self.wait() => {}
+                // There is nowhere to say why.
+                _ => break,
+            }
+        }
+        taken
+    }
+
+    fn try_put(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.can == Waiting::Waits && !self.has_room(Timespec::default()) {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        self.out.write(bytes.get(..PIECE).filter(|_| self.can == Waiting::Waits).unwrap_or(bytes))
+    }
+
+    /// Waits for room, unless a line has waited a moment ago.
+    fn wait(&mut self) -> bool {
+        if clock::now().mono_ms < self.patient_at_ms {
+            return false;
+        }
+        let has_room = self.has_room(PATIENCE);
+        self.patient_at_ms = clock::now().mono_ms + IMPATIENCE_MS;
+        has_room
+    }
+
+    fn has_room(&self, limit: Timespec) -> bool {
+        let mut out = [PollFd::new(&self.out, PollFlags::OUT)];
+        // An error is found by the write.
+        poll(&mut out, Some(&limit)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// The length of the first line, its end included.
+fn end_of_line(bytes: &[u8]) -> usize {
+    bytes.iter().position(|b| *b == b'\n').map_or(bytes.len(), |at| at + 1)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{PipeReader, Read as _, pipe};
+    use std::os::fd::AsRawFd as _;
     use std::panic;
 
     use super::*;
@@ -57,12 +240,98 @@ mod tests {
     fn what_is_held_is_let_go_at_the_end_and_at_a_panic() {
         assert_eq!(held(), None);
         let result = together(|| {
-            Stderr.write_all(b"a line\n").unwrap();
+            write_line(b"a line\n");
             held()
         });
         assert_eq!((result, held()), (Some(7), None));
         let panicked = panic::catch_unwind(|| together(|| panic!("on purpose")));
         assert!(panicked.is_err());
         assert_eq!(held(), None);
+    }
+
+    /// A pipe, opened anew or not, that is never waited for.
+    fn piped(can: Waiting) -> (Sink, PipeReader) {
+        let (reader, writer) = pipe().unwrap();
+        let path = match can {
+            Waiting::Refuses => format!("/proc/self/fd/{}", writer.as_raw_fd()),
+            _ => String::new(),
+        };
+        let notice = Box::new(|lost| format!("lost {lost}\n").into_bytes());
+        let mut sink = Sink::of(&writer, &path, notice).unwrap();
+        assert_eq!(sink.can, can);
+        sink.patient_at_ms = u64::MAX;
+        (sink, reader)
+    }
+
+    fn line(number: u64, length: usize) -> Vec<u8> {
+        format!("{number:0>length$}\n").into_bytes()
+    }
+
+    /// Lines of many lengths into a pipe that is read only now and then: each comes whole, in order,
+    /// or is counted.
+    fn check_whole_lines(can: Waiting) {
+        let (mut sink, mut reader) = piped(can);
+        let (lost, mut got) = (Counter::new(), Vec::new());
+        for number in 0..4000 {
+            sink.write(&line(number, 20 + (number as usize * 7) % 9000), &lost);
+            if number % 50 == 49 {
+                let mut buf = vec![0; 150_000 + number as usize];
+                let n = reader.read(&mut buf).unwrap();
+                got.extend_from_slice(&buf[..n]);
+            }
+        }
+        while sink.has_room(Timespec::default()) && !sink.catch_up() {}
+        drop(sink);
+        reader.read_to_end(&mut got).unwrap();
+        let text = String::from_utf8(got).unwrap();
+        let (mut next, mut said) = (0, 0);
+        for line in text.lines() {
+            if let Some(count) = line.strip_prefix("lost ") {
+                said += count.parse::<u64>().unwrap();
+                continue;
+            }
+            let number: u64 = line.parse().unwrap();
+            assert_eq!(line.len(), 20 + (number as usize * 7) % 9000, "{number} is whole");
+            assert_eq!(number, next + said, "all that is missing was said before");
+            next += 1;
+        }
+        assert!(said > 100 && lost.value() >= said, "{said} of {}", lost.value());
+    }
+
+    #[test]
+    fn lines_come_whole_or_are_counted() {
+        check_whole_lines(Waiting::Refuses);
+        check_whole_lines(Waiting::Waits);
+    }
+
+    #[test]
+    fn a_full_pipe_is_waited_for_once_in_a_while() {
+        for can in [Waiting::Refuses, Waiting::Waits] {
+            let (mut sink, _reader) = piped(can);
+            let lost = Counter::new();
+            sink.patient_at_ms = 0;
+            let before = clock::now().mono_ms;
+            (0..1000).for_each(|n| sink.write(&line(n, 100), &lost));
+            let took = clock::now().mono_ms - before;
+            assert!((100..900).contains(&took), "{can:?}: {took} ms");
+            assert!(lost.value() > 300, "{}", lost.value());
+        }
+    }
+
+    #[test]
+    fn a_file_takes_all_and_its_errors_are_counted() {
+        let lost = Counter::new();
+        let notice = || Box::new(|_| Vec::new());
+        let mut full =
+            Sink::of(File::options().write(true).open("/dev/full").unwrap(), "", notice());
+        full.as_mut().unwrap().write(b"a\nb\n", &lost);
+        assert_eq!(lost.value(), 2);
+        let dir = crate::files::test_dir::TestDir::new();
+        let file = File::create(dir.join("log")).unwrap();
+        let mut sink = Sink::of(&file, "", notice()).unwrap();
+        assert_eq!(sink.can, Waiting::Never);
+        let lines: Vec<u8> = (0..1000).flat_map(|n| line(n, 100)).collect();
+        sink.write(&lines, &lost);
+        assert_eq!(std::fs::read(dir.join("log")).unwrap(), lines);
     }
 }

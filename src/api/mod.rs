@@ -9,6 +9,7 @@ mod message;
 mod onboarding;
 mod operations;
 mod rate_limit;
+mod refusals;
 mod renew;
 mod sign_csr;
 
@@ -28,12 +29,14 @@ use crate::store::Op;
 
 pub use message::{Method, Reply, Request};
 use rate_limit::OnboardingLimits;
+use refusals::{Refusals, Sum};
 
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
     settings: RwLock<Arc<Settings>>,
     onboarding_limits: OnboardingLimits,
+    refusals: Refusals,
     metrics: Arc<Metrics>,
     /// How many lanes to workers cannot be used now; put here by whoever knows the edge.
     lanes_down: OnceLock<Box<dyn Fn() -> u64 + Send + Sync>>,
@@ -138,6 +141,7 @@ impl Api {
             provisioner,
             settings: RwLock::new(Settings::of(config)),
             onboarding_limits: OnboardingLimits::new(config.http.onboarding_rate_limit),
+            refusals: Refusals::new(),
             metrics,
             lanes_down: OnceLock::new(),
         }
@@ -202,7 +206,13 @@ impl Api {
         for (endpoint, reply) in endpoints.iter().zip(&replies) {
             self.metrics.answered(endpoint.map(|endpoint| endpoint.row), reply.status);
         }
+        say(&self.refusals.sums(now));
         Answers { replies, after: batch.after }
+    }
+
+    /// At the end: says in the log what was not said yet.
+    pub fn stop(&self) {
+        say(&self.refusals.rest(clock::now()));
     }
 
     /// How long the store's answers take at present.
@@ -252,10 +262,20 @@ impl Api {
         };
         self.metrics.problem(problem.code);
         let Request { method, path, client, .. } = request;
-        // A path may be 8 KiB, and anyone can send one.
-        let path: String = path.chars().take(80).collect();
-        log::log!(level, "{method} {path} refused: {problem}, from {client}");
+        if log::log_enabled!(level) && self.refusals.is_shown(problem.code, level, now) {
+            // A path may be 8 KiB, and anyone can send one.
+            let path: String = path.chars().take(80).collect();
+            log::log!(level, "{method} {path} refused: {problem}, from {client}");
+        }
         Reply::problem(problem, now)
+    }
+}
+
+/// The numbers of refusals that had no line.
+fn say(sums: &[Sum]) {
+    for Sum { code, count, seconds, level } in sums {
+        let code = code.row().1;
+        log::log!(*level, "{count} more requests were refused within {seconds} s: {code}");
     }
 }
 

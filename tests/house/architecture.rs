@@ -24,13 +24,13 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("httparse", &["src/edge"], "behind it requests are well formed"),
     (
         "rustix",
-        &["src/edge", "src/ca/hook.rs", "src/clock.rs", "src/files.rs"],
-        "sockets, open files, the end of a process group, the machine's clock, syncfs",
+        &["src/edge", "src/ca/hook.rs", "src/clock.rs", "src/files.rs", "src/stderr.rs"],
+        "sockets, open files, the end of a process group, the machine's clock, syncfs, the log's pipe",
     ),
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),
     ("rcgen", &["src/ca"], "only the CA signs"),
-    ("env_logger", &["src/logging.rs"], "everyone else uses `log`"),
+    ("env_filter", &["src/logging.rs", "src/config/mod.rs"], "everyone else uses `log`"),
     ("signal_hook", &["src/lib.rs"], "only the process as a whole is signalled"),
 ];
 

@@ -1,8 +1,10 @@
 //! The program under its operator: commands, signals, exit codes, and the lines on its console.
 
 use std::fs;
+use std::io::Read as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::{Duration, Instant};
 
 use crate::support::csr::{self, Csr};
 use crate::support::http::{Client, Connection};
@@ -219,6 +221,72 @@ fn one_line_for_what_was_issued_consumed_refused_and_signed() {
     wait::for_true("refused", || {
         lines_with(end, "TOKEN_ALREADY_USED") == 1 || lines_with(end, "dev-4711") == 1
     });
+}
+
+/// Nobody reads the pipe, and the service goes on; what it could not say it counts, and says when
+/// somebody reads.
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let service = Setup::new().log_to(writer).start();
+    let mut device = Connection::open(&service.http).unwrap();
+    let mut onboard = |n: u32| {
+        let answer =
+            device.post("/api/v1/onboarding", &serde_json::json!({"device_id": n.to_string()}));
+        assert_eq!(answer.unwrap().status, 200);
+    };
+    let mut longest = Duration::ZERO;
+    for n in 0..2000 {
+        onboard(n);
+        let begin = Instant::now();
+        assert_eq!(service.http.get("/health").status, 200);
+        longest = longest.max(begin.elapsed());
+    }
+    assert!(longest < Duration::from_millis(500), "{longest:?}");
+    let page = service.http.get("/metrics").text();
+    let name = "mqtt_lite_log_lines_lost_total ";
+    let lost = page.lines().find_map(|line| line.strip_prefix(name)).unwrap().to_owned();
+
+    let mut got = vec![0; 1 << 20];
+    let n = reader.read(&mut got).unwrap();
+    got.truncate(n);
+    onboard(2000);
+    let mut more = vec![0; 1 << 16];
+    let n = reader.read(&mut more).unwrap();
+    got.extend_from_slice(&more[..n]);
+    let text = String::from_utf8(got).unwrap();
+    let issued = text.lines().filter(|line| line.contains(" issued for ")).count();
+    assert_eq!(issued as u64 + lost.parse::<u64>().unwrap(), 2001);
+    let said = format!("WARN  {lost} lines of the log were lost: nobody took them in time");
+    let last: Vec<&str> = text.lines().rev().take(2).collect();
+    assert!(last[1].ends_with(&said) && last[0].contains(" issued for 2000,"), "{last:?}");
+    for line in text.lines() {
+        let at = line.split(' ').next().unwrap();
+        assert!(at.len() == 24 && at.ends_with('Z') && line.len() > 40, "half a line: {line}");
+    }
+}
+
+/// More refusals of one kind than anyone reads are counted.
+#[test]
+fn refusals_of_one_kind_are_summed_up() {
+    let mut service = Service::start(&[]);
+    let mut client = Connection::open(&service.http).unwrap();
+    let bad = serde_json::json!({"provisioning_token": "no token", "csr": "x"});
+    for _ in 0..3000 {
+        assert_eq!(client.post("/api/v1/sign-csr", &bad).unwrap().status, 401);
+    }
+    assert_eq!(service.sign("", "x").status, 401);
+    let exit = service.terminate();
+    let lines = |text: &str| exit.log.lines().filter(|line| line.contains(text)).count();
+    let shown = lines("refused: TOKEN_INVALID_FORMAT");
+    assert!((100..400).contains(&shown), "{shown} lines");
+    assert_eq!(lines("refused: TOKEN_MISSING"), 1, "another kind has its line");
+    let sum = |line: &str| {
+        let number = line.split_once("INFO  ")?.1.strip_suffix(": TOKEN_INVALID_FORMAT")?;
+        number.split_once(" more requests were refused within ")?.0.parse::<usize>().ok()
+    };
+    let summed: usize = exit.log.lines().filter_map(sum).sum();
+    assert_eq!(shown + summed, 3000, "{}", exit.log);
 }
 
 #[test]

@@ -38,6 +38,7 @@ pub struct Setup {
     data_dir: bool,
     port_variable: bool,
     log_pipe: bool,
+    log_file: Option<File>,
     port: Port,
 }
 
@@ -51,6 +52,7 @@ impl Setup {
             data_dir: true,
             port_variable: true,
             log_pipe: false,
+            log_file: None,
             port: Port::any(),
         }
     }
@@ -92,6 +94,12 @@ impl Setup {
     /// Gives the program a pipe for its log, as a service manager does; the test writes the file.
     pub fn log_to_pipe(mut self) -> Self {
         self.log_pipe = true;
+        self
+    }
+
+    /// Gives the program this for its log: the writing end of a pipe, say, that the test reads or not.
+    pub fn log_to(mut self, file: impl Into<OwnedFd>) -> Self {
+        self.log_file = Some(File::from(file.into()));
         self
     }
 
@@ -186,7 +194,11 @@ impl Service {
 
     fn spawn(&mut self) {
         let log = OpenOptions::new().create(true).append(true).open(&self.log).unwrap();
-        let log = if self.setup.log_pipe { piped_to(log) } else { log };
+        let log = match &self.setup.log_file {
+            Some(file) => file.try_clone().unwrap(),
+            None if self.setup.log_pipe => piped_to(log),
+            None => log,
+        };
         self.child = Some(self.command(log).spawn().unwrap_or_else(|e| {
             panic!(
                 "cannot run {:?} {}: {e}",

@@ -9,15 +9,22 @@ use std::net::Ipv4Addr;
 use std::thread;
 use std::time::Duration;
 
+use log::LevelFilter;
 use mqtt_publisher_lite::api::Reply;
-use mqtt_publisher_lite::config::certified_key;
+use mqtt_publisher_lite::config::{Log, LogFormat, certified_key};
 use mqtt_publisher_lite::edge::{Edge, Kind, Settings};
+use mqtt_publisher_lite::logging;
 use mqtt_publisher_lite::server::{Call, Lane, answer, open_lanes};
 
 const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","version":"1.0.0"}"#;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    env_logger::init();
+    let log = Log {
+        level: LevelFilter::Error,
+        filter: std::env::var("RUST_LOG").ok(),
+        format: LogFormat::Text,
+    };
+    logging::init(&log, |name| std::env::var_os(name))?;
     let lanes: usize = std::env::args().nth(1).map_or(Ok(1), |n| n.parse())?;
     let port: u16 = std::env::args().nth(2).map_or(Ok(19102), |n| n.parse())?;
     thread::spawn(move || bare(port + 1));
