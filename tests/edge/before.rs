@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::{alone, serve, statuses, until};
+use crate::support::wait;
 use tiny_http::{Response, Server};
 
 /// `tiny_http` with one worker that reads the body and answers with the target.
@@ -94,12 +95,14 @@ fn count_threads() {
     let (addr, _) = bare();
     let before = threads();
     let enter = |_| {
-        // Slowly: of those who come at once it leaves most without a thread, and unread.
-        thread::sleep(Duration::from_millis(3));
-        TcpStream::connect(addr).unwrap()
+        let now = threads();
+        let stream = TcpStream::connect(addr).unwrap();
+        // One after the other: of those who come at once it leaves most without a thread, and unread.
+        let _ = wait::until(Duration::from_millis(50), || (threads() > now).then_some(()));
+        stream
     };
     let crowd: Vec<_> = (0..100).map(enter).collect();
-    until("there is a thread for each", || threads() >= before + 80);
+    assert!(threads() >= before + 80, "{before} threads became {}", threads());
     drop(crowd);
 
     let served = serve(|_| {});

@@ -238,7 +238,7 @@ fn a_full_lane_answers_503() {
         stream
             .write_all(b"GET /wait?100 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
             .unwrap();
-        std::thread::sleep(Duration::from_millis(2));
+        until("the first is at work", || served.handled.load(Ordering::Relaxed) > 0);
     }
     let texts: Vec<_> = streams.iter_mut().map(to_end).collect();
     let busy: Vec<_> = texts.iter().filter(|text| statuses(text) == [503]).collect();
@@ -381,7 +381,7 @@ fn whoever_takes_a_reply_slowly_holds_less_and_less() {
     let (most, mut bytes) = (held(), vec![0; 100_000]);
     while held() > most / 2 {
         stream.read_exact(&mut bytes).unwrap();
-        std::thread::sleep(Duration::from_millis(2));
+        served.probe(); // the edge has had its turn to write more
     }
     assert!(held() > 0, "it was given back at once");
 }
