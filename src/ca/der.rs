@@ -74,7 +74,7 @@ pub fn time(unix_s: u64) -> Vec<u8> {
     tlv(if text.len() == "YYMMDDhhmmssZ".len() { 0x17 } else { 0x18 }, text.as_bytes())
 }
 
-/// The text of [`time`].
+/// The text of [`time()`].
 pub fn time_text(unix_s: u64) -> String {
     let at = i64::try_from(unix_s).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
     let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
