@@ -9,6 +9,8 @@
 # what that one waits for is the machine, which attackers and servers share. It prints one table and
 # ends with 0 if no probe failed, p99 stayed under 50 ms (more than the other server's), memory under
 # 16 MiB, no thread was added, the server answered afterwards, and everyone of a burst was answered.
+# The rows under "RSA 4096" and "P-256" are over HTTPS with such a key: the probe makes a handshake
+# each time, and its second row, "(kept)", is for a connection that was there before.
 #   MPL_BIN       the program; else it is built
 #   ATTACK_BIN    the attacker, of tools/; else it is built
 #   ATTACK_ONLY   run only the attacks whose names match this pattern of the shell
@@ -39,7 +41,7 @@ leave() {
     stop_servers
 }
 
-tools slowhttptest curl prlimit:util-linux
+tools slowhttptest curl openssl prlimit:util-linux
 
 # Built together, so that what both need is built once.
 if [ -z "${MPL_BIN:-}" ] || [ -z "${ATTACK_BIN:-}" ]; then
@@ -52,15 +54,35 @@ attack=$(program "${ATTACK_BIN:-$build/release/attack}")
 files=
 # A variable for it.
 setting=
+# The files of its certificate and key, but for their endings, when it serves HTTPS.
+tls=
 
 start_server() {
     port=$(free_port $((20000 + $$ % 6000)))
     rm -rf "$work/data"
     cp -R "$work/template" "$work/data"
     env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$port" DATA_DIR="$work/data" \
-        ${setting:+"$setting"} ${files:+prlimit "--nofile=$files"} "$bin" >"$work/server.log" 2>&1 &
+        ${setting:+"$setting"} ${tls:+"TLS_CERT=$tls.crt" "TLS_KEY=$tls.key"} ${files:+prlimit "--nofile=$files"} "$bin" >"$work/server.log" 2>&1 &
     server=$!
-    await "the server answers" "$server" healthy "$port"
+    await "the server answers" "$server" answers
+}
+
+# answers: whether the attacked server does.
+answers() {
+    if [ -z "$tls" ]; then
+        healthy "$port"
+    else
+        curl --silent --insecure --fail --max-time 2 --output /dev/null "https://127.0.0.1:$port/health"
+    fi
+}
+
+# certificate NAME ALGORITHM…: makes $work/NAME.crt and .key.
+certificate() {
+    tls=$work/$1
+    shift
+    openssl req -x509 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost \
+        -addext basicConstraints=critical,CA:FALSE -newkey "$@" \
+        -keyout "$tls.key" -out "$tls.crt" 2>/dev/null
 }
 
 # The one that nobody attacks.
@@ -109,6 +131,9 @@ run() {
         slow-read) slow -X -w 1 -y 512 -n 1 -z 5 -k 3 -u "http://$at$path" ;;
         idle-10000) nice "$attack" "$at" idle 10000 "$seconds" ;;
         body-1000) nice "$attack" "$at" body 1000 "$seconds" ;;
+        flood-50) nice "$attack" "$at" flood 50 "$seconds" ;;
+        hoard-500) nice "$attack" "$at" hoard 500 "$seconds" ;;
+        hello-250) nice "$attack" "$at" hello 250 "$seconds" ;;
         read-256) nice "$attack" "$at" read 256 "$seconds" "$path" ;;
         read-1000) nice "$attack" "$at" read 1000 "$seconds" "$path" ;;
     esac
@@ -126,36 +151,46 @@ row() {
     attacker=$!
     "$attack" "127.0.0.1:$twin_port" probe "$seconds" >"$work/probe.twin" 2>&1 &
     beside=$!
-    "$attack" "127.0.0.1:$port" probe "$seconds" >"$work/probe" 2>&1 || true
+    if [ -z "$tls" ]; then
+        "$attack" "127.0.0.1:$port" probe "$seconds" >"$work/probe" 2>&1 || true
+    else
+        "$attack" "127.0.0.1:$port" probe-tls "$seconds" "$tls.crt" >"$work/probe" 2>&1 || true
+    fi
     peak=$(of_server VmHWM)
     after=$(of_server Threads)
     wait "$attacker" || true
     wait "$beside" || true
+    machine=$(sed -n 's/^probe: .* p99 \([^ ]*\) .*/\1/p' "$work/probe.twin")
+    judge "$1" "$2" probe
+    [ -z "$tls" ] || judge "$1" "(kept)" kept
+    sed "s/^/$1, $2: /" "$work/attack.log" "$work/probe" >>"$work/notes"
+    stop_servers
+}
+
+# judge WHERE ATTACK PROBE: prints what this probe saw, and whether that is fine.
+judge() {
     verdict=ok
-    healthy "$port" || verdict="does not answer"
-    line=$(sed -n 's/^probe: count //p' "$work/probe")
+    answers || verdict="does not answer"
+    line=$(sed -n "s/^$3: count //p" "$work/probe")
     # shellcheck disable=SC2086 # words of: COUNT failures N p50 X p99 X max X ms
     set -- "$1" "$2" $line
-    [ "$5" -eq 0 ] || verdict="probes failed"
-    machine=$(sed -n 's/^probe: .* p99 \([^ ]*\) .*/\1/p' "$work/probe.twin")
-    awk "BEGIN { exit !($9 < 50 + $machine) }" || verdict="p99 is high"
+    [ "${5:-1}" -eq 0 ] || verdict="probes failed"
+    awk "BEGIN { exit !(${9:-1000} < 50 + $machine) }" || verdict="p99 is high"
     [ "$peak" -lt 16384 ] || verdict="memory is high"
     [ "$after" -le "$threads" ] || verdict="more threads"
     [ "$verdict" = ok ] || failed=1
-    printf '| %-7s | %-12s | %4s of %4s | %6s | %6s | %6s | %7s | %5.1f | %5.1f | %3s | %3s | %s |\n' \
-        "$1" "$2" "$5" "$3" "$7" "$9" "$machine" "${11}" "$(mib "$rss")" "$(mib "$peak")" \
+    printf '| %-8s | %-12s | %4s of %4s | %6s | %6s | %6s | %7s | %5.1f | %5.1f | %3s | %3s | %s |\n' \
+        "$1" "$2" "${5:-}" "${3:-}" "${7:-}" "${9:-}" "$machine" "${11:-}" "$(mib "$rss")" "$(mib "$peak")" \
         "$threads" "$after" "$verdict"
-    sed "s/^/$1, $2: /" "$work/attack.log" "$work/probe" >>"$work/notes"
-    stop_servers
 }
 
 mib() { awk "BEGIN { print $1 / 1024 }"; }
 
 make_template
 echo "load average $(cut -d ' ' -f 1-3 /proc/loadavg), $(nproc) cores, $seconds s each, read: $path"
-echo "| limits  | attack       | no answer    | p50 ms | p99 ms | (twin) | max ms  | MiB   | peak  | threads   | |"
-echo "|---------|--------------|--------------|--------|--------|--------|---------|-------|-------|-----|-----|---|"
-for name in nothing slow-headers slow-body range slow-read idle-10000 body-1000 read-256 read-1000; do
+echo "| limits   | attack       | no answer    | p50 ms | p99 ms | (twin) | max ms  | MiB   | peak  | threads   | |"
+echo "|----------|--------------|--------------|--------|--------|--------|---------|-------|-------|-----|-----|---|"
+for name in nothing slow-headers slow-body range slow-read idle-10000 body-1000 read-256 read-1000 flood-50; do
     row default "$name"
 done
 # slowhttptest has one address only: here it may have all connections.
@@ -169,6 +204,15 @@ for name in slow-headers slow-body range slow-read idle-10000 body-1000 read-256
     row "256 fds" "$name"
 done
 files=
+certificate rsa rsa:4096
+for name in nothing hello-250 hoard-500; do
+    row "RSA 4096" "$name"
+done
+certificate p256 ec -pkeyopt ec_paramgen_curve:P-256
+for name in nothing hello-250 hoard-500; do
+    row "P-256" "$name"
+done
+tls=
 
 # burst N: 50 fresh servers, each of which sees N clients at once.
 burst() {

@@ -4,6 +4,8 @@
 //! attack HOST:PORT idle  N SECONDS          N connections that say nothing
 //! attack HOST:PORT body  N SECONDS          N that send 63 of 64 KiB of a body, and stop
 //! attack HOST:PORT read  N SECONDS [PATH]   N that ask for PATH again and again and never read
+//! attack HOST:PORT flood N SECONDS          N that ask for what is refused, and send on and on
+//! attack HOST:PORT hoard N SECONDS          N that send 60 of 64 KiB of a TLS ClientHello, and stop
 //! attack HOST:PORT hello N SECONDS [PER]    N that replay one TLS ClientHello, PER from one address
 //! attack HOST:PORT burst N TIMES   [PATH]   N opened at once, each asks once, so many times
 //! attack HOST:PORT probe   SECONDS [FROM]   /health every 100 ms from the address FROM
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
     let done = match args.as_slice() {
         [server, "probe", seconds, from @ ..] => probe(server, seconds, from.first().copied()),
         [server, "probe-tls", seconds, cert] => probe_tls(server, seconds, cert),
+        [server, "flood", n, seconds] => flood(server, n, seconds),
         [server, "hello", n, seconds, per @ ..] => replay(server, n, seconds, per.first()),
         [server, "burst", n, times, path @ ..] => burst(server, n, times, path.first().copied()),
         [server, mode, n, seconds, path @ ..] => hold(server, mode, n, seconds, path.first()),
@@ -71,7 +74,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// `idle`, `body` and `read`: opens all, and opens again what the server ends.
+/// `idle`, `body`, `hoard` and `read`: opens all, and opens again what the server ends.
 fn hold(
     server: &str,
     mode: &str,
@@ -84,6 +87,7 @@ fn hold(
     let act: Act = match mode {
         "idle" => Box::new(|_| Ok(())),
         "body" => Box::new(|stream| send(stream, &most_of_a_body())),
+        "hoard" => Box::new(|stream| send(stream, &most_of_a_hello())),
         "read" => {
             let requests = request(path.unwrap_or(&"/api"), "").repeat(PIPELINED_MAX);
             Box::new(move |stream| send(stream, requests.as_bytes()))
@@ -206,6 +210,28 @@ fn replay(server: &str, n: &str, seconds: &str, per: Option<&&str>) -> Result<bo
     Ok(true)
 }
 
+/// Sends as fast as the server takes it, after a request that is refused.
+fn flood(server: &str, n: &str, seconds: &str) -> Result<bool, Failure> {
+    let (server, n) = (target(server)?, number(n, CONNECTIONS_MAX)?);
+    let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
+    let act: Act = Box::new(|stream| send(stream, b"GET / HTTP/1.1\r\n\r\n"));
+    raise_open_files(n + 100)?;
+    let mut places: Vec<Option<TcpStream>> = (0..n).map(|_| None).collect();
+    let (mut seen, mut sent) = (Seen::default(), 0);
+    while Instant::now() < end {
+        for (i, place) in (0..).zip(&mut places) {
+            match place.as_mut().map(|stream| stream.write(&[b'x'; 64 * 1024])) {
+                Some(Ok(bytes)) => sent += bytes,
+                Some(Err(e)) if e.kind() == ErrorKind::WouldBlock => {}
+                Some(Err(_)) | None => *place = seen.open(server, i, None, &act),
+            }
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    println!("flood: {} opened, {} MiB sent", seen.opened, sent / (1024 * 1024));
+    Ok(true)
+}
+
 fn tls_client(roots: RootCertStore) -> Result<ClientConnection, Failure> {
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
@@ -228,6 +254,7 @@ fn probe_tls(server: &str, seconds: &str, cert: &str) -> Result<bool, Failure> {
         Ok(StreamOwned::new(tls_client(roots.clone())?, stream))
     };
     let mut kept = open()?;
+    ask(&mut kept)?;
     let (mut new_times, mut kept_times) = (Times::default(), Times::default());
     while Instant::now() < end {
         let start = Instant::now();
@@ -371,6 +398,17 @@ fn most_of_a_body() -> Vec<u8> {
     let mut bytes = head.as_bytes().to_vec();
     bytes.resize(bytes.len() + 63 * 1024, b'x');
     bytes
+}
+
+/// The start of a ClientHello of nearly 64 KiB, in full records.
+fn most_of_a_hello() -> Vec<u8> {
+    let mut message = vec![1, 0, 0xff, 0xf0];
+    message.resize(60 * 1024, 0);
+    let records = message.chunks(16 * 1024).flat_map(|part| {
+        let length = u16::try_from(part.len()).unwrap_or_default().to_be_bytes();
+        [[22, 3, 1].as_slice(), &length, part].concat()
+    });
+    records.collect()
 }
 
 /// The address of the connection with this number, from 127.1.0.1 on.
