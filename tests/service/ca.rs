@@ -189,7 +189,12 @@ impl Chain {
 
     /// Puts the files where the service looks.
     pub fn put(&self, setup: &Setup) {
-        put(setup, &self.key, &self.certificates.concat());
+        self.put_first(self.certificates.len(), setup);
+    }
+
+    /// The same, with so many of the certificates.
+    pub fn put_first(&self, count: usize, setup: &Setup) {
+        put(setup, &self.key, &self.certificates[..count].concat());
     }
 }
 

@@ -5,7 +5,7 @@
 use std::fs;
 use std::process::Command;
 
-use crate::support::authority::Authority;
+use crate::ca::Chain;
 use crate::support::csr::{self, openssl};
 use crate::support::device::{Device, Surroundings};
 use crate::support::hostile::{Hostile, Reply};
@@ -48,8 +48,9 @@ fn store(service: &Service) -> TempDir {
 #[test]
 fn a_ca_of_the_systems_store_is_none() {
     let ours = Setup::new().start();
-    let foreign = Authority::root("/CN=Foreign");
-    let theirs = foreign.put(Setup::new().env("ONBOARDING_API_KEY", API_KEY), "");
+    // OpenSSL looks into the store only if it has no CA of that name.
+    let theirs = Setup::new().env("ONBOARDING_API_KEY", API_KEY);
+    Chain::new(1).put(&theirs);
     let theirs = https::start(theirs);
     let store = store(&theirs);
     let dir = TempDir::new();
@@ -73,7 +74,9 @@ fn a_ca_of_the_systems_store_is_none() {
 /// The CA is the right one by its fingerprint, and what is signed is another's.
 #[test]
 fn a_certificate_of_another_ca() {
-    let theirs = Authority::root("/CN=Foreign").put(Setup::new(), "").start();
+    let theirs = Setup::new();
+    Chain::new(1).put(&theirs);
+    let theirs = theirs.start();
     let ours = Setup::new().start();
     let (our_port, their_port) = (ours.port(), theirs.port());
     let liar = Hostile::start(move |request| {

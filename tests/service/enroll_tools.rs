@@ -5,7 +5,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
-use crate::support::authority::Authority;
+use crate::ca::Chain;
 use crate::support::clock::{FakeClock, now_s};
 use crate::support::csr;
 use crate::support::device::{Device, Outcome, Surroundings};
@@ -66,12 +66,6 @@ fn check(outcome: &Outcome, code: i32, said: &str) {
     assert!(outcome.said.contains(said), "{said}: {outcome:?}");
 }
 
-/// The CA is one that another has signed, and is alone in its file.
-fn with_intermediate() -> Setup {
-    let issuing = Authority::root("/CN=Root").intermediate("/O=Fleet/CN=Issuing CA");
-    issuing.put(Setup::new(), "")
-}
-
 #[test]
 fn an_old_openssl_will_do() {
     let (plain, secure) = (Setup::new().start(), https::start(Setup::new()));
@@ -101,31 +95,43 @@ fn an_old_openssl_will_do() {
     assert!(!plain.log().contains("issued for d,"), "{}", plain.log());
 }
 
-/// With the root behind it or not, whatever openssl knows.
+/// With all behind it up to the root, without the root, and alone.
 #[test]
 fn a_ca_that_is_no_root() {
-    let (plain, secure) = (with_intermediate().start(), https::start(with_intermediate()));
-    for surroundings in [Full, Busybox] {
-        for (service, url) in [(&plain, http_url(&plain)), (&secure, https_url(&secure))] {
-            let ca = service.read("ca/root-ca.crt");
-            let pin = csr::x509_field(&ca, &["-fingerprint", "-sha256"]);
-            let id = format!("d-{surroundings:?}");
-            let device = Device::new(&id, &url).surroundings(surroundings);
-            device.must_enroll(&["--ca-fingerprint", &pin]);
-            assert_eq!(device.read("ca.crt").trim(), ca.trim());
-            let serial = csr::x509_field(&device.read("device.crt"), &["-serial"]);
-            device.must_enroll(&["--ca-fingerprint", &pin]);
-            assert_eq!(csr::x509_field(&device.read("device.crt"), &["-serial"]), serial);
+    let chain = Chain::new(3);
+    for count in [3, 2, 1] {
+        let [plain, secure] = [(); 2].map(|()| {
+            let setup = Setup::new();
+            chain.put_first(count, &setup);
+            setup
+        });
+        let (plain, secure) = (plain.start(), https::start(secure));
+        let ca = plain.read("ca/root-ca.crt");
+        let pin = csr::x509_field(&ca, &["-fingerprint", "-sha256"]);
+        for surroundings in [Full, Busybox] {
+            for url in [http_url(&plain), https_url(&secure)] {
+                let id = format!("d-{surroundings:?}");
+                let device = Device::new(&id, &url).surroundings(surroundings);
+                device.must_enroll(&["--ca-fingerprint", &pin]);
+                assert_eq!(device.read("ca.crt"), ca, "all that the service has");
+                let certificate = device.read("device.crt");
+                device.must_enroll(&["--ca-fingerprint", &pin]);
+                assert_eq!(device.read("device.crt"), certificate);
+            }
         }
+        // Where openssl wants a root, a CA without it is not enough, which is found out in time.
+        let device = Device::new("e", &http_url(&plain)).program("openssl", LIBRESSL);
+        let outcome = device.enroll(&["--tries", "1"]);
+        match count {
+            3 => check(&outcome, 0, "is valid until"),
+            _ => check(&outcome, 1, "openssl cannot verify"),
+        }
+        assert_eq!(plain.log().contains("issued for e,"), count == 3, "{}", plain.log());
+        // And an old curl, which does too, gives way to openssl.
+        let curl = "case $* in *--version*) echo curl 7.64.0 ;; *) exec REAL \"$@\" ;; esac";
+        let curl = format!("grep -qs cacert \"$3\" && exit 60\n{curl}");
+        Device::new("f", &https_url(&secure)).program("curl", &curl).must_enroll(&[]);
     }
-    // Where openssl wants a root, this CA alone is not enough, which is found out in time.
-    let device = Device::new("e", &http_url(&plain)).program("openssl", LIBRESSL);
-    check(&device.enroll(&["--tries", "1"]), 1, "openssl cannot verify");
-    // And an old curl gives way to openssl.
-    let curl = "case $* in *--version*) echo curl 7.64.0 ;; *) exec REAL \"$@\" ;; esac";
-    let curl = format!("grep -qs cacert \"$3\" && exit 60\n{curl}");
-    Device::new("f", &https_url(&secure)).program("curl", &curl).must_enroll(&[]);
-    assert!(!plain.log().contains("issued for e,"), "{}", plain.log());
 }
 
 #[test]

@@ -8,7 +8,6 @@
 
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
-pub mod authority;
 pub mod clock;
 pub mod csr;
 pub mod device;
