@@ -1,7 +1,7 @@
 #!/bin/sh
 # Checks the files of contrib/ with the tools that read them, as far as that can be done without
 # installing them: systemd-analyze and systemd-sysusers, strace against the unit's filter of system
-# calls, shellcheck and a stub of procd, monit, and the program itself.
+# calls, shellcheck and a stub of procd, monit, a broker that is told of lists, and the program itself.
 #
 # usage: .ci/check-contrib.sh
 #
@@ -16,14 +16,20 @@ contrib=$root/contrib
 # Most that `systemd-analyze security` may find wanting, in tenths of its points (0 is best, 100 worst).
 threshold=12
 server=
+broker=
+watcher=
+service=
 make_work
 
 leave() {
+    # shellcheck disable=SC2086 # those that there are
+    end $watcher $broker $service
     # strace does not end for a signal, but when the program does that it watches.
     [ -z "$server" ] || kill "$(sed -n '1s/ .*//p' "$work/trace")" 2>/dev/null || true
 }
 
-tools systemd-analyze:systemd shellcheck strace monit curl openssl
+tools systemd-analyze:systemd shellcheck strace monit curl openssl mosquitto busybox \
+    setpriv:util-linux unshare:util-linux nsenter:util-linux
 find_service
 
 # --- systemd: the units as they are, with this program in its place.
@@ -186,10 +192,14 @@ cp "$work/etc/server.crt" "$work/etc/redis-ca.crt"
 env -i $(cat "$work/etc/environment") "$bin" check-config >/dev/null || fail "environment.example"
 ok "environment.example: $(wc -l <"$work/environment") settings"
 
-# --- OpenWrt: the script, with every function of procd that it calls written down.
+shellcheck "$contrib"/mosquitto/*.sh
+
+# --- OpenWrt: the scripts, with every function of procd that they call written down.
 init=$contrib/openwrt/mqtt-publisher-lite.init
-sh -n "$init"
-shellcheck -s sh "$init"
+for script in "$init" "$contrib/openwrt/mosquitto-crl.init"; do
+    sh -n "$script"
+    shellcheck -s sh "$script"
+done
 printf '# a remark\n\nPORT=4444\nREDIS_PASSWORD=a b\n' >"$work/etc/environment"
 stub() {
     # shellcheck disable=SC2016 # to be expanded by the shell that runs it
@@ -203,7 +213,6 @@ stub() {
 }
 { stub; cat "$init"; echo 'start_service; reload_service'; } >"$work/run.sh"
 for shell in "sh" "busybox sh"; do
-    has "${shell%% *}" || continue
     MPL_CONF=$work/etc $shell -eu "$work/run.sh" >"$work/calls" || fail "$shell: $(cat "$work/calls")"
     cat >"$work/expected" <<EXPECTED
 user_add: <mqtt-lite> <> <4711>
@@ -234,6 +243,130 @@ printf '#!/bin/sh\necho "$1 $PORT $REDIS_PASSWORD"\n' >"$work/prog"
 chmod +x "$work/prog"
 [ "$(MPL_CONF=$work/etc sh -eu "$work/check.sh")" = "healthcheck 4444 a b" ] || fail "the script's check"
 ok "the init script's check"
+
+# Installed as docs/openwrt.md says, into a folder instead of /, and upgraded twice: what sysupgrade
+# keeps is what it finds by /etc/sysupgrade.conf, as its own script does; the rest is new each time.
+router=$work/router
+mkdir -p "$router/etc/init.d" "$router/etc/rc.d" "$router/usr/bin"
+printf '## Files to keep\n\n/etc/sysupgrade.conf\n' >"$router/etc/sysupgrade.conf"
+blocks_of docs/openwrt.md >"$work/openwrt.sh"
+[ "$(grep -c '^/etc/init.d/.* enable$' "$work/openwrt.sh")" -eq 2 ] || fail "docs/openwrt.md starts something else"
+# /etc/rc.common's `enable` makes links of these names; nothing is started.
+while read -r script _; do
+    name=${script##*/}
+    order() { sed -n "s/^$1=//p" "$work/source/contrib/openwrt/$name.init"; }
+    ln -sf "../init.d/$name" "$router/etc/rc.d/S$(order START)$name"
+    ln -sf "../init.d/$name" "$router/etc/rc.d/K$(order STOP)$name"
+done <<END
+$(grep '^/etc/init.d/.* enable$' "$work/openwrt.sh")
+END
+# In the block for sysupgrade.conf such lines are no commands.
+awk '/^cat >>/ { on = 1 } on { print } /^END$/ { on = 0 }' "$work/openwrt.sh" >"$work/keep.sh"
+awk '/^cat >>/ { on = 1 } !on { print } /^END$/ { on = 0 }' "$work/openwrt.sh" | grep -v '^/etc/init.d/' >"$work/copy.sh"
+sed "s, /, $router/,g" "$work/copy.sh" >"$work/copy.here"
+sed "1s,>>/,>>$router/," "$work/keep.sh" >"$work/keep.here"
+if grep -h '[ >]/' "$work/copy.here" | grep -v "$router"; then fail "this would go to this machine"; fi
+(cd "$work/source" && sh -eu "$work/copy.here" && sh -eu "$work/keep.here") || fail "docs/openwrt.md: installing"
+mkdir -p "$router/etc/mqtt-publisher-lite/data/ca"
+echo key >"$router/etc/mqtt-publisher-lite/data/ca/root-ca.key"
+(cd "$router" && find . ! -type d | sort) >"$work/before"
+for upgrade in 1 2; do
+    (
+        cd "$router"
+        # shellcheck disable=SC2046 # words, as sysupgrade reads them
+        find $(sed -ne '/^[[:space:]]*$/d; /^#/d; s|^/|./|; p' etc/sysupgrade.conf) -type f -o -type l 2>/dev/null |
+            sort -u | tar -cf "$work/kept.tar" -T -
+    )
+    rm -rf "$router"
+    mkdir -p "$router"
+    tar -xf "$work/kept.tar" -C "$router"
+done
+(cd "$router" && find . ! -type d | sort) | diff "$work/before" - >&2 || fail "upgrade $upgrade loses files"
+"$router/usr/bin/mqtt-publisher-lite" --version >/dev/null || fail "the kept program does not run"
+ok "docs/openwrt.md: $(wc -l <"$work/before") files are there after two upgrades"
+
+# --- Who tells the broker, where the service's user may not: each way that docs/mosquitto.md has,
+# besides systemd's, with a service and a broker that have users of their own.
+{ stub; cat "$contrib/openwrt/mosquitto-crl.init"; echo start_service; } >"$work/run.sh"
+MPL_CONF=/etc/mqtt-publisher-lite busybox sh -eu "$work/run.sh" >"$work/calls"
+procd=$(sed -n 's/^set_param: <command> <\(.*\)>$/\1/p' "$work/calls" | sed 's/> </ /g')
+cron=$(sed -n 's/^    \* \* \* \* \*  \(on-new-crl\.sh .*\)/\1/p' "$root/docs/mosquitto.md")
+container=$(sed -n 's|^ *eclipse-mosquitto:2 ||p' "$root/docs/mosquitto.md")
+as_service="setpriv --reuid 4711 --regid 4711 --clear-groups"
+as_broker="setpriv --reuid 1883 --regid 1883 --clear-groups"
+chmod 755 "$work"
+mkdir "$work/users" "$work/mosquitto"
+chown 4711:4711 "$work/users"
+chown 1883:1883 "$work/mosquitto"
+list=$work/users/data/ca/crl.pem
+port=$(free_port "$port")
+# shellcheck disable=SC2086 # a command and its arguments
+env -i PATH="$PATH" DATA_DIR="$work/users/data" PORT="$port" HTTP_HOST=127.0.0.1 \
+    ADMIN_API_KEY=admin-key-of-the-check $as_service "$bin" 2>"$work/users.log" &
+service=$!
+await "the service of a user of its own answers" "$service" healthy "$port"
+[ "$(stat -c %u "$list")" -eq 4711 ] || fail "the list belongs to $(stat -c %U "$list")"
+broker_port=$(free_port $((port + 1)))
+printf 'listener %s 127.0.0.1\nallow_anonymous true\nlog_dest file %s/log\nlog_type all\n' \
+    "$broker_port" "$work/mosquitto" >"$work/mosquitto.conf"
+
+# has_read N: whether the broker has read its files again so many times.
+has_read() { [ "$(grep -c 'Reloading config' "$work/mosquitto/log")" -ge "$1" ]; }
+
+# revoke NAME: a device gets its certificate, and loses it.
+revoke() {
+    "$root/scripts/enroll.sh" --url "http://127.0.0.1:$port" --device-id "$1" --dir "$work/device.$1" \
+        >"$work/enrolled" 2>&1 || fail "enroll.sh: $(cat "$work/enrolled")"
+    curl --silent --fail --output /dev/null -X DELETE -H 'Authorization: Bearer admin-key-of-the-check' \
+        "http://127.0.0.1:$port/api/v1/certificates/$1" || fail "$1 is not revoked"
+}
+
+# told NAME WHO COMMAND: by that command of the page, with this check's paths, a new list reaches the broker.
+told() {
+    [ -n "$3" ] || fail "$1: no command"
+    rm -f "$work/mosquitto/log"
+    # As in a container: process 1 of its own numbers.
+    # shellcheck disable=SC2086 # a command and its arguments
+    (exec unshare --pid --fork $as_broker mosquitto -c "$work/mosquitto.conf") 2>"$work/broker.log" &
+    broker=$!
+    await "the broker runs" "$broker" grep -qs running "$work/mosquitto/log"
+    inner=$(tr -d ' ' <"/proc/$broker/task/$broker/children")
+    command=$(echo "$3" | sed "s|[^ ]*on-new-crl.sh|sh $contrib/mosquitto/on-new-crl.sh|; s|[^ ]*/crl.pem|$list|
+        s|/run/|$work/|; s|killall -HUP mosquitto|kill -HUP $inner|")
+    if [ "$2" = once ]; then
+        $command
+        has_read 1 || await "$1 tells the broker" "$broker" has_read 1
+        $command # the same list: nothing to tell
+        revoke "$1"
+        $command
+    else
+        within=
+        [ "$2" != container ] || within="nsenter --target $inner --pid $as_broker"
+        # shellcheck disable=SC2086 # a command and its arguments
+        (exec $within $command) &
+        watcher=$!
+        await "$1 tells the broker" "$watcher" has_read 1
+        revoke "$1"
+    fi
+    await "$1 tells the broker of the new list" "$broker" has_read 2
+    sleep 0.3
+    if has_read 3; then fail "$1 tells the broker more than once"; fi
+    kill "$inner"
+    [ -z "$watcher" ] || kill "$watcher"
+    end $watcher $broker
+    broker='' watcher=''
+    ok "$1 tells the broker of a new list"
+}
+# The service's user cannot, which is why.
+sleep 60 &
+process=$!
+if $as_service kill -HUP $process 2>/dev/null; then fail "a user may signal another's process"; fi
+end $process
+told openwrt root "$procd"
+told container container "$container"
+told cron once "$cron"
+end "$service"
+service=
 
 # --- monit reads its own file.
 { echo "set daemon 30"; cat "$contrib/monit/mqtt-publisher-lite.conf"; } >"$work/monitrc"

@@ -4,10 +4,12 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 
 use crate::ca::Chain;
-use crate::support::csr::{Csr, P256, key_file};
+use crate::support::csr::{Csr, P256, key_file, new_key, openssl, x509_field};
 use crate::support::device::Device;
+use crate::support::hostile::{Hostile, Reply};
 use crate::support::mosquitto::Broker;
 use crate::support::port::Port;
 use crate::support::service::{ADMIN_KEY, Service, Setup};
@@ -108,17 +110,95 @@ fn the_document_works_as_written() {
         script = script.replace(written, &free.number().to_string());
     }
     let program = Path::new(env!("CARGO_BIN_EXE_mqtt-publisher-lite")).parent().unwrap().to_owned();
-    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let scripts = ["scripts", "contrib/mosquitto"].map(|dir| root.join(dir).display().to_string());
     let path = std::env::var("PATH").unwrap();
     let script = dir.file("script", &script);
     let output = Command::new("sh")
         .arg(&script)
         .current_dir(dir.path())
         .env_clear()
-        .env("PATH", format!("{}:{}:{path}", program.display(), scripts.display()))
+        .env("PATH", format!("{}:{}:{path}", program.display(), scripts.join(":")))
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout).into_owned()
         + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
+}
+
+/// A list made by `openssl ca` with the key of `service`, or with another one, and dates of its own.
+fn list(service: &Service, key: Option<&str>, dates: [&str; 2]) -> String {
+    let dir = TempDir::new();
+    let path = |name: &str, text: &str| dir.file(name, text).display().to_string();
+    let (ca, index) = (service.data("ca/root-ca.crt").display().to_string(), path("index", ""));
+    let config = "[ca]\ndefault_ca=x\n[x]\ndatabase=INDEX\ndefault_md=sha256\n";
+    let config = path("config", &config.replace("INDEX", &index));
+    let (ca, key) = match key {
+        None => (ca, service.data("ca/root-ca.key").display().to_string()),
+        Some(key) => {
+            let key = path("key", key);
+            let args = ["x509", "-in", &ca, "-signkey", &key, "-days", "30"];
+            (path("ca", &openssl(&args, "")), key)
+        }
+    };
+    let [begin, end] = dates;
+    let args = ["ca", "-config", &config, "-gencrl", "-cert", &ca, "-keyfile", &key];
+    let dates = ["-crl_lastupdate", begin, "-crl_nextupdate", end];
+    openssl(&[&args[..], &dates].concat(), "")
+}
+
+/// `openssl crl -verify` ends with 0 for each of those that are refused here.
+#[test]
+fn a_list_that_is_fetched() {
+    const VALID: [&str; 2] = ["20260101000000Z", "20660101000000Z"];
+    let setup = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY);
+    let chain = Chain::new(3);
+    chain.put(&setup);
+    let service = setup.start();
+    let other = Setup::new().start();
+    let dir = TempDir::new();
+    let file = dir.path().join("crl.pem");
+    let served = Arc::new(Mutex::new(String::new()));
+    let serves = Arc::clone(&served);
+    let server = Hostile::start(move |_| Reply::http("200 OK", "", &serves.lock().unwrap()));
+    // The other CA is one of those that the system believes.
+    let other_ca = other.read("ca/root-ca.crt");
+    let hash = x509_field(&other_ca, &["-subject_hash"]);
+    dir.file(&format!("{}.0", hash.trim()), &other_ca);
+    let fetch = |list: &str, shell: &[&str]| {
+        list.clone_into(&mut served.lock().unwrap());
+        let mut command = Command::new(shell[0]);
+        command.args(&shell[1..]).arg("contrib/mosquitto/fetch-crl.sh").arg(server.url());
+        command.arg(service.data("ca/root-ca.crt")).arg(&file).args(["echo", "reload"]);
+        let output = command.env("SSL_CERT_DIR", dir.path()).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    for shell in [&["sh"][..], &["busybox", "sh"]] {
+        let _ = fs::remove_file(&file);
+        let first = list(&service, None, ["20251231000000Z", "20660101000000Z"]);
+        let good = service.read("ca/crl.pem");
+        for (list, said) in [(&first, "reload\n"), (&good, "reload\n"), (&good, "")] {
+            assert_eq!(fetch(list, shell), (Some(0), said.to_owned(), String::new()), "{shell:?}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), *list);
+        }
+        let key = new_key(P256);
+        for (what, list, why) in [
+            ("forged", list(&service, Some(&key), VALID), "is no list that the CA has signed"),
+            ("another CA's", other.read("ca/crl.pem"), "is no list that the CA has signed"),
+            ("an old one again", first, "older than"),
+            ("ended", list(&service, None, ["20240101000000Z", "20250101000000Z"]), "has ended"),
+            ("no list", "<html></html>".to_owned(), "is no list that the CA has signed"),
+            ("nothing", String::new(), "is no list that the CA has signed"),
+        ] {
+            let (code, out, said) = fetch(&list, shell);
+            assert_eq!((code, &*out), (Some(1), ""), "{what}: {said}");
+            assert!(said.contains(why), "{what}: {said}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), good, "{what}");
+        }
+        // By a clock that was ahead: the right one is taken all the same.
+        fs::write(&file, list(&service, None, ["20600101000000Z", "20660101000000Z"])).unwrap();
+        assert_eq!(fetch(&good, shell).0, Some(0));
+    }
+    assert!(dir.path().read_dir().unwrap().count() == 2, "nothing is left beside it");
 }
