@@ -101,15 +101,21 @@ for unit in mqtt-publisher-lite.service mosquitto-crl.path; do
 done
 "$sysroot/usr/local/bin/mqtt-publisher-lite" --version >"$work/version" || fail "what was installed does not run"
 ok "the README's installation: $(cat "$work/version"), user $id, two units enabled"
-openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=old -days 30 -keyout "$work/source/root-ca.key" \
-    -addext keyUsage=critical,keyCertSign,cRLSign -out "$work/source/root-ca.crt" 2>/dev/null
+openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=old -days 30 -keyout "$work/old.key" \
+    -addext keyUsage=critical,keyCertSign,cRLSign -out "$work/old.crt" 2>/dev/null
 blocks_of docs/upgrade.md >"$work/upgrade.sh"
-(cd "$work/source" && PATH=$work/shims:$PATH sh -eu "$work/upgrade.sh" >"$work/installed" 2>&1) ||
+(
+    cd "$work/source"
+    MQTT_TLS_CA_BASE64=$(base64 -w 0 "$work/old.crt")
+    MQTT_TLS_CA_KEY_BASE64=$(base64 -w 0 "$work/old.key")
+    export MQTT_TLS_CA_BASE64 MQTT_TLS_CA_KEY_BASE64
+    PATH=$work/shims:$PATH exec sh -eu "$work/upgrade.sh" >"$work/installed" 2>&1
+) ||
     fail "the CA of docs/upgrade.md: $(cat "$work/installed")"
 installed /var/lib/mqtt-publisher-lite/ca/root-ca.key "600 0"
 DATA_DIR=$sysroot/var/lib/mqtt-publisher-lite "$bin" server-certificate broker.lan --out "$work/broker" >/dev/null ||
     fail "the CA that docs/upgrade.md puts there is not read"
-openssl verify -CAfile "$work/source/root-ca.crt" "$work/broker/server.crt" >/dev/null || fail "another CA signed"
+openssl verify -CAfile "$work/old.crt" "$work/broker/server.crt" >/dev/null || fail "another CA signed"
 ok "docs/upgrade.md: the older service's CA signs"
 
 # --- The filter of system calls: all that the program does on its whole way must be in it.
