@@ -143,9 +143,13 @@ fn a_certificate_writes_two_pages() {
     let tokens: Vec<String> =
         (0..CERTIFICATES).map(|n| service.token(&format!("device-{n:03}"))).collect();
     let before = Disk::of(&service);
+    let mut each = vec![];
     for (token, csr) in tokens.iter().zip(&csrs) {
+        let written_before = written(&service);
         assert_eq!(service.sign(token, csr).status, 200, "{}", service.log());
+        each.push(written(&service) - written_before);
     }
+    each.sort_unstable();
     let after = Disk::of(&service);
 
     let size = |disk: &Disk, name: &str| disk.files[&service.data(name)][0] as u64;
@@ -157,8 +161,11 @@ fn a_certificate_writes_two_pages() {
     println!("a certificate: {pem} bytes in certs/, {line} in index.txt, {pages} written in pages");
     assert_eq!(sizes.len() as u64, CERTIFICATES, "files");
     assert!((600..1500).contains(&pem) && (60..120).contains(&line), "{pem} and {line}");
-    // Two pages of 4 KiB, and now and then one more when the line goes over the end of a page.
-    assert!((2 * 4096..=9 * 1024).contains(&pages) || !is_counted(&service), "{pages}");
+    // Two pages of 4 KiB; one more when the line goes over the end of a page, and when the kernel has
+    // much to write for others on the same file system.
+    let common = each[each.len() / 10];
+    assert!(common == 2 * 4096 || !is_counted(&service), "{each:?}");
+    assert!(pages <= 4 * 4096, "{each:?}");
 
     assert_eq!(service.revoke("device-000").status, 200);
     let revoked = Disk::of(&service);
