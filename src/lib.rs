@@ -19,7 +19,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`problem`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
+//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
 //! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
@@ -46,6 +46,8 @@ pub mod subscriber;
 pub mod json;
 pub mod jwt;
 pub mod problem;
+
+pub mod http;
 
 pub mod metrics;
 

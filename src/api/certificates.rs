@@ -2,11 +2,11 @@
 
 use percent_encoding::percent_decode_str;
 
-use super::message::Json;
-use super::{Api, Plan, Reply, Request};
+use super::{Api, Asked, Plan};
 use crate::ca::registry::{Record, Registry, RegistryError};
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
+use crate::http::{Json, Reply};
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, no_certificate};
 use crate::serial::Serial;
@@ -17,10 +17,11 @@ const PKIX_CRL: &str = "application/pkix-crl";
 const PEM: &str = "application/x-pem-file";
 
 /// `GET /api/v1/certificates/{device_id}/status`
-pub(super) fn status(api: &Api, _: &Request, name: &str, now: Now) -> Result<Plan, Problem> {
+pub(super) fn status(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let registry = api.provisioner.ca().registry();
-    let record =
-        device(name).and_then(|device| registry.newest(&device)).ok_or_else(no_certificate)?;
+    let record = device(asked.name)
+        .and_then(|device| registry.newest(&device))
+        .ok_or_else(no_certificate)?;
     // What only its own file tells is not known without that.
     let stored = match registry.stored(&record.serial) {
         Err(RegistryError::Absent(_)) => None,
@@ -42,18 +43,13 @@ pub(super) fn status(api: &Api, _: &Request, name: &str, now: Now) -> Result<Pla
 }
 
 /// `GET /api/v1/certificates/{id}/download`, by serial or device id
-pub(super) fn download(
-    api: &Api,
-    request: &Request,
-    name: &str,
-    now: Now,
-) -> Result<Plan, Problem> {
+pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let ca = api.provisioner.ca();
-    let record = find(ca.registry(), name).ok_or(Code::CertificateNotFound)?;
+    let record = find(ca.registry(), asked.name).ok_or(Code::CertificateNotFound)?;
     let stored = ca.registry().stored(&record.serial)?;
     let issuer = ca.issuer().ok_or(Code::ClockNotSet)?;
     let ca_pem = issuer.chain_pem();
-    if request.asks_for_format("pem") || request.accepts(PEM) {
+    if asked.request.asks_for_format("pem") || asked.request.accepts(PEM) {
         return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + &ca_pem)));
     }
     let mut certificate = Json::new();
@@ -72,34 +68,29 @@ pub(super) fn download(
 }
 
 /// `GET /api/v1/ca`
-pub(super) fn ca(api: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+pub(super) fn ca(api: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     let issuer = api.provisioner.ca().issuer().ok_or(Code::ClockNotSet)?;
     Ok(Plan::Reply(Reply::of_type(PEM, issuer.chain_pem())))
 }
 
 /// `GET /api/v1/crl`
-pub(super) fn crl(api: &Api, request: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
+pub(super) fn crl(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let ca = api.provisioner.ca();
     let none = match ca.clock_is_plausible(now) && ca.issuer().is_some() {
         true => Code::ServiceUnavailable,
         false => Code::ClockNotSet,
     };
     let list = ca.crl().ok_or(none)?;
-    Ok(Plan::Reply(match request.asks_for_format("der") {
+    Ok(Plan::Reply(match asked.request.asks_for_format("der") {
         true => Reply::of_type(PKIX_CRL, list.der.clone()),
         false => Reply::of_type(PEM, list.pem.clone()),
     }))
 }
 
 /// `DELETE /api/v1/certificates/{device_id}`
-pub(super) fn revoke(api: &Api, request: &Request, name: &str, now: Now) -> Result<Plan, Problem> {
-    let settings = api.settings();
-    let key = settings.admin_key.as_ref().ok_or(Code::AdminDisabled)?;
-    if !request.bears(key) {
-        return Err(Code::AdminForbidden.into());
-    }
-    let device = device(name).ok_or_else(no_certificate)?;
-    let job = api.provisioner.plan_revoke(device, request.client, now)?;
+pub(super) fn revoke(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let device = device(asked.name).ok_or_else(no_certificate)?;
+    let job = api.provisioner.plan_revoke(device, asked.request.client, now)?;
     Ok(Plan::Job(job, render_revoked))
 }
 

@@ -1,16 +1,17 @@
-//! The HTTP API: one match on (method, path), and a handler for each row.
+//! The HTTP API: the table of [`routes`], and a handler for each row.
 //!
 //! A handler has two halves beside each other. `plan` reads, parses, authorises and answers at once
 //! or names the job that is to be done; `render` makes the answer of what became of the job. In
 //! between the jobs of all requests that wait are run together.
 
 mod certificates;
-mod message;
 mod onboarding;
 mod operations;
 mod rate_limit;
 mod refusals;
 mod renew;
+mod request;
+mod routes;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,14 +23,17 @@ use log::Level;
 use crate::ca;
 use crate::clock::{self, Now};
 use crate::config::{Config, Secret};
+use crate::http::Reply;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job, Provisioner};
 use crate::store::Op;
 
-pub use message::{Method, Reply, Request};
 use rate_limit::OnboardingLimits;
 use refusals::{Refusals, Sum};
+pub use request::Request;
+use routes::{Asked, Caller, Endpoint, endpoint};
+pub use routes::{classify, endpoints};
 
 /// The API over a provisioner.
 pub struct Api {
@@ -83,57 +87,6 @@ enum Plan {
 /// A handler's second half.
 type Render = fn(&Api, Done, Now) -> Result<Reply, Problem>;
 
-/// A handler's first half, for one method of a path. `name` is what stands in the path's `{…}`.
-type Handler = fn(&Api, &Request, name: &str, Now) -> Result<Plan, Problem>;
-
-/// One row of the routing table.
-struct Route {
-    method: Method,
-    path: &'static str,
-    what: &'static str,
-    plan: Handler,
-}
-
-const fn route(method: Method, path: &'static str, what: &'static str, plan: Handler) -> Route {
-    Route { method, path, what, plan }
-}
-
-/// All endpoints; `HEAD` and `OPTIONS` come with them.
-const ROUTES: &[Route] = &[
-    route(Method::Post, "/api/v1/onboarding", "issue a provisioning token", onboarding::plan),
-    route(Method::Post, "/api/v1/sign-csr", "redeem a token for a certificate", sign_csr::plan),
-    route(
-        Method::Get,
-        "/api/v1/certificates/{device_id}/status",
-        "a device's newest certificate",
-        certificates::status,
-    ),
-    route(
-        Method::Get,
-        "/api/v1/certificates/{id}/download",
-        "a certificate and its CA",
-        certificates::download,
-    ),
-    route(
-        Method::Delete,
-        "/api/v1/certificates/{device_id}",
-        "revoke a device (admin)",
-        certificates::revoke,
-    ),
-    route(Method::Post, "/api/v1/renew", "another certificate, by the present one", renew::plan),
-    route(Method::Get, "/api/v1/ca", "the CA certificate", certificates::ca),
-    route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl),
-    route(Method::Get, "/health", "how the service is", operations::health),
-    route(Method::Get, "/ready", "whether it can issue and sign", operations::ready),
-    route(Method::Get, "/metrics", "what was counted, for Prometheus", operations::metrics),
-    route(Method::Get, "/api", "this list", operations::list),
-];
-
-/// Method and pattern of each endpoint, for [`Metrics::new`].
-pub fn endpoints() -> impl Iterator<Item = (String, &'static str)> {
-    ROUTES.iter().map(|route| (route.method.to_string(), route.path))
-}
-
 impl Api {
     /// The API as `config` wants it. `metrics` counts what is answered, by [`endpoints`].
     pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
@@ -174,7 +127,8 @@ impl Api {
     pub fn answer(&self, requests: &[Request]) -> Answers {
         let now = clock::now();
         let mut jobs = Vec::new();
-        let endpoints: Vec<Option<Endpoint>> = requests.iter().map(endpoint).collect();
+        let endpoints: Vec<Option<Endpoint>> =
+            requests.iter().map(|request| endpoint(request.method, &request.path)).collect();
         let planned: Vec<Result<Option<Render>, Reply>> = requests
             .iter()
             .zip(&endpoints)
@@ -225,30 +179,6 @@ impl Api {
         self.provisioner.clean_up(after);
     }
 
-    fn plan(
-        &self,
-        request: &Request,
-        endpoint: Option<Endpoint<'_>>,
-        now: Now,
-    ) -> Result<Plan, Problem> {
-        if let Some(Endpoint { route, name, .. }) = endpoint {
-            return (route.plan)(self, request, name, now);
-        }
-        if request.path == "*" && request.method == Method::Options {
-            return Ok(Plan::Reply(Reply::no_content("GET, HEAD, POST, DELETE, OPTIONS")));
-        }
-        let here = |route: &&Route| captured(route.path, &request.path).is_some();
-        let matching: Vec<&Route> = ROUTES.iter().filter(here).collect();
-        if matching.is_empty() {
-            return Err(Code::NotFound.into());
-        }
-        let allow = allowed(&matching);
-        if request.method == Method::Options {
-            return Ok(Plan::Reply(Reply::no_content(&allow)));
-        }
-        Err(Problem { allow: Some(allow), ..Code::MethodNotAllowed.into() })
-    }
-
     /// An error as a reply, and its one line in the log. Who was refused, and what could not be
     /// served, is of interest; what was merely asked wrongly is noise that anyone can make.
     fn problem(&self, request: &Request, problem: &Problem, now: Now) -> Reply {
@@ -279,47 +209,6 @@ fn say(sums: &[Sum]) {
     }
 }
 
-/// Where a request goes.
-#[derive(Clone, Copy)]
-struct Endpoint<'a> {
-    /// Of [`ROUTES`].
-    row: usize,
-    route: &'static Route,
-    /// What stands in the path's `{…}`.
-    name: &'a str,
-}
-
-/// The first row that fits; `None` if nobody answers this method there.
-fn endpoint(request: &Request) -> Option<Endpoint<'_>> {
-    let wanted = request.method.or_get();
-    ROUTES.iter().enumerate().filter(|(_, route)| route.method == wanted).find_map(
-        |(row, route)| Some(Endpoint { row, route, name: captured(route.path, &request.path)? }),
-    )
-}
-
-/// What stands in the place of `{…}`, if the path fits the pattern; empty for one without.
-fn captured<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
-    let Some((before, rest)) = pattern.split_once('{') else {
-        return (pattern == path).then_some("");
-    };
-    let after = rest.split_once('}').map_or("", |(_, after)| after);
-    let name = path.strip_prefix(before)?.strip_suffix(after)?;
-    (!name.is_empty() && !name.contains('/')).then_some(name)
-}
-
-/// The value of `Allow` for a path (RFC 9110, 10.2.1).
-fn allowed(matching: &[&Route]) -> String {
-    let mut methods: Vec<String> = Vec::new();
-    for route in matching {
-        methods.push(route.method.to_string());
-        if route.method == Method::Get {
-            methods.push(Method::Head.to_string());
-        }
-    }
-    methods.push(Method::Options.to_string());
-    methods.join(", ")
-}
-
 /// Runs a half of a handler; a panic in it costs its own request only.
 fn guarded<T>(half: impl FnOnce() -> Result<T, Problem>) -> Result<T, Problem> {
     catch_unwind(AssertUnwindSafe(half))
@@ -329,22 +218,6 @@ fn guarded<T>(half: impl FnOnce() -> Result<T, Problem>) -> Result<T, Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn paths_match_whole_and_capture_one_segment() {
-        assert_eq!(captured("/health", "/health"), Some(""));
-        assert_eq!(captured("/a/{id}/status", "/a/d-1/status"), Some("d-1"));
-        for (pattern, path) in [
-            ("/health", "/health/"),
-            ("/health", "//health"),
-            ("/health", "/Health"),
-            ("/a/{id}/status", "/a//status"),
-            ("/a/{id}/status", "/a/b/c/status"),
-            ("/a/{id}", "/a"),
-        ] {
-            assert_eq!(captured(pattern, path), None, "{pattern} {path}");
-        }
-    }
 
     #[test]
     fn a_panic_is_a_500() {

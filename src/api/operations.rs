@@ -1,8 +1,9 @@
 //! What operators ask: health, readiness, the list of endpoints.
 
-use super::message::Json;
-use super::{Api, Plan, ROUTES, Reply, Request};
+use super::routes::ROUTES;
+use super::{Api, Asked, Plan};
 use crate::clock::{self, DAY_S, Now};
+use crate::http::{Json, Reply};
 use crate::metrics::{MEDIA_TYPE, Page};
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job};
@@ -10,7 +11,7 @@ use crate::provisioner::{Done, Job};
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// `GET /health`: always 200 while the process can answer
-pub(super) fn health(_: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+pub(super) fn health(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     Ok(Plan::Job(Job::Count, render_health))
 }
 
@@ -42,7 +43,7 @@ pub(super) struct Notes {
 }
 
 /// `GET /ready`: whether tokens can be issued and certificates signed
-pub(super) fn ready(api: &Api, _: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
+pub(super) fn ready(api: &Api, _: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let Notes { reasons, warnings } = notes(api, now);
     if !reasons.is_empty() {
         return Err(Problem::from(Code::ServiceUnavailable)
@@ -105,7 +106,7 @@ fn crl_notes(api: &Api, now: Now) -> Notes {
 }
 
 /// `GET /metrics`
-pub(super) fn metrics(_: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+pub(super) fn metrics(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     Ok(Plan::Job(Job::Count, render_metrics))
 }
 
@@ -151,12 +152,12 @@ fn ends(api: &Api, now: Now, page: &mut Page) {
 }
 
 /// `GET /api`
-pub(super) fn list(_: &Api, _: &Request, _: &str, _: Now) -> Result<Plan, Problem> {
+pub(super) fn list(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     let endpoints: Vec<String> = ROUTES
         .iter()
         .map(|route| {
             let mut json = Json::new();
-            json.field("method", route.method.to_string())
+            json.field("method", route.method.name())
                 .field("path", route.path)
                 .field("description", route.what);
             json.end()

@@ -2,24 +2,24 @@
 
 use serde_json::{Map, Value};
 
-use super::message::Json;
-use super::{Api, Plan, Reply, Request};
+use super::{Api, Asked, Plan};
 use crate::clock::{self, Now};
+use crate::http::{Json, Reply};
 use crate::problem::{Code, Problem};
 use crate::provisioner::Done;
 
-pub(super) fn plan(api: &Api, request: &Request, _: &str, now: Now) -> Result<Plan, Problem> {
-    let body = request.json(&["csr", "device_id", "provisioning_token", "user_id"])?;
-    let token = request.bearer().or_else(|| text(&body, "provisioning_token"));
+pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let Asked { request, body, .. } = asked;
+    let token = request.bearer().or_else(|| text(body, "provisioning_token"));
     let token = token.ok_or(Code::TokenMissing)?;
     let token = api.provisioner.check_token(token, now)?;
-    let csr = text(&body, "csr").ok_or(Code::CsrRequired)?;
+    let csr = text(body, "csr").ok_or(Code::CsrRequired)?;
     let device = match body.get("device_id") {
         None | Some(Value::Null) => None,
         Some(Value::String(device)) => Some(device.as_str()),
         Some(_) => return Err(Code::TokenDeviceMismatch.into()),
     };
-    let user = text(&body, "user_id").map(for_the_log);
+    let user = text(body, "user_id").map(for_the_log);
     let client = request.client;
     let job = api.provisioner.plan_redeem(token, csr, device, user, client, now)?;
     Ok(Plan::Job(job, render))

@@ -11,6 +11,7 @@ use super::poll::{Interest, Watched};
 use super::proxies::Networks;
 use super::tls::{Received, Stream};
 use super::unsent::Unsent;
+use crate::http::Classify;
 use crate::problem::Code;
 
 /// One connection.
@@ -135,6 +136,7 @@ impl Client {
         input: &[u8],
         number: u64,
         proxies: &Networks,
+        classify: Classify,
         out: &mut Vec<u8>,
     ) -> Result<Step, Code> {
         let certificate = match &self.tls {
@@ -146,6 +148,7 @@ impl Client {
             peer: self.peer,
             proxies: self.is_proxy.then_some(proxies),
             certificate,
+            classify,
         };
         self.reader.take(input, origin, out)
     }

@@ -36,7 +36,7 @@ enum State {
 }
 
 /// What is known of a whole request besides the bytes for the lane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Request {
     /// The number in the private field.
     pub number: u64,
@@ -45,7 +45,7 @@ pub struct Request {
 }
 
 /// What to do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Step {
     /// Wait for more bytes.
     More,
@@ -76,6 +76,14 @@ impl Reader {
             State::Head => Phase::Head,
             State::Length(..) | State::Chunked(..) => Phase::Body,
             State::Busy => Phase::Busy,
+        }
+    }
+
+    /// What is known of the request whose body is being read.
+    pub fn head(&self) -> Option<Head> {
+        match &self.state {
+            State::Length(request, _) | State::Chunked(request, ..) => Some(request.head),
+            State::Head | State::Busy => None,
         }
     }
 
@@ -221,6 +229,7 @@ mod tests {
         peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
         proxies: None,
         certificate: None,
+        classify: |_, _| crate::http::Class::PLAIN,
     };
 
     /// Seeded, so that a failure repeats.

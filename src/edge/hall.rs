@@ -19,6 +19,7 @@ use super::timers::{Lists, Timers, Wait};
 use super::tls::{Acceptor, Handshakes};
 use super::{Counters, Deadlines, Settings};
 use crate::clock::Now;
+use crate::http::Classify;
 use crate::problem::Code;
 
 /// What TLS takes.
@@ -41,6 +42,7 @@ pub struct Hall {
     /// With TLS.
     pub(super) secure: Option<Secure>,
     pub(super) proxies: Networks,
+    pub(super) classify: Classify,
     pub(super) counters: Arc<Counters>,
     /// Clients that were answered and have sent more already.
     pub(super) waiting: Vec<usize>,
@@ -73,6 +75,7 @@ impl Hall {
             budget: Budget::new(settings.max_buffer_bytes),
             secure,
             proxies: Networks::new(settings.trusted_proxies),
+            classify: settings.classify,
             counters: Arc::default(),
             waiting: Vec::new(),
             number: 0,

@@ -13,16 +13,17 @@ use httparse::{Header, Request};
 
 use super::chunked::is_token;
 use super::proxies::Networks;
-use super::{BODY_MAX, FIELDS_MAX, HEAD_MAX, Kind, RENEWAL};
+use super::{BODY_MAX, FIELDS_MAX, HEAD_MAX};
+use crate::http::{Class, Classify};
 use crate::problem::Code;
 
 /// What the connection needs to know about a request whose head is well formed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Head {
     /// Where the body ends.
     pub framing: Framing,
-    /// Which lanes the request goes to.
-    pub kind: Kind,
+    /// Where the request goes.
+    pub class: Class,
     /// The answer has no body (RFC 9110, 9.3.2).
     pub is_head: bool,
     /// The client speaks HTTP/1.0.
@@ -53,6 +54,8 @@ pub struct Origin<'a> {
     pub proxies: Option<&'a Networks>,
     /// The certificate whose key the peer holds, in DER.
     pub certificate: Option<&'a [u8]>,
+    /// Tells where its requests go.
+    pub classify: Classify,
 }
 
 /// Looks for the end of the head in `buf`, of which `seen` bytes were looked at before.
@@ -116,12 +119,14 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     let framing = fields.framing()?;
     write_request_line(method, path, out);
     fields.write(request.headers, out)?;
-    let certificate = origin.certificate.filter(|_| is_renewal(path.text()));
+    let (path_only, _) = path.text().split_once('?').unwrap_or((path.text(), ""));
+    let class = (origin.classify)(method, path_only);
+    let certificate = origin.certificate.filter(|_| class.client_certificate);
     write_private(origin, certificate, request.headers, out);
     write_length(framing, out);
     Ok(Head {
         framing,
-        kind: Kind::of(method, path.text()),
+        class,
         is_head: method == "HEAD",
         is_1_0: version == 0,
         keep_alive: !fields.close && (version == 1 || fields.keep_alive),
@@ -140,10 +145,6 @@ fn as_1_1(buf: &[u8]) -> Option<Vec<u8>> {
         }
         _ => None,
     }
-}
-
-fn is_renewal(target: &str) -> bool {
-    target.split('?').next() == Some(RENEWAL)
 }
 
 /// Writes the length of a chunked body into the head that `whole` begins with.
@@ -461,6 +462,16 @@ fn push_address(address: IpAddr, out: &mut Vec<u8>) {
 mod tests {
     use super::*;
     use crate::config::Cidr;
+    use crate::http::LaneKind;
+
+    fn classify(method: &str, path: &str) -> Class {
+        let (lane, client_certificate) = match (method, path) {
+            ("POST", "/sign") => (LaneKind::Certificate, false),
+            ("POST", "/renew") => (LaneKind::Certificate, true),
+            _ => (LaneKind::Plain, false),
+        };
+        Class { lane, client_certificate, ..Class::PLAIN }
+    }
 
     const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
 
@@ -468,7 +479,7 @@ mod tests {
         let bytes = head.as_bytes();
         assert_eq!(find_end(bytes, 0)?, Some(bytes.len()), "{head:?}");
         let mut out = Vec::new();
-        let origin = Origin { number: 7, peer: PEER, proxies: None, certificate: None };
+        let origin = Origin { number: 7, peer: PEER, proxies: None, certificate: None, classify };
         let head = read(bytes, origin, &mut out)?;
         Ok((head, String::from_utf8(out).unwrap()))
     }
@@ -476,19 +487,19 @@ mod tests {
     #[test]
     fn what_goes_on_is_ours() {
         let (head, out) = parse(
-            "POST /api/v1/sign-csr?x=1 HTTP/1.1\r\nhOsT: a:80\r\nX-Edge: 9 evil\r\nCookie: x\r\n\
+            "POST /sign?x=1 HTTP/1.1\r\nhOsT: a:80\r\nX-Edge: 9 evil\r\nCookie: x\r\n\
              authorization:  Bearer t \r\nContent-Length: 0005\r\nAccept: a\r\n\
              Content-Type: application/json\r\nAccept: b\r\nX-Forwarded-For: 1.1.1.1\r\n\r\n",
         )
         .unwrap();
         assert_eq!(
             out,
-            "POST /api/v1/sign-csr?x=1 HTTP/1.1\r\nAuthorization: Bearer t\r\n\
+            "POST /sign?x=1 HTTP/1.1\r\nAuthorization: Bearer t\r\n\
              Content-Type: application/json\r\nAccept: a, b\r\nX-Edge: 7 192.0.2.1\r\n\
              Content-Length: 5\r\n\r\n"
         );
         assert_eq!(head.framing, Framing::Length(5));
-        assert_eq!(head.kind, Kind::Certificate);
+        assert_eq!(head.class.lane, LaneKind::Certificate);
         assert!(head.keep_alive && !head.is_1_0 && !head.is_head);
     }
 
@@ -498,29 +509,29 @@ mod tests {
         let head = b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 1.1.1.1, 2001:db8::9\r\n\r\n";
         let mut out = Vec::new();
         let proxies = Some(&networks);
-        let origin = Origin { number: 1, peer: PEER, proxies, certificate: None };
+        let origin = Origin { number: 1, peer: PEER, proxies, certificate: None, classify };
         read(head, origin, &mut out).unwrap();
         assert_eq!(out, b"GET / HTTP/1.1\r\nX-Edge: 1 2001:db8::9\r\n\r\n");
     }
 
     #[test]
-    fn a_certificate_goes_on_with_a_renewal_only() {
+    fn a_certificate_goes_on_where_it_is_wanted_only() {
         let private = |target: &str| {
             let head = format!(
                 "POST {target} HTTP/1.1\r\nHost: a\r\nX-Edge: 9 ::1 AAAA\r\nX-Edge: x\r\n\r\n"
             );
             let mut out = Vec::new();
             let certificate = Some([1, 2, 3, 4].as_slice());
-            let origin = Origin { number: 7, peer: PEER, proxies: None, certificate };
+            let origin = Origin { number: 7, peer: PEER, proxies: None, certificate, classify };
             read(head.as_bytes(), origin, &mut out).unwrap();
             let text = String::from_utf8(out).unwrap();
             assert_eq!(text.matches("X-Edge").count(), 1, "{text}");
             text.split_once("X-Edge: ").unwrap().1.trim_end().to_owned()
         };
-        assert_eq!(private("/api/v1/renew"), "7 192.0.2.1 AQIDBA==");
-        assert_eq!(private("http://a/api/v1/renew?x"), "7 192.0.2.1 AQIDBA==");
-        assert_eq!(private("/api/v1/sign-csr"), "7 192.0.2.1");
-        assert_eq!(private("/api/v1/renew/"), "7 192.0.2.1");
+        assert_eq!(private("/renew"), "7 192.0.2.1 AQIDBA==");
+        assert_eq!(private("http://a/renew?x"), "7 192.0.2.1 AQIDBA==");
+        assert_eq!(private("/sign"), "7 192.0.2.1");
+        assert_eq!(private("/renew/"), "7 192.0.2.1");
     }
 
     #[test]

@@ -15,7 +15,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connec
 use super::answer::{self, Answer};
 use super::conn::Request;
 use super::poll::{Interest, Poll, Watched};
-use super::{Kind, LaneAddress, NOBODY, PRIVATE_FIELD};
+use super::{LaneAddress, NOBODY, PRIVATE_FIELD};
+use crate::http::LaneKind;
 
 /// A head of an answer; the worker's have 300 bytes.
 const ANSWER_HEAD_MAX: usize = 16 * 1024;
@@ -128,7 +129,8 @@ impl Lanes {
         max: usize,
         now_ms: u64,
     ) -> bool {
-        let usable = |lane: &&mut Lane| lane.takes(request.head.kind) && lane.queue.len() < max;
+        let usable =
+            |lane: &&mut Lane| lane.takes(request.head.class.lane) && lane.queue.len() < max;
         let wait = |lane: &&mut Lane| if lane.is_quick(now_ms) { 0 } else { 1 + lane.queue.len() };
         // The first of equals.
         let lane = self.0.iter_mut().filter(usable).min_by_key(wait);
@@ -177,7 +179,7 @@ impl Lanes {
 }
 
 impl Lane {
-    fn takes(&self, kind: Kind) -> bool {
+    fn takes(&self, kind: LaneKind) -> bool {
         self.address.kind == kind && matches!(self.link, Link::Up(_))
     }
 

@@ -42,8 +42,8 @@ use std::time::Duration;
 use rustls::sign::CertifiedKey;
 
 use crate::config::Cidr;
+use crate::http::{Class, Classify, LaneKind};
 
-pub use answer::{problem_body, problem_response};
 pub use run::{Edge, Handle, OpenError};
 
 /// A request's head, its request line included. Ours are 300 bytes; a token is at most 4 KiB.
@@ -59,40 +59,11 @@ pub const PRIVATE_FIELD: &str = "X-Edge";
 /// Stands there for the client where the edge itself asks; a 204 is the answer.
 pub const NOBODY: &str = "-";
 
-/// What kind of work a request is. Each kind has lanes of its own, so that one kind that is slow
-/// delays no other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// Everything that takes microseconds; and revoking, which must not wait behind the redemptions
-    /// that it is to overtake.
-    Plain,
-    /// What signs a certificate and waits for the disk.
-    Certificate,
-    /// What has a reply of hundreds of KiB. Whatever else went down the same lane would wait until
-    /// all of it has come through.
-    Bulk,
-}
-
-impl Kind {
-    /// By method and target.
-    fn of(method: &str, target: &str) -> Self {
-        let path = target.split_once('?').map_or(target, |(path, _)| path);
-        match (method, path) {
-            ("POST", "/api/v1/sign-csr" | RENEWAL) => Kind::Certificate,
-            ("GET" | "HEAD", "/api/v1/crl") => Kind::Bulk,
-            _ => Kind::Plain,
-        }
-    }
-}
-
-/// Where the client's certificate is asked for. Elsewhere it would be bytes for nothing.
-const RENEWAL: &str = "/api/v1/renew";
-
 /// Where a lane's worker listens, and for which kind of work.
 #[derive(Clone, Debug)]
 pub struct LaneAddress {
     /// The kind of requests that go there.
-    pub kind: Kind,
+    pub kind: LaneKind,
     /// The private socket.
     pub path: PathBuf,
 }
@@ -115,6 +86,8 @@ pub struct Settings {
     pub max_buffer_bytes: usize,
     /// Requests waiting in one lane; at 15 µs each, 1,024 are a wait of 15 ms.
     pub max_waiting: usize,
+    /// Tells where a request goes; by default everything is [`Class::PLAIN`].
+    pub classify: Classify,
     /// Proxies whose `X-Forwarded-For` is believed; exempt from the limit per address.
     pub trusted_proxies: Vec<Cidr>,
     /// How long anyone may take for anything.
@@ -152,6 +125,7 @@ impl Settings {
             max_connections_per_ip: 256,
             max_buffer_bytes: 8 * 1024 * 1024,
             max_waiting: 1024,
+            classify: |_, _| Class::PLAIN,
             trusted_proxies: Vec::new(),
             deadlines: Deadlines {
                 handshake: Duration::from_secs(15),
@@ -213,25 +187,5 @@ impl Counter {
 
     fn set(&self, n: u64) {
         self.0.store(n, Ordering::Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Kind;
-
-    #[test]
-    fn what_is_slow_or_large_has_lanes_of_its_own() {
-        for (method, target, kind) in [
-            ("POST", "/api/v1/sign-csr", Kind::Certificate),
-            ("POST", "/api/v1/renew?x", Kind::Certificate),
-            ("GET", "/api/v1/crl?format=der", Kind::Bulk),
-            ("HEAD", "/api/v1/crl", Kind::Bulk),
-            ("POST", "/api/v1/crl", Kind::Plain),
-            ("GET", "/api/v1/crl/", Kind::Plain),
-            ("GET", "/health", Kind::Plain),
-        ] {
-            assert_eq!(Kind::of(method, target), kind, "{method} {target}");
-        }
     }
 }

@@ -2,8 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::Kind;
-use super::answer::{end_head, problem_response};
+use super::answer::{end_head, refusal};
 use super::client::{After, Client, Input};
 use super::conn::{Phase, Request, Step};
 use super::hall::Hall;
@@ -13,6 +12,7 @@ use super::poll::Ready;
 use super::timers::Wait;
 use super::tls::{self, Done};
 use crate::clock::Now;
+use crate::http::LaneKind;
 use crate::problem::Code;
 
 /// Whoever has a request in work gives way to nobody, and what is large is long in work: those who
@@ -113,7 +113,7 @@ impl Hall {
     fn take(&mut self, at: usize, input: &[u8], lanes: &mut Lanes, now: Now) {
         let number = self.next_number();
         let Some(client) = client(&mut self.clients, at) else { return };
-        match client.take(input, number, &self.proxies, &mut self.request_bytes) {
+        match client.take(input, number, &self.proxies, self.classify, &mut self.request_bytes) {
             Ok(Step::More) => self.await_rest(at, now),
             Ok(Step::Continue) => {
                 self.await_rest(at, now);
@@ -139,9 +139,9 @@ impl Hall {
         client.request = Some(request);
         let fits = self.make_room(lanes.held() + self.request_bytes.len());
         let bytes = &self.request_bytes;
-        let max = match request.head.kind {
-            Kind::Bulk => self.max_waiting.min(BULK_WAITING_MAX),
-            Kind::Plain | Kind::Certificate => self.max_waiting,
+        let max = match request.head.class.lane {
+            LaneKind::Bulk => self.max_waiting.min(BULK_WAITING_MAX),
+            LaneKind::Plain | LaneKind::Certificate => self.max_waiting,
         };
         if !fits || !lanes.push(&request, at, bytes, max, now.mono_ms) {
             return self.refuse(at, Code::ServiceUnavailable, now);
@@ -154,12 +154,13 @@ impl Hall {
     /// Answers with a problem and ends the connection.
     pub(super) fn refuse(&mut self, at: usize, code: Code, now: Now) {
         let Some(client) = client(&mut self.clients, at) else { return };
-        let with_body = !client.request.take().is_some_and(|request| request.head.is_head);
+        let request = client.request.take().map(|request| request.head);
+        let head = request.or_else(|| client.reader.head());
         client.reader.stop();
         client.after = After::Close;
         self.counters.refused.add(1);
         self.timers.restart(at, Wait::Write, now.mono_ms);
-        self.check(at, |client| client.send(&problem_response(code, now, with_body), 0));
+        self.check(at, |client| client.send(&refusal(code, head, now), 0));
         self.replied(at, now);
         self.settle(at, now);
     }

@@ -19,9 +19,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use rustls::sign::CertifiedKey;
 
-use crate::api::{Api, Method, Request};
+use crate::api::{self, Api, Request};
 use crate::config::Config;
-use crate::edge::{self, Edge, Kind};
+use crate::edge::{self, Edge};
+use crate::http::{LaneKind, Method};
 use crate::metrics::{Metrics, Page};
 use crate::stderr;
 
@@ -134,12 +135,12 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
 
 /// One lane a worker. Certificates wait for the disk and have lanes of their own; half, so that
 /// neither kind can starve the other. One more is for what is large.
-fn kinds(workers: usize) -> Vec<Kind> {
+fn kinds(workers: usize) -> Vec<LaneKind> {
     let certificates = (workers / 2).max(1);
     let plain = workers.saturating_sub(certificates).max(1);
-    let plain = std::iter::repeat_n(Kind::Plain, plain);
-    let certificates = std::iter::repeat_n(Kind::Certificate, certificates);
-    plain.chain(certificates).chain([Kind::Bulk]).collect()
+    let plain = std::iter::repeat_n(LaneKind::Plain, plain);
+    let certificates = std::iter::repeat_n(LaneKind::Certificate, certificates);
+    plain.chain(certificates).chain([LaneKind::Bulk]).collect()
 }
 
 fn edge_settings(config: &Config, address: SocketAddr) -> edge::Settings {
@@ -147,6 +148,7 @@ fn edge_settings(config: &Config, address: SocketAddr) -> edge::Settings {
     let defaults = edge::Settings::new(address);
     edge::Settings {
         tls: config.tls.clone(),
+        classify: api::classify,
         max_connections: http.max_connections,
         max_connections_per_ip: http.max_connections_per_ip,
         max_buffer_bytes: http.max_buffer_bytes,
@@ -184,7 +186,7 @@ fn show_edge(counters: &edge::Counters, page: &mut Page) {
 
 fn work(lane: &Lane, api: &Api) {
     let mut calls = Vec::new();
-    let is_bulk = lane.address().kind == Kind::Bulk;
+    let is_bulk = lane.address().kind == LaneKind::Bulk;
     let mut last = 0;
     loop {
         let (bound, pause) = pace(api.store_round_trip(), last);

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use mqtt_publisher_lite::api::Reply;
-use mqtt_publisher_lite::edge::{Counters, Edge, Handle, Kind, Settings};
+use mqtt_publisher_lite::api;
+use mqtt_publisher_lite::edge::{Counters, Edge, Handle, Settings};
+use mqtt_publisher_lite::http::{LaneKind, Reply};
 use mqtt_publisher_lite::server::{Call, Stopper, answer, open_lanes};
 
 use crate::support::temp::TempDir;
@@ -32,7 +33,8 @@ pub struct Served {
 /// Serves with one lane of each kind and the settings as `adjust` leaves them.
 pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
     let dir = TempDir::new();
-    let lanes = open_lanes(dir.path(), &[Kind::Plain, Kind::Certificate, Kind::Bulk]).unwrap();
+    let lanes =
+        open_lanes(dir.path(), &[LaneKind::Plain, LaneKind::Certificate, LaneKind::Bulk]).unwrap();
     let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
     let handled = Arc::new(AtomicU64::new(0));
     let workers = lanes
@@ -43,6 +45,7 @@ pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
         })
         .collect();
     let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
+    settings.classify = api::classify;
     adjust(&mut settings);
     let edge = Edge::open(settings, addresses).unwrap();
     let (addr, handle, counters) = (edge.local_addr(), edge.handle(), edge.counters());
@@ -82,8 +85,9 @@ fn handle(mut call: Call) {
         thread::sleep(Duration::from_millis(number as u64));
     }
     let status = if path == "/nothing" { 204 } else { 200 };
-    let fields = vec![("Content-Type", "text/plain".to_owned())];
-    answer(vec![call], vec![Reply { status, fields, body }]);
+    let mut reply = Reply::of_type("text/plain", body);
+    reply.status = status;
+    answer(vec![call], vec![reply]);
 }
 
 fn echo(call: &mut Call) -> Vec<u8> {

@@ -9,7 +9,8 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::{one_response, statuses, to_end, until};
-use mqtt_publisher_lite::edge::{Counters, Edge, Handle, Kind, LaneAddress, Settings};
+use mqtt_publisher_lite::edge::{Counters, Edge, Handle, LaneAddress, Settings};
+use mqtt_publisher_lite::http::LaneKind;
 
 /// An edge with one lane, whose other end is played by `answer`: given a request's number and the
 /// connection, false to close it.
@@ -39,7 +40,7 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
                 play(stream.unwrap(), &answer);
             }
         });
-        LaneAddress { kind: Kind::Plain, path }
+        LaneAddress { kind: LaneKind::Plain, path }
     };
     let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
     settings.deadlines.work = Duration::from_millis(500);

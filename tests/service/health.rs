@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use mqtt_publisher_lite::api::{self, Api, Method, Request};
+use mqtt_publisher_lite::api::{self, Api, Request};
 use mqtt_publisher_lite::ca::publisher::Publisher;
 use mqtt_publisher_lite::ca::{Ca, CaSettings};
 use mqtt_publisher_lite::clock;
 use mqtt_publisher_lite::config::Config;
+use mqtt_publisher_lite::http::Method;
 use mqtt_publisher_lite::jwt::Signer;
 use mqtt_publisher_lite::metrics::Metrics;
 use mqtt_publisher_lite::provisioner::{Provisioner, Rules};

@@ -150,7 +150,13 @@ fn head_find_and_rewrite(bencher: Bencher) {
         let end = head::find_end(black_box(HEAD), 0).unwrap().unwrap();
         head::read(
             &HEAD[..end],
-            Origin { number: 42, peer, proxies: None, certificate: None },
+            Origin {
+                number: 42,
+                peer,
+                proxies: None,
+                certificate: None,
+                classify: mqtt_publisher_lite::api::classify,
+            },
             &mut out,
         )
     });

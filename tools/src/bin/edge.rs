@@ -10,9 +10,10 @@ use std::thread;
 use std::time::Duration;
 
 use log::LevelFilter;
-use mqtt_publisher_lite::api::Reply;
+use mqtt_publisher_lite::api;
 use mqtt_publisher_lite::config::{Log, LogFormat, certified_key};
-use mqtt_publisher_lite::edge::{Edge, Kind, Settings};
+use mqtt_publisher_lite::edge::{Edge, Settings};
+use mqtt_publisher_lite::http::{LaneKind, Reply};
 use mqtt_publisher_lite::logging;
 use mqtt_publisher_lite::server::{Call, Lane, answer, open_lanes};
 
@@ -29,14 +30,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let port: u16 = std::env::args().nth(2).map_or(Ok(19102), |n| n.parse())?;
     thread::spawn(move || bare(port + 1));
     let dir = std::env::temp_dir().join(format!("edge-tool-{}", std::process::id()));
-    let mut kinds = vec![Kind::Plain; lanes];
-    kinds.extend([Kind::Certificate, Kind::Bulk]);
+    let mut kinds = vec![LaneKind::Plain; lanes];
+    kinds.extend([LaneKind::Certificate, LaneKind::Bulk]);
     let lanes = open_lanes(&dir, &kinds)?;
     let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
     for lane in lanes {
         thread::spawn(move || work(&lane));
     }
     let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, port).into());
+    settings.classify = api::classify;
     if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
         let shown = certified_key(&std::fs::read(certificate)?, &std::fs::read(key)?);
         settings.tls = Some(shown.map_err(|fault| format!("{fault:?}"))?);
@@ -49,7 +51,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn work(lane: &Lane) {
     let mut batch = Vec::new();
-    let bound = if lane.address().kind == Kind::Bulk { 1 } else { 16 };
+    let bound = if lane.address().kind == LaneKind::Bulk { 1 } else { 16 };
     while lane.next_batch(bound, Duration::ZERO, &mut batch) {
         let replies = batch.iter().filter(|call| call.is_open()).map(reply).collect();
         answer(std::mem::take(&mut batch), replies);
@@ -61,7 +63,7 @@ fn reply(call: &Call) -> Reply {
         Some(Ok(n)) => vec![b'x'; n],
         _ => BODY.as_bytes().to_vec(),
     };
-    Reply { status: 200, fields: vec![("Content-Type", "application/json".to_owned())], body }
+    Reply::of_type("application/json", body)
 }
 
 fn bare(port: u16) {

@@ -1,0 +1,340 @@
+//! The endpoints, a row each: all that is to be known of a request before its handler runs.
+//!
+//! The edge asks [`classify`] for its share, the lane and the client's certificate, and knows no path
+//! itself; the rest is done here in one order for all: what the caller must show, then the body, then
+//! the handler.
+
+use serde_json::{Map, Value};
+
+use super::{Api, Plan, Request, certificates, onboarding, operations, renew, sign_csr};
+use crate::ca::registry::Record;
+use crate::clock::Now;
+use crate::http::{Class, LaneKind, Method, Reply};
+use crate::problem::{Code, Problem};
+
+/// One row.
+pub(super) struct Route {
+    pub method: Method,
+    pub path: &'static str,
+    /// For people.
+    pub what: &'static str,
+    pub lane: LaneKind,
+    pub credentials: Credentials,
+    /// The fields of the JSON body; without any the body is not looked at.
+    pub fields: &'static [&'static str],
+    pub plan: Handler,
+}
+
+/// A handler's first half.
+pub(super) type Handler = fn(&Api, &Asked<'_>, Now) -> Result<Plan, Problem>;
+
+/// What a caller must show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Credentials {
+    /// Nothing.
+    None,
+    /// `ONBOARDING_API_KEY` where it is set; and not more often than the limit allows.
+    OnboardingKey,
+    /// A provisioning token, which may be in the body: the handler looks.
+    Token,
+    /// `ADMIN_API_KEY`.
+    AdminKey,
+    /// A certificate of ours, with its key.
+    ClientCertificate,
+}
+
+/// What a caller has shown.
+pub(super) enum Caller {
+    /// Nothing that was asked for here.
+    Anyone,
+    /// The key.
+    Keyed,
+    /// This certificate.
+    Certified(Record),
+}
+
+/// A request with what its route says of it.
+pub(super) struct Asked<'a> {
+    pub request: &'a Request,
+    /// What stands in the path's `{…}`.
+    pub name: &'a str,
+    /// The route's fields, as far as they are there.
+    pub body: Map<String, Value>,
+    pub caller: Caller,
+}
+
+/// What most endpoints have in common.
+const ROUTE: Route = Route {
+    method: Method::Get,
+    path: "",
+    what: "",
+    lane: LaneKind::Plain,
+    credentials: Credentials::None,
+    fields: &[],
+    plan: operations::list,
+};
+
+/// All endpoints; `HEAD` and `OPTIONS` come with them.
+pub(super) const ROUTES: &[Route] = &[
+    Route {
+        method: Method::Post,
+        path: "/api/v1/onboarding",
+        what: "issue a provisioning token",
+        credentials: Credentials::OnboardingKey,
+        fields: &["device_id", "replace"],
+        plan: onboarding::plan,
+        ..ROUTE
+    },
+    Route {
+        method: Method::Post,
+        path: "/api/v1/sign-csr",
+        what: "redeem a token for a certificate",
+        lane: LaneKind::Certificate,
+        credentials: Credentials::Token,
+        fields: &["csr", "device_id", "provisioning_token", "user_id"],
+        plan: sign_csr::plan,
+    },
+    Route {
+        path: "/api/v1/certificates/{device_id}/status",
+        what: "a device's newest certificate",
+        plan: certificates::status,
+        ..ROUTE
+    },
+    Route {
+        path: "/api/v1/certificates/{id}/download",
+        what: "a certificate and its CA",
+        plan: certificates::download,
+        ..ROUTE
+    },
+    Route {
+        method: Method::Delete,
+        path: "/api/v1/certificates/{device_id}",
+        what: "revoke a device (admin)",
+        credentials: Credentials::AdminKey,
+        plan: certificates::revoke,
+        ..ROUTE
+    },
+    Route {
+        method: Method::Post,
+        path: "/api/v1/renew",
+        what: "another certificate, by the present one",
+        lane: LaneKind::Certificate,
+        credentials: Credentials::ClientCertificate,
+        fields: &["csr"],
+        plan: renew::plan,
+    },
+    Route { path: "/api/v1/ca", what: "the CA certificate", plan: certificates::ca, ..ROUTE },
+    Route {
+        path: "/api/v1/crl",
+        what: "the list of revoked certificates",
+        lane: LaneKind::Bulk,
+        plan: certificates::crl,
+        ..ROUTE
+    },
+    Route { path: "/health", what: "how the service is", plan: operations::health, ..ROUTE },
+    Route {
+        path: "/ready",
+        what: "whether it can issue and sign",
+        plan: operations::ready,
+        ..ROUTE
+    },
+    Route {
+        path: "/metrics",
+        what: "what was counted, for Prometheus",
+        plan: operations::metrics,
+        ..ROUTE
+    },
+    Route { path: "/api", what: "this list", plan: operations::list, ..ROUTE },
+];
+
+/// Method and pattern of each endpoint, for [`Metrics::new`](crate::metrics::Metrics::new).
+pub fn endpoints() -> impl Iterator<Item = (String, &'static str)> {
+    ROUTES.iter().map(|route| (route.method.to_string(), route.path))
+}
+
+/// What the edge has to know of a request; its path is without the query.
+pub fn classify(method: &str, path: &str) -> Class {
+    match endpoint(Method::parse(method), path) {
+        Some(Endpoint { route, .. }) => Class {
+            lane: route.lane,
+            client_certificate: route.credentials == Credentials::ClientCertificate,
+            ..Class::PLAIN
+        },
+        None => Class::PLAIN,
+    }
+}
+
+/// Where a request goes.
+#[derive(Clone, Copy)]
+pub(super) struct Endpoint<'a> {
+    /// Of [`ROUTES`].
+    pub row: usize,
+    route: &'static Route,
+    /// What stands in the path's `{…}`.
+    name: &'a str,
+}
+
+/// The first row that fits; `None` if nobody answers this method there.
+pub(super) fn endpoint(method: Method, path: &str) -> Option<Endpoint<'_>> {
+    let wanted = method.or_get();
+    ROUTES
+        .iter()
+        .enumerate()
+        .filter(|(_, route)| route.method == wanted)
+        .find_map(|(row, route)| Some(Endpoint { row, route, name: captured(route.path, path)? }))
+}
+
+impl Api {
+    /// The first half of what is done for a request.
+    pub(super) fn plan(
+        &self,
+        request: &Request,
+        endpoint: Option<Endpoint<'_>>,
+        now: Now,
+    ) -> Result<Plan, Problem> {
+        let Some(Endpoint { route, name, .. }) = endpoint else { return unknown(request) };
+        let caller = self.authorise(route.credentials, request, now)?;
+        let body = match route.fields {
+            [] => Map::new(),
+            fields => request.json(fields)?,
+        };
+        (route.plan)(self, &Asked { request, name, body, caller }, now)
+    }
+
+    fn authorise(
+        &self,
+        credentials: Credentials,
+        request: &Request,
+        now: Now,
+    ) -> Result<Caller, Problem> {
+        match credentials {
+            Credentials::None | Credentials::Token => Ok(Caller::Anyone),
+            Credentials::OnboardingKey => self.authorise_onboarding(request, now),
+            Credentials::AdminKey => {
+                let settings = self.settings();
+                let key = settings.admin_key.as_ref().ok_or(Code::AdminDisabled)?;
+                if !request.bears(key) {
+                    return Err(Code::AdminForbidden.into());
+                }
+                Ok(Caller::Keyed)
+            }
+            Credentials::ClientCertificate => {
+                let der = request.client_certificate.as_deref();
+                self.provisioner.check_certificate(der, now).map(Caller::Certified)
+            }
+        }
+    }
+
+    fn authorise_onboarding(&self, request: &Request, now: Now) -> Result<Caller, Problem> {
+        let settings = self.settings();
+        let key = settings.onboarding_key.as_ref();
+        let has_key = key.is_some_and(|key| request.bears(key));
+        let admitted = self.onboarding_limits.admit(request.client, has_key, now);
+        admitted.map_err(|seconds| Problem {
+            retry_after_s: Some(seconds),
+            ..Code::RateLimited.into()
+        })?;
+        match key {
+            Some(_) if has_key => Ok(Caller::Keyed),
+            Some(_) => Err(Code::ApiKeyRequired.into()),
+            None => Ok(Caller::Anyone),
+        }
+    }
+}
+
+/// What is answered where there is no row.
+fn unknown(request: &Request) -> Result<Plan, Problem> {
+    if request.path == "*" && request.method == Method::Options {
+        return Ok(Plan::Reply(Reply::no_content(Method::ALLOW)));
+    }
+    let here = |route: &&Route| captured(route.path, &request.path).is_some();
+    let matching: Vec<&Route> = ROUTES.iter().filter(here).collect();
+    if matching.is_empty() {
+        return Err(Code::NotFound.into());
+    }
+    let allow = allowed(&matching);
+    if request.method == Method::Options {
+        return Ok(Plan::Reply(Reply::no_content(&allow)));
+    }
+    Err(Problem { allow: Some(allow), ..Code::MethodNotAllowed.into() })
+}
+
+/// What stands in the place of `{…}`, if the path fits the pattern; empty for one without.
+fn captured<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
+    let Some((before, rest)) = pattern.split_once('{') else {
+        return (pattern == path).then_some("");
+    };
+    let after = rest.split_once('}').map_or("", |(_, after)| after);
+    let name = path.strip_prefix(before)?.strip_suffix(after)?;
+    (!name.is_empty() && !name.contains('/')).then_some(name)
+}
+
+/// The value of `Allow` for a path (RFC 9110, 10.2.1).
+fn allowed(matching: &[&Route]) -> String {
+    let mut methods: Vec<&str> = Vec::new();
+    for route in matching {
+        methods.push(route.method.name());
+        if route.method == Method::Get {
+            methods.push(Method::Head.name());
+        }
+    }
+    methods.push(Method::Options.name());
+    methods.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_match_whole_and_capture_one_segment() {
+        assert_eq!(captured("/health", "/health"), Some(""));
+        assert_eq!(captured("/a/{id}/status", "/a/d-1/status"), Some("d-1"));
+        for (pattern, path) in [
+            ("/health", "/health/"),
+            ("/health", "//health"),
+            ("/health", "/Health"),
+            ("/a/{id}/status", "/a//status"),
+            ("/a/{id}/status", "/a/b/c/status"),
+            ("/a/{id}", "/a"),
+        ] {
+            assert_eq!(captured(pattern, path), None, "{pattern} {path}");
+        }
+    }
+
+    #[test]
+    fn what_is_slow_or_large_has_lanes_of_its_own() {
+        for (method, path, lane) in [
+            ("POST", "/api/v1/sign-csr", LaneKind::Certificate),
+            ("POST", "/api/v1/renew", LaneKind::Certificate),
+            ("GET", "/api/v1/crl", LaneKind::Bulk),
+            ("HEAD", "/api/v1/crl", LaneKind::Bulk),
+            ("POST", "/api/v1/crl", LaneKind::Plain),
+            ("GET", "/api/v1/crl/", LaneKind::Plain),
+            ("DELETE", "/api/v1/certificates/d", LaneKind::Plain),
+            ("GET", "/health", LaneKind::Plain),
+        ] {
+            assert_eq!(classify(method, path).lane, lane, "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn only_renewal_sees_the_clients_certificate() {
+        let asks = |method, path| classify(method, path).client_certificate;
+        assert!(asks("POST", "/api/v1/renew"));
+        for (method, path) in
+            [("GET", "/api/v1/renew"), ("POST", "/api/v1/renew/"), ("POST", "/api/v1/sign-csr")]
+        {
+            assert!(!asks(method, path), "{method} {path}");
+        }
+    }
+
+    /// What `OPTIONS *` and the edge say of all endpoints together.
+    #[test]
+    fn every_method_is_allowed_somewhere() {
+        let listed: Vec<&str> = Method::ALLOW.split(", ").collect();
+        for route in ROUTES {
+            assert!(listed.contains(&route.method.name()), "{}", route.path);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What the edge and the API both speak of: which way a request goes, and what a reply is.
+
+mod json;
+mod reply;
+
+use std::fmt;
+
+pub(crate) use json::Json;
+pub use reply::Reply;
+
+use crate::clock::Now;
+use crate::problem::Problem;
+
+/// The methods that any endpoint has, and the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// `GET`
+    Get,
+    /// `HEAD`
+    Head,
+    /// `POST`
+    Post,
+    /// `DELETE`
+    Delete,
+    /// `OPTIONS`
+    Options,
+    /// One that no endpoint has.
+    Other,
+}
+
+impl Method {
+    /// All that some endpoint has, as a 405 of the edge has to name them (RFC 9110, 15.5.6).
+    pub const ALLOW: &str = "GET, HEAD, POST, DELETE, OPTIONS";
+
+    /// As it stands on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Get => "GET",
+            Method::Head => "HEAD",
+            Method::Post => "POST",
+            Method::Delete => "DELETE",
+            Method::Options => "OPTIONS",
+            Method::Other => "another method",
+        }
+    }
+
+    /// Reads a method name; they are case-sensitive (RFC 9110, 9.1).
+    pub fn parse(name: &str) -> Self {
+        match name {
+            "GET" => Method::Get,
+            "HEAD" => Method::Head,
+            "POST" => Method::Post,
+            "DELETE" => Method::Delete,
+            "OPTIONS" => Method::Options,
+            _ => Method::Other,
+        }
+    }
+
+    /// The method whose handler answers: `HEAD` works wherever `GET` does.
+    pub fn or_get(self) -> Self {
+        if self == Method::Head { Method::Get } else { self }
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What kind of work a request is. Each kind has lanes of its own, so that one kind that is slow delays
+/// no other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LaneKind {
+    /// Everything that takes microseconds; and revoking, which must not wait behind the redemptions
+    /// that it is to overtake.
+    Plain,
+    /// What signs a certificate and waits for the disk.
+    Certificate,
+    /// What has a reply of hundreds of KiB. Whatever else went down the same lane would wait until
+    /// all of it is made.
+    Bulk,
+}
+
+/// What the edge has to know of a request to hand it on.
+#[derive(Clone, Copy, Debug)]
+pub struct Class {
+    /// The lanes that it goes to.
+    pub lane: LaneKind,
+    /// The client's certificate goes with it. Elsewhere it would be bytes for nothing.
+    pub client_certificate: bool,
+    /// How an error is told to who sent it.
+    pub refuse: fn(&Problem, Now) -> Reply,
+}
+
+impl Class {
+    /// What most requests are, and those that nobody knows.
+    pub const PLAIN: Class =
+        Class { lane: LaneKind::Plain, client_certificate: false, refuse: Reply::problem };
+}
+
+/// Tells the class of a request by its method and its path, which has no query.
+pub type Classify = fn(method: &str, path: &str) -> Class;
