@@ -318,6 +318,76 @@ fn what_the_older_service_issued_is_not_counted() {
     assert_eq!(service.token_count(), 1);
 }
 
+/// The clock of Redis was set back, or ours was corrected: the lease outlives its token.
+#[test]
+fn a_lease_whose_token_has_ended_is_taken_over() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("JWT_SECRET", token::SECRET)]);
+    let now = crate::support::clock::now_s();
+    let claims =
+        json!({"device_id": "d", "type": "provisioning", "iat": now - 400, "exp": now - 100});
+    let ended = token::sign(token::SECRET, token::HEADER, &claims.to_string());
+    token::plant_token(&redis, "d", &ended, now + 86_000);
+    let answer = service.onboard("d");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let compact = answer.field("provisioning_token");
+    assert_eq!(redis.cli(&["GET", "mqtt-lite:device:d"]), compact);
+    check_error(&service.onboard("d"), 409, "TOKEN_ALREADY_ACTIVE", "the new one is live");
+    assert_eq!(service.sign(&compact, &Csr::new("d").make()).status, 200);
+}
+
+/// Two instances whose clocks are a day apart count alike, by the clock of Redis.
+#[test]
+fn a_wrong_clock_makes_no_phantoms() {
+    let redis = Redis::start(&[]);
+    let clock = crate::support::clock::FakeClock::at(crate::support::clock::now_s() + 86_400);
+    let fake = clock.env();
+    let fake: Vec<(&str, &str)> = fake.iter().map(|(name, value)| (*name, &**value)).collect();
+    let right = with(&redis, &[("PROVISIONING_TOKEN_TTL", "3"), ("JWT_SECRET", token::SECRET)]);
+    let ahead = Setup::new().envs(&fake).envs(&[
+        ("REDIS_URL", &redis.url()),
+        ("PROVISIONING_TOKEN_TTL", "3"),
+        ("JWT_SECRET", token::SECRET),
+    ]);
+    let ahead = ahead.share_ca(&right).start();
+    ahead.wait_for_storage("redis");
+    let issued = std::time::Instant::now();
+    right.token("by-the-right-one");
+    ahead.token("by-the-one-ahead");
+    for service in [&right, &ahead] {
+        wait::for_true("both are counted", || service.token_count() == 2);
+    }
+    assert!(issued.elapsed() < Duration::from_secs(3));
+    for service in [&right, &ahead] {
+        wait::for_true("both have ended", || service.token_count() == 0);
+    }
+    assert!(issued.elapsed() < Duration::from_secs(6), "{:?}", issued.elapsed());
+}
+
+/// What has ended is pruned at least as fast as tokens come.
+#[test]
+fn the_set_of_live_tokens_does_not_grow() {
+    const OLD: u64 = 4000;
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[]);
+    let ended = (crate::support::clock::now_ms() - 7_200_000).to_string();
+    redis.pipe(|out| {
+        for n in 0..OLD {
+            let member = format!("{n:022}");
+            crate::support::redis::resp(out, &["ZADD", "mqtt-lite:live", &ended, &member]);
+        }
+    });
+    for n in 0..OLD / 2 {
+        service.token(&format!("d{n}"));
+    }
+    let left = || redis.cli(&["ZCOUNT", "mqtt-lite:live", "-inf", &ended]).parse::<u64>().unwrap();
+    assert!(left() < OLD / 8, "{} of {OLD} are left", left());
+    let young = (crate::support::clock::now_ms() - 1_800_000).to_string();
+    redis.cli(&["ZADD", "mqtt-lite:live", &young, "half-an-hour"]);
+    (0..300).for_each(|n| drop(service.token(&format!("e{n}"))));
+    assert_eq!(redis.cli(&["ZSCORE", "mqtt-lite:live", "half-an-hour"]), young, "it is kept");
+}
+
 #[test]
 fn using_a_token_does_not_free_the_claim_of_another() {
     let redis = Redis::start(&[]);

@@ -3,14 +3,14 @@
 //! 3 and 4).
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::check_error;
 use crate::support::clock::now_s;
 use crate::support::instance::{
     self, Device, certificate, certificates, mark_key, onboard, redeem, refused_as_used, token,
 };
-use crate::support::proxy::{Proxy, Stop};
+use crate::support::proxy::{Mode, Proxy, Stop};
 use crate::support::redis::Redis;
 use crate::support::service::Service;
 use crate::support::{token as jwt, wait};
@@ -353,6 +353,82 @@ fn restarted_while_the_service_connects() {
     certificate(&service, &compact, &d);
 }
 
+/// Nobody asks, and Redis is started again with data in which a token is not used yet: the supervisor
+/// notices by itself.
+#[test]
+fn an_idle_instance_notices_a_restart() {
+    let mut redis = Redis::start(&[]);
+    let service = instance::first(&redis.url(), &[]);
+    let d = Device::new("d");
+    let compact = token(&service, &d);
+    redis.save();
+    let serial = certificate(&service, &compact, &d);
+    wait_for_clean_up(&redis, &compact);
+    redis.kill9();
+    redis.start_again();
+    wait::for_true("the mark is back", || {
+        redis.cli(&["GET", &mark_key(&compact)]) == instance::mark(&service, &serial)
+    });
+    wait::for_true("and the token is gone", || !redis.exists(&instance::token_key(&compact)));
+}
+
+/// A line so slow that what is to be carried does not get through in one go.
+#[test]
+fn a_slow_line_is_used_in_small_pieces() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let service = instance::first(&proxy.url(), &[("REDIS_TIMEOUT_MS", "500")]);
+    instance::cut_off(&service, &proxy);
+    issue_many(&service, 150);
+    proxy.set(Mode::Slow(100_000));
+    let back = wait::until(Duration::from_secs(20), || {
+        (service.health()["storage"] == "redis").then_some(())
+    });
+    assert!(back.is_some(), "it never comes back:\n{}", service.log());
+    proxy.set(Mode::Pass);
+    wait_for_count(&service, 150);
+}
+
+/// While much is being carried over into a server that is not the same any more, what was issued
+/// here is redeemed, once.
+#[test]
+fn a_long_return_does_not_keep_own_tokens_from_being_redeemed() {
+    let (before, after) = (Redis::start(&[]), Redis::start(&[]));
+    let proxy = Proxy::start(before.port());
+    let service = instance::first(&proxy.url(), &[("REDIS_TIMEOUT_MS", "5000")]);
+    let d = Device::new("d");
+    let compact = token(&service, &d);
+    issue_many(&service, 300);
+    proxy.set(Mode::Slow(100_000));
+    proxy.move_to(after.port());
+    let moved = Instant::now();
+    certificate(&service, &compact, &d);
+    assert!(moved.elapsed() < Duration::from_millis(1500), "{:?}", moved.elapsed());
+    assert_eq!(service.health()["storage"], "memory", "the return is still under way");
+    proxy.set(Mode::Pass);
+    wait_for_count(&service, 300);
+    refused_as_used(&[&service], &compact, &d);
+    assert!(after.exists(&mark_key(&compact)));
+}
+
+/// Each eviction costs one token a moment, not everybody a return.
+#[test]
+fn a_redis_that_evicts_is_served() {
+    let redis = Redis::start(&[]);
+    evicting(&redis);
+    let service = instance::first(&redis.url(), &[]);
+    let devices: Vec<Device> = (0..20).map(|n| Device::new(&format!("d{n}"))).collect();
+    let tokens: Vec<String> = devices.iter().map(|device| token(&service, device)).collect();
+    let log = service.log().len();
+    for (device, compact) in devices.iter().zip(&tokens) {
+        redis.cli(&["DEL", &instance::token_key(compact)]);
+        certificate(&service, compact, device);
+    }
+    let log = &service.log()[log..];
+    let returns = log.matches("carried over").count();
+    assert!(returns <= 1, "{returns} returns:\n{log}");
+}
+
 /// An instance whose clock is ahead has issued the token.
 #[test]
 fn a_token_from_a_clock_that_is_ahead_is_killed() {
@@ -366,6 +442,15 @@ fn a_token_from_a_clock_that_is_ahead_is_killed() {
     assert_eq!(instance::revoke(&service, &d).status, 200, "there was a live token");
     assert_eq!(redis.cli(&["GET", &mark_key(&compact)]), instance::mark(&service, "killed"));
     check_error(&redeem(&service, &compact, &d), 401, "TOKEN_ALREADY_USED", "after the kill");
+}
+
+/// Issues tokens that nobody will redeem.
+#[track_caller]
+fn issue_many(service: &Service, count: usize) {
+    for n in 0..count {
+        let device = Device { name: format!("many-{n}"), csr: String::new() };
+        token(service, &device);
+    }
 }
 
 /// What is done after the answer would notice that Redis is gone.

@@ -1,15 +1,19 @@
 //! How Redis is reached, what is said when it is not, and that nobody waits for it meanwhile.
 
+use std::fs::OpenOptions;
 use std::io::Write as _;
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::net;
 
 use crate::support::csr::Csr;
 use crate::support::port::Port;
 use crate::support::proxy::{Mode, Proxy, Stop};
 use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
+use crate::support::temp::TempDir;
 use crate::support::{check_error, wait};
 
 #[test]
@@ -257,6 +261,104 @@ fn a_connection_that_was_cut_while_idle_is_renewed_before_it_is_used() {
         assert!(!service.log().contains("Redis is lost"), "{}", service.log());
         wait::for_true("it is cleaned up", || service.token_count() == 0);
     }
+}
+
+/// The name service as one program sees it: `/etc/hosts` and `/etc/resolv.conf` of its own.
+struct Names {
+    dir: TempDir,
+}
+
+impl Names {
+    fn new(hosts: &str, resolver: &str) -> Names {
+        let names = Names { dir: TempDir::new() };
+        names.dir.file("hosts", hosts);
+        names.dir.file("resolv.conf", resolver);
+        names
+    }
+
+    /// Before the program, in a mount namespace of its own.
+    fn wrapper(&self) -> Vec<String> {
+        let script = "mount --bind $0/hosts /etc/hosts && \
+            mount --bind $0/resolv.conf /etc/resolv.conf && exec \"$@\"";
+        let dir = self.dir.path().display().to_string();
+        ["unshare", "-rm", "sh", "-c", script, &dir].map(str::to_owned).to_vec()
+    }
+
+    /// In the same file, which is what is mounted.
+    fn set_hosts(&self, hosts: &str) {
+        let file =
+            OpenOptions::new().write(true).truncate(true).open(self.dir.path().join("hosts"));
+        file.unwrap().write_all(hosts.as_bytes()).unwrap();
+    }
+
+    fn start(&self, env: &[(&str, &str)]) -> Service {
+        let wrapper = self.wrapper();
+        let wrapper: Vec<&str> = wrapper.iter().map(String::as_str).collect();
+        Setup::new().wrapper(&wrapper).envs(env).start()
+    }
+}
+
+/// A name has two addresses. The first swallows what is sent to it, or takes connections and never
+/// answers on them.
+#[test]
+fn a_name_with_a_dead_address() {
+    for takes_connections in [false, true] {
+        let redis = Redis::start(&[]);
+        let address = SocketAddr::from((Ipv6Addr::LOCALHOST, redis.port()));
+        let dead = net::socket(net::AddressFamily::INET6, net::SocketType::STREAM, None).unwrap();
+        net::bind(&dead, &address).unwrap();
+        net::listen(&dead, if takes_connections { 100 } else { 0 }).unwrap();
+        let filling = || TcpStream::connect_timeout(&address, Duration::from_millis(100)).ok();
+        let _queued: Vec<TcpStream> = match takes_connections {
+            false => std::iter::from_fn(filling).take(10).collect(),
+            true => vec![],
+        };
+        let names = Names::new("::1 redis.test\n127.0.0.1 redis.test\n", "");
+        let url = format!("redis://redis.test:{}", redis.port());
+        let service = names.start(&[("REDIS_URL", &url), ("REDIS_CONNECT_TIMEOUT_MS", "1000")]);
+        service.wait_for_storage("redis");
+    }
+}
+
+/// Resolver and Redis hang together. It is an outage soon, and the answer is used when it comes.
+#[test]
+fn a_resolver_that_hangs() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let _silent =
+        UdpSocket::bind(("127.0.0.153", 53)).expect("a port for which one has to be root");
+    let resolver = "nameserver 127.0.0.153\noptions timeout:4 attempts:1\n";
+    let names = Names::new("127.0.0.1 redis.test\n", resolver);
+    let url = format!("redis://redis.test:{}", proxy.port());
+    let service = names.start(&[("REDIS_URL", &url), ("REDIS_CONNECT_TIMEOUT_MS", "1000")]);
+    service.wait_for_storage("redis");
+    let (compact, csr) = (service.token("d"), Csr::new("d").make());
+    names.set_hosts("");
+    proxy.reset();
+    let begin = Instant::now();
+    let answer = wait::until(Duration::from_secs(3), || {
+        Some(service.sign(&compact, &csr)).filter(|answer| answer.status == 200)
+    });
+    assert!(answer.is_some(), "503 for {:?}\n{}", begin.elapsed(), service.log());
+    assert!(service.log().contains("its name is still being looked up"), "{}", service.log());
+    names.set_hosts("127.0.0.1 redis.test\n");
+    service.wait_for_storage("redis");
+}
+
+/// It serves with as many connections as it gets.
+#[test]
+fn a_server_that_allows_fewer_connections() {
+    let redis = Redis::start(&["--maxclients", "3"]);
+    let _other = TcpStream::connect(("127.0.0.1", redis.port())).unwrap();
+    let service =
+        Setup::new().envs(&[("REDIS_URL", &redis.url()), ("REDIS_POOL_SIZE", "4")]).start();
+    service.wait_for_storage("redis");
+    let cause = "ERR max number of clients reached";
+    service.wait_for_log(&format!(
+        "Redis gives 2 of 4 connections: 127.0.0.1:{}: {cause}",
+        redis.port()
+    ));
+    assert_eq!(service.sign(&service.token("d"), &Csr::new("d").make()).status, 200);
 }
 
 #[test]

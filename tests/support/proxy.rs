@@ -27,7 +27,7 @@
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -49,6 +49,8 @@ pub enum Mode {
     Pass,
     /// Works, and each way takes this long: a round trip takes twice as long.
     Delay(Duration),
+    /// Works, and so many bytes a second go to Redis on each connection.
+    Slow(u32),
     /// Commands reach Redis, its replies are lost.
     SwallowReplies,
     /// Connections are accepted, and nothing goes through.
@@ -85,7 +87,7 @@ impl Proxy {
         let listener = listen_on(&port);
         let shared = Arc::new(Shared {
             port,
-            target,
+            target: AtomicU16::new(target),
             rules: Mutex::new(Rules {
                 mode: Mode::Pass,
                 traps: vec![],
@@ -129,6 +131,12 @@ impl Proxy {
                 TcpStream::connect(("127.0.0.1", self.port())).is_err() == refuses
             });
         }
+    }
+
+    /// Leads to another port from now on, and closes every connection.
+    pub fn move_to(&self, port: u16) {
+        self.shared.target.store(port, Ordering::SeqCst);
+        self.reset();
     }
 
     /// Closes every connection once; new ones are served.
@@ -256,7 +264,7 @@ struct Armed {
 #[derive(Debug)]
 struct Shared {
     port: Port,
-    target: u16,
+    target: AtomicU16,
     rules: Mutex<Rules>,
     changed: Condvar,
     bytes: [AtomicU64; 2],
@@ -420,7 +428,10 @@ impl Shared {
 
     fn serve(self: &Arc<Self>, service: TcpStream) {
         // A target that is away: the connection is accepted and closed, as a forwarder would.
-        let Ok(redis) = TcpStream::connect(("127.0.0.1", self.target)) else { return };
+        let Ok(redis) = TcpStream::connect(("127.0.0.1", self.target.load(Ordering::SeqCst)))
+        else {
+            return;
+        };
         let _ = (service.set_nodelay(true), redis.set_nodelay(true));
         let number = self.accepted.fetch_add(1, Ordering::SeqCst);
         self.transcripts.lock().unwrap().push(vec![]);
@@ -487,7 +498,12 @@ impl Shared {
                     rules = self.changed.wait_timeout(rules, left).unwrap().0;
                 }
                 Fate::Forward => {
+                    let mode = rules.mode;
                     drop(rules);
+                    if let (Mode::Slow(rate), Way::ToRedis) = (mode, way) {
+                        let bytes = u32::try_from(chunk.bytes.len()).unwrap();
+                        thread::sleep(Duration::from_secs(1) * bytes / rate);
+                    }
                     return self.send(link, way, &chunk.bytes);
                 }
                 Fate::Lose => {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::AddAssign;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::follow_up::FollowUp;
@@ -10,13 +11,13 @@ use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
 use crate::jwt::{Claims, TokenHash};
 use crate::store::memory::InRedis;
-use crate::store::{Down, Mark, Op, Outcome, StoreError, locked};
+use crate::store::{Answer, Down, Mark, Op, Outcome, StoreError, locked};
 
 /// After an outage other instances may still be carrying their tokens over: so long an unknown
 /// token is answered with 503.
 const GRACE_MS: u64 = 10_000;
-/// Operations in one batch of the carry-over.
-const BATCH: usize = 256;
+/// Operations in one batch of the carry-over, if the line is fast enough.
+pub(super) const BATCH: usize = 256;
 /// With no more left than this, the last round begins.
 const LAST_ROUND: usize = 64;
 
@@ -47,15 +48,21 @@ impl Failover {
     /// everything; else only what was noted since the connection was lost.
     fn make_lists(&self, hello: &Hello) -> bool {
         let mut state = locked(&self.state);
-        let known = hello.run_id.is_some() && hello.run_id == state.run_id;
-        let full = state.mode == Mode::Degraded || !known;
-        if full {
+        let is = |run_id: &Option<String>| run_id.is_some() && *run_id == hello.run_id;
+        let full = state.mode == Mode::Degraded || !is(&state.run_id);
+        if full && !(state.noting && is(&state.listed_for)) {
             let now = clock::now();
             state.follow_ups.list(self.ledger.marked(), self.memory.hashes(now));
             state.run_id = None;
+            state.listed_for.clone_from(&hello.run_id);
             state.era += 1;
         }
         state.noting = true;
+        if full && state.mode != Mode::Degraded {
+            // This may take a while.
+            state.mode = Mode::Returning;
+            self.changed.notify_all();
+        }
         full
     }
 
@@ -64,8 +71,9 @@ impl Failover {
         let now = clock::now();
         let (follow_ups, ops) = self.take_batch(now);
         let sent: Vec<Op> = ops.iter().flatten().cloned().collect();
-        let mut results = if sent.is_empty() { Vec::new() } else { self.remote.run(&sent, now) };
-        let mut results = results.drain(..);
+        let results = if sent.is_empty() { Vec::new() } else { self.remote.run(&sent, now) };
+        self.fit_batches(clock::now().mono_ms - now.mono_ms, &results);
+        let mut results = results.into_iter();
         let mut tally = Tally::default();
         let mut error = None;
         let mut state = locked(&self.state);
@@ -90,11 +98,24 @@ impl Failover {
         error.map_or(Ok(tally), Err)
     }
 
+    /// A slow line gets smaller batches: one that always takes too long would never be through.
+    fn fit_batches(&self, took_ms: u64, results: &[Answer]) {
+        let size = self.carry_size.load(Ordering::Relaxed);
+        let down = results.iter().any(|result| matches!(result, Err(StoreError::Down(_))));
+        let share = Duration::from_millis(took_ms).as_secs_f64() / self.timeout.as_secs_f64();
+        let size = match () {
+            () if down || share > 0.5 => size / 2,
+            () if share < 0.125 => size * 2,
+            () => size,
+        };
+        self.carry_size.store(size.clamp(1, BATCH), Ordering::Relaxed);
+    }
+
     /// Under the lock, so that no redemption from memory comes between the look whether a token is
     /// spent and the note that it is in Redis: with `OUTAGE_REDEEM=none` it must be one or the other.
     fn take_batch(&self, now: Now) -> (Vec<FollowUp>, Vec<Option<Op>>) {
         let mut state = locked(&self.state);
-        let follow_ups = state.follow_ups.take(BATCH);
+        let follow_ups = state.follow_ups.take(self.carry_size.load(Ordering::Relaxed));
         let ops = follow_ups.iter().map(|follow_up| self.op_of(follow_up, now)).collect();
         (follow_ups, ops)
     }
@@ -212,6 +233,7 @@ impl Failover {
         }
         state.mode = Mode::Primary;
         state.run_id.clone_from(&hello.run_id);
+        state.listed_for = None;
         state.foreign_ca = hello.foreign_ca.is_some();
         if full && state.attempts > 0 {
             state.grace_until_ms = clock::now().mono_ms + GRACE_MS;

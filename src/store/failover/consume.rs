@@ -3,7 +3,7 @@
 use super::{Failover, Mode, State};
 use crate::clock::Now;
 use crate::config::OutageRedeem;
-use crate::jwt::Token;
+use crate::jwt::{Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::Begin;
 use crate::store::memory::{Copy, InRedis};
@@ -11,6 +11,8 @@ use crate::store::{Answer, Down, Outcome, StoreError};
 
 /// A token with less than this left may have ended in Redis already.
 const ABOUT_TO_END_MS: u64 = 2000;
+/// So often a lost token makes everything be carried over.
+const BETWEEN_RETURNS_MS: u64 = 30_000;
 
 impl Failover {
     /// Takes the token for this attempt; an answer if Redis need not be asked.
@@ -94,14 +96,24 @@ impl Failover {
             return Ok(Outcome::Unknown { lossless_run });
         }
         if copy.is_some() && self.policy == OutageRedeem::Own {
-            state.run_id = None;
-            self.suspect(state, "Redis has lost a token of this instance");
+            self.note_lost(state, &token.hash, now);
             return Err(StoreError::Undecided);
         }
         if now.mono_ms < state.grace_until_ms {
             return Err(StoreError::Undecided);
         }
         Ok(Outcome::Unknown { lossless_run })
+    }
+
+    /// Redis has lost a token, and so perhaps more: everything is carried over again. One that evicts
+    /// loses tokens all the time; between two returns they are carried over one by one.
+    fn note_lost(&self, state: &mut State, hash: &TokenHash, now: Now) {
+        if state.loss_seen_ms.is_some_and(|seen| now.mono_ms < seen + BETWEEN_RETURNS_MS) {
+            return state.note_carry(*hash);
+        }
+        state.loss_seen_ms = Some(now.mono_ms);
+        state.run_id = None;
+        self.suspect(state, "Redis has lost a token of this instance");
     }
 
     /// Dead from now on, and what Redis still has of it (the lease, the count) goes.
@@ -134,7 +146,7 @@ impl Failover {
         }
         let fits = |copy: &Copy| self.policy == OutageRedeem::Own || copy.in_redis == InRedis::No;
         let ours = self.memory.live(hash, now).is_some_and(|copy| fits(&copy));
-        if !ours || state.mode != Mode::Degraded {
+        if !ours || !matches!(state.mode, Mode::Degraded | Mode::Returning) {
             return Err(StoreError::Undecided);
         }
         // An attempt whose outcome is not known got no certificate, and no other instance grants it.

@@ -4,7 +4,7 @@
 //! is read under it again; what Redis cannot answer is answered from memory. What each operation
 //! does in these three places stands in `issue`, `consume` and `kill`.
 //!
-//! Five modes, and who answers in them:
+//! Six modes, and who answers in them:
 //!
 //! | mode | onboarding | redemption | entered when |
 //! |---|---|---|---|
@@ -12,6 +12,7 @@
 //! | `Renewing` | waits | waits | a connection was closed while it was idle |
 //! | `Suspect` | memory | 503 | a connection was lost; a fresh one decides what it is |
 //! | `Degraded` | memory | memory, for tokens issued here | Redis is away |
+//! | `Returning` | memory | memory, for tokens issued here | Redis was found to be another run |
 //! | `Closing` | waits | waits | the last round of the carry-over |
 //!
 //! Invariants: what is entered in memory while Redis does not serve is either in `follow_ups` or found
@@ -19,6 +20,7 @@
 //! lock and only with an empty `follow_ups`; no lock is held while Redis is asked.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -54,6 +56,13 @@ pub trait Remote: TokenStore {
 
     /// The server has closed a connection while nobody used it. Waits for nothing.
     fn was_cut(&self, now: Now) -> bool;
+
+    /// Asks on each connection that nobody uses whether it still leads to this run of the server,
+    /// which also keeps it from being forgotten on the way.
+    ///
+    /// # Errors
+    /// When it does not, or there is no answer.
+    fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError>;
 }
 
 /// What a server says of itself.
@@ -76,6 +85,8 @@ pub struct Failover {
     policy: OutageRedeem,
     /// `REDIS_TIMEOUT_MS`: longest time that a request waits for the last round.
     timeout: Duration,
+    /// How many operations a batch of the carry-over holds: as many as the line can bear.
+    carry_size: AtomicUsize,
     state: Mutex<State>,
     /// Wakes the supervisor, and whoever waits for the last round or the first connection.
     changed: Condvar,
@@ -87,6 +98,7 @@ enum Mode {
     Renewing,
     Suspect,
     Degraded,
+    Returning,
     Closing,
 }
 
@@ -110,6 +122,12 @@ struct State {
     issuing: HashMap<DeviceId, u32>,
     /// The server run whose data is known to hold everything; `None` asks for a full return.
     run_id: Option<String>,
+    /// The server run for which the lists of a full return were made. If it is met again, the return
+    /// goes on where it was interrupted.
+    listed_for: Option<String>,
+    /// When a token was last found missing and everything was carried over for it, by
+    /// [`Now::mono_ms`].
+    loss_seen_ms: Option<u64>,
     /// Since when Redis does not serve, by `Now::mono_ms`.
     lost_ms: u64,
     /// Until when an unknown token may yet be carried over by another instance.
@@ -141,6 +159,8 @@ impl Failover {
             noting: false,
             issuing: HashMap::new(),
             run_id: None,
+            listed_for: None,
+            loss_seen_ms: None,
             lost_ms: clock::now().mono_ms,
             grace_until_ms: 0,
             attempts: 0,
@@ -150,7 +170,8 @@ impl Failover {
             stopped: false,
         };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        Failover { remote, memory, ledger, signer, policy, timeout, state, changed }
+        let carry_size = AtomicUsize::new(carry::BATCH);
+        Failover { remote, memory, ledger, signer, policy, timeout, carry_size, state, changed }
     }
 
     /// Enters our CA's fingerprint in Redis, now or with the next connection.
@@ -387,12 +408,12 @@ impl Failover {
         }
         log::warn!("Redis is lost ({why}): serving from memory until it is back");
         state.mode = Mode::Degraded;
-        state.noting = false;
         self.changed.notify_all();
     }
 
     fn lose(&self, state: &mut State) {
         state.epoch += 1;
+        state.noting = false;
         state.lost_ms = clock::now().mono_ms;
         self.remote.disconnect();
         self.changed.notify_all();

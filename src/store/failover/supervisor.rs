@@ -5,11 +5,16 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use super::{Failover, Mode, State, log_failure};
+use crate::clock;
 use crate::store::{StoreError, locked};
 
 /// Time between two attempts to connect, doubled up to the second figure, with jitter.
 const BACK_OFF: Duration = Duration::from_millis(100);
 const BACK_OFF_MOST: Duration = Duration::from_secs(5);
+/// So often an idle Redis is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// With more to tell than this, an interrupted return begins anew: 32 bytes each, most of them.
+const FOLLOW_UPS_MOST: usize = 500_000;
 
 impl Failover {
     /// The supervisor thread: makes all connections, carries over, switches back. Returns after
@@ -21,15 +26,19 @@ impl Failover {
             let idle = |state: &mut State| {
                 !state.stopped && state.mode == Mode::Primary && state.follow_ups.is_empty()
             };
-            let state = self.changed.wait_while(state, idle);
-            let state = state.unwrap_or_else(PoisonError::into_inner);
+            let waited = self.changed.wait_timeout_while(state, LOOK_EVERY, idle);
+            let (state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
             let (stopped, primary) = (state.stopped, state.mode == Mode::Primary);
             drop(state);
             if stopped {
                 return;
             }
             if primary {
-                self.tidy_up();
+                if waited.timed_out() {
+                    self.look()
+                } else {
+                    self.tidy_up()
+                }
                 continue;
             }
             back_off = match self.bring_back() {
@@ -40,6 +49,18 @@ impl Failover {
                     (back_off * 2).min(BACK_OFF_MOST)
                 }
             };
+        }
+    }
+
+    /// Nobody has asked Redis for a while, so nobody would notice that it was started again, perhaps
+    /// with older data.
+    fn look(&self) {
+        let (epoch, run_id) = {
+            let state = locked(&self.state);
+            (state.epoch, state.run_id.clone())
+        };
+        if let Err(error) = self.remote.look(run_id.as_deref(), clock::now()) {
+            self.notice(&mut locked(&self.state), &[Err(error)], epoch);
         }
     }
 
@@ -61,7 +82,11 @@ impl Failover {
             log::debug!("Redis is still away: {why}");
         }
         state.mode = Mode::Degraded;
-        state.noting = false;
+        if state.follow_ups.len() > FOLLOW_UPS_MOST {
+            state.listed_for = None;
+        }
+        // An interrupted return may go on, if nothing that comes to be is left out.
+        state.noting = state.listed_for.is_some();
         state.attempts += 1;
         self.remote.disconnect();
         self.changed.notify_all();

@@ -36,26 +36,28 @@
 //! Finish ─── CAD lease · DEL token · ZREM live      (TakeBack too)
 //! Mark ───── GET mark · SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
 //! Carry ──── SET token · ZADD live · SET lease NX
-//! Count ──── ZCOUNT live
+//! Count ──── ZCOUNT live · TIME
+//! Prune ──── ZREM live · ZRANGEBYSCORE live     (with every some issues)
 //! ```
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::command::Commands;
 use super::layout::{Layout, mark_ms};
-use super::reply::{Info, Replies, Reply, maybe_done, unexpected};
+use super::reply::{Info, Replies, Reply, maybe_done};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::serial::Serial;
-use crate::store::{Answer, Dead, Kill, Killed, Mark, New, Op, Outcome, StoreError};
+use crate::store::{Answer, Dead, Kill, Killed, Mark, New, Op, Outcome, StoreError, locked};
 
 /// A lease whose token has been marked for this long is not waited for.
 const MARKED_LONG_MS: u64 = 30_000;
 /// How often a replacement tries to take over a lease that others keep changing.
 const REPLACE_TRIES: u8 = 3;
-/// Entries of the set of live tokens are kept this long after their end …
+/// Entries of the set of live tokens are kept this long after their end.
 const PRUNE_AFTER_MS: u64 = 3_600_000;
-/// … and this many are removed at once.
-const PRUNE_MOST: u64 = 1000;
 
 /// What a flow knows besides its own operation.
 #[derive(Debug)]
@@ -64,9 +66,36 @@ pub(super) struct Context {
     pub signer: Signer,
     /// `REDIS_TIMEOUT_MS`: an issue that is still under way is not older than twice this.
     pub patience_ms: u64,
+    pub clock: RedisClock,
+    /// Members of the set of live tokens that have ended long ago and are removed next.
+    pub ended: Mutex<Vec<String>>,
+}
+
+/// The clock that all instances share, for the set of live tokens: by a clock of ours that is wrong,
+/// tokens would be counted that have ended, or not counted although they live.
+#[derive(Debug, Default)]
+pub(super) struct RedisClock {
+    /// How far it is ahead of [`Now::mono_ms`]; measured with each greeting and each count.
+    ahead_ms: AtomicU64,
+}
+
+impl RedisClock {
+    /// Milliseconds since 1970.
+    pub fn at(&self, now: Now) -> u64 {
+        self.ahead_ms.load(Ordering::Relaxed).saturating_add(now.mono_ms)
+    }
+
+    pub fn set(&self, time_ms: u64, now: Now) {
+        self.ahead_ms.store(time_ms.saturating_sub(now.mono_ms), Ordering::Relaxed);
+    }
 }
 
 impl Context {
+    pub fn new(layout: Layout, signer: Signer, patience_ms: u64) -> Self {
+        let (clock, ended) = (RedisClock::default(), Mutex::default());
+        Context { layout, signer, patience_ms, clock, ended }
+    }
+
     /// The claims of a token found in Redis; of one that is not ours, the little that is known.
     fn claims_of(&self, compact: &str, device: &DeviceId) -> Claims {
         self.signer.verify_signature(compact).unwrap_or_else(|_| Claims {
@@ -116,7 +145,7 @@ impl Next {
 pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
     match op {
         Op::Issue(New { token, replaces, .. }) => {
-            let issue = Issue::new(token.clone(), now);
+            let issue = Issue::new(token.clone(), context, now);
             if *replaces { Box::new(Replace(issue)) } else { Box::new(issue) }
         }
         Op::TakeBack(token) | Op::Finish(token) => {
@@ -125,12 +154,14 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
         Op::GiveBack(token, serial) => Box::new(Withdraw { hash: token.hash, serial: *serial }),
         Op::Kill(kill) => Box::new(FindLease(kill.clone())),
-        Op::Count => Box::new(Count { now_ms: now.unix_ms }),
+        Op::Count => Box::new(Count { now, by_redis_ms: context.clock.at(now) }),
         Op::Mark(hash, mark, claims) => {
             Box::new(Enter::new(*hash, *mark, claims.clone(), &context.signer))
         }
         Op::Carry(token, left_ms) => {
-            Box::new(Carry { token: token.clone(), left_ms: (*left_ms).max(1) })
+            let left_ms = (*left_ms).max(1);
+            let ends_ms = context.clock.at(now).saturating_add(left_ms);
+            Box::new(Carry { token: token.clone(), left_ms, ends_ms })
         }
     }
 }
@@ -140,13 +171,16 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
 struct Issue {
     token: Token,
     left_ms: u64,
+    /// By the clock of Redis.
+    ends_ms: u64,
     now_ms: u64,
 }
 
 impl Issue {
-    fn new(token: Token, now: Now) -> Self {
+    fn new(token: Token, context: &Context, now: Now) -> Self {
         let left_ms = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms).max(1);
-        Issue { token, left_ms, now_ms: now.unix_ms }
+        let ends_ms = context.clock.at(now).saturating_add(left_ms);
+        Issue { token, left_ms, ends_ms, now_ms: now.unix_ms }
     }
 
     fn already_active(&self, context: &Context, other: &str, lease_left: i64) -> Outcome {
@@ -161,7 +195,7 @@ impl Flow for Issue {
         out.push(&layout.set_token(&self.token, self.left_ms));
         out.push(&layout.lease_if_free(&self.token, self.left_ms));
         out.push(&layout.get_lease(&self.token.claims.device_id));
-        out.push(&layout.add_live(&self.token));
+        out.push(&layout.add_live(&self.token.hash, self.ends_ms));
     }
 
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
@@ -207,9 +241,12 @@ impl Flow for Contest {
             let mark_left = replies.number()?;
             let lease_left = replies.number()?;
             let claims = context.claims_of(&self.other, &self.issue.token.claims.device_id);
+            // A clock was set: a lease may outlive its token.
+            let verified = context.signer.verify_signature(&self.other);
+            let ended = verified.is_ok_and(|c| c.exp.saturating_mul(1000) <= self.issue.now_ms);
             let age = age_ms(claims.lifetime_s() * 1000, lease_left);
             let marked_long = marked && age_ms(mark_ms(&claims), mark_left) > MARKED_LONG_MS;
-            let stale = age > 2 * context.patience_ms && (gone || marked_long);
+            let stale = ended || age > 2 * context.patience_ms && (gone || marked_long);
             if !stale {
                 let outcome = self.issue.already_active(context, &self.other, lease_left);
                 return Next::done(outcome);
@@ -233,9 +270,9 @@ struct TakeOver {
 
 impl Flow for TakeOver {
     fn send(&self, layout: &Layout, out: &mut Commands) {
-        let Issue { token, left_ms, .. } = &self.issue;
+        let Issue { token, left_ms, ends_ms, .. } = &self.issue;
         out.push(&layout.set_token(token, *left_ms));
-        out.push(&layout.add_live(token));
+        out.push(&layout.add_live(&token.hash, *ends_ms));
         out.push(&layout.take_lease_over(&self.stale, token, *left_ms));
         out.push(&layout.lease_if_free(token, *left_ms));
         out.push(&layout.get_lease(&token.claims.device_id));
@@ -280,7 +317,7 @@ struct Replace(Issue);
 impl Flow for Replace {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         out.push(&layout.set_token(&self.0.token, self.0.left_ms));
-        out.push(&layout.add_live(&self.0.token));
+        out.push(&layout.add_live(&self.0.token.hash, self.0.ends_ms));
         out.push(&layout.lease_if_free(&self.0.token, self.0.left_ms));
         out.push(&layout.get_lease(&self.0.token.claims.device_id));
     }
@@ -582,20 +619,22 @@ impl Flow for Remove {
 
 /// Counting: by score, so expired entries need no pruning to be left out.
 struct Count {
-    now_ms: u64,
+    now: Now,
+    by_redis_ms: u64,
 }
 
 impl Flow for Count {
     fn send(&self, layout: &Layout, out: &mut Commands) {
-        out.push(&layout.count_live(self.now_ms));
+        out.push(&layout.count_live(self.by_redis_ms));
+        out.push(&layout.time());
     }
 
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(
-            Replies::new(replies)
-                .number()
-                .and_then(|count| Next::done(Outcome::Counted(u64::try_from(count).unwrap_or(0)))),
-        )
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            let count = replies.number()?;
+            context.clock.set(replies.time_ms()?, self.now);
+            Next::done(Outcome::Counted(u64::try_from(count).unwrap_or(0)))
+        }))
     }
 }
 
@@ -654,12 +693,14 @@ impl Flow for Enter {
 struct Carry {
     token: Token,
     left_ms: u64,
+    /// By the clock of Redis.
+    ends_ms: u64,
 }
 
 impl Flow for Carry {
     fn send(&self, layout: &Layout, out: &mut Commands) {
         out.push(&layout.set_token(&self.token, self.left_ms));
-        out.push(&layout.add_live(&self.token));
+        out.push(&layout.add_live(&self.token.hash, self.ends_ms));
         out.push(&layout.lease_if_free(&self.token, self.left_ms));
     }
 
@@ -668,53 +709,35 @@ impl Flow for Carry {
     }
 }
 
-/// Pruning, first trip: what time is it, by the clock that all instances share?
-pub(super) struct Prune;
+/// Pruning the set of live tokens: removes what an earlier trip has found, and finds what the next
+/// one is to remove. It needs no trip of its own, and each batch of tokens removes more than it adds.
+pub(super) struct Prune {
+    remove: Vec<String>,
+    until_ms: u64,
+    most: u64,
+}
+
+impl Prune {
+    /// `most`: how many entries are to be found.
+    pub fn new(context: &Context, most: u64, now: Now) -> Self {
+        let remove = std::mem::take(&mut *locked(&context.ended));
+        Prune { remove, until_ms: context.clock.at(now).saturating_sub(PRUNE_AFTER_MS), most }
+    }
+}
 
 impl Flow for Prune {
     fn send(&self, layout: &Layout, out: &mut Commands) {
-        out.push(&layout.time());
+        out.push(&layout.remove_live_members(&self.remove));
+        out.push(&layout.oldest_live(self.until_ms, self.most));
     }
 
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::new(replies).texts().and_then(|time| {
-            let seconds = time.first().and_then(|s| s.parse::<u64>().ok());
-            let now_ms = seconds.ok_or_else(|| unexpected("not a time"))? * 1000;
-            Next::trip(FindEnded { until_ms: now_ms.saturating_sub(PRUNE_AFTER_MS) })
+    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
+        let mut replies = Replies::new(replies);
+        replies.skip();
+        Next::of(replies.texts().and_then(|found| {
+            *locked(&context.ended) = found;
+            Next::done(Outcome::Done)
         }))
-    }
-}
-
-/// Pruning, second trip: which entries ended long ago?
-struct FindEnded {
-    until_ms: u64,
-}
-
-impl Flow for FindEnded {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
-        out.push(&layout.oldest_live(self.until_ms, PRUNE_MOST));
-    }
-
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::new(replies).texts().and_then(|members| {
-            if members.is_empty() {
-                return Next::done(Outcome::Done);
-            }
-            Next::trip(RemoveEnded(members))
-        }))
-    }
-}
-
-/// Pruning, third trip.
-struct RemoveEnded(Vec<String>);
-
-impl Flow for RemoveEnded {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
-        out.push(&layout.remove_live_members(&self.0));
-    }
-
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::new(replies).number().and_then(|_| Next::done(Outcome::Done)))
     }
 }
 
@@ -724,8 +747,11 @@ mod tests {
     use redis::Value;
 
     fn context() -> Context {
-        let layout = Layout { prefix: String::new(), instance: "a".to_owned() };
-        Context { layout, signer: Signer::new(b"secret"), patience_ms: 1000 }
+        Context::new(
+            Layout { prefix: String::new(), instance: "a".to_owned() },
+            Signer::new(b"secret"),
+            1000,
+        )
     }
 
     fn attempt() -> Consume {

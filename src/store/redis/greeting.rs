@@ -4,8 +4,10 @@ use std::time::Instant;
 
 use super::command::Commands;
 use super::connection::Connection;
+use super::flow::Context;
 use super::layout::Layout;
 use super::reply::{Info, Replies};
+use crate::clock;
 use crate::store::StoreError;
 use crate::store::failover::Hello;
 
@@ -13,13 +15,15 @@ use crate::store::failover::Hello;
 /// needed, and whose CA is entered there. All in one round trip, and the writing is real: a server
 /// that is full, or a replica, refuses only writes.
 pub(super) fn greet(
-    layout: &Layout,
+    context: &Context,
     connection: &mut Connection,
     ca: Option<&str>,
     deadline: Instant,
 ) -> Result<Hello, StoreError> {
+    let layout = &context.layout;
     let mut commands = Commands::default();
     Info::ask(&mut commands);
+    commands.push(&layout.time());
     let rights = push_every_kind(layout, &mut commands);
     if let Some(ca) = ca {
         commands.push(&layout.enter_ca(ca));
@@ -27,7 +31,9 @@ pub(super) fn greet(
     commands.push(&layout.get_ca());
     let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
     let mut replies = replies.into_iter();
-    let server = Replies::new(replies.by_ref().take(2).collect()).info();
+    let mut first = Replies::new(replies.by_ref().take(3).collect());
+    let server = first.info();
+    context.clock.set(first.time_ms()?, clock::now());
     replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), Err)?;
     let mut replies = Replies::new(replies.collect());
     if ca.is_some() {
@@ -57,6 +63,5 @@ fn push_every_kind(layout: &Layout, commands: &mut Commands) -> usize {
     commands.push(&layout.on("ZREM", "live", "").arg(""));
     commands.push(&layout.count_live(u64::MAX / 1000));
     commands.push(&layout.oldest_live(0, 1));
-    commands.push(&layout.time());
     commands.count() - before
 }

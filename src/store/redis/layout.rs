@@ -112,8 +112,9 @@ impl Layout {
         self.compare_and_delete("used:", &hash.to_string(), mark)
     }
 
-    pub fn add_live(&self, token: &Token) -> Command {
-        self.on("ZADD", "live", "").number(token.claims.exp * 1000).arg(&member(&token.hash))
+    /// `ends_ms` is by the clock of Redis, which all instances share.
+    pub fn add_live(&self, hash: &TokenHash, ends_ms: u64) -> Command {
+        self.on("ZADD", "live", "").number(ends_ms).arg(&member(hash))
     }
 
     pub fn remove_live(&self, hash: &TokenHash) -> Command {
@@ -125,8 +126,10 @@ impl Layout {
         Command::new("TIME")
     }
 
+    /// With none of them it removes nothing: no token has an empty name.
     pub fn remove_live_members(&self, members: &[String]) -> Command {
-        members.iter().fold(self.on("ZREM", "live", ""), |command, member| command.arg(member))
+        let command = self.on("ZREM", "live", "").arg("");
+        members.iter().fold(command, |command, member| command.arg(member))
     }
 
     pub fn count_live(&self, after_ms: u64) -> Command {

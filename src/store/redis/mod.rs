@@ -39,9 +39,11 @@ use connection::Connection;
 use flow::{Context, Flow, Next};
 use layout::Layout;
 use pool::Pool;
-use reply::Reply;
+use reply::{Info, Replies, Reply};
 
-/// How often an issue also prunes the set of live tokens.
+/// The set of live tokens is pruned with every so many additions, of twice as many entries at most …
+const PRUNE_EVERY: u64 = 64;
+/// … and when so much time has passed.
 const PRUNE_EVERY_MS: u64 = 60_000;
 
 /// The store of tokens in Redis.
@@ -51,7 +53,9 @@ pub struct RedisStore {
     timeout: Duration,
     /// What a round trip takes at present, in microseconds: a moving average.
     round_trip_us: AtomicU64,
-    /// When the set of live tokens is to be pruned next, by [`Now::mono_ms`].
+    /// Entries added to the set of live tokens since it was pruned.
+    added: AtomicU64,
+    /// When it is to be pruned next, however few were added, by [`Now::mono_ms`].
     prune_at_ms: AtomicU64,
     metrics: Arc<Metrics>,
 }
@@ -70,27 +74,31 @@ impl RedisStore {
     ) -> Result<Self, StoreError> {
         Ok(RedisStore {
             pool: Pool::new(config)?,
-            context: Context {
-                layout: Layout { prefix: config.key_prefix.clone(), instance },
+            context: Context::new(
+                Layout { prefix: config.key_prefix.clone(), instance },
                 signer,
-                patience_ms: u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
-            },
+                u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
+            ),
             timeout: config.timeout,
             round_trip_us: AtomicU64::new(0),
+            added: AtomicU64::new(0),
             prune_at_ms: AtomicU64::new(0),
             metrics,
         })
     }
 
-    fn prune_is_due(&self, ops: &[Op], now: Now) -> bool {
-        let due = self.prune_at_ms.load(Ordering::Relaxed);
-        let next = now.mono_ms + PRUNE_EVERY_MS;
-        ops.iter().any(|op| matches!(op, Op::Issue(_)))
-            && now.mono_ms >= due
-            && self
-                .prune_at_ms
-                .compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
+    /// What prunes the set of live tokens along with these operations, when it is due.
+    fn prune(&self, ops: &[Op], now: Now) -> Option<flow::Prune> {
+        let adds =
+            ops.iter().filter(|op| matches!(op, Op::Issue(_) | Op::Carry(..))).count() as u64;
+        let added = self.added.fetch_add(adds, Ordering::Relaxed) + adds;
+        let is_time = now.mono_ms >= self.prune_at_ms.load(Ordering::Relaxed);
+        if added < PRUNE_EVERY && !(is_time && added > 0) {
+            return None;
+        }
+        self.prune_at_ms.store(now.mono_ms + PRUNE_EVERY_MS, Ordering::Relaxed);
+        self.added.store(0, Ordering::Relaxed);
+        Some(flow::Prune::new(&self.context, added.max(PRUNE_EVERY) * 2, now))
     }
 }
 
@@ -98,9 +106,7 @@ impl TokenStore for RedisStore {
     fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
         let mut flows: Vec<Running> =
             ops.iter().map(|op| Running::new(flow::of(op, &self.context, now))).collect();
-        if self.prune_is_due(ops, now) {
-            flows.push(Running::new(Box::new(flow::Prune)));
-        }
+        flows.extend(self.prune(ops, now).map(|flow| Running::new(Box::new(flow))));
         let deadline = Instant::now() + self.timeout;
         if let Err(broken) = self.run_flows(&mut flows, deadline, now) {
             self.metrics.redis_failures.add(1);
@@ -210,9 +216,8 @@ impl Running {
 
 impl Remote for RedisStore {
     fn connect(&self, ca_fingerprint: Option<&str>) -> Result<Hello, StoreError> {
-        let layout = &self.context.layout;
         let greet = |connection: &mut Connection, deadline| {
-            greeting::greet(layout, connection, ca_fingerprint, deadline)
+            greeting::greet(&self.context, connection, ca_fingerprint, deadline)
         };
         self.pool.reopen(greet, clock::now())
     }
@@ -223,5 +228,21 @@ impl Remote for RedisStore {
 
     fn was_cut(&self, now: Now) -> bool {
         self.pool.was_cut(now)
+    }
+
+    fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError> {
+        let mut commands = Commands::default();
+        Info::ask(&mut commands);
+        while let Some(mut connection) = self.pool.take_idle(now) {
+            let deadline = Instant::now() + self.timeout;
+            let replies = connection.round_trip(&commands, deadline);
+            let info = Replies::new(replies.map_err(StoreError::Down)?).info();
+            if run_id.is_some() && info.run_id.as_deref() != run_id {
+                let why = "it is another server, or was started again";
+                return Err(StoreError::Down(self.pool.lost(why)));
+            }
+            self.pool.put_back(connection, clock::now());
+        }
+        Ok(())
     }
 }

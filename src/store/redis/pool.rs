@@ -17,6 +17,8 @@ use crate::store::{Down, DownKind, StoreError, locked};
 /// A connection that was idle for longer may have been closed by the other side; looking costs three
 /// system calls.
 const IDLE_MS: u64 = 100;
+/// One that was idle for longer is asked whether it still leads to the same server.
+const LONG_IDLE_MS: u64 = 4000;
 
 /// All connections to one server.
 pub(super) struct Pool {
@@ -105,6 +107,18 @@ impl Pool {
             let waited = self.put_back.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// One that nobody has used for a while.
+    pub fn take_idle(&self, now: Now) -> Option<Connection> {
+        let mut state = locked(&self.state);
+        let is_idle = |c: &Connection| now.mono_ms.saturating_sub(c.idle_since_ms) > LONG_IDLE_MS;
+        let at = state.idle.iter().position(is_idle)?;
+        Some(state.idle.swap_remove(at))
+    }
+
+    pub fn lost(&self, why: &str) -> Down {
+        self.server.lost(why, false)
     }
 
     /// Only a connection that has answered everything comes back; the others are dropped.

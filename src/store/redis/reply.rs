@@ -66,6 +66,14 @@ impl Replies {
         Info { run_id: info(&text(), "run_id"), policy: info(&text(), "maxmemory_policy") }
     }
 
+    /// What `TIME` says, in milliseconds since 1970.
+    pub fn time_ms(&mut self) -> Result<u64, StoreError> {
+        let time = self.texts()?;
+        let number = |at: usize| time.get(at).and_then(|text| text.parse::<u64>().ok());
+        let (seconds, micros) = number(0).zip(number(1)).ok_or_else(|| unexpected("not a time"))?;
+        Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000))
+    }
+
     pub fn texts(&mut self) -> Result<Vec<String>, StoreError> {
         let Value::Array(items) = self.next()? else { return Err(unexpected("not a list")) };
         let mut items = Replies::new(items.into_iter().map(Ok).collect());
