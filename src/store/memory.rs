@@ -63,7 +63,7 @@ pub enum InRedis {
     /// One was sent, answered or not.
     Maybe,
     /// Redis has confirmed it, in this era (see `failover`).
-    Confirmed(u64),
+    Confirmed(u32),
 }
 
 /// What memory knows of a live token.

@@ -114,7 +114,7 @@ struct State {
     /// Counts the losses. An answer from before the latest one may be of a server that is gone.
     epoch: u64,
     /// Counts the full returns. What Redis has confirmed in an earlier era it may have lost since.
-    era: u64,
+    era: u32,
     follow_ups: FollowUps,
     /// Changes are noted in `follow_ups`; otherwise the lists of the next full return will find them.
     noting: bool,
