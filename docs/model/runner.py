@@ -55,7 +55,7 @@ class Rows:
         also = row.needs + (row.also if holds else ())
         return explore(row.build(self.service(without=without, also=also, **row.settings)))
 
-    def main(self, description):
+    def main(self, description, check_more=lambda: 0):
         """Exits with 1 if a row is not as said, a rule has no row, or the page is behind."""
         options = argparse.ArgumentParser(description=description)
         options.add_argument("number", nargs="*", help="run these rows only")
@@ -66,7 +66,7 @@ class Rows:
             return print(*(row.line() for row in self.rows), sep="\n")
         bad = self.run_all(asked.number, asked.schedule)
         if not asked.number:
-            bad += self.report_unused() + self.report_page()
+            bad += check_more() + self.report_unused() + self.report_page()
         sys.exit(bad > 0)
 
     def run_all(self, numbers, with_schedule):
