@@ -194,6 +194,28 @@ pub fn remove_if_there(path: &Path) -> Result<(), FilesError> {
     }
 }
 
+/// Moves a file into another folder of the same file system, under a name that is free there, which it
+/// returns.
+///
+/// # Errors
+/// When that cannot be done.
+pub fn move_into(path: &Path, dir: &Path) -> Result<PathBuf, FilesError> {
+    make_dir(dir, 0o755)?;
+    let name = path.file_name().unwrap_or_default();
+    let numbered = |n: u32| {
+        let mut name = name.to_owned();
+        if n > 0 {
+            name.push(format!(".{n}"));
+        }
+        dir.join(name)
+    };
+    let free = (0..).map(numbered).find(|to| !to.exists()).unwrap_or_else(|| dir.join(name));
+    fs::rename(path, &free).map_err(FilesError::io("cannot move", path))?;
+    sync_dir(dir)?;
+    sync_dir(folder_of(path))?;
+    Ok(free)
+}
+
 /// Puts the names in a folder on disk.
 ///
 /// # Errors
@@ -416,6 +438,19 @@ mod tests {
         assert_eq!(fs::read_dir(&*dir).unwrap().count(), 0);
         let error = try_writing(&dir.join("no")).unwrap_err().to_string();
         assert!(error.starts_with("cannot write ") && error.contains("/no/.trial-"), "{error}");
+    }
+
+    #[test]
+    fn what_is_moved_replaces_nothing() {
+        let dir = TestDir::new();
+        let moved = [(); 3].map(|()| {
+            fs::write(dir.join("f"), "one").unwrap();
+            move_into(&dir.join("f"), &dir.join("aside")).unwrap()
+        });
+        let names = ["aside/f", "aside/f.1", "aside/f.2"].map(|name| dir.join(name));
+        assert_eq!(moved, names);
+        assert!(names.iter().all(|name| name.exists()) && !dir.join("f").exists());
+        assert!(move_into(&dir.join("f"), &dir.join("aside")).is_err());
     }
 
     #[test]

@@ -109,9 +109,14 @@ pub fn last_number(dir: &Path) -> u64 {
 }
 
 /// What the list in the folder names: serial number and time of revocation, in seconds since 1970.
-/// Empty if there is none that can be read.
-pub fn listed(dir: &Path) -> HashMap<Serial, u64> {
-    read(dir, entries).unwrap_or_default()
+/// Empty if there is none by this CA.
+pub fn listed(dir: &Path, issuer: &Issuer) -> HashMap<Serial, u64> {
+    let by_ca = |list: &CertificateRevocationList<'_>| {
+        let (_, ca) = X509Certificate::from_der(issuer.certificate_der()).ok()?;
+        list.verify_signature(ca.public_key()).ok()?;
+        Some(entries(list))
+    };
+    read(dir, by_ca).flatten().unwrap_or_default()
 }
 
 fn entries(list: &CertificateRevocationList<'_>) -> HashMap<Serial, u64> {
@@ -222,7 +227,7 @@ mod tests {
         let revoked = [(serials[0], now.unix_s() + 7200), (serials[1], 1)];
         let list = Crl::sign(&issuer, &revoked, 0, now).unwrap();
         list.write(&dir).unwrap();
-        let dates = listed(&dir);
+        let dates = listed(&dir, &issuer);
         assert_eq!(serials.map(|s| dates.get(&s).copied()), [Some(now.unix_s()), Some(1)]);
         assert_eq!(current(&dir, &issuer, &revoked, now), Some(list));
     }

@@ -147,7 +147,7 @@ impl Ca {
         Issuer::finish(dir)?;
         let issuer = Issuer::load(dir, settings.device_validity_days)?.map(Arc::new);
         let plausible = clock_is_plausible(issuer.as_deref(), now);
-        let registry = Registry::open(dir, plausible.then_some(now))?;
+        let registry = Registry::open(dir, issuer.as_deref(), plausible.then_some(now))?;
         if issuer.is_none() && !registry.is_empty() {
             let why = "missing, but index.txt lists certificates that it signed";
             return Err(CaError::refused(&dir.join(issuer::CERTIFICATE), why));

@@ -1,8 +1,9 @@
 //! The record of certificates: OpenSSL's CA database (`index.txt`) and one `certs/<SERIAL>.pem` each.
 //!
-//! The line in `index.txt` makes a certificate a record. It is written after the `.pem` is on disk,
-//! so a line without a certificate cannot come about, and a certificate without a line was never
-//! answered to anybody and is removed at start. The whole record but for the certificates
+//! The line in `index.txt` makes a certificate a record. It is written after the `.pem` is on disk. So
+//! a certificate without a line was not answered when that folder was as it is; but a copy that was
+//! taken while certificates were written may have it newer than `index.txt`, so it is entered at
+//! start. A line without a certificate stays a record, all but the download. The whole record but for the certificates
 //! themselves is held in memory, in about 200 bytes each.
 //!
 //! Readers never wait for a disk: the lock that is held while files are written is the writers' own.
@@ -10,6 +11,7 @@
 //! for nothing: whoever has nothing to write must not wait until another's certificates are synced.
 //! (What a device has is looked for under the lock: what is just being written must be revoked too.)
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter};
@@ -19,7 +21,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockW
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
-use super::issuer::{self, BACKDATE_S};
+use super::issuer::{self, BACKDATE_S, Issuer};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, FilesError};
@@ -37,7 +39,6 @@ mod rows;
 mod trial;
 
 pub use entries::Entries;
-use index::Torn;
 use rows::{Row, Rows};
 use trial::Trial;
 
@@ -233,18 +234,20 @@ struct Writer {
 }
 
 impl Registry {
-    /// Reads the record in `dir`, repairs what a power cut may have left, and loads the tokens that
-    /// have not ended `now`; all of the last day's that is recorded if the clock is not set (`None`).
+    /// Reads the record of `ca` in `dir`, puts in order what a power cut or a copy may have left, and
+    /// loads the tokens of the last day; by its own dates if the clock is not set (`None`).
     ///
     /// # Errors
     /// When a file cannot be read, or `index.txt` has a line that is none.
-    pub fn open(dir: &Path, now: Option<Now>) -> Result<Self, RegistryError> {
+    pub fn open(dir: &Path, ca: Option<&Issuer>, now: Option<Now>) -> Result<Self, RegistryError> {
         files::make_dir(&dir.join(CERTS), 0o755)?;
         let attributes = dir.join(ATTRIBUTES.0);
         if files::read(&attributes)?.as_deref() != Some(ATTRIBUTES.1.as_bytes()) {
             files::write_atomic(&attributes, ATTRIBUTES.1.as_bytes(), 0o644)?;
         }
-        let (rows, torn) = repair::load_index(&dir.join(INDEX))?;
+        let found = repair::read_index(&dir.join(INDEX))?;
+        let is_missing = found.is_none();
+        let (rows, tail) = found.unwrap_or_default();
         if rows.foreign() > 0 {
             let (lines, index) = (rows.foreign(), dir.join(INDEX));
             log::info!(
@@ -258,10 +261,7 @@ impl Registry {
             writer: Mutex::default(),
             trial: Trial::default(),
         };
-        registry.settle_strays(torn)?;
-        if torn == Torn::Missing {
-            files::write_atomic(&dir.join(INDEX), b"", 0o644)?;
-        }
+        registry.put_in_order(tail, is_missing, ca)?;
         registry.load_tokens(now.map(|n| n.unix_s()));
         Ok(registry)
     }
@@ -350,7 +350,8 @@ impl Registry {
         let valid = |row: &&Row| row.revoked().is_none();
         let serials: Vec<Serial> =
             self.read().of_device(device).filter(valid).map(|r| r.serial).collect();
-        self.trial.note(self.enter_revoked(&mut writer, &serials, now))?;
+        let revoked = serials.iter().map(|serial| (*serial, now.unix_s())).collect();
+        self.trial.note(self.enter_revoked(&mut writer, revoked))?;
         Ok(serials)
     }
 
@@ -369,23 +370,24 @@ impl Registry {
         let active = |s: &&Serial| rows.by_serial(s).is_some_and(|row| row.is_active(now));
         let serials: Vec<Serial> = these.iter().filter(active).copied().collect();
         drop(rows);
-        self.trial.note(self.enter_revoked(&mut writer, &serials, now))?;
+        let revoked = serials.iter().map(|serial| (*serial, now.unix_s())).collect();
+        self.trial.note(self.enter_revoked(&mut writer, revoked))?;
         Ok(serials)
     }
 
+    /// Each at its time.
     fn enter_revoked(
         &self,
         writer: &mut Writer,
-        serials: &[Serial],
-        now: Now,
+        revoked: HashMap<Serial, u64>,
     ) -> Result<(), RegistryError> {
-        if serials.is_empty() {
+        if revoked.is_empty() {
             return Ok(());
         }
         self.take_back(writer)?;
         // Line by line: a record of 100,000 certificates has 8 MB, which a gateway cannot spare twice.
         let path = self.dir.join(INDEX);
-        let missing = serials.iter().copied().collect();
+        let missing = revoked.clone();
         let lost = |serial: Serial| {
             let whose = self.by_serial(&serial).map(|r| r.device.to_string()).unwrap_or_default();
             io::Error::other(format!("{} has lost a line of {whose}", path.display()))
@@ -393,13 +395,12 @@ impl Registry {
         let copy = |new: &mut File| {
             let old = BufReader::with_capacity(COPIED, File::open(&path)?);
             let new = BufWriter::with_capacity(COPIED, new);
-            index::copy_revoked(old, new, missing, now.unix_s())?
-                .map_or(Ok(()), |serial| Err(lost(serial)))
+            index::copy_revoked(old, new, missing)?.map_or(Ok(()), |serial| Err(lost(serial)))
         };
         files::write_atomic_by(&path, 0o644, copy)
             .map_err(|e| RegistryError::NotWritten { why: e.to_string(), left_behind: true })?;
         let mut rows = self.write();
-        serials.iter().for_each(|s| rows.set_revoked(s, now.unix_s()));
+        revoked.iter().for_each(|(serial, at)| rows.set_revoked(serial, *at));
         Ok(())
     }
 
@@ -494,9 +495,12 @@ mod tests {
         check(&registry);
         let again = fixture.open();
         check(&again);
-        let spent = Spent { token: live, serial: first.serial, device: device("device-1") };
-        assert_eq!(again.spent_tokens(), [spent]);
-        let no_clock = Registry::open(&fixture.dir, None).unwrap();
+        let mut spent = again.spent_tokens();
+        spent.sort_by_key(|spent| spent.token.exp);
+        let expected = [(ended, other.serial, "device-2"), (live, first.serial, "device-1")]
+            .map(|(token, serial, name)| Spent { token, serial, device: device(name) });
+        assert_eq!(spent, expected, "an ended one may not have, if the clock is ahead");
+        let no_clock = Registry::open(&fixture.dir, None, None).unwrap();
         assert!(no_clock.knows_token(&ended.hash), "without a clock none has ended");
         must(&fixture.dir, &format!("verify -CAfile root-ca.crt certs/{:X}.pem", first.serial));
     }

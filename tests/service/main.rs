@@ -17,6 +17,7 @@ mod clock;
 mod command_line;
 mod configuration;
 mod console;
+mod copies;
 mod crash;
 mod csr_policy;
 mod cut_off;

@@ -279,7 +279,7 @@ mod tests {
         let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1, None).line();
         let seed: String = (1..=(4096 / line(1).len()) as u8).map(line).collect();
         fs::write(dir.join(INDEX), &seed).unwrap();
-        let registry = Registry::open(&dir, Some(clock::now())).unwrap();
+        let registry = Registry::open(&dir, None, Some(clock::now())).unwrap();
         let index = || fs::read_to_string(dir.join(INDEX)).unwrap();
         let fill = |room: u64| {
             let mut file = File::create(dir.join("filler")).unwrap();
@@ -318,6 +318,6 @@ mod tests {
         assert!(registry.has_active(&device("device-2"), clock::now()) && index() == before);
         fs::remove_file(dir.join("filler")).unwrap();
         assert_eq!(registry.revoke(&device("device-2"), clock::now()).map(|s| s.len()), Ok(3));
-        assert_eq!(Registry::open(&dir, None).unwrap().revoked(clock::now()).len(), 3);
+        assert_eq!(Registry::open(&dir, None, None).unwrap().revoked(clock::now()).len(), 3);
     }
 }

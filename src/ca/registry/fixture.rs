@@ -27,7 +27,15 @@ impl Fixture {
     }
 
     pub(super) fn open(&self) -> Registry {
-        Registry::open(&self.dir, Some(clock::now())).unwrap()
+        self.try_open().unwrap()
+    }
+
+    pub(super) fn try_open(&self) -> Result<Registry, RegistryError> {
+        Registry::open(&self.dir, Some(&self.issuer), Some(clock::now()))
+    }
+
+    pub(super) fn issuer(&self) -> &Issuer {
+        &self.issuer
     }
 
     pub(super) fn leaf(&self, name: &str) -> Leaf {

@@ -1,7 +1,7 @@
 //! `index.txt` as bytes: its lines and their times, as OpenSSL's `ca` writes them, read as a whole
 //! and copied line by line. Pure: whose bytes they are, the caller knows.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io::{self, BufRead};
 
 use time::{Date, Month, Time};
@@ -11,25 +11,14 @@ use crate::ca::der::time_text;
 use crate::device::DeviceId;
 use crate::serial::Serial;
 
-/// What the torn line at the end of `index.txt` began with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Torn {
-    /// No line was torn.
-    Nothing,
-    /// There is no file.
-    Missing,
-    /// It was a new one: only those are appended.
-    New,
-    /// It was a revoked one, which this program never appends; something else has torn the file.
-    Revoked,
-}
-
 /// What the bytes say.
 #[derive(Debug)]
 pub(super) struct Index {
     pub(super) rows: Rows,
-    pub(super) torn: Torn,
-    /// The length of the whole lines; what follows is the torn one.
+    /// The last line, if it has no end but reads as a line: an editor has left it so, or it was torn
+    /// in its last field, the subject.
+    pub(super) unended: Option<Row>,
+    /// The length of the whole lines; what follows is the unended one, or torn.
     pub(super) whole: usize,
 }
 
@@ -37,15 +26,15 @@ pub(super) struct Index {
 /// and what is wrong with it.
 pub(super) fn read_index(bytes: &[u8]) -> Result<Index, (usize, &'static str)> {
     let count = bytes.iter().filter(|b| **b == b'\n').count();
-    let mut index = Index { rows: Rows::with_room(count), torn: Torn::Nothing, whole: 0 };
+    let mut index = Index { rows: Rows::with_room(count), unended: None, whole: 0 };
     for (number, line) in (1..).zip(bytes.split_inclusive(|b| *b == b'\n')) {
-        match read_line(line).and_then(|row| index.rows.accept(row)) {
-            Ok(()) => index.whole += line.len(),
-            Err(_) if index.whole + line.len() == bytes.len() && is_torn(line) => {
-                index.torn = if line.starts_with(b"R") { Torn::Revoked } else { Torn::New };
-            }
-            Err(why) => return Err((number, why)),
+        let row = read_line(line);
+        if index.whole + line.len() == bytes.len() && is_torn(line) {
+            index.unended = row.ok().filter(|row| index.rows.by_serial(&row.serial).is_none());
+            break;
         }
+        row.and_then(|row| index.rows.accept(row)).map_err(|why| (number, why))?;
+        index.whole += line.len();
     }
     Ok(index)
 }
@@ -70,8 +59,10 @@ impl Row {
 }
 
 fn read_line(line: &[u8]) -> Result<Row, &'static str> {
-    let line = std::str::from_utf8(line).ok().and_then(|l| l.strip_suffix('\n'));
-    let fields: Vec<&str> = line.ok_or("not a line of text")?.split('\t').collect();
+    let line = std::str::from_utf8(line).ok().filter(|line| !line.contains('\0'));
+    let line = line.ok_or("not a line of text")?;
+    let line = line.strip_suffix('\n').unwrap_or(line);
+    let fields: Vec<&str> = line.strip_suffix('\r').unwrap_or(line).split('\t').collect();
     let [status, end, revocation, serial, _file, subject] = fields.as_slice() else {
         return Err("not six fields between tabs");
     };
@@ -91,33 +82,40 @@ fn read_line(line: &[u8]) -> Result<Row, &'static str> {
     Ok(Row::new(serial, device, expires_at, revoked_at))
 }
 
-/// Copies the database with these certificates revoked; all else stays as it is to the letter, also
+/// The serial number in a torn line that says revoked, as far as it goes; this program appends no such
+/// lines, so something else has torn the file.
+pub(super) fn torn_revocation(line: &[u8]) -> Option<String> {
+    let line = String::from_utf8_lossy(line);
+    let mut fields = line.split('\t');
+    (fields.next()? == "R").then(|| fields.nth(2).unwrap_or_default().replace('\0', ""))
+}
+
+/// Copies the database with these certificates revoked, each at its time; all else stays as it is to the letter, also
 /// what `openssl ca` has done meanwhile. Answers one that has no line, if there is one.
 pub(super) fn copy_revoked(
     mut old: impl BufRead,
     mut new: impl io::Write,
-    mut serials: HashSet<Serial>,
-    now_s: u64,
+    mut serials: HashMap<Serial, u64>,
 ) -> io::Result<Option<Serial>> {
     let mut line = Vec::new();
     while old.read_until(b'\n', &mut line)? > 0 {
-        match revoked_line(&line, &mut serials, now_s) {
+        match revoked_line(&line, &mut serials) {
             Some(revoked) => new.write_all(revoked.as_bytes())?,
             None => new.write_all(&line)?,
         }
         line.clear();
     }
     new.flush()?;
-    Ok(serials.into_iter().next())
+    Ok(serials.into_keys().next())
 }
 
 /// The line as revoked, if it is one of these, which it is then taken from.
-fn revoked_line(line: &[u8], serials: &mut HashSet<Serial>, now_s: u64) -> Option<String> {
+fn revoked_line(line: &[u8], serials: &mut HashMap<Serial, u64>) -> Option<String> {
     let line = std::str::from_utf8(line).ok()?;
-    Serial::from_hex(line.split('\t').nth(3)?).filter(|s| serials.remove(s))?;
+    let revoked_at = serials.remove(&Serial::from_hex(line.split('\t').nth(3)?)?)?;
     let fields: Vec<&str> = line.split('\t').collect();
     let ["V" | "E", end, _, rest @ ..] = fields.as_slice() else { return None };
-    Some(format!("R\t{end}\t{}\t{}", time_text(now_s), rest.join("\t")))
+    Some(format!("R\t{end}\t{}\t{}", time_text(revoked_at), rest.join("\t")))
 }
 
 /// Reads either form; a date before 1970 is 1970.
@@ -217,8 +215,8 @@ mod tests {
         assert!(rows.accept(Row::new(serial("007fff"), device("d"), 1, None)).is_err(), "twice");
 
         let mut copy = Vec::new();
-        let these = [serial("-7FEE"), serial("01")].into_iter().collect();
-        let missing = copy_revoked(lines.concat().as_bytes(), &mut copy, these, at).unwrap();
+        let these = [(serial("-7FEE"), at), (serial("01"), at)].into_iter().collect();
+        let missing = copy_revoked(lines.concat().as_bytes(), &mut copy, these).unwrap();
         assert_eq!(missing, None);
         let copied = String::from_utf8(copy).unwrap();
         let revoked =

@@ -1,85 +1,115 @@
-//! What is done once, at start: a line that a power cut has torn is cut off, certificates without a
-//! line are removed or put back, and the tokens that may still be shown are loaded.
+//! What is done once, at start: what a power cut or a copy that was taken while certificates were
+//! written has left is put in order, and the tokens that may still be shown are loaded.
+//!
+//! A certificate is written before its line, so one without a line may have been answered by the time
+//! that the rest of the folder was copied: it is entered. Nothing is deleted: what is no certificate
+//! of this CA is moved aside, and so is what is cut off from `index.txt`.
 
+use std::collections::HashMap;
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
-use super::index::{self, Index, Torn};
+use super::index::{self, Index};
 use super::rows::{Row, Rows};
-use super::{CERTS, CLOCK_SLACK_S, INDEX, Redeemed, Registry, RegistryError, read_stored};
+use super::{CERTS, CLOCK_SLACK_S, INDEX, Record, Registry, RegistryError, Stored};
 use crate::ca::crl;
+use crate::ca::issuer::{BACKDATE_S, Issuer};
+use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files;
 use crate::jwt;
 use crate::pem;
 use crate::serial::Serial;
 
-/// Certificates without a line that a power cut can leave: a batch of each worker, generously. More
-/// mean that the record was lost or is an older copy, and removing them would make it worse.
-const MOST_STRAYS: usize = 64;
+/// Where in the CA's folder goes what is no certificate of this CA.
+const ASIDE: &str = "aside";
+/// What is cut off from `index.txt` is kept here.
+const CUT_OFF: &str = "index.txt.torn";
+/// The search for recent certificates ends after so many in a row that are not: clocks are set, so
+/// the order of the lines is not quite that of the dates.
+const PATIENCE: usize = 64;
+/// Serial numbers that one line of the log names.
+const NAMED: usize = 8;
 
-/// Reads `index.txt`. If the last line is torn, it is cut off: it was never
-/// synced, so its certificate was never answered.
-pub(super) fn load_index(path: &Path) -> Result<(Rows, Torn), RegistryError> {
-    let Some(bytes) = files::read(path)? else {
-        return Ok((Rows::default(), Torn::Missing));
-    };
-    let garbled = |(line, why)| RegistryError::Garbled { path: path.to_owned(), line, why };
-    let Index { rows, torn, whole } = index::read_index(&bytes).map_err(garbled)?;
-    if torn != Torn::Nothing {
-        cut(path, whole, rows.len() + 1)?;
-    }
-    Ok((rows, torn))
+/// What stands behind the last whole line of `index.txt`.
+#[derive(Default)]
+pub(super) struct Tail {
+    /// A line without an end, if it can be read as one.
+    row: Option<Row>,
+    bytes: Vec<u8>,
+    /// Where it begins.
+    at: usize,
 }
 
-fn cut(path: &Path, length: usize, line: usize) -> Result<(), RegistryError> {
-    log::warn!("{} line {line} is torn, by a power cut perhaps: cut off", path.display());
-    let cut = || {
-        let file = OpenOptions::new().write(true).open(path)?;
-        file.set_len(length as u64)?;
-        file.sync_all()
-    };
-    cut().map_err(|e| RegistryError::not_written(format!("cannot write {}: {e}", path.display())))
+/// Reads `index.txt`; `None` if it is missing.
+pub(super) fn read_index(path: &Path) -> Result<Option<(Rows, Tail)>, RegistryError> {
+    let Some(bytes) = files::read(path)? else { return Ok(None) };
+    let garbled = |(line, why)| RegistryError::Garbled { path: path.to_owned(), line, why };
+    let Index { rows, unended, whole } = index::read_index(&bytes).map_err(garbled)?;
+    let tail = bytes.get(whole..).unwrap_or_default().to_vec();
+    Ok(Some((rows, Tail { row: unended, bytes: tail, at: whole })))
+}
+
+/// A device's certificate by this CA that has no line.
+struct Stray {
+    row: Row,
+    stored: Stored,
 }
 
 impl Registry {
-    /// Sees to certificates that have no line. Most likely the power went before they were answered,
-    /// and they are removed. But one that `crl.pem` lists, or that the torn line says was revoked,
-    /// had been answered: without its line the next list would let it in again.
-    pub(super) fn settle_strays(&self, torn: Torn) -> Result<(), RegistryError> {
-        let strays = self.strays()?;
-        if strays.is_empty() {
-            return Ok(());
+    /// Puts the record in order: cuts off a torn line, ends one that an editor has left without an
+    /// end, enters certificates without a line, and revokes what `crl.pem` lists.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written, or `index.txt` is missing while there are
+    /// certificates: what it knew of revocations would be lost.
+    pub(super) fn put_in_order(
+        &self,
+        tail: Tail,
+        is_missing: bool,
+        ca: Option<&Issuer>,
+    ) -> Result<(), RegistryError> {
+        if is_missing {
+            return self.begin_index();
         }
-        if torn == Torn::Missing || strays.len() > MOST_STRAYS {
-            return Err(RegistryError::Unreadable(format!(
-                "{} has lost the lines of {} certificates in {CERTS}/: restore it, or move them away",
-                self.dir.join(INDEX).display(),
-                strays.len()
-            )));
+        let torn = index::torn_revocation(&tail.bytes);
+        self.mend_tail(tail, ca)?;
+        // Without a CA nobody can tell whose certificates these are.
+        let Some(ca) = ca else { return Ok(()) };
+        let listed = crl::listed(&self.dir, ca);
+        let mut strays = Vec::new();
+        for serial in self.strays()? {
+            let Some(mut stray) = self.device_certificate(&serial, ca)? else {
+                self.move_aside(&serial)?;
+                continue;
+            };
+            let is_torn = torn.as_ref().is_some_and(|t| format!("{serial:X}").starts_with(t));
+            let revoked_at = is_torn.then_some(stray.stored.created_at);
+            stray.row.set_revoked(listed.get(&serial).copied().or(revoked_at));
+            strays.push(stray);
         }
-        let listed = crl::listed(&self.dir);
-        for serial in strays {
-            let path = self.pem_path(&serial);
-            match (listed.get(&serial), torn) {
-                (Some(revoked_at), _) => self.put_back(&serial, Some(*revoked_at))?,
-                (None, Torn::Revoked) => self.put_back(&serial, None)?,
-                (None, _) => {
-                    log::warn!(
-                        "{} has no line in {INDEX}, so it was never answered: removed",
-                        path.display()
-                    );
-                    files::remove_if_there(&path)?;
-                }
-            }
-        }
-        Ok(files::sync_dir(&self.dir.join(CERTS))?)
+        self.enter_strays(strays)?;
+        self.revoke_listed(&listed)
     }
 
+    fn begin_index(&self) -> Result<(), RegistryError> {
+        let (index, strays) = (self.dir.join(INDEX), self.strays()?);
+        if strays.is_empty() {
+            return Ok(files::write_atomic(&index, b"", 0o644)?);
+        }
+        Err(RegistryError::Unreadable(format!(
+            "{} is missing, but {CERTS}/ has {} certificates: restore it, or make an empty one to have \
+             them entered again, revoked if crl.pem lists them",
+            index.display(),
+            strays.len()
+        )))
+    }
+
+    /// The serial numbers by which files in `certs/` are named that have no line.
     fn strays(&self) -> Result<Vec<Serial>, RegistryError> {
         let certs = self.dir.join(CERTS);
         let unreadable = |e: io::Error| {
@@ -89,74 +119,191 @@ impl Registry {
         let mut strays = Vec::new();
         for entry in certs.read_dir().map_err(unreadable)? {
             let name = entry.map_err(unreadable)?.file_name();
-            let serial = name.to_str().and_then(|n| n.strip_suffix(".pem"));
-            let serial = serial.and_then(Serial::from_hex);
-            strays.extend(serial.filter(|s| rows.by_serial(s).is_none()));
+            let name = name.to_str().and_then(|n| n.strip_suffix(".pem")).unwrap_or_default();
+            let serial = Serial::from_hex(name).filter(|serial| format!("{serial:X}") == name);
+            strays.extend(serial.filter(|serial| rows.by_serial(serial).is_none()));
         }
         Ok(strays)
     }
 
-    /// Enters a certificate once more as revoked, then or, if that is not known, when it was signed.
-    fn put_back(&self, serial: &Serial, revoked_at: Option<u64>) -> Result<(), RegistryError> {
-        let path = self.pem_path(serial);
-        let text = files::read(&path)?.and_then(|bytes| String::from_utf8(bytes).ok());
-        let row = text.and_then(|text| read_row(&text, *serial, revoked_at));
-        let Some(row) = row else {
-            log::error!("{} lost its line in {INDEX} and cannot be read", path.display());
-            return Ok(());
+    /// What the file of this serial number holds, if that is a device's certificate by this CA.
+    fn device_certificate(
+        &self,
+        serial: &Serial,
+        ca: &Issuer,
+    ) -> Result<Option<Stray>, RegistryError> {
+        match self.stored(serial) {
+            Err(RegistryError::Absent(_)) => Ok(None),
+            other => Ok(stray(serial, other?, ca)),
+        }
+    }
+
+    /// Sees to the last line if it has no end. Either an editor has taken that, or the power went while
+    /// the line was written; then the certificate is there, which tells all that the line would.
+    fn mend_tail(&self, tail: Tail, ca: Option<&Issuer>) -> Result<(), RegistryError> {
+        let Some(row) = tail.row else { return self.cut_off(&tail.bytes, tail.at) };
+        let told = match ca {
+            Some(ca) => self.device_certificate(&row.serial, ca)?,
+            None => None,
         };
-        log::warn!("{} is revoked but had no line in {INDEX}: put back", path.display());
-        self.append(&mut self.lock_writer(), row.line())?;
+        if told.is_some_and(|told| told.row.device != row.device) {
+            return self.cut_off(&tail.bytes, tail.at);
+        }
+        let index = self.dir.join(INDEX);
+        log::warn!("the last line of {} had no end, which is put there", index.display());
+        let end = || {
+            let mut file = OpenOptions::new().append(true).open(&index)?;
+            file.write_all(b"\n")?;
+            file.sync_all()
+        };
+        end().map_err(|e| RegistryError::not_written(self.index_says(e)))?;
         self.write().insert(row);
         Ok(())
     }
 
-    /// Loads the hashes of tokens that have not ended, from the newest record backwards until one is
-    /// older than any token can be.
-    pub(super) fn load_tokens(&self, now_s: Option<u64>) {
+    fn cut_off(&self, torn: &[u8], at: usize) -> Result<(), RegistryError> {
+        if torn.is_empty() {
+            return Ok(());
+        }
+        let (index, kept) = (self.dir.join(INDEX), self.dir.join(CUT_OFF));
+        log::warn!(
+            "{} line {} is torn, by a power cut perhaps: cut off, and kept in {}",
+            index.display(),
+            self.read().len() + 1,
+            kept.display()
+        );
+        let cut = || {
+            let mut file = OpenOptions::new().append(true).create(true).open(&kept)?;
+            file.write_all(&[torn, b"\n"].concat())?;
+            file.sync_all()?;
+            let file = OpenOptions::new().write(true).open(&index)?;
+            file.set_len(at as u64)?;
+            file.sync_all()
+        };
+        cut().map_err(|e| RegistryError::not_written(self.index_says(e)))
+    }
+
+    /// What it is to somebody nobody knows, so it is not deleted.
+    fn move_aside(&self, serial: &Serial) -> Result<(), RegistryError> {
+        let path = self.pem_path(serial);
+        let aside = files::move_into(&path, &self.dir.join(ASIDE))?;
+        log::warn!(
+            "{} is no certificate of a device by this CA: moved to {}",
+            path.display(),
+            aside.display()
+        );
+        Ok(())
+    }
+
+    /// Enters certificates that have no line, the oldest first, in one append.
+    fn enter_strays(&self, mut strays: Vec<Stray>) -> Result<(), RegistryError> {
+        if strays.is_empty() {
+            return Ok(());
+        }
+        strays.sort_by_key(|stray| stray.stored.created_at);
+        let names: Vec<String> =
+            strays.iter().take(NAMED).map(|s| s.row.serial.to_string()).collect();
+        log::warn!(
+            "{} certificates had no line in {} and are entered, their tokens as used: {}{}",
+            strays.len(),
+            self.dir.join(INDEX).display(),
+            names.join(", "),
+            if strays.len() > NAMED { " …" } else { "" }
+        );
+        let lines = strays.iter().map(|stray| stray.row.line()).collect();
+        self.append(&mut self.lock_writer(), lines)?;
         let mut rows = self.write();
-        let mut newest = now_s;
-        let mut lost: Option<(usize, RegistryError)> = None;
-        for at in (0..rows.len()).rev() {
-            let Some(serial) = rows.at(at).map(|row| row.serial) else { break };
-            let stored = match self.stored(&serial) {
-                Ok(stored) => stored,
-                Err(e) => {
-                    lost = Some((lost.map_or(1, |(count, _)| count + 1), e));
-                    continue;
-                }
-            };
-            let reference = *newest.get_or_insert(stored.created_at);
-            if stored.created_at + jwt::MAX_LIFETIME_S + CLOCK_SLACK_S < reference {
+        for stray in strays {
+            rows.insert(stray.row);
+        }
+        Ok(())
+    }
+
+    /// What `crl.pem` lists is revoked, also if `index.txt` is an older copy.
+    fn revoke_listed(&self, listed: &HashMap<Serial, u64>) -> Result<(), RegistryError> {
+        let rows = self.read();
+        let valid = |serial: &Serial| rows.by_serial(serial).is_some_and(|r| r.revoked().is_none());
+        let missed: HashMap<Serial, u64> =
+            listed.iter().filter(|(s, _)| valid(s)).map(|(s, at)| (*s, *at)).collect();
+        drop(rows);
+        if !missed.is_empty() {
+            log::warn!(
+                "{} certificates that crl.pem lists were not revoked in {INDEX}",
+                missed.len()
+            );
+        }
+        self.enter_revoked(&mut self.lock_writer(), missed)
+    }
+
+    /// Loads the hashes of the tokens that the newest certificates were signed for, as far back as a
+    /// token can live. Which of them have ended is judged when they are used: the clock may be wrong.
+    pub(super) fn load_tokens(&self, now_s: Option<u64>) {
+        let (mut tokens, mut latest) = (Vec::new(), None);
+        self.read_newest(|at, _, stored| {
+            tokens.extend(stored.token.map(|token| (token, at)));
+            // A clock that is ahead now, or was, makes nothing old.
+            let latest = latest.get_or_insert(now_s.unwrap_or(u64::MAX).min(stored.created_at));
+            stored.created_at.saturating_add(jwt::MAX_LIFETIME_S + CLOCK_SLACK_S) >= *latest
+        });
+        let mut rows = self.write();
+        tokens.iter().for_each(|(token, at)| rows.add_token(token, *at as u32));
+    }
+
+    /// The certificates that begin in the future: a clock that was ahead has dated them, and nobody
+    /// takes them yet. The newest first.
+    pub fn begin_later(&self, now: Now) -> Vec<Record> {
+        let mut later = Vec::new();
+        self.read_newest(|_, row, stored| {
+            let is_later = stored.created_at > now.unix_s().saturating_add(BACKDATE_S);
+            later.extend(row.record().filter(|_| is_later));
+            is_later
+        });
+        later
+    }
+
+    /// Reads the files of the newest certificates, from the last line backwards, until
+    /// [`PATIENCE`] in a row are not what is looked for.
+    fn read_newest(&self, mut is_wanted: impl FnMut(usize, &Row, &Stored) -> bool) {
+        let (mut others, mut lost, mut why) = (0, 0_usize, None);
+        for at in (0..self.read().len()).rev() {
+            let Some(row) = self.read().at(at).cloned() else { break };
+            match self.stored(&row.serial) {
+                Ok(stored) if is_wanted(at, &row, &stored) => others = 0,
+                Ok(_) => others += 1,
+                // A copy may lack the files of any number of lines at its end.
+                Err(e) => (lost, why) = (lost + 1, Some(e)),
+            }
+            if others == PATIENCE {
                 break;
             }
-            let ended = |token: &Redeemed| now_s.is_some_and(|now| token.exp <= now);
-            if let Some(token) = stored.token.filter(|t| !ended(t)) {
-                rows.add_token(&token, at as u32);
-            }
         }
-        if let Some((count, e)) = lost {
-            log::warn!("{count} certificates cannot be read, the oldest of them: {e}");
+        if let Some(why) = why {
+            log::warn!("{lost} certificates cannot be read, the oldest of them: {why}");
         }
     }
 }
 
-/// The row that a certificate's file stood for, revoked then or when it was signed.
-fn read_row(text: &str, serial: Serial, revoked_at: Option<u64>) -> Option<Row> {
-    let stored = read_stored(text)?;
+/// What a certificate is entered as, if it is a device's, by this CA, and of this serial number.
+fn stray(serial: &Serial, stored: Stored, ca: &Issuer) -> Option<Stray> {
     let [block] = <[_; 1]>::try_from(pem::blocks(&stored.pem)?).ok()?;
     let (_, certificate) = X509Certificate::from_der(&block.der).ok()?;
+    let usage = certificate.extended_key_usage().ok()??.value;
+    let is_ours = Serial::from_der(certificate.raw_serial()) == Some(*serial)
+        && usage.client_auth
+        && ca.has_signed(&certificate);
+    is_ours.then_some(())?;
     let name = certificate.subject().iter_common_name().next()?.as_str().ok()?;
     let expires_at = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
-    let revoked_at = revoked_at.unwrap_or(stored.created_at);
-    Some(Row::new(serial, DeviceId::parse(name)?, expires_at, Some(revoked_at)))
+    let row = Row::new(*serial, DeviceId::parse(name)?, expires_at, None);
+    Some(Stray { row, stored })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::crl::Crl;
     use crate::ca::issuer::Leaf;
-    use crate::ca::openssl::run_program;
+    use crate::ca::openssl::{must, run_program};
     use crate::ca::registry::fixture::{Fixture, device, enter, token};
     use crate::clock;
     use crate::files::test_dir::TestDir;
@@ -164,7 +311,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn what_a_power_cut_leaves() {
+    fn what_a_power_cut_or_an_editor_leaves() {
         let fixture = Fixture::new();
         let registry = fixture.open();
         let leaves = [fixture.leaf("device-1"), fixture.leaf("device-2")];
@@ -173,53 +320,124 @@ mod tests {
         let whole = fixture.index();
         enter(&registry, &leaves[1], Some(spent)).unwrap();
         let both = fixture.index();
-        let pem = registry.pem_path(&leaves[1].serial);
-        let file = fs::read(&pem).unwrap();
-        for end in [whole.len(), whole.len() + 1, whole.len() + 40, both.len() - 1] {
-            fs::write(fixture.dir.join(INDEX), &both[..end]).unwrap();
-            fs::write(&pem, &file).unwrap();
-            fs::write(fixture.dir.join(CERTS).join("notes.pem"), "not ours").unwrap();
+        let zeros = [format!("{whole}V\t\0\0\0\n"), format!("{whole}\0\0"), format!("{both}\0\0")];
+        let cuts = (whole.len()..=both.len()).map(|end| both[..end].to_owned());
+        for index in cuts.chain(zeros) {
+            fs::write(fixture.dir.join(INDEX), &index).unwrap();
+            fs::write(fixture.dir.join(CERTS).join("notes.pem"), "not ours to judge").unwrap();
             let again = fixture.open();
-            assert_eq!(fixture.index(), whole, "cut at {end}");
-            assert!(!pem.exists() && !again.knows_token(&spent.hash));
-            assert_eq!(fixture.pems(), 2);
-            assert!(again.newest(&device("device-1")).is_some());
+            assert_eq!(fixture.index(), both, "{index:?}");
+            assert!(again.knows_token(&spent.hash), "its token counts as used");
+            for (leaf, name) in leaves.iter().zip(["device-1", "device-2"]) {
+                assert_eq!(again.newest(&device(name)).unwrap().serial, leaf.serial);
+                assert_eq!(again.stored(&leaf.serial).unwrap().pem, leaf.pem);
+            }
+            assert_eq!(fixture.pems(), 3);
         }
-        fs::write(fixture.dir.join(INDEX), format!("{whole}V\t\0\0\0\n")).unwrap();
-        fixture.open();
-        assert_eq!(fixture.index(), whole);
+        let kept = fs::read_to_string(fixture.dir.join(CUT_OFF)).unwrap();
+        let torn = both[whole.len()..both.len() - 1].strip_suffix('2').unwrap();
+        assert!(kept.contains(&format!("{torn}\n")), "nothing is deleted: {kept}");
+
+        // Another program's last line, whose certificate lies elsewhere.
+        let foreign = "V\t401231235959Z\t\t01\tunknown\t/CN=device-3";
+        fs::write(fixture.dir.join(INDEX), format!("{both}{foreign}")).unwrap();
+        assert!(fixture.open().has_active(&device("device-3"), clock::now()));
+        assert_eq!(fixture.index(), format!("{both}{foreign}\n"));
 
         // A certificate without its file is still a record.
         fs::remove_file(registry.pem_path(&leaves[0].serial)).unwrap();
         let again = fixture.open();
         assert!(again.has_active(&device("device-1"), clock::now()));
-        let error = again.stored(&leaves[0].serial).unwrap_err().to_string();
-        assert!(error.ends_with(".pem: missing"), "{error}");
+        let error = again.stored(&leaves[0].serial).unwrap_err();
+        assert_eq!(
+            error,
+            RegistryError::Absent(format!(
+                "{}: missing",
+                again.pem_path(&leaves[0].serial).display()
+            ))
+        );
     }
 
     #[test]
-    fn a_record_that_was_lost_or_is_older_takes_no_certificate_with_it() {
+    fn certificates_without_a_line() {
         let fixture = Fixture::new();
-        enter(&fixture.open(), &fixture.leaf("device-1"), None).unwrap();
-        let (index, pems) = (fixture.dir.join(INDEX), fixture.pems());
-        let check = |count: usize| {
-            let error = Registry::open(&fixture.dir, None).unwrap_err().to_string();
-            assert!(error.contains(&format!("lost the lines of {count} certificates")), "{error}");
-        };
-        fs::remove_file(&index).unwrap();
-        check(1);
-        check(1); // also at the next start
-        assert_eq!(fixture.pems(), pems);
-        fs::write(&index, "").unwrap();
-        for n in 1..=MOST_STRAYS as u8 {
-            let name = format!(
-                "{:X}.pem",
-                Serial::from([0x40 + n % 64, n, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-            );
-            fs::write(fixture.dir.join(CERTS).join(name), "a certificate").unwrap();
+        let registry = fixture.open();
+        let names = ["device-1", "device-2", "device-3"];
+        let leaves = names.map(|name| fixture.leaf(name));
+        let now = clock::now();
+        let ends_at = now.unix_s() + 100;
+        for (leaf, name) in leaves.iter().zip(names) {
+            enter(&registry, leaf, Some(token(name, ends_at))).unwrap();
         }
-        check(MOST_STRAYS + 1);
-        assert_eq!(fixture.pems(), pems + MOST_STRAYS);
+        let index = fixture.index();
+        let listed = [(leaves[1].serial, now.unix_s() - 5)];
+        Crl::sign(fixture.issuer(), &listed, 0, now).unwrap().write(&fixture.dir).unwrap();
+
+        // The database as it was before, or with one of its lines lost.
+        let second = index.lines().nth(1).unwrap();
+        for older in [String::new(), index.replace(&format!("{second}\n"), "")] {
+            fs::write(fixture.dir.join(INDEX), older).unwrap();
+            let again = fixture.open();
+            let revoked = |n: usize| again.by_serial(&leaves[n].serial).unwrap().revoked_at;
+            assert_eq!([0, 1, 2].map(revoked), [None, Some(now.unix_s() - 5), None]);
+            assert!(names.iter().all(|name| again.knows_token(&TokenHash::of(name))));
+            assert_eq!(fixture.index().lines().count(), 3);
+        }
+        // Also where the line is there, but the database is older than the list.
+        fs::write(fixture.dir.join(INDEX), &index).unwrap();
+        assert_eq!(fixture.open().revoked(now), listed);
+        assert_eq!(fixture.index().matches("R\t").count(), 1);
+        // A list that this CA has not signed revokes nobody.
+        let other = Fixture::new();
+        Crl::sign(other.issuer(), &listed, 0, now).unwrap().write(&fixture.dir).unwrap();
+        fs::write(fixture.dir.join(INDEX), &index).unwrap();
+        assert_eq!(fixture.open().revoked(now), []);
+
+        fs::remove_file(fixture.dir.join(INDEX)).unwrap();
+        for _ in 0..2 {
+            let error = fixture.try_open().unwrap_err().to_string();
+            assert!(
+                error.contains("index.txt is missing, but certs/ has 3 certificates"),
+                "{error}"
+            );
+        }
+        assert_eq!(fixture.pems(), 3);
+    }
+
+    #[test]
+    fn what_is_no_certificate_of_a_device_by_this_ca_is_moved_aside() {
+        let (fixture, other) = (Fixture::new(), Fixture::new());
+        let registry = fixture.open();
+        let [ours, wrongly_named] = ["device-1", "device-2"].map(|name| fixture.leaf(name));
+        let foreign = other.leaf("device-1");
+        enter(&registry, &ours, None).unwrap();
+        let index = fixture.index();
+        let server = fixture.issuer().server_certificate(&["broker"], 9, clock::now()).unwrap();
+        let ca = fixture.issuer().chain_pem();
+        let serial = |n: u8| Serial::from([0x40 + n; 16]);
+        let half = &ours.pem[..ours.pem.len() / 2];
+        for (serial, text) in [
+            (foreign.serial, &*foreign.pem),
+            (serial(1), &wrongly_named.pem),
+            (serial(2), &server.chain_pem),
+            (serial(3), &ca),
+            (serial(4), half),
+            (serial(5), ""),
+            (serial(6), "a text"),
+        ] {
+            let path = registry.pem_path(&serial);
+            fs::write(&path, text).unwrap();
+            fixture.open();
+            let aside = fixture.dir.join(ASIDE).join(path.file_name().unwrap());
+            assert!(!path.exists(), "{text}");
+            assert_eq!(fs::read_to_string(aside).unwrap(), text);
+            assert_eq!((fixture.index(), fixture.pems()), (index.clone(), 1));
+        }
+        // A name that is no serial number as it is written here is nobody's business.
+        let note = fixture.dir.join(CERTS).join("cafe.pem");
+        fs::write(&note, "a text").unwrap();
+        fixture.open();
+        assert!(note.exists());
     }
 
     #[test]
@@ -229,32 +447,59 @@ mod tests {
         let path = dir.join(INDEX);
         let garbled = [line(0x41), line(0x41), line(0x43)].concat();
         fs::write(&path, &garbled).unwrap();
-        let error = Registry::open(&dir, None).unwrap_err().to_string();
+        let error = Registry::open(&dir, None, None).unwrap_err().to_string();
         let twice = format!("{} line 2: the serial number stands twice", path.display());
         assert_eq!((error, fs::read_to_string(&path).unwrap()), (twice, garbled));
     }
 
+    /// Signs as `age_s` ago (ahead, if that is negative) what the issuer would sign now only.
+    fn dated(fixture: &Fixture, name: &str, age_s: i64) -> Leaf {
+        let leaf = fixture.leaf(name);
+        let ca = "-CA root-ca.crt -CAkey root-ca.key -days 900";
+        let line =
+            format!("x509 -req -in csr.pem {ca} -set_serial 0x{} -out dated.pem", leaf.serial);
+        run_program(&fixture.dir, "faketime", &format!("-f {:+}s openssl {line}", -age_s)).unwrap();
+        let pem = fs::read_to_string(fixture.dir.join("dated.pem")).unwrap();
+        must(&fixture.dir, "x509 -in dated.pem -noout");
+        Leaf { pem, ..leaf }
+    }
+
     #[test]
-    fn only_the_last_days_tokens_are_read() {
+    fn only_the_last_days_tokens_are_read_whatever_the_clock_says() {
+        const DAY: i64 = 86_400;
         let fixture = Fixture::new();
         let registry = fixture.open();
-        let now_s = clock::now().unix_s();
-        for (name, age) in [("old", 2 * jwt::MAX_LIFETIME_S), ("new", 1000), ("newest", 0)] {
-            // openssl signs in the past what the issuer would sign now only.
-            let leaf = fixture.leaf(name);
-            let ca = "-CA root-ca.crt -CAkey root-ca.key -days 90";
-            let line =
-                format!("x509 -req -in csr.pem {ca} -set_serial 0x{} -out old.pem", leaf.serial);
-            let back = format!("-f -{age}s openssl {line}");
-            run_program(&fixture.dir, "faketime", &back).unwrap();
-            let pem = fs::read_to_string(fixture.dir.join("old.pem")).unwrap();
-            let spent = token(name, now_s + 86_400 - age.min(80_000));
-            enter(&registry, &Leaf { pem, ..leaf }, Some(spent)).unwrap();
+        let now = clock::now();
+        let enter_dated = |name: &str, age_s: i64| {
+            let ended = now.unix_s().saturating_add_signed(300 - age_s);
+            enter(&registry, &dated(&fixture, name, age_s), Some(token(name, ended))).unwrap();
+        };
+        let known = |now: Option<Now>, name: &str| {
+            let again = Registry::open(&fixture.dir, Some(fixture.issuer()), now).unwrap();
+            again.knows_token(&TokenHash::of(name))
+        };
+        let at = |days: i64| {
+            Some(Now { unix_ms: now.unix_ms.saturating_add_signed(days * DAY * 1000), ..now })
+        };
+        enter_dated("old", 2 * DAY);
+        let between = dated(&fixture, "between", DAY + 7200);
+        for _ in 0..PATIENCE {
+            let serial = Serial::random().unwrap();
+            enter(&registry, &Leaf { serial, ..between.clone() }, None).unwrap();
         }
-        for now in [Some(clock::now()), None] {
-            let again = Registry::open(&fixture.dir, now).unwrap();
-            let known = ["old", "new", "newest"].map(|n| again.knows_token(&TokenHash::of(n)));
-            assert_eq!(known, [false, true, true]);
+        enter_dated("new", 1000);
+        for clock in [at(0), None, at(3)] {
+            assert!(known(clock, "new"), "{clock:?}");
+            assert!(!known(clock, "old"), "{clock:?}");
         }
+        assert!(known(at(-3), "new") && known(at(-3), "old"), "a clock that is behind");
+        // One that a clock which was ahead has dated does not make the others old.
+        enter_dated("ahead", -9 * DAY);
+        for clock in [at(0), None, at(3), at(9)] {
+            assert!(known(clock, "new") && known(clock, "ahead"), "{clock:?}");
+        }
+        let later = fixture.open().begin_later(now);
+        assert_eq!(later.iter().map(|r| r.device.as_str()).collect::<Vec<_>>(), ["ahead"]);
+        assert_eq!(fixture.open().begin_later(at(10).unwrap()), []);
     }
 }

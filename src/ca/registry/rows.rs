@@ -50,9 +50,15 @@ impl Row {
         expires_at: u64,
         revoked_at: Option<u64>,
     ) -> Self {
+        let mut row = Row { serial, device: device.into(), expires_at, revoked_at: 0, older: NONE };
+        row.set_revoked(revoked_at);
+        row
+    }
+
+    /// Revoked then, or not at all.
+    pub(super) fn set_revoked(&mut self, revoked_at: Option<u64>) {
         // A clock that was not set may have revoked at 0.
-        let revoked_at = revoked_at.map_or(0, |at| at.max(1));
-        Row { serial, device: device.into(), expires_at, revoked_at, older: NONE }
+        self.revoked_at = revoked_at.map_or(0, |at| at.max(1));
     }
 
     pub(super) fn is_of(&self, device: &DeviceId) -> bool {
@@ -159,7 +165,7 @@ impl Rows {
     pub(super) fn set_revoked(&mut self, serial: &Serial, now_s: u64) {
         let at = self.by_serial.get(serial).copied().unwrap_or(NONE);
         if let Some(row) = self.list.get_mut(at as usize) {
-            row.revoked_at = now_s;
+            row.set_revoked(Some(now_s));
         }
     }
 
