@@ -104,6 +104,31 @@ fn every_block_of_commands_is_run_by_somebody() {
     assert_eq!(by_hand, BY_HAND.len(), "blocks to be run by hand");
 }
 
+/// A reason is worth what shows it.
+#[test]
+fn every_test_and_row_that_the_design_names_exists() {
+    let design = read("docs/design.md");
+    let mut tests = 0;
+    for quoted in design.split('`').skip(1).step_by(2) {
+        let Some((file, name)) = quoted.split_once("::").filter(|(f, _)| f.contains('/')) else {
+            continue;
+        };
+        tests += 1;
+        assert!(read(file).contains(&format!("fn {name}()")), "{quoted}");
+    }
+    let model = read("docs/model/README.md");
+    let words: Vec<&str> = design.split_whitespace().collect();
+    let mut rows = 0;
+    for pair in words.windows(2).filter(|pair| pair[0].trim_start_matches('(') == "row") {
+        let row = pair[1].trim_end_matches([')', ',', '.', ':', ';']);
+        if row.contains(|c: char| c.is_ascii_digit()) {
+            rows += 1;
+            assert!(model.contains(&format!("\n| {row} | ")), "row {row}");
+        }
+    }
+    assert!(tests > 20 && rows > 15, "{tests} tests, {rows} rows");
+}
+
 /// README.md and what is in docs/, each by the name of its file.
 fn pages() -> Vec<(String, String)> {
     let mut names = vec!["README.md".to_owned()];
