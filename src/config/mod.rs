@@ -7,6 +7,8 @@
 
 mod cidr;
 mod describe;
+mod environment;
+mod names;
 mod redis;
 mod secret;
 mod supervision;
@@ -27,6 +29,7 @@ use log::LevelFilter;
 use rustls::sign::CertifiedKey;
 
 pub use self::cidr::Cidr;
+pub use self::environment::Environment;
 pub use self::redis::{PemFile, Redis};
 pub use self::secret::Secret;
 pub use self::supervision::Supervision;
@@ -210,6 +213,19 @@ impl Config {
         Ok(config)
     }
 
+    /// As [`Config::from_lookup`], with the notes on variables that count for nothing.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_environment(
+        environment: &Environment,
+        read: impl Fn(&Path) -> io::Result<Vec<u8>>,
+    ) -> Result<Config, ConfigError> {
+        let mut config = Config::from_lookup(|name| environment.get(name), read)?;
+        config.warnings.extend(environment.notes());
+        Ok(config)
+    }
+
     /// The variables that `later`, read from the same environment, has otherwise, and that a running
     /// server cannot change.
     pub fn fixed_changes(&self, later: &Config) -> Vec<&'static str> {
@@ -242,6 +258,9 @@ impl Config {
                 self.http.host
             ));
         }
+        if self.onboarding_api_key.is_none() {
+            self.warn_of_open_onboarding();
+        }
         if let (Some(onboarding), Some(admin)) = (&self.onboarding_api_key, &self.admin_api_key)
             && admin.matches(onboarding.reveal().as_bytes())
         {
@@ -261,6 +280,23 @@ impl Config {
         if self.redis.is_some() && self.jwt_secret.is_none() {
             let text =
                 "JWT_SECRET is unset: other instances on this Redis cannot verify our tokens";
+            self.warnings.push(text.to_owned());
+        }
+    }
+}
+
+impl Config {
+    fn warn_of_open_onboarding(&mut self) {
+        let Http { host, .. } = self.http;
+        if !host.is_loopback() {
+            self.warnings.push(format!(
+                "ONBOARDING_API_KEY is unset: whoever reaches {host} can onboard any device that has no \
+                 certificate; set it, or HTTP_HOST=127.0.0.1"
+            ));
+        }
+        if self.reenroll == Reenroll::Allow {
+            let text = "REENROLL=allow without ONBOARDING_API_KEY: whoever reaches the port gets a \
+                        certificate in the name of any device; set the key";
             self.warnings.push(text.to_owned());
         }
     }

@@ -34,6 +34,11 @@ fn good(vars: &[(&str, &str)]) -> Config {
     load(vars, &[]).unwrap_or_else(|e| panic!("{vars:?}: {e}"))
 }
 
+/// What is warned of on loopback, where onboarding may be open.
+fn warnings(vars: &[(&str, &str)]) -> Vec<String> {
+    good(&[vars, &[("HTTP_HOST", "localhost")]].concat()).warnings
+}
+
 fn check(vars: &[(&str, &str)], expected: &str) {
     let error = load(vars, &[]).map(|_| ()).map_err(|e| e.to_string());
     assert_eq!(error, Err(expected.to_owned()), "{vars:?}");
@@ -56,7 +61,9 @@ fn an_empty_environment_gives_the_defaults_of_the_table() {
         assert_eq!(lines.iter().filter(|l| **l == line).count(), 1, "{line} in {lines:#?}");
     }
     assert!(good(&[]).redis.is_none());
-    assert!(good(&[]).warnings.is_empty());
+    let open = "ONBOARDING_API_KEY is unset: whoever reaches 0.0.0.0 can onboard any device that has \
+                no certificate; set it, or HTTP_HOST=127.0.0.1";
+    assert_eq!(good(&[]).warnings, [open]);
     assert_eq!(good(&[]).run_dir, Path::new("./data/run"));
 }
 
@@ -290,8 +297,8 @@ fn the_jwt_secret() {
             "must not be the published default of the older service: anyone can sign with it";
         check(&[(name, published)], &format!("{name}: {reason}"));
         let text = format!("{name} is shorter than 32 bytes: it may be guessed from a token");
-        assert_eq!(good(&[(name, &"x".repeat(31))]).warnings, [text]);
-        assert_eq!(good(&[(name, &"x".repeat(32))]).warnings, [""; 0]);
+        assert_eq!(warnings(&[(name, &"x".repeat(31))]), [text]);
+        assert_eq!(warnings(&[(name, &"x".repeat(32))]), [""; 0]);
     }
 }
 
@@ -418,7 +425,7 @@ fn which_redis_counts() {
     let parts = [
         url,
         ("REDIS_HOST", "b"),
-        ("REDIS_PORT", "tcp://10.0.0.1:6379"),
+        ("REDIS_PORT", "nonsense"),
         ("REDIS_PASSWORD_FILE", "/none"),
         ("JWT_SECRET", "x"),
     ];
@@ -433,7 +440,8 @@ fn parts_of_redis_without_its_host_are_warned_of() {
     let check = |vars: &[(&str, &str)], ignored: &str| {
         let warning = "neither REDIS_URL nor REDIS_HOST is set, so tokens are kept in memory and \
                        these are ignored";
-        let config = load(vars, &[("/pw", b"p")]).unwrap();
+        let vars = [vars, &[("HTTP_HOST", "localhost")]].concat();
+        let config = load(&vars, &[("/pw", b"p")]).unwrap();
         assert_eq!(config.warnings, [format!("{warning}: {ignored}")], "{vars:?}");
     };
     check(&[("REDIS_PASSWORD", "x"), ("REDIS_PORT", "6380")], "REDIS_PORT, REDIS_PASSWORD");
@@ -447,8 +455,22 @@ fn parts_of_redis_without_its_host_are_warned_of() {
         &[("REDIS_CONNECT_TIMEOUT_MS", "10"), ("REDIS_PORT", "")],
     ];
     for vars in quiet {
-        assert_eq!(good(vars).warnings, [""; 0], "{vars:?}");
+        assert_eq!(warnings(vars), [""; 0], "{vars:?}");
     }
+}
+
+/// Kubernetes sets `REDIS_PORT` for a service that is called redis, and `HTTP_PORT` for one called http.
+#[test]
+fn the_ports_of_kubernetes_are_not_ours() {
+    let redis = ("REDIS_PORT", "tcp://10.0.0.1:6379");
+    assert_eq!(warnings(&[redis]), [""; 0]);
+    assert_eq!(server(&[redis, ("REDIS_HOST", "h")]).1, 6379);
+    assert_eq!(server(&[redis, ("REDIS_URL", "redis://h:1")]).1, 1);
+    let secret = ("JWT_SECRET", "0123456789abcdef0123456789abcdef");
+    assert_eq!(warnings(&[redis, ("REDIS_URL", "redis://h:1"), secret]), [""; 0]);
+    assert_eq!(good(&[("HTTP_PORT", "tcp://10.0.0.2:80")]).http.port, 3002);
+    let bad = "REDIS_PORT=\"http://x\": must be a whole number from 1 to 65535";
+    check(&[("REDIS_PORT", "http://x")], bad);
 }
 
 #[test]
@@ -498,7 +520,17 @@ fn unwise_combinations_are_warned_of() {
     for quiet in ["127.0.0.2", "::1", "localhost"] {
         assert_eq!(good(&[admin, ("HTTP_HOST", quiet)]).warnings, [""; 0]);
     }
-    let tls = [admin, ("TLS_CERT", ROOT), ("TLS_KEY", "/pem/root.key")];
+    let open = good(&[admin]).warnings;
+    assert!(open[0].starts_with("ADMIN_API_KEY used without TLS") && open.len() == 2, "{open:?}");
+    assert_eq!(
+        warnings(&[("REENROLL", "allow")]),
+        [
+            "REENROLL=allow without ONBOARDING_API_KEY: whoever reaches the port gets a certificate in the \
+          name of any device; set the key"
+        ]
+    );
+    assert_eq!(warnings(&[("REENROLL", "allow"), onboarding]), [""; 0]);
+    let tls = [onboarding, ("TLS_CERT", ROOT), ("TLS_KEY", "/pem/root.key")];
     assert_eq!(good(&tls).warnings, [""; 0]);
     let same = [onboarding, ("ADMIN_API_KEY", onboarding.1), ("HTTP_HOST", "::1")];
     assert_eq!(
@@ -506,7 +538,7 @@ fn unwise_combinations_are_warned_of() {
         ["ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke"]
     );
     assert_eq!(
-        good(&[("REDIS_HOST", "h")]).warnings,
+        warnings(&[("REDIS_HOST", "h")]),
         ["JWT_SECRET is unset: other instances on this Redis cannot verify our tokens"]
     );
 }

@@ -8,11 +8,11 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::Secret;
 use super::variables::{Allowed, Variable};
+use super::{Secret, names};
 
 /// U+FEFF in UTF-8.
-const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Why the configuration is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +32,12 @@ impl ConfigError {
     /// The file that `variable` names cannot be used for `reason`.
     pub(super) fn file(variable: &Variable, path: &Path, reason: impl fmt::Display) -> Self {
         ConfigError::new(variable, &path.to_string_lossy(), reason)
+    }
+
+    /// A file of variables cannot be used for `reason`.
+    pub fn env_file(path: &Path, reason: impl fmt::Display) -> Self {
+        let value = Some(path.to_string_lossy().into_owned());
+        ConfigError { name: "--env-file".to_owned(), value, reason: reason.to_string() }
     }
 
     /// As [`ConfigError::new`], where there is no value or none that may be shown.
@@ -69,9 +75,11 @@ impl<'a> Vars<'a> {
         Vars { lookup, read }
     }
 
-    /// The variable if it is set, even to nothing.
+    /// The variable if it is set, even to nothing. What Kubernetes sets under one of our names for a
+    /// service of its own is none of ours.
     pub fn set(&self, name: &str) -> Result<Option<String>, ConfigError> {
         (self.lookup)(name)
+            .filter(|value| !names::is_of_kubernetes(name, value))
             .map(|value| value.into_string().map_err(|_| ConfigError::bare(name, "must be UTF-8")))
             .transpose()
     }
