@@ -150,7 +150,7 @@ await "the server answers" "$server" healthy "$port"
 } >"$work/environment.monit"
 sed -n 's/^ *with path "\(.*\)"$/\1/p' "$contrib/monit/mqtt-publisher-lite.conf" |
     sed "s|/etc/mqtt-publisher-lite/environment|$work/environment.monit|; s|/usr/local/bin/mqtt-publisher-lite|$bin|" >"$work/monit.sh"
-grep -q "$bin healthcheck" "$work/monit.sh" || fail "monit runs something else"
+grep -q "^$bin --env-file $work/environment.monit healthcheck" "$work/monit.sh" || fail "monit runs something else"
 sh -eu "$work/monit.sh" || fail "monit's check of a server that is well"
 sed -i 's/^PORT=.*/PORT=1/' "$work/environment.monit"
 if sh -eu "$work/monit.sh" 2>/dev/null; then fail "monit's check of no server"; fi

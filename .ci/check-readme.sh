@@ -7,7 +7,7 @@
 #                and $ADMIN_API_KEY hold them
 #   server PORT  it is run beside the others, as in a terminal of its own, and has to listen on PORT; an
 #                earlier one on that port is stopped first
-#   settings     lines NAME=value, which `check-config` has to accept
+#   settings     lines NAME=value, which `check-config --offline` has to accept
 #
 # Anything else is not run here (tests/house/docs.rs knows who does).
 #
@@ -143,7 +143,7 @@ accept() {
         -keyout "$work/etc/key" -out "$work/etc/redis-ca.crt" 2>/dev/null
     sed "s|=/etc/mqtt-publisher-lite/|=$work/etc/|" "$work/settings" >"$work/settings.here"
     # shellcheck disable=SC2046 # one word for each setting; none has spaces
-    env -i $(cat "$work/settings.here") "$bin" check-config
+    env -i $(cat "$work/settings.here") "$bin" check-config --offline
 }
 
 if grep -lq 'REDIS_HOST\|redis-cli' "$work"/*.run* "$work"/*.server* 2>/dev/null; then

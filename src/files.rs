@@ -10,6 +10,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+
 /// The file that carries a folder's lock.
 const LOCK_NAME: &str = ".lock";
 
@@ -168,6 +170,30 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
     Ok(file)
 }
 
+/// Proves that files can be made in a folder, or that it can be made: then by permission alone, so
+/// that nothing is left behind.
+///
+/// # Errors
+/// When it cannot.
+pub fn try_folder(dir: &Path) -> Result<(), FilesError> {
+    match fs::metadata(dir) {
+        Ok(_) => return try_writing(dir),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(FilesError::io("cannot open folder", dir)(e));
+        }
+        Err(_) => {}
+    }
+    let there = dir.ancestors().skip(1).map(or_here).find(|above| above.exists());
+    let (above, may) = (there.unwrap_or(Path::new("/")), Access::WRITE_OK | Access::EXEC_OK);
+    accessat(CWD, above, may, AtFlags::EACCESS)
+        .map_err(|e| FilesError::io("cannot make folder", dir)(e.into()))
+}
+
+/// A relative path ends in nothing, which means here.
+fn or_here(path: &Path) -> &Path {
+    if path.as_os_str().is_empty() { Path::new(".") } else { path }
+}
+
 /// Proves that files can be made in a folder: writes a small one, syncs it, and removes it.
 ///
 /// # Errors
@@ -267,10 +293,7 @@ fn is_from_5_17(release: &str) -> bool {
 
 /// The folder that holds `path`.
 fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
-    }
+    path.parent().map_or(Path::new("."), or_here)
 }
 
 /// The hexadecimal text of `len` random bytes, made once and kept in a file of mode 0600.
@@ -280,10 +303,9 @@ fn folder_of(path: &Path) -> &Path {
 /// # Errors
 /// When the file cannot be read or made, or holds something else.
 pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesError> {
-    if let Some(bytes) = read(path)? {
+    if let Some(text) = read_secret(path, len)? {
         warn_if_others_may_read(path);
-        return secret_text(&bytes, len)
-            .ok_or_else(|| FilesError::Garbled { path: path.to_owned(), digits: 2 * len });
+        return Ok(text);
     }
     let mut random = vec![0; len];
     getrandom::fill(&mut random)
@@ -291,6 +313,16 @@ pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesErr
     let text: String = random.iter().map(|b| format!("{b:02x}")).collect();
     write_atomic(path, format!("{text}\n").as_bytes(), 0o600)?;
     Ok(text)
+}
+
+/// What [`read_or_create_secret`] has made; `None` if it has not.
+///
+/// # Errors
+/// As there.
+pub fn read_secret(path: &Path, len: usize) -> Result<Option<String>, FilesError> {
+    let Some(bytes) = read(path)? else { return Ok(None) };
+    let text = secret_text(&bytes, len);
+    text.map(Some).ok_or_else(|| FilesError::Garbled { path: path.to_owned(), digits: 2 * len })
 }
 
 fn secret_text(bytes: &[u8], len: usize) -> Option<String> {

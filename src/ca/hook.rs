@@ -5,14 +5,16 @@
 //! where our log goes. Whoever does not end in time is killed with all it has started.
 
 use std::fmt;
-use std::io;
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use std::os::unix::process::CommandExt as _;
 
+use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::clock;
@@ -27,6 +29,8 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// Why the program did not do its work.
 #[derive(Debug)]
 pub enum HookError {
+    /// It is none that could be run.
+    NoProgram(String),
     /// It could not be started or waited for.
     Io(io::Error),
     /// It said so.
@@ -38,6 +42,7 @@ pub enum HookError {
 impl fmt::Display for HookError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            HookError::NoProgram(why) => f.write_str(why),
             HookError::Io(why) => why.fmt(f),
             HookError::Failed(status) => status.fmt(f),
             HookError::TimedOut(limit) => write!(f, "killed after {} s", limit.as_secs()),
@@ -53,11 +58,56 @@ impl From<io::Error> for HookError {
     }
 }
 
+/// Finds the program as [`run`] would, and checks that this user may run it.
+///
+/// # Errors
+/// Why it cannot be run.
+pub fn find(program: &Path) -> Result<PathBuf, HookError> {
+    let no_program = |why: &str| HookError::NoProgram(why.to_owned());
+    let path = match program.components().count() {
+        1 if program.is_relative() => PATH
+            .split(':')
+            .map(|dir| Path::new(dir).join(program))
+            .find(|path| path.is_file())
+            .ok_or_else(|| no_program(&format!("no such program in {PATH}")))?,
+        _ => program.to_owned(),
+    };
+    if !std::fs::metadata(&path)?.is_file() {
+        return Err(no_program("is no file"));
+    }
+    accessat(CWD, &path, Access::EXEC_OK, AtFlags::EACCESS)
+        .map_err(|_| no_program("this user may not execute it: chmod +x"))?;
+    check_format(&path)?;
+    Ok(path)
+}
+
+/// Without a shell nobody runs a script that does not say by what.
+fn check_format(path: &Path) -> Result<(), HookError> {
+    let mut head = Vec::new();
+    // One may be executed that may not be read.
+    let Ok(file) = File::open(path) else { return Ok(()) };
+    file.take(256).read_to_end(&mut head)?;
+    let Some(line) = head.strip_prefix(b"#!") else {
+        let is_script = head.is_ascii() && !head.contains(&0);
+        let why = "a script must begin with the line #!/bin/sh, or name another interpreter there";
+        return if is_script { Err(HookError::NoProgram(why.to_owned())) } else { Ok(()) };
+    };
+    let line = line.split(|b| *b == b'\n').next().unwrap_or_default();
+    let line = String::from_utf8_lossy(line).into_owned();
+    let interpreter =
+        line.trim_start_matches([' ', '\t']).split([' ', '\t']).next().unwrap_or_default();
+    if !Path::new(interpreter).exists() {
+        return Err(HookError::NoProgram(format!("its interpreter {interpreter:?} is not there")));
+    }
+    Ok(())
+}
+
 /// Runs `program` with the path of the list, and waits for its end.
 ///
 /// # Errors
 /// When it cannot be run, fails, or takes longer than `limit`.
 pub fn run(program: &Path, list: &Path, limit: Duration) -> Result<(), HookError> {
+    let program = find(program)?;
     // SECURITY: our environment holds keys and passwords; nothing of it goes on.
     let mut child = Command::new(program)
         .arg(list)

@@ -116,7 +116,8 @@ impl Issuer {
         let (certificate, key) = (dir.join(CERTIFICATE), dir.join(KEY));
         let text = |path: &Path| -> Result<Option<String>, CaError> {
             let Some(bytes) = files::read(path)? else { return Ok(None) };
-            String::from_utf8(bytes).map(Some).map_err(|_| CaError::refused(path, "not a PEM text"))
+            let text = pem::text(&bytes).map(|text| Some(text.into_owned()));
+            text.ok_or_else(|| CaError::refused(path, "no PEM text: it is DER, or UTF-16"))
         };
         match (text(&certificate)?, text(&key)?) {
             (None, None) => Ok(None),

@@ -51,6 +51,8 @@ pub enum CaError {
         /// Its last second, since 1970.
         not_after: u64,
     },
+    /// There is no CA in this folder.
+    Missing(PathBuf),
     /// The clock of this machine is not set.
     ClockNotSet,
     /// A server's name is neither a DNS name nor an IP address.
@@ -80,6 +82,7 @@ impl fmt::Display for CaError {
                 let date = clock::rfc3339(not_after.saturating_mul(1000));
                 write!(f, "{}: the CA expired at {date}", path.display())
             }
+            CaError::Missing(dir) => write!(f, "there is no CA in {}", dir.display()),
             CaError::ClockNotSet => f.write_str("the clock is not set"),
             CaError::BadName(name) => {
                 write!(f, "{name:?} is neither a DNS name nor an IP address")
@@ -149,8 +152,7 @@ impl Ca {
         let plausible = clock_is_plausible(issuer.as_deref(), now);
         let registry = Registry::open(dir, issuer.as_deref(), plausible.then_some(now))?;
         if issuer.is_none() && !registry.is_empty() {
-            let why = "missing, but index.txt lists certificates that it signed";
-            return Err(CaError::refused(&dir.join(issuer::CERTIFICATE), why));
+            return Err(lost(dir));
         }
         let loaded = OnceLock::new();
         if let Some(issuer) = issuer {
@@ -245,6 +247,27 @@ impl Ca {
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
+}
+
+/// Tries what [`Ca::open`] would do, and changes nothing.
+///
+/// # Errors
+/// What it would stumble over.
+pub fn check(settings: &CaSettings, now: Now) -> Result<(), CaError> {
+    let issuer = Issuer::load(&settings.dir, settings.device_validity_days)?;
+    let is_empty = Registry::check(&settings.dir)?;
+    match issuer {
+        None if is_empty => Ok(()),
+        None => Err(lost(&settings.dir)),
+        Some(issuer) if clock_is_plausible(Some(&issuer), now) => issuer.check_dates(now),
+        Some(_) => Ok(()),
+    }
+}
+
+/// There is a record, but nobody who could have signed what is in it.
+fn lost(dir: &Path) -> CaError {
+    let why = "missing, but index.txt lists certificates that it signed";
+    CaError::refused(&dir.join(issuer::CERTIFICATE), why)
 }
 
 /// First and last second of a certificate in DER, since 1970; `None` if it is none.

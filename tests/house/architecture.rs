@@ -31,7 +31,7 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),
     ("rcgen", &["src/ca"], "only the CA signs"),
     ("env_filter", &["src/logging.rs", "src/config/mod.rs"], "everyone else uses `log`"),
-    ("signal_hook", &["src/lib.rs"], "only the process as a whole is signalled"),
+    ("signal_hook", &["src/service.rs"], "only the process as a whole is signalled"),
 ];
 
 /// Files other than `src/clock.rs` that read the monotonic clock.
@@ -53,7 +53,6 @@ fn every_import_is_allowed_by_the_table_in_lib_rs() {
         let allowed = table.allowed(&importer);
         for path in source.paths().iter().filter_map(|path| path.strip_prefix("crate::")) {
             let room = path.split("::").next().unwrap_or_default();
-            // What stands in lib.rs itself (a type, say) belongs to its layer.
             let fine = room == importer || allowed.contains(room);
             assert!(fine, "{} imports crate::{path}, which its layer may not", source.name);
         }
@@ -108,10 +107,10 @@ fn neighbours_know_each_other_only_where_it_is_listed() {
 }
 
 #[test]
-fn concrete_stores_are_named_by_the_stores_and_by_lib_rs_only() {
+fn concrete_stores_are_named_by_the_stores_and_by_the_service_only() {
     for source in sources() {
         for store in ["crate::store::memory", "crate::store::redis", "crate::store::failover"] {
-            let at_home = source.room() == "store" || source.name == "src/lib.rs";
+            let at_home = source.room() == "store" || source.name == "src/service.rs";
             let named = source.paths().iter().any(|path| is_within(path, store));
             assert!(at_home || !named, "{} names {store}", source.name);
         }

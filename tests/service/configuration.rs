@@ -1,11 +1,14 @@
 //! The environment: every variable, bad values, `<NAME>_FILE`, `check-config`; nothing secret is shown.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 use std::time::Duration;
 
+use crate::support::csr::Csr;
 use crate::support::port::Port;
-use crate::support::service::{Exit, Service, Setup};
+use crate::support::redis::Redis;
+use crate::support::service::{Exit, Service, Setup, as_any_user};
 use crate::support::{temp::TempDir, token};
 
 /// A name and a value.
@@ -313,7 +316,7 @@ fn check_config_shows_what_counts_and_no_secret() {
         ("ADMIN_API_KEY", "check-config-admin-key"),
         ("REDIS_PASSWORD", "check-config-redis-password"),
     ];
-    let setup = Setup::new().args(&["check-config"]).envs(&secrets);
+    let setup = Setup::new().args(&["check-config", "--offline"]).envs(&secrets);
     let setup = setup.env("PROVISIONING_TOKEN_TTL", "77").env("REDIS_HOST", "redis.example");
     let exit = setup.run();
     assert_eq!(exit.code, Some(0), "{}", exit.log);
@@ -332,13 +335,176 @@ fn check_config_shows_what_counts_and_no_secret() {
         assert!(!exit.log.contains(value), "{name} is shown: {}", exit.log);
     }
     let url = "redis://user:hunter2secret@redis.example:6380/2";
-    let exit = Setup::new().args(&["check-config"]).env("REDIS_URL", url).run();
+    let exit = Setup::new().args(&["check-config", "--offline"]).env("REDIS_URL", url).run();
     assert_eq!(exit.code, Some(0), "{}", exit.log);
     assert!(
         !exit.log.contains("hunter2secret") && exit.log.contains("redis.example"),
         "{}",
         exit.log
     );
+}
+
+/// A script that makes the fault in the folder of the data, variables, and what is said.
+const START_FAULTS: &[(&str, &[Variable], &str)] = &[
+    ("", &[], ""),
+    ("chmod 500 .", &[], "DATA_DIR: cannot write "),
+    (
+        "rm -r ca; chmod 500 .",
+        &[("CA_STORAGE_PATH", "data/x/ca")],
+        "cannot make folder data/x/ca: Permission denied",
+    ),
+    ("rm -r ca", &[("CA_STORAGE_PATH", "data/jwt-secret")], "CA_STORAGE_PATH: cannot "),
+    ("chmod 500 ca/certs", &[], "CA_STORAGE_PATH: cannot write "),
+    ("chmod 000 ca/root-ca.key", &[], "root-ca.key: Permission denied"),
+    ("rm ca/root-ca.key", &[], "root-ca.key: missing beside root-ca.crt"),
+    ("openssl genpkey -algorithm ED25519 -out ca/root-ca.key", &[], "root-ca.key: not the key of"),
+    (
+        "openssl x509 -in ca/root-ca.crt -outform DER -out x; mv x ca/root-ca.crt",
+        &[],
+        "no PEM text: it is DER",
+    ),
+    ("echo nonsense >>ca/index.txt", &[], "index.txt line 1: "),
+    ("echo 0123 >jwt-secret", &[], "jwt-secret should hold 64 lower-case hexadecimal digits"),
+    ("", &[("CRL_HOOK", "/no/such/hook")], "CRL_HOOK: No such file or directory"),
+    ("", &[("CRL_HOOK", "no-such-hook")], "CRL_HOOK: no such program in /usr/local/sbin:"),
+    ("", &[("CRL_HOOK", "true")], ""),
+    ("", &[("CRL_HOOK", "data/ca")], "CRL_HOOK: is no file"),
+    (
+        "printf '#!/bin/sh\n' >h",
+        &[("CRL_HOOK", "data/h")],
+        "this user may not execute it: chmod +x",
+    ),
+    ("echo true >h; chmod 755 h", &[("CRL_HOOK", "data/h")], "must begin with the line #!/bin/sh"),
+    (
+        "printf '#!/bin/sh\r\n' >h; chmod 755 h",
+        &[("CRL_HOOK", "data/h")],
+        r#"interpreter "/bin/sh\r" is not there"#,
+    ),
+    ("printf '#! /bin/sh\n' >h; chmod 755 h", &[("CRL_HOOK", "data/h")], ""),
+    ("", &[("REDIS_URL", "redis://127.0.0.1:1")], "Redis: "),
+];
+
+#[test]
+fn check_config_tries_what_a_start_would() {
+    for (script, vars, says) in START_FAULTS {
+        let mut service = Setup::new().start();
+        assert_eq!(service.terminate().code, Some(0));
+        let data = service.data("");
+        let made = Command::new("sh").args(["-ec", script]).current_dir(&data).output().unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let check = |args: &[&str]| {
+            let setup = Setup::new().wrapper(as_any_user()).envs(vars).args(args);
+            setup.env("DATA_DIR", data.to_str().unwrap()).running_in(service.dir()).run()
+        };
+        let exit = check(&["check-config"]);
+        let fault = exit.log.lines().find(|line| line.contains(says));
+        let what = format!("{script} {vars:?}: {says}: {}", exit.log);
+        assert_eq!(exit.code, Some(if says.is_empty() { 0 } else { 2 }), "{what}");
+        assert!(fault.is_some() && exit.log.contains("REENROLL=deny"), "{what}");
+        let is_redis = says.starts_with("Redis");
+        assert_eq!(
+            check(&["check-config", "--offline"]).code == Some(0),
+            says.is_empty() || is_redis,
+            "{what}"
+        );
+        fs::set_permissions(&data, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
+#[test]
+fn check_config_asks_redis_and_leaves_it_as_it_was() {
+    let redis = Redis::with_password("right");
+    let check = |password: &str| {
+        let setup = Setup::new().args(&["check-config"]).env("REDIS_HOST", "127.0.0.1");
+        let setup = setup.env("REDIS_PORT", &redis.port().to_string());
+        setup.env("REDIS_PASSWORD", password).run()
+    };
+    assert_eq!(check("right").code, Some(0));
+    assert!(redis.keys().is_empty(), "{:?}", redis.keys());
+    let exit = check("wrong");
+    assert_eq!(exit.code, Some(2), "{}", exit.log);
+    assert!(
+        exit.log.contains("Redis: ") && exit.log.contains("wrong user name or password?"),
+        "{}",
+        exit.log
+    );
+}
+
+/// It takes no lock and stops nothing.
+#[test]
+fn check_config_beside_the_service() {
+    let service = Setup::new().start();
+    let setup =
+        Setup::new().args(&["check-config"]).env("DATA_DIR", service.data("").to_str().unwrap());
+    let exit = setup.run();
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    service.enroll("d", &Csr::new("d").make());
+}
+
+/// As systemd reads an environment file; each command, and the environment wins.
+#[test]
+fn variables_from_a_file() {
+    let dir = TempDir::new();
+    let port = Port::any();
+    let number = port.number();
+    let text = format!(
+        "# ours\nDATA_DIR='{0}/da ta'\nPORT={1}\nJWT_SECRET=\"{2}\"\nREENROLL=deny\n",
+        dir.path().display(),
+        number,
+        token::SECRET
+    );
+    let file = dir.file("environment", &text).display().to_string();
+    let with = |args: &[&str]| {
+        let args = [&["--env-file", &file], args].concat();
+        Setup::new().without_port().without_data_dir().args(&args).env("REENROLL", "allow")
+    };
+    assert_eq!(with(&["healthcheck"]).run().code, Some(1));
+    let exit = with(&["check-config"]).run();
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    for line in [&*format!("PORT={number}"), "REENROLL=allow", "JWT_SECRET=(set)"] {
+        assert!(exit.log.lines().any(|l| l == line), "{line} in {}", exit.log);
+    }
+    let service = with(&[]).on_port(port).start();
+    token::open(token::SECRET, &service.token("d"));
+    assert_eq!(with(&["healthcheck"]).run().code, Some(0));
+    let out = dir.path().join("out").display().to_string();
+    let exit = with(&["server-certificate", "broker.lan", "--out", &out]).run();
+    assert_eq!(exit.code, Some(0), "{}", exit.log);
+    assert!(dir.path().join("out/server.crt").exists() && dir.path().join("da ta/ca").exists());
+
+    let exit = Setup::new().args(&["check-config", "--env-file", "/no/such"]).run();
+    assert_eq!(exit.code, Some(2));
+    assert!(exit.log.contains("--env-file=\"/no/such\": No such file"), "{}", exit.log);
+}
+
+#[test]
+fn what_counts_for_nothing_is_warned_of() {
+    let dir = TempDir::new();
+    let file = dir.file("environment", "PORT\nCERT_VALIDITY_DAYS=365\n").display().to_string();
+    let setup = Setup::new().args(&["--env-file", &file]).envs(&[
+        ("ONBOARDING_APIKEY", "hunter2-0123456789"),
+        ("REDIS_PORT", "tcp://10.0.0.1:6379"),
+        ("REDIS_SERVICE_HOST", "10.0.0.1"),
+        ("REENROLL", "allow"),
+        ("HTTP_HOST", "0.0.0.0"),
+    ]);
+    let service = setup.start();
+    let log = service.log();
+    for warning in [
+        "ONBOARDING_APIKEY is no variable of this program and is ignored: did you mean ONBOARDING_API_KEY?",
+        "CERT_VALIDITY_DAYS was a variable of the older service and is ignored: DEVICE_CERT_VALIDITY_DAYS takes",
+        &format!("line 1 of {file} is no NAME=value and is ignored"),
+        "ONBOARDING_API_KEY is unset: whoever reaches 0.0.0.0 can onboard any device",
+        "REENROLL=allow without ONBOARDING_API_KEY: whoever reaches the port gets a certificate",
+    ] {
+        assert!(
+            log.lines().any(|l| l.contains("WARN") && l.contains(warning)),
+            "{warning} in {log}"
+        );
+    }
+    assert!(!log.contains("hunter2") && !log.contains("REDIS_"), "{log}");
+    let warnings = service.http.get("/ready").json()["warnings"].to_string();
+    assert!(warnings.contains("ONBOARDING_APIKEY"), "{warnings}");
 }
 
 #[test]
@@ -366,7 +532,6 @@ fn values_with_effect() {
 }
 
 fn mode(path: &std::path::Path) -> u32 {
-    use std::os::unix::fs::PermissionsExt as _;
     fs::metadata(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).permissions().mode()
         & 0o777
 }

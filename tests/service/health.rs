@@ -1,7 +1,7 @@
 //! `/health` and `/ready`: right counts, quickly, however many tokens are live.
 
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use mqtt_publisher_lite::store::memory::Memory;
 use crate::support::clock::now_ms;
 use crate::support::csr::Csr;
 use crate::support::redis::{Redis, resp};
-use crate::support::service::{Service, Setup};
+use crate::support::service::{Service, Setup, as_any_user};
 use crate::support::temp::TempDir;
 use crate::support::{fields, on_both_stores, token, wait};
 
@@ -149,12 +149,6 @@ fn a_record_that_cannot_be_written_is_a_reason_until_it_can() {
         "{log}"
     );
     service.enroll("e", &Csr::new("e").make());
-}
-
-/// Root may write anywhere; without these powers it is bound by modes as any user is.
-fn as_any_user() -> &'static [&'static str] {
-    let is_root = fs::metadata("/proc/self").unwrap().uid() == 0;
-    if is_root { &["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] } else { &[] }
 }
 
 /// The program cannot be made to lose a lane for good from outside, so this asks the API alone.

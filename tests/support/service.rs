@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -35,6 +36,7 @@ pub struct Setup {
     wrapper: Vec<String>,
     args: Vec<String>,
     dir: TempDir,
+    running_in: Option<PathBuf>,
     data_dir: bool,
     port_variable: bool,
     log_pipe: bool,
@@ -49,6 +51,7 @@ impl Setup {
             wrapper: vec![],
             args: vec![],
             dir: TempDir::new(),
+            running_in: None,
             data_dir: true,
             port_variable: true,
             log_pipe: false,
@@ -76,6 +79,12 @@ impl Setup {
     /// that forks would be the process that is measured and killed).
     pub fn wrapper(mut self, command: &[&str]) -> Self {
         self.wrapper = command.iter().map(|a| (*a).to_owned()).collect();
+        self
+    }
+
+    /// Runs the program in this folder instead of a new one.
+    pub fn running_in(mut self, dir: &Path) -> Self {
+        self.running_in = Some(dir.to_owned());
         self
     }
 
@@ -214,7 +223,10 @@ impl Service {
         words.push(env!("CARGO_BIN_EXE_mqtt-publisher-lite").to_owned());
         words.extend_from_slice(&setup.args);
         let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).current_dir(setup.dir()).env_clear();
+        command
+            .args(&words[1..])
+            .current_dir(setup.running_in.as_deref().unwrap_or(setup.dir()))
+            .env_clear();
         if !setup.wrapper.is_empty() {
             command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
         }
@@ -462,6 +474,12 @@ impl Drop for Service {
             eprintln!("--- log of the server on port {}\n{}---", self.port(), self.log());
         }
     }
+}
+
+/// A wrapper by which root, who may read and write anything, is bound by modes as any user is.
+pub fn as_any_user() -> &'static [&'static str] {
+    let is_root = fs::metadata("/proc/self").unwrap().uid() == 0;
+    if is_root { &["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] } else { &[] }
 }
 
 /// The writing end of a pipe from which a thread copies to `file` until the other side closes it.

@@ -5,9 +5,10 @@
 //! small file that is written as certificates are, until that works.
 
 use std::fs::OpenOptions;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{CERTS, INDEX, Registry, RegistryError};
+use super::{CERTS, INDEX, Registry, RegistryError, repair};
 use crate::files;
 
 /// Why the record cannot be written; nothing if the last attempt worked.
@@ -35,6 +36,17 @@ impl Trial {
 }
 
 impl Registry {
+    /// Checks that the record in `dir` can be read and written, and changes nothing. Returns whether
+    /// nothing is recorded there.
+    ///
+    /// # Errors
+    /// What [`Registry::open`], or the first certificate, would stumble over.
+    pub fn check(dir: &Path) -> Result<bool, RegistryError> {
+        files::try_folder(&dir.join(CERTS)).map_err(RegistryError::not_written)?;
+        let index = repair::read_index(&dir.join(INDEX))?;
+        Ok(index.is_none_or(|(rows, _)| rows.is_empty()))
+    }
+
     /// Why the record cannot be written, as far as the last attempt tells.
     pub fn trouble(&self) -> Option<String> {
         self.trial.lock().clone()

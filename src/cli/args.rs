@@ -1,6 +1,6 @@
 //! The command line: what is asked for, and the text of `--help`.
 //!
-//! Written by hand, because there are five commands and two options. All settings are environment
+//! Written by hand, because there are five commands and four options. All settings are environment
 //! variables; the command line has none, so that no secret can get into a process list.
 
 use std::ffi::OsString;
@@ -8,6 +8,15 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::config::variables::{self, Allowed, Variable};
+
+/// The command line as it is understood.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arguments {
+    /// What is asked for.
+    pub command: Command,
+    /// Files of variables; of two that name the same one the later counts.
+    pub env_files: Vec<PathBuf>,
+}
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +28,10 @@ pub enum Command {
     /// Show [`version`].
     Version,
     /// Check the configuration and show it.
-    CheckConfig,
+    CheckConfig {
+        /// Without asking Redis.
+        offline: bool,
+    },
     /// Ask the running server whether it is well.
     Healthcheck,
     /// Sign a server's certificate with the CA.
@@ -49,6 +61,7 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+const ENV_FILE: &str = "--env-file";
 /// A year and a month: long enough for a yearly renewal to be late.
 const DEFAULT_DAYS: u32 = 396;
 const MAX_DAYS: u32 = 36_500;
@@ -57,17 +70,42 @@ const MAX_DAYS: u32 = 36_500;
 ///
 /// # Errors
 /// The first argument that is not understood.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, UsageError> {
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Arguments, UsageError> {
     let args: Result<Vec<String>, _> = args.into_iter().map(OsString::into_string).collect();
     let args = args.map_err(|arg| UsageError(format!("{arg:?} is not UTF-8")))?;
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
-        return Ok(Command::Help);
+        return Ok(Arguments { command: Command::Help, env_files: Vec::new() });
     }
+    let (env_files, rest) = take_env_files(args)?;
+    Ok(Arguments { command: command(rest)?, env_files })
+}
+
+/// Takes out `--env-file`, which every command has, wherever it stands.
+fn take_env_files(args: Vec<String>) -> Result<(Vec<PathBuf>, Vec<String>), UsageError> {
+    let (mut files, mut rest) = (Vec::new(), Vec::new());
+    let mut args = args.into_iter();
+    while let Some(arg) = args.next() {
+        match arg.split_once('=') {
+            None if arg == ENV_FILE => files.push(value_of(ENV_FILE, None, &mut args)?.into()),
+            Some((ENV_FILE, path)) => {
+                files.push(value_of(ENV_FILE, Some(path.to_owned()), &mut args)?.into());
+            }
+            _ => rest.push(arg),
+        }
+    }
+    Ok((files, rest))
+}
+
+fn command(args: Vec<String>) -> Result<Command, UsageError> {
     let mut args = args.into_iter();
     let Some(first) = args.next() else { return Ok(Command::Serve) };
     let command = match first.as_str() {
         "--version" | "-V" => Command::Version,
-        "check-config" => Command::CheckConfig,
+        "check-config" => {
+            let offline = args.as_slice().first().is_some_and(|arg| arg == "--offline");
+            let _ = offline.then(|| args.next());
+            Command::CheckConfig { offline }
+        }
         "healthcheck" => Command::Healthcheck,
         "server-certificate" => return server_certificate(args).map(Command::ServerCertificate),
         _ => return Err(UsageError(format!("unknown argument {first:?}"))),
@@ -135,17 +173,22 @@ pub fn help() -> String {
 {version}
 {description}
 
-Usage: mqtt-publisher-lite [COMMAND]
+Usage: mqtt-publisher-lite [--env-file FILE]... [COMMAND]
 
 Commands:
   (none)              serve until SIGTERM or SIGINT
-  check-config        check the environment and print what counts, without secrets
+  check-config [--offline]
+                      check the environment, try what the start would need (as this user; Redis not with
+                      --offline), and print what counts, without secrets
   healthcheck         ask the local server for /health, 3 seconds at most
   server-certificate NAME... [--days N] [--out DIR]
                       sign a certificate for a server (the broker, or our own HTTPS) with these
                       DNS names and IP addresses; {DEFAULT_DAYS} days, into the current folder
   --help, -h          print this
   --version, -V       print the version
+
+  --env-file FILE     for every command: read variables from this file too, NAME=value lines as systemd
+                      reads them; the environment wins, then the last file
 
 Environment (variable, default, meaning):
 {variables}
@@ -178,7 +221,8 @@ mod tests {
     use super::*;
 
     fn parsed(args: &str) -> Result<Command, String> {
-        parse(args.split_whitespace().map(OsString::from)).map_err(|e| e.to_string())
+        let parsed = parse(args.split_whitespace().map(OsString::from));
+        parsed.map(|arguments| arguments.command).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -190,12 +234,26 @@ mod tests {
             ("server-certificate --help", Command::Help),
             ("--version", Command::Version),
             ("-V", Command::Version),
-            ("check-config", Command::CheckConfig),
+            ("check-config", Command::CheckConfig { offline: false }),
+            ("check-config --offline", Command::CheckConfig { offline: true }),
             ("healthcheck", Command::Healthcheck),
         ];
         for (args, expected) in rows {
             assert_eq!(parsed(args), Ok(expected), "{args}");
         }
+    }
+
+    #[test]
+    fn files_of_variables_stand_anywhere() {
+        let check = |args: &str, command: Command, files: &[&str]| {
+            let env_files = files.iter().map(PathBuf::from).collect();
+            let parsed = parse(args.split_whitespace().map(OsString::from));
+            assert_eq!(parsed, Ok(Arguments { command, env_files }), "{args}");
+        };
+        check("--env-file /a", Command::Serve, &["/a"]);
+        check("--env-file=/a healthcheck --env-file /b", Command::Healthcheck, &["/a", "/b"]);
+        let offline = Command::CheckConfig { offline: true };
+        check("check-config --env-file x=y --offline", offline, &["x=y"]);
     }
 
     #[test]
@@ -215,6 +273,9 @@ mod tests {
         let rows = [
             ("serve", "unknown argument \"serve\""),
             ("--port 1", "unknown argument \"--port\""),
+            ("--env-file", "--env-file needs a value"),
+            ("healthcheck --env-file=", "--env-file needs a value"),
+            ("healthcheck --offline", "healthcheck takes no argument, not \"--offline\""),
             ("check-config x", "check-config takes no argument, not \"x\""),
             ("--version x", "--version takes no argument, not \"x\""),
             ("server-certificate a --key k", "unknown option \"--key\""),

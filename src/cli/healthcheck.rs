@@ -1,4 +1,4 @@
-//! Asks the local server for `/health`, for containers and watchdogs that have no curl.
+//! `healthcheck`: asks the local server for `/health`, for containers and watchdogs that have no curl.
 //!
 //! One deadline covers everything from connecting to the answer, so that a server that hangs is
 //! found out as surely as one that is gone.
@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,15 +20,16 @@ use rustls::{
     Stream,
 };
 
+use super::{FAILED, Given, done, fail};
 use crate::clock;
 use crate::config::{Http, certificates};
 
 /// How long the whole check may take.
-pub const DEADLINE: Duration = Duration::from_secs(3);
+const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Why the server does not count as well.
 #[derive(Debug)]
-pub enum HealthError {
+enum HealthError {
     /// No connection, or it broke before the status line.
     Io(SocketAddr, io::Error),
     /// It did not answer in time.
@@ -58,11 +60,17 @@ impl fmt::Display for HealthError {
 
 impl std::error::Error for HealthError {}
 
-/// Is the server on this machine, configured as `http` says, well?
-///
-/// # Errors
-/// If it does not answer 200 within `deadline`.
-pub fn check(http: &Http, deadline: Duration) -> Result<(), HealthError> {
+/// Never exits with 2, which container engines reserve for themselves.
+pub(super) fn run(given: &Given) -> ExitCode {
+    let http = given.environment().and_then(|vars| Http::from_lookup(|name| vars.get(name)));
+    match http {
+        Ok(http) => done(check(&http, DEADLINE)),
+        Err(e) => fail(FAILED, e),
+    }
+}
+
+/// Whether the server on this machine, configured as `http` says, answers 200 within `deadline`.
+fn check(http: &Http, deadline: Duration) -> Result<(), HealthError> {
     let address = SocketAddr::new(reachable(http.host), http.port);
     let tls = http.tls.as_ref().map(|tls| tls_session(&tls.cert, address.ip())).transpose()?;
     let status_line = ask(address, tls, deadline).map_err(|e| match e.kind() {

@@ -1,0 +1,469 @@
+//! The service as a whole: makes its parts, connects them, and waits for signals until it is to stop.
+//! Only here are concrete stores named.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::Duration;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
+use signal_hook::iterator::Signals;
+
+use crate::api::{self, Api};
+use crate::ca::publisher::Publisher;
+use crate::ca::{self, Ca, CaSettings};
+use crate::clock;
+use crate::config::{self, Config, ConfigError};
+use crate::files::{self, FolderLock};
+use crate::jwt::{Claims, Signer};
+use crate::metrics::Metrics;
+use crate::notify::Manager;
+use crate::provisioner::{Provisioner, Rules};
+use crate::server::Server;
+use crate::store::TokenStore;
+use crate::store::failover::{Failover, Remote as _};
+use crate::store::ledger::Ledger;
+use crate::store::memory::Memory;
+use crate::store::redis::RedisStore;
+
+/// The file below `DATA_DIR` that holds the secret by which tokens are signed, and its random bytes.
+const TOKEN_SECRET: (&str, usize) = ("jwt-secret", 32);
+/// The same for the name of this instance in Redis.
+const INSTANCE_ID: (&str, usize) = ("instance-id", 16);
+/// Enough for the threads that wait most of the time.
+const SMALL_STACK_BYTES: usize = 256 * 1024;
+/// How often a clock that is not set is looked at.
+const CLOCK_WATCH: Duration = Duration::from_millis(500);
+/// How often what ends is said again.
+const DAY: Duration = Duration::from_secs(clock::DAY_S);
+/// Longest time to finish what was begun, after the signal to stop.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Why the server stopped, or a command failed: one line for the operator.
+#[derive(Debug)]
+pub struct RunError(String);
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for RunError {}
+
+fn failed(error: impl fmt::Display) -> RunError {
+    RunError(error.to_string())
+}
+
+/// Serves until SIGTERM or SIGINT. `reread` reads the configuration again, for SIGHUP.
+///
+/// # Errors
+/// What kept the server from starting.
+pub fn run(
+    config: &Config,
+    reread: impl Fn() -> Result<Config, ConfigError>,
+) -> Result<(), RunError> {
+    std::panic::set_hook(Box::new(|info| log::error!("{info}")));
+    // Until it serves there is nothing to finish: whoever stops it is not made to wait for Redis.
+    let starting = Arc::new(AtomicBool::new(true));
+    for signal in [SIGTERM, SIGINT] {
+        flag::register_conditional_shutdown(signal, 0, Arc::clone(&starting)).map_err(failed)?;
+    }
+    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
+    files::make_dir(&config.data_dir, 0o755).map_err(failed)?;
+    files::make_dir(&config.ca.dir, 0o755).map_err(failed)?;
+    let _locks = lock_folders(config)?;
+    let ca = Arc::new(open_ca(config)?);
+    let signer = Signer::new(&token_secret(config)?);
+    let ledger = Arc::new(load_ledger(config, &ca));
+    let metrics = Arc::new(Metrics::new(api::endpoints()));
+    let store = open_store(config, &signer, &ledger, &metrics)?;
+    let publisher = publish(config, &ca)?;
+    let provisioner = Arc::new(Provisioner::new(
+        Arc::clone(&store.tokens),
+        ledger,
+        Arc::clone(&publisher),
+        signer,
+        rules(config),
+        Arc::clone(&metrics),
+    ));
+    seek_redis(config, &ca, &store)?;
+    watch_clock(publisher, store.failover.clone())?;
+    let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
+    let (events, happened) = mpsc::channel();
+    let (edge_ended, answering) = (events.clone(), events.clone());
+    let server = Server::start(config, &api, &metrics, move |error| {
+        // Nobody listens any more only if the process is ending.
+        let _ = edge_ended.send(Event::EdgeEnded(error));
+    });
+    let server = server.map_err(failed)?;
+    announce(config, store.tokens.status().redis_serves);
+    starting.store(false, Ordering::SeqCst);
+    forward_signals(signals, events)?;
+    let service = Running { config, api, server, store, answering };
+    let mut manager = Manager::new(&config.supervision, clock::now());
+    let ended = service.until_told(&happened, &mut manager, reread);
+    manager.stopping();
+    service.stop();
+    ended
+}
+
+/// Tries what [`run`] would do with this configuration and makes or changes nothing, so that it may be
+/// done while a service runs. Redis is asked, unless it is `offline`.
+///
+/// Returns what a start would stumble over, each under the variable that is concerned, and what it
+/// would merely warn of.
+pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
+    let mut rehearsal = Rehearsal::default();
+    let mut check = |name: &str, outcome: Result<(), String>| {
+        rehearsal.faults.extend(outcome.err().map(|why| format!("{name}: {why}")));
+    };
+    let folder = |dir| files::try_folder(dir).map_err(|e| e.to_string());
+    check("DATA_DIR", folder(&config.data_dir).and_then(|()| try_secrets(config)));
+    let ca = || ca::check(&ca_settings(config), clock::now()).map_err(|e| e.to_string());
+    check("CA_STORAGE_PATH", folder(&config.ca.dir).and_then(|()| ca()));
+    check("RUNTIME_DIRECTORY", folder(&config.run_dir));
+    if let Some(hook) = &config.crl_hook {
+        check("CRL_HOOK", ca::hook::find(hook).map(drop).map_err(|e| e.to_string()));
+    }
+    if let Some(redis) = config.redis.as_ref().filter(|_| !offline) {
+        let eviction = try_redis(redis);
+        check("Redis", eviction.as_ref().map(drop).map_err(Clone::clone));
+        let policy = eviction.ok().flatten();
+        rehearsal.warnings.extend(policy.map(|policy| {
+            format!("maxmemory-policy of this Redis is {policy}: it may drop marks of used tokens")
+        }));
+    }
+    rehearsal
+}
+
+/// What [`rehearse`] has found.
+#[derive(Debug, Default)]
+pub struct Rehearsal {
+    /// What has to be mended.
+    pub faults: Vec<String>,
+    /// What should be known.
+    pub warnings: Vec<String>,
+}
+
+/// The files that a first start makes, if they are there.
+fn try_secrets(config: &Config) -> Result<(), String> {
+    let made = [(TOKEN_SECRET, config.jwt_secret.is_none()), (INSTANCE_ID, config.redis.is_some())];
+    for ((name, bytes), _) in made.into_iter().filter(|(_, counts)| *counts) {
+        files::read_secret(&config.data_dir.join(name), bytes).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+/// Connects and logs in as a start does, and asks for every right that is needed. Returns a memory
+/// policy that may drop keys.
+fn try_redis(redis: &config::Redis) -> Result<Option<String>, String> {
+    let metrics = Arc::new(Metrics::new(api::endpoints()));
+    let store = RedisStore::new(redis, String::new(), Signer::new(b"none"), metrics);
+    let hello = store.and_then(|store| store.connect(None)).map_err(|e| e.to_string())?;
+    Ok(hello.eviction)
+}
+
+fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
+    let same =
+        std::fs::canonicalize(&config.data_dir).ok() == std::fs::canonicalize(&config.ca.dir).ok();
+    let mut locks = vec![FolderLock::take(&config.data_dir).map_err(failed)?];
+    if !same {
+        locks.push(FolderLock::take(&config.ca.dir).map_err(failed)?);
+    }
+    Ok(locks)
+}
+
+fn open_ca(config: &Config) -> Result<Ca, RunError> {
+    let ca = Ca::open(&ca_settings(config), clock::now()).map_err(failed)?;
+    if let Some(issuer) = ca.issuer() {
+        log::info!("CA SHA-256 fingerprint {}", issuer.fingerprint());
+    }
+    if !ca.clock_is_plausible(clock::now()) {
+        log::warn!("the clock is not set: nothing is issued or signed until it is");
+    }
+    Ok(ca)
+}
+
+fn ca_settings(config: &Config) -> CaSettings {
+    CaSettings {
+        dir: config.ca.dir.clone(),
+        root_validity_years: config.ca.root_validity_years,
+        device_validity_days: config.ca.device_validity_days,
+    }
+}
+
+fn token_secret(config: &Config) -> Result<Vec<u8>, RunError> {
+    match &config.jwt_secret {
+        Some(secret) => Ok(secret.reveal().clone()),
+        None => {
+            let (name, bytes) = TOKEN_SECRET;
+            let text = files::read_or_create_secret(&config.data_dir.join(name), bytes);
+            let text = text.map_err(failed)?;
+            Ok(text.into_bytes())
+        }
+    }
+}
+
+/// The tokens for which a certificate is on disk are refused whatever Redis says.
+fn load_ledger(config: &Config, ca: &Ca) -> Ledger {
+    let ledger = Ledger::new(config.memory_max_tokens);
+    let now = clock::now();
+    for spent in ca.registry().spent_tokens() {
+        let (iat, exp) = (spent.token.iat, spent.token.exp);
+        let claims = Claims { device_id: spent.device, iat, exp, jti: None };
+        ledger.load(spent.token.hash, spent.serial, claims, now);
+    }
+    ledger
+}
+
+fn rules(config: &Config) -> Rules {
+    Rules {
+        token_ttl_s: config.token_ttl_s,
+        reenroll: config.reenroll,
+        renew_revokes: config.renew_revokes,
+        renew_after_expiry_days: config.renew_after_expiry_days,
+    }
+}
+
+/// Publishes the list of revoked certificates, now if the clock allows, and from then on.
+fn publish(config: &Config, ca: &Arc<Ca>) -> Result<Arc<Publisher>, RunError> {
+    let publisher = Arc::new(Publisher::new(Arc::clone(ca), config.crl_hook.clone()));
+    publisher.keep_fresh(clock::now());
+    publisher.try_record(clock::now());
+    let worker = Arc::clone(&publisher);
+    spawn("crl", move || worker.work_forever())?;
+    Ok(publisher)
+}
+
+/// The stores and what has to be told to stop.
+struct Stores {
+    tokens: Arc<dyn TokenStore>,
+    memory: Arc<Memory>,
+    failover: Option<Arc<Failover>>,
+}
+
+fn open_store(
+    config: &Config,
+    signer: &Signer,
+    ledger: &Arc<Ledger>,
+    metrics: &Arc<Metrics>,
+) -> Result<Stores, RunError> {
+    let memory = Arc::new(Memory::new(config.memory_max_tokens, Arc::clone(ledger)));
+    let reaper = Arc::clone(&memory);
+    spawn("reaper", move || reaper.reap_forever())?;
+    let Some(redis) = &config.redis else {
+        log::warn!("⚠️  Provisioning tokens will not be persistent");
+        let tokens: Arc<dyn TokenStore> = Arc::clone(&memory) as _;
+        return Ok(Stores { tokens, memory, failover: None });
+    };
+    log::info!("💾 Initializing Redis (Token Persistence)...");
+    let (name, bytes) = INSTANCE_ID;
+    let instance = files::read_or_create_secret(&config.data_dir.join(name), bytes);
+    let remote =
+        RedisStore::new(redis, instance.map_err(failed)?, signer.clone(), Arc::clone(metrics));
+    let failover = Arc::new(Failover::new(
+        Box::new(remote.map_err(failed)?),
+        Arc::clone(&memory),
+        Arc::clone(ledger),
+        signer.clone(),
+        config.outage_redeem,
+        redis.timeout,
+    ));
+    Ok(Stores { tokens: Arc::clone(&failover) as _, memory, failover: Some(failover) })
+}
+
+/// Starts looking for Redis, with our CA's fingerprint in hand if there is a CA.
+fn seek_redis(config: &Config, ca: &Ca, stores: &Stores) -> Result<(), RunError> {
+    let (Some(failover), Some(redis)) = (&stores.failover, &config.redis) else { return Ok(()) };
+    enter_ca(ca, Some(failover));
+    let supervised = Arc::clone(failover);
+    spawn("redis", move || supervised.supervise())?;
+    failover.wait_for_first_attempt(redis.connect_timeout);
+    Ok(())
+}
+
+fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
+    if let (Some(failover), Some(issuer)) = (failover, ca.issuer()) {
+        failover.set_ca_fingerprint(issuer.fingerprint().to_owned());
+    }
+}
+
+/// While the clock is not set, watches it, so that the CA is made or judged within a second.
+fn watch_clock(publisher: Arc<Publisher>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
+    let ca = Arc::clone(publisher.ca());
+    if ca.clock_is_plausible(clock::now()) {
+        return Ok(());
+    }
+    spawn("clock", move || {
+        let settled = loop {
+            thread::sleep(CLOCK_WATCH);
+            match ca.settle(clock::now()) {
+                Ok(false) => {}
+                other => break other,
+            }
+        };
+        match (settled, ca.issuer()) {
+            (Err(error), _) => log::error!("the clock is set, but: {error}"),
+            (Ok(_), Some(issuer)) => {
+                log::info!("the clock is set, CA SHA-256 fingerprint {}", issuer.fingerprint());
+            }
+            (Ok(_), None) => {}
+        }
+        publisher.keep_fresh(clock::now());
+        enter_ca(&ca, failover.as_ref());
+    })
+}
+
+fn announce(config: &Config, redis_serves: bool) {
+    let scheme = if config.http.tls.is_some() { "https" } else { "http" };
+    let address = SocketAddr::new(config.http.host, config.http.port);
+    let store = if redis_serves { "Redis" } else { "In-Memory" };
+    log::info!("🔐 Provisioning API: {scheme}://{address}/api/v1/onboarding ({store})");
+}
+
+/// What the main thread waits for.
+enum Event {
+    Signal(i32),
+    EdgeEnded(io::Error),
+    /// Every worker has answered.
+    Answering,
+}
+
+fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<(), RunError> {
+    spawn("signals", move || {
+        for signal in signals.forever() {
+            if events.send(Event::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    })
+}
+
+/// The service while it serves.
+struct Running<'a> {
+    config: &'a Config,
+    api: Arc<Api>,
+    server: Server,
+    store: Stores,
+    answering: mpsc::Sender<Event>,
+}
+
+impl Running<'_> {
+    /// Returns when the process is to end, with an error if it failed.
+    fn until_told(
+        &self,
+        happened: &mpsc::Receiver<Event>,
+        manager: &mut Manager,
+        reread: impl Fn() -> Result<Config, ConfigError>,
+    ) -> Result<(), RunError> {
+        let mut note_at_ms = 0;
+        loop {
+            self.report(manager);
+            let now = clock::now();
+            if now.mono_ms >= note_at_ms {
+                self.note_certificate(now);
+                note_at_ms = now.mono_ms + clock::DAY_S * 1000;
+            }
+            let event = happened.recv_timeout(manager.due_in(now).map_or(DAY, |due| due.min(DAY)));
+            match event {
+                Ok(Event::Signal(SIGHUP)) => {
+                    manager.reloading();
+                    self.reload(reread());
+                    manager.reloaded();
+                }
+                Ok(Event::Signal(signal)) => {
+                    let name = signal_hook::low_level::signal_name(signal).unwrap_or("signal");
+                    log::info!("{name}: finishing what was begun");
+                    return Ok(());
+                }
+                Ok(Event::EdgeEnded(error)) => {
+                    return Err(failed(format!("the edge failed: {error}")));
+                }
+                Ok(Event::Answering) => manager.alive(),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(failed("no thread is left that could report a signal"));
+                }
+            }
+        }
+    }
+
+    /// When it is time to: has the service prove that it lives, and says how it is.
+    fn report(&self, manager: &mut Manager) {
+        if !manager.is_due(clock::now()) {
+            return;
+        }
+        let answering = self.answering.clone();
+        // Nobody listens any more only if the process is ending.
+        self.server.prove(move || drop(answering.send(Event::Answering)));
+        let status = self.store.tokens.status();
+        manager.status(match (status.redis_enabled, status.redis_serves) {
+            (_, true) => "Tokens are in Redis",
+            (true, false) => "Redis is away, tokens are in memory until it is back",
+            (false, false) => "Tokens are in memory",
+        });
+    }
+
+    /// Says daily that the certificate which we show ends.
+    fn note_certificate(&self, now: clock::Now) {
+        self.api.certificate_notes(now).iter().for_each(|note| log::warn!("{note}"));
+    }
+
+    /// TLS files and API keys are read again. What cannot be used changes nothing at all.
+    fn reload(&self, later: Result<Config, ConfigError>) {
+        let later = match later {
+            Ok(later) => later,
+            Err(error) => return log::error!("SIGHUP: everything stays as it was: {error}"),
+        };
+        let shown = later.tls.as_ref();
+        if let Some(Err(error)) = shown.map(|shown| self.server.replace_certificate(shown)) {
+            return log::error!("SIGHUP: everything stays as it was: {error}");
+        }
+        self.api.reload(&later);
+        log::info!("SIGHUP: TLS certificate and key and the API keys were read again");
+        for name in self.config.fixed_changes(&later) {
+            log::warn!("SIGHUP: {name} has changed, which takes effect at the next start only");
+        }
+        self.note_certificate(clock::now());
+        let new = |warning: &&String| !self.config.warnings.contains(warning);
+        later.warnings.iter().filter(new).for_each(|warning| log::warn!("{warning}"));
+    }
+
+    /// Ends the process after the longest time, whatever still hangs.
+    fn stop(self) {
+        let watchdog = spawn("drain", || {
+            thread::sleep(DRAIN);
+            log::warn!("not all requests were finished in time");
+            process::exit(0);
+        });
+        self.server.stop();
+        self.api.stop();
+        if let Some(failover) = &self.store.failover {
+            failover.stop();
+        }
+        self.store.memory.stop();
+        drop(watchdog);
+        log::info!("stopped");
+    }
+}
+
+/// A thread that has work for as long as the process lives. If it panics nobody does that work, and
+/// whoever starts the process again is to notice.
+fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), RunError> {
+    let work = move || {
+        if catch_unwind(AssertUnwindSafe(work)).is_err() {
+            log::error!("the thread {name} panicked");
+            process::exit(1);
+        }
+    };
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(SMALL_STACK_BYTES);
+    builder.spawn(work).map(drop).map_err(failed)
+}
