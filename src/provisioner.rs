@@ -384,8 +384,8 @@ impl Provisioner {
     ) -> Result<Done, Problem> {
         let Issue { token, client, .. } = issue;
         let device = &token.claims.device_id;
-        let killed = match answer {
-            Ok(Outcome::Issued { killed }) => killed,
+        let (instead, killed) = match answer {
+            Ok(Outcome::Issued { instead, killed }) => (instead, killed),
             Ok(Outcome::AlreadyActive { expires_at_ms }) => {
                 let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
                 return Err(not_issued(Code::TokenAlreadyActive, device)
@@ -394,6 +394,8 @@ impl Provisioner {
             }
             other => return Err(unexpected(other).log_more(format!("device {device}"))),
         };
+        let token = instead.unwrap_or(token);
+        let device = &token.claims.device_id;
         // The device may have redeemed another token between the first look and the claim.
         if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(device, now) {
             let problem = not_issued(Code::DeviceHasActiveCertificate, device);
@@ -802,7 +804,7 @@ mod tests {
     impl TokenStore for Willing {
         fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
             let answer = |op: &Op| match op {
-                Op::Issue(_) => Ok(Outcome::Issued { killed: None }),
+                Op::Issue(_) => Ok(Outcome::Issued { instead: None, killed: None }),
                 Op::Count => Ok(Outcome::Counted(1)),
                 _ => Err(StoreError::Undecided),
             };

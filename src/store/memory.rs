@@ -87,13 +87,13 @@ impl Memory {
     ///
     /// # Errors
     /// `Full` at the bound, `ShareFull` before it; nothing is evicted.
-    pub fn issue(&self, new: &New, in_redis: InRedis, now: Now) -> Answer {
+    pub fn issue(&self, new: &New, now: Now) -> Answer {
         let mut table = locked(&self.table);
         if let Some(expires_at_ms) = self.lease(&table, &new.token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
         }
-        self.insert(&mut table, new, in_redis, now)?;
-        Ok(Outcome::Issued { killed: None })
+        self.insert(&mut table, new, InRedis::No, now)?;
+        Ok(Outcome::Issued { instead: None, killed: None })
     }
 
     /// Stores the token over whatever lease there is. Without room it is left out: only Redis has
@@ -116,17 +116,12 @@ impl Memory {
     ///
     /// # Errors
     /// As of [`Memory::issue`]; the old token stays then.
-    pub fn replace(
-        &self,
-        new: &New,
-        in_redis: InRedis,
-        now: Now,
-    ) -> Result<Option<Dead>, StoreError> {
+    pub fn replace(&self, new: &New, now: Now) -> Result<Option<Dead>, StoreError> {
         let mut table = locked(&self.table);
         let old = table.leases.get(&new.token.claims.device_id).copied();
         let old = old.filter(|old| *old != new.token.hash && table.live(old, now).is_some());
         let entry = old.and_then(|old| table.take(&old));
-        if let Err(full) = self.insert(&mut table, new, in_redis, now) {
+        if let Err(full) = self.insert(&mut table, new, InRedis::No, now) {
             if let Some((old, entry)) = old.zip(entry) {
                 table.put(old, entry);
             }
@@ -340,10 +335,10 @@ impl Memory {
     fn run_one(&self, op: &Op, now: Now) -> Answer {
         match op {
             Op::Issue(new) if new.replaces => {
-                let killed = self.replace(new, InRedis::No, now)?;
-                Ok(Outcome::Issued { killed })
+                let killed = self.replace(new, now)?;
+                Ok(Outcome::Issued { instead: None, killed })
             }
-            Op::Issue(new) => self.issue(new, InRedis::No, now),
+            Op::Issue(new) => self.issue(new, now),
             Op::Consume(token, serial) => Ok(self.consume(token, *serial, now)),
             Op::GiveBack(token, serial) => {
                 self.ledger.release(&token.hash, *serial);
@@ -365,7 +360,7 @@ impl Memory {
             }
             Op::Carry(token, _) => {
                 let (token, subscriber) = (token.clone(), Subscriber::default());
-                self.issue(&New { token, replaces: false, subscriber }, InRedis::No, now)?;
+                self.issue(&New { token, replaces: false, subscriber }, now)?;
                 Ok(Outcome::Done)
             }
         }
@@ -423,7 +418,7 @@ mod tests {
         Op::Issue(New { token, replaces: true, subscriber: Subscriber::default() })
     }
 
-    const ISSUED: Answer = Ok(Outcome::Issued { killed: None });
+    const ISSUED: Answer = Ok(Outcome::Issued { instead: None, killed: None });
 
     #[test]
     fn one_live_token_a_device_until_it_ends() {
@@ -473,7 +468,7 @@ mod tests {
         let (old, new) = (token("d", 0), token("d", 1));
         one(&memory, issue(old.clone()), at(0)).unwrap();
         let dead = Dead { hash: old.hash, claims: old.claims.clone() };
-        let replaced = Ok(Outcome::Issued { killed: Some(dead) });
+        let replaced = Ok(Outcome::Issued { instead: None, killed: Some(dead) });
         assert_eq!(one(&memory, replace(new.clone()), at(1)), replaced);
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(one(&memory, Op::Consume(old, Serial::from([1; 16])), at(1)), used);

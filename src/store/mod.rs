@@ -102,6 +102,8 @@ pub struct Dead {
 pub enum Outcome {
     /// `Issue`: the token is live and the device's only one.
     Issued {
+        /// Another token than the one that was to be issued: what became of that one is not known.
+        instead: Option<Token>,
         /// The token that was replaced, if there was one.
         killed: Option<Dead>,
     },

@@ -11,8 +11,8 @@ use crate::support::check_error;
 use crate::support::history::{History, Op};
 use crate::support::http::Client;
 use crate::support::instance::{
-    self, Device, certificate, certificates, cut_off, issued, mark, mark_key, onboard, reconnect,
-    redeem, refused_as_used, replace, revoke, token, token_key,
+    self, Device, certificate, certificates, cut_off, issued, mark, mark_key, notice_loss, onboard,
+    reconnect, redeem, refused_as_used, replace, revoke, token, token_key,
 };
 use crate::support::load;
 use crate::support::proxy::{Mode, Proxy, Stop, Way};
@@ -103,6 +103,62 @@ fn own_may_redeem_a_token_that_the_other_redeemed_and_reports_it() {
         assert!(!line.contains(&compact), "never the token itself: {line}");
         assert_eq!(log.matches("redeemed twice").count(), 1, "said once");
     }
+}
+
+/// What became of an issue when its reply is lost, or Redis refuses it, nobody knows. What is answered
+/// with 200 then is another token, which can be redeemed also where none is that Redis may have.
+#[test]
+fn an_issue_that_was_cut_off_burns_nothing() {
+    let faults = [
+        ("lost before Redis", Some(Stop::Before)),
+        ("late", Some(Stop::Before)),
+        ("reply lost", Some(Stop::After)),
+        ("refused", None),
+    ];
+    for policy in ["none", "own"] {
+        for (fault, stop) in faults {
+            for replaces in [false, true] {
+                cut_off_issue(policy, fault, stop, replaces);
+            }
+        }
+    }
+}
+
+fn cut_off_issue(policy: &str, fault: &str, stop: Option<Stop>, replaces: bool) {
+    let what = format!("{policy}, {fault}, replaces: {replaces}");
+    let Pair { redis, proxy, lonely, other } = &pair(policy);
+    let d = Device::new("d");
+    let old = replaces.then(|| token(lonely, &d));
+    let trap = stop.map(|stop| proxy.trap("mqtt-lite:token:", stop));
+    if trap.is_none() {
+        redis.cli(&["CONFIG", "SET", "maxmemory", "1"]);
+    }
+    let answer = thread::scope(|scope| {
+        scope.spawn(|| {
+            if let Some(trap) = trap.as_ref().filter(|_| fault != "late") {
+                trap.wait();
+                proxy.set(Mode::Refuse);
+                trap.throw_away();
+            }
+        });
+        if replaces { replace(lonely, &d) } else { onboard(lonely, &d) }
+    });
+    let compact = issued(lonely, &answer);
+    if fault == "late" {
+        lonely.wait_for_storage("redis");
+        drop(trap);
+    } else {
+        notice_loss(lonely);
+        assert!(!redis.exists(&token_key(&compact)), "{what}: it was never sent");
+        redis.cli(&["CONFIG", "SET", "maxmemory", "0"]);
+        reconnect(lonely, proxy);
+    }
+    check_error(&onboard(other, &d), 409, "TOKEN_ALREADY_ACTIVE", &what);
+    if let Some(old) = old {
+        refused_as_used(&[lonely, other], &old, &d);
+    }
+    certificate(other, &compact, &d);
+    assert_eq!(certificates(&[lonely, other]), 1, "{what}");
 }
 
 #[test]

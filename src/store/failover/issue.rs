@@ -2,9 +2,9 @@
 
 use super::{Failover, State};
 use crate::clock::Now;
-use crate::jwt::Token;
+use crate::jwt::{Claims, Token};
 use crate::store::memory::InRedis;
-use crate::store::{Answer, Kill, New, Outcome, StoreError};
+use crate::store::{Answer, Dead, Kill, New, Outcome, StoreError};
 
 impl Failover {
     /// Until it has an answer from Redis, memory issues nothing for the same device.
@@ -25,7 +25,7 @@ impl Failover {
         let token = &new.token;
         end_issue(state, token);
         match result {
-            Ok(Outcome::Issued { killed }) => {
+            Ok(Outcome::Issued { instead, killed }) => {
                 if let Some(dead) = &killed {
                     self.mark_dead(state, dead, late, now);
                 }
@@ -34,14 +34,16 @@ impl Failover {
                 if late {
                     state.note_carry(token.hash);
                 }
-                Ok(Outcome::Issued { killed })
+                Ok(Outcome::Issued { instead, killed })
             }
             Err(StoreError::Down(down)) => {
                 if let Some(dead) = &down.dying {
                     self.mark_dead(state, dead, true, now);
                 }
-                let in_redis = if down.maybe_done { InRedis::Maybe } else { InRedis::No };
-                self.issue_from_memory(state, new, in_redis, now)
+                match down.maybe_done {
+                    true => self.issue_another(state, new, now),
+                    false => self.issue_from_memory(state, new, now),
+                }
             }
             Err(StoreError::Failed(why)) => {
                 // What was carried out of it would keep the device waiting for a token that nobody
@@ -53,39 +55,42 @@ impl Failover {
         }
     }
 
-    /// `in_redis`: whether the token may have reached Redis before the reply was lost.
-    pub(super) fn issue_from_memory(
-        &self,
-        state: &mut State,
-        new: &New,
-        in_redis: InRedis,
-        now: Now,
-    ) -> Answer {
+    /// The token may be in Redis, or get there yet. It is not handed out, but dead from now on; what
+    /// is handed out is a token that Redis has never heard of.
+    fn issue_another(&self, state: &mut State, new: &New, now: Now) -> Answer {
+        let Token { hash, claims, .. } = &new.token;
+        self.mark_dead(state, &Dead { hash: *hash, claims: claims.clone() }, true, now);
+        let mut jti = [0; 16];
+        getrandom::fill(&mut jti).map_err(|_| StoreError::Undecided)?;
+        let token = self.signer.sign(Claims { jti: Some(jti), ..claims.clone() });
+        let another = New { token, ..new.clone() };
+        match self.issue_from_memory(state, &another, now)? {
+            Outcome::Issued { killed, .. } => {
+                Ok(Outcome::Issued { instead: Some(another.token), killed })
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// Stores the token, of which Redis has never heard, here.
+    pub(super) fn issue_from_memory(&self, state: &mut State, new: &New, now: Now) -> Answer {
         let token = &new.token;
         let answer = if new.replaces {
-            self.replace_in_memory(state, new, in_redis, now)
+            self.replace_in_memory(state, new, now)
         } else if state.issuing.contains_key(&token.claims.device_id) {
             // Redis is being asked for another token of this device.
             Ok(Outcome::AlreadyActive { expires_at_ms: token.claims.exp * 1000 })
         } else {
-            self.memory.issue(new, in_redis, now)
+            self.memory.issue(new, now)
         };
-        match &answer {
-            Ok(Outcome::Issued { .. }) => state.note_carry(token.hash),
-            _ if in_redis != InRedis::No => state.follow_ups.remove(token.clone()),
-            _ => {}
+        if matches!(answer, Ok(Outcome::Issued { .. })) {
+            state.note_carry(token.hash);
         }
         answer
     }
 
-    fn replace_in_memory(
-        &self,
-        state: &mut State,
-        new: &New,
-        in_redis: InRedis,
-        now: Now,
-    ) -> Answer {
-        let killed = self.memory.replace(new, in_redis, now)?;
+    fn replace_in_memory(&self, state: &mut State, new: &New, now: Now) -> Answer {
+        let killed = self.memory.replace(new, now)?;
         let token = &new.token;
         if let Some(dead) = &killed {
             state.note_mark(dead.hash);
@@ -97,7 +102,7 @@ impl Failover {
             copies: Vec::new(),
         };
         state.follow_ups.note_kill(kill, now);
-        Ok(Outcome::Issued { killed })
+        Ok(Outcome::Issued { instead: None, killed })
     }
 }
 

@@ -29,7 +29,7 @@ use crate::config::OutageRedeem;
 use crate::device::DeviceId;
 use crate::jwt::{Signer, TokenHash};
 use crate::store::ledger::Ledger;
-use crate::store::memory::{InRedis, Memory};
+use crate::store::memory::Memory;
 use crate::store::{Answer, DownKind, Op, Outcome, Status, StoreError, TokenStore, locked};
 
 mod carry;
@@ -340,7 +340,7 @@ impl Failover {
     /// The answer to one operation while Redis does not serve.
     fn answer_from_memory(&self, state: &mut State, op: &Op, now: Now) -> Answer {
         match op {
-            Op::Issue(new) => self.issue_from_memory(state, new, InRedis::No, now),
+            Op::Issue(new) => self.issue_from_memory(state, new, now),
             Op::Consume(token, serial) => self.consume_from_memory(state, token, *serial, now),
             Op::Kill(kill) => self.kill_from_memory(state, kill, now),
             Op::GiveBack(token, serial) => self.given_back(state, token, *serial, false, now),

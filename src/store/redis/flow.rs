@@ -204,7 +204,7 @@ impl Flow for Issue {
             replies.skip();
             match replies.text()? {
                 Some(holder) if *holder == *self.token.compact => {
-                    Next::done(Outcome::Issued { killed: None })
+                    Next::done(Outcome::Issued { instead: None, killed: None })
                 }
                 // An older lease ended between the two commands, just now.
                 None => Next::trip(*self),
@@ -283,7 +283,7 @@ impl Flow for TakeOver {
             (0..4).for_each(|_| replies.skip());
             match replies.text()? {
                 Some(holder) if *holder == *self.issue.token.compact => {
-                    Next::done(Outcome::Issued { killed: None })
+                    Next::done(Outcome::Issued { instead: None, killed: None })
                 }
                 holder => Next::trip(Yield { issue: self.issue, holder }),
             }
@@ -327,7 +327,7 @@ impl Flow for Replace {
             (0..3).for_each(|_| replies.skip());
             match replies.text()? {
                 Some(holder) if *holder == *self.0.token.compact => {
-                    Next::done(Outcome::Issued { killed: None })
+                    Next::done(Outcome::Issued { instead: None, killed: None })
                 }
                 None => Next::trip(*self),
                 Some(old) => Next::trip(Supplant { issue: self.0, old, tries: REPLACE_TRIES }),
@@ -393,7 +393,7 @@ impl Flow for KillOld {
         let killed = Dead { hash: TokenHash::of(&self.old), claims: self.claims };
         Next::of(
             Replies::all_or_error(replies)
-                .and_then(|_| Next::done(Outcome::Issued { killed: Some(killed) })),
+                .and_then(|_| Next::done(Outcome::Issued { instead: None, killed: Some(killed) })),
         )
     }
 }
