@@ -19,7 +19,7 @@ use crate::store::{
 };
 use crate::subscriber::Subscriber;
 
-/// A subscriber may hold so many times as many tokens as are free. Alone it gets three quarters of
+/// A subscriber may hold so many times as many tokens that no other place has as are free. Alone it gets three quarters of
 /// all, ten that ask for all they can get leave one in 31, and who holds few is never refused
 /// before all is full.
 const SHARE: usize = 3;
@@ -39,8 +39,7 @@ struct Table {
     tokens: HashMap<TokenHash, Entry>,
     /// Which token holds the device: its only one, or its latest.
     leases: HashMap<DeviceId, TokenHash>,
-    /// How many tokens count as each subscriber's.
-    held: HashMap<Subscriber, usize>,
+    only_here: OnlyHere,
     /// When the reaper means to look again, by [`Now::mono_ms`].
     next_reap_ms: Option<u64>,
     stopped: bool,
@@ -64,6 +63,38 @@ pub enum InRedis {
     Maybe,
     /// Redis has confirmed it, in this era (see `failover`).
     Confirmed(u32),
+}
+
+/// How many tokens no other place has, and of which subscribers.
+#[derive(Debug, Default)]
+struct OnlyHere {
+    all: usize,
+    by_subscriber: HashMap<Subscriber, usize>,
+}
+
+impl OnlyHere {
+    fn held_by(&self, subscriber: Subscriber) -> usize {
+        self.by_subscriber.get(&subscriber).copied().unwrap_or_default()
+    }
+
+    fn add(&mut self, entry: &Entry) {
+        if entry.in_redis == InRedis::No {
+            self.all += 1;
+            *self.by_subscriber.entry(entry.subscriber).or_default() += 1;
+        }
+    }
+
+    fn subtract(&mut self, entry: &Entry) {
+        if entry.in_redis == InRedis::No
+            && let Slot::Occupied(mut held) = self.by_subscriber.entry(entry.subscriber)
+        {
+            self.all -= 1;
+            *held.get_mut() -= 1;
+            if *held.get() == 0 {
+                held.remove();
+            }
+        }
+    }
 }
 
 /// What memory knows of a live token.
@@ -96,8 +127,8 @@ impl Memory {
         Ok(Outcome::Issued { instead: None, killed: None })
     }
 
-    /// Stores the token over whatever lease there is. Without room it is left out: only Redis has
-    /// it then.
+    /// Stores a copy of what Redis has, over whatever lease there is. Without room it is left out:
+    /// only Redis has it then.
     ///
     /// An older token that Redis had confirmed in the same era is forgotten: since the device's
     /// lease was free, it is used, killed or deleted, and Redis knows which.
@@ -177,8 +208,12 @@ impl Memory {
 
     /// Notes what Redis has of the token.
     pub fn note_in_redis(&self, hash: &TokenHash, in_redis: InRedis) {
-        if let Some(entry) = locked(&self.table).tokens.get_mut(hash) {
+        let mut table = locked(&self.table);
+        let Table { tokens, only_here, .. } = &mut *table;
+        if let Some(entry) = tokens.get_mut(hash) {
+            only_here.subtract(entry);
             entry.in_redis = in_redis;
+            only_here.add(entry);
         }
     }
 
@@ -192,20 +227,21 @@ impl Memory {
         locked(&self.table).tokens.len() as u64
     }
 
-    /// Whether the bound is reached, expired tokens counted out by the reaper only.
+    /// Whether the bound is reached by tokens that have no other place, expired ones counted out by
+    /// the reaper only.
     pub fn is_full(&self) -> bool {
-        locked(&self.table).tokens.len() >= self.max
+        locked(&self.table).only_here.all >= self.max
     }
 
     /// Removes what has ended; returns when to come back, by [`Now::mono_ms`].
     pub fn reap(&self, now: Now) -> Option<u64> {
         let by_ledger = self.ledger.reap(now);
         let mut table = locked(&self.table);
-        let Table { tokens, leases, held, .. } = &mut *table;
+        let Table { tokens, leases, only_here, .. } = &mut *table;
         tokens.retain(|_, entry| {
             let lives = entry.ends_ms > now.mono_ms;
             if !lives {
-                one_less(held, entry.subscriber);
+                only_here.subtract(entry);
             }
             lives
         });
@@ -263,13 +299,10 @@ impl Memory {
         now: Now,
     ) -> Result<(), StoreError> {
         let New { token, subscriber, .. } = new;
-        if !table.tokens.contains_key(&token.hash) {
-            let held = table.held.get(subscriber).copied().unwrap_or_default();
-            match self.max.saturating_sub(table.tokens.len()) {
-                0 => return Err(StoreError::Full),
-                free if held >= free.saturating_mul(SHARE) => return Err(StoreError::ShareFull),
-                _ => {}
-            }
+        match in_redis {
+            InRedis::No => self.make_room(table, *subscriber)?,
+            _ if table.tokens.len() >= self.max => return Err(StoreError::Full),
+            _ => {}
         }
         let left = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms);
         let ends_ms = now.mono_ms.saturating_add(left.min(token.claims.lifetime_s() * 1000));
@@ -283,7 +316,36 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// For a token that has no other place: copies of what Redis has give way to it.
+    fn make_room(&self, table: &mut Table, subscriber: Subscriber) -> Result<(), StoreError> {
+        let free = self.max.saturating_sub(table.only_here.all);
+        if free == 0 {
+            return Err(StoreError::Full);
+        }
+        if table.only_here.held_by(subscriber) >= free.saturating_mul(SHARE) {
+            return Err(StoreError::ShareFull);
+        }
+        if table.tokens.len() >= self.max {
+            table.drop_copies();
+        }
+        Ok(())
+    }
+}
+
 impl Table {
+    /// Drops the sixteenth of the copies that ends first, so that the search is paid once for many.
+    fn drop_copies(&mut self) {
+        let copies = self.tokens.values().filter(|entry| entry.in_redis != InRedis::No);
+        let mut ends: Vec<u64> = copies.map(|entry| entry.ends_ms).collect();
+        let last = ends.len() / 16;
+        if last < ends.len() {
+            let (_, last, _) = ends.select_nth_unstable(last);
+            let last = *last;
+            self.tokens.retain(|_, entry| entry.in_redis == InRedis::No || entry.ends_ms > last);
+        }
+    }
+
     fn live(&self, hash: &TokenHash, now: Now) -> Option<&Entry> {
         self.tokens.get(hash).filter(|entry| entry.ends_ms > now.mono_ms)
     }
@@ -291,7 +353,7 @@ impl Table {
     /// Enters the token and leases its device to it.
     fn put(&mut self, hash: TokenHash, entry: Entry) {
         self.take(&hash);
-        *self.held.entry(entry.subscriber).or_default() += 1;
+        self.only_here.add(&entry);
         self.leases.insert(entry.claims.device_id.clone(), hash);
         self.tokens.insert(hash, entry);
     }
@@ -299,7 +361,7 @@ impl Table {
     /// Takes the token out; its lease stays.
     fn take(&mut self, hash: &TokenHash) -> Option<Entry> {
         let entry = self.tokens.remove(hash)?;
-        one_less(&mut self.held, entry.subscriber);
+        self.only_here.subtract(&entry);
         Some(entry)
     }
 
@@ -308,15 +370,6 @@ impl Table {
         let device = &entry.claims.device_id;
         if self.leases.get(device) == Some(hash) {
             self.leases.remove(device);
-        }
-    }
-}
-
-fn one_less(held: &mut HashMap<Subscriber, usize>, subscriber: Subscriber) {
-    if let Slot::Occupied(mut slot) = held.entry(subscriber) {
-        *slot.get_mut() -= 1;
-        if *slot.get() == 0 {
-            slot.remove();
         }
     }
 }

@@ -161,6 +161,31 @@ fn cut_off_issue(policy: &str, fault: &str, stop: Option<Stop>, replaces: bool) 
     assert_eq!(certificates(&[lonely, other]), 1, "{what}");
 }
 
+/// Memory is full of copies when Redis goes. They give way to what has no other place.
+#[test]
+fn a_memory_full_of_copies_takes_new_tokens() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let service = instance::first(&proxy.url(), &[("MEMORY_MAX_TOKENS", "20")]);
+    let devices: Vec<Device> = (0..24).map(|n| Device::new(&format!("d{n}"))).collect();
+    let before: Vec<String> = devices.iter().map(|device| token(&service, device)).collect();
+    cut_off(&service, &proxy);
+    assert_eq!(service.http.get("/ready").status, 200, "there is room");
+    let late = |n| Device { name: format!("late-{n}"), csr: String::new() };
+    let since: Vec<String> = (0..15).map(|n| token(&service, &late(n))).collect();
+    check_error(
+        &onboard(&service, &late(15)),
+        429,
+        "RATE_LIMITED",
+        "three quarters are one's share",
+    );
+    check_error(&redeem(&service, &before[0], &devices[0]), 503, "SERVICE_UNAVAILABLE", "gave way");
+    reconnect(&service, &proxy);
+    certificate(&service, &before[0], &devices[0]);
+    let lives = |compact: &String| redis.exists(&token_key(compact));
+    assert!(since.iter().all(lives) && before.iter().skip(1).all(lives), "none is lost");
+}
+
 #[test]
 fn own_may_redeem_a_token_that_the_other_killed_until_it_is_back() {
     for until in ["its return", "its redemption"] {
