@@ -179,9 +179,15 @@ lock() {
     locked=yes
     if has flock; then
         exec 9<"$dir"
-        flock -n 9 || fail $LOCAL "another run is in progress"
-        rm -rf "$dir/.enroll.lock"
-        return
+        held=0
+        flock -n 0 <&9 2>/dev/null || held=$?
+        case $held in
+        0)
+            rm -rf "$dir/.enroll.lock"
+            return
+            ;;
+        1) fail $LOCAL "another run is in progress" ;;
+        esac # else a file system has no such locks
     fi
     if ! mkdir "$dir/.enroll.lock" 2>/dev/null; then
         [ -s "$dir/.enroll.lock/run" ] || sleep 1 # that run may be about to write its name

@@ -337,14 +337,22 @@ fn a_replacement_that_a_power_cut_has_halved() {
     assert_eq!(service.index().len(), 1);
 }
 
-/// By `flock`, and without it, as in the busybox of Debian.
+/// By `flock`; without it, as in the busybox of Debian; and on a file system that has no such locks.
 #[test]
 fn one_run_at_a_time() {
-    for surroundings in BOTH {
+    let fails = "echo 'flock: 0: No locks available' >&2; exit 71";
+    for (surroundings, flock) in [
+        (Surroundings::Full, "exec REAL \"$@\""),
+        (Surroundings::Busybox, ""),
+        (Surroundings::Full, fails),
+    ] {
         let service = Setup::new().start();
         let proxy = Proxy::start(service.port());
         let url = format!("http://127.0.0.1:{}", proxy.port());
-        let device = Device::new("d", &url).surroundings(surroundings);
+        let mut device = Device::new("d", &url).surroundings(surroundings);
+        if surroundings == Surroundings::Full {
+            device = device.program("flock", flock);
+        }
         fs::create_dir(device.folder()).unwrap();
         let trap = proxy.trap("/api/v1/sign-csr", Stop::Before);
         let mut run = device.begin(&[]);
