@@ -469,7 +469,7 @@ finish_replacement() {
 take() {
     openssl x509 -in "$1" -out "$work/device.crt" 2>/dev/null || fail $UNTRUSTED "what was answered is no certificate"
     goes_with "$work/device.crt" "$dir/device.key.new" || fail $UNTRUSTED "the certificate is not for our key"
-    is_ours "$work/device.crt" || fail $UNTRUSTED "the certificate is not $id's, or not from the CA $(fingerprint "$ca")"
+    is_ours "$work/device.crt" || fail $UNTRUSTED "the certificate is not $id's, or not from the CA $found"
     keep_ca
     keep "$work/device.crt" device.crt.new
     finish_replacement
@@ -530,12 +530,14 @@ recover() {
 
 # --- the CA
 
-# Writes the certificates of the PEM file $1, without those before number $2, as openssl writes them.
+# Writes the certificates of the PEM file $1, without those before number $2, and nothing else that
+# stands there.
 certificates() {
-    tr -d '\r' <"$1" | awk -v from="$2" -v out="$work/split." '
-        /-----BEGIN CERTIFICATE-----/ { n++; inside = 1 }
-        inside && n >= from { print }
-        /-----END CERTIFICATE-----/ { inside = 0 }'
+    tr -d '\r' <"$1" | awk -v from="$2" '
+        { sub(/[ \t]+$/, "") }
+        /^-----BEGIN CERTIFICATE-----$/ { n++; inside = 1 }
+        inside && n >= from && /^([A-Za-z0-9+\/=]+|-----(BEGIN|END) CERTIFICATE-----)$/ { print }
+        /^-----END CERTIFICATE-----$/ { inside = 0 }'
 }
 
 # Takes the file $1, which is called $2, as that of the CA: its first certificate is the one that we trust.

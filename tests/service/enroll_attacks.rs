@@ -124,15 +124,29 @@ fn a_ca_with_company() {
         assert_eq!(outcome.code, Some(5), "{outcome:?}");
         assert!(!device.folder().exists(), "{:?}", device.files());
     }
-    // Text around it is not kept.
-    let (body, port) = (format!("\u{1b}[2J\n{our_ca}\u{1b}[31m"), ours.port());
-    let odd = Hostile::start(move |request| {
-        let is_ca = request.starts_with("GET /api/v1/ca ");
-        if is_ca { Reply::http("200 OK", "", &body) } else { pass(port, request) }
-    });
-    let device = Device::new("d", &odd.url());
-    device.must_enroll(&["--ca-fingerprint", &pin]);
-    assert_eq!(device.read("ca.crt").trim(), our_ca.trim());
+    // Nothing around it is kept, by whatever name openssl would take it for a certificate.
+    let other_name = |name: &str| their_ca.replace("CERTIFICATE", name);
+    let (x509, trusted) = (other_name("X509 CERTIFICATE"), other_name("TRUSTED CERTIFICATE"));
+    let device = [
+        format!("\u{1b}[2J\n{our_ca}\u{1b}[31m"),
+        format!("{our_ca}{x509}"),
+        format!("{our_ca}{trusted}"),
+        format!("{our_ca}x-----BEGIN CERTIFICATE-----\n{x509}x-----END CERTIFICATE-----\n"),
+    ]
+    .map(|body| {
+        let port = ours.port();
+        let odd = Hostile::start(move |request| {
+            let is_ca = request.starts_with("GET /api/v1/ca ");
+            if is_ca { Reply::http("200 OK", "", &body) } else { pass(port, request) }
+        });
+        let device = Device::new(&format!("d{}", ours.index().len()), &odd.url());
+        device.must_enroll(&["--ca-fingerprint", &pin]);
+        assert_eq!(device.read("ca.crt").trim(), our_ca.trim());
+        device
+    })
+    .into_iter()
+    .next_back()
+    .unwrap();
     assert_eq!(openssl(&["x509"], &device.read("device.crt")), device.read("device.crt"));
 }
 
