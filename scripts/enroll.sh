@@ -356,7 +356,7 @@ ask_wget() {
     set -- -O "$work/body"
     [ "$wget" = uclient ] || set -- "$@" -S
     if [ "$wget" = gnu ]; then
-        set -- "$@" --tries=1 --timeout=30 --config="$work/wgetrc"
+        set -- "$@" --tries=1 --timeout=30 --max-redirect=0 --config="$work/wgetrc"
         : >"$work/wgetrc"
         [ "$how" != key ] || printf 'header = Authorization: Bearer %s\n' "$key" >"$work/wgetrc"
     elif [ "$how" = key ]; then

@@ -221,3 +221,24 @@ fn a_token_that_is_none() {
     assert_eq!(device.enroll(&["--tries", "1"]).code, Some(3));
     assert!(liar.requests().iter().all(|r| !r.contains("sign-csr")), "{:?}", liar.requests());
 }
+
+/// Whoever answers must not send the key elsewhere. (busybox cannot be told; it is for plain HTTP only.)
+#[test]
+fn nobody_is_followed_to_another_server() {
+    let ours = Setup::new().start();
+    let dir = TempDir::new();
+    let key = dir.file("key", API_KEY).display().to_string();
+    for surroundings in [Full, Wget] {
+        let elsewhere = Hostile::start(|_| Reply::http("200 OK", "", "{}"));
+        let (ca, fields) =
+            (ours.read("ca/root-ca.crt"), format!("Location: {}/\r\n", elsewhere.url()));
+        let liar = Hostile::start(move |request| match request.starts_with("GET /api/v1/ca ") {
+            true => Reply::http("200 OK", "", &ca),
+            false => Reply::http("307 Temporary Redirect", &fields, ""),
+        });
+        let device = Device::new("d", &liar.url()).surroundings(surroundings);
+        let outcome = device.enroll(&["--tries", "1", "--api-key-file", &key]);
+        assert_eq!(outcome.code, Some(4), "{outcome:?}");
+        assert!(elsewhere.requests().is_empty(), "{:?}", elsewhere.requests());
+    }
+}
