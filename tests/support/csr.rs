@@ -1,6 +1,7 @@
 //! Keys, certificate signing requests and certificates by real `openssl`, as a device makes them
 //! and as a broker reads them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
@@ -12,7 +13,7 @@ use super::temp::TempDir;
 pub const P256: &str = "ec:prime256v1";
 
 /// What to ask for. `Csr::new("device").make()` is what a well-behaved device sends.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Csr {
     key: String,
     digest: String,
@@ -71,9 +72,22 @@ impl Csr {
         self
     }
 
-    /// The request, PEM.
+    /// The request, PEM. What was made once is given again: thousands are needed, and `openssl` costs
+    /// more than all else that a device does.
     #[track_caller]
     pub fn make(&self) -> String {
+        static MADE: Mutex<BTreeMap<Csr, String>> = Mutex::new(BTreeMap::new());
+        let made = || MADE.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(request) = made().get(self) {
+            return request.clone();
+        }
+        let request = self.ask_openssl();
+        made().insert(self.clone(), request.clone());
+        request
+    }
+
+    #[track_caller]
+    fn ask_openssl(&self) -> String {
         let mut config =
             "oid_section = oids\n[oids]\n[req]\nprompt = no\nutf8 = yes\ndistinguished_name = dn\n"
                 .to_owned();
