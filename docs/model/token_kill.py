@@ -48,7 +48,7 @@ class Kill(Ground):
         bound, under_way = raised
         if under_way and self.has("under way"):
             return "409"
-        dying = yield here("known here", lambda w: self.kill_known(w, me, device, old))
+        dying = yield here("known here", lambda w: self.kill_known(w, me, device, old, bound))
         for token in dying:
             if not (yield from self.kill_token(line, token)):
                 return (yield from self.kill_here(me, device, name, old, victims))
@@ -94,9 +94,11 @@ class Kill(Ground):
         under_way = mark and mark.serial != KILLED and age is not None and age < UNDER_WAY
         return raised[0] if raised else 0, under_way
 
-    def kill_known(self, world, me, device, old):
+    def kill_known(self, world, me, device, old, bound):
         """What is known here of the device is dead here from now on. Returns what gets a mark."""
         known = of_device(world, me, ("memory", "copy"), device)
+        if self.has("bounds") and self.has("spares the later"):
+            known = [token for token in known if token.iat <= bound]
         known += [old] if old and old not in known else []
         for token in known:
             world.pop((me, "memory", "copy", token), None)
@@ -142,7 +144,7 @@ class Kill(Ground):
             bound = self.bound_for(world, me, device, old, None)
             if bound is not None:
                 world[me, "disk", "bound", device] = bound
-            for token in self.kill_known(world, me, device, old):
+            for token in self.kill_known(world, me, device, old, bound):
                 world[me, "memory", "todo", "mark", token] = True
             return Token(name, device, max(clock(world, me), (bound or 0) + 1))
 

@@ -21,6 +21,7 @@ from token_ground import (
 )
 
 ORDER = ("mark", "withdraw", "remove", "copy")
+NOT_ANY_MORE = ["not any more"]
 
 
 class Return(Ground):
@@ -40,7 +41,7 @@ class Return(Ground):
             return "lost"
         if self.has("watch") and world[me, "memory", "connection"] != world["run"]:
             return "unnoticed"
-        return "tidy" if facts(world, me, "memory", "todo") else WAIT
+        return "tidy" if self.works(dict(world), me, False, ()) else WAIT
 
     def bring_back(self, me):
         while True:
@@ -95,8 +96,8 @@ class Return(Ground):
                 if unanswered(replies):
                     return False
                 forgot = forgot or (full and work[0] == "mark" and replies[0] is None)
-                yield here("entered", lambda w: self.note_entered(w, me, work))
-            done += works
+                yield here("entered", lambda w: self.note_entered(w, me, work, replies))
+                done += () if replies == NOT_ANY_MORE else (work,)
             if not self.has("switch when told"):
                 yield here("switched", lambda w: self.switch(w, me, full, forgot))
                 return True
@@ -119,13 +120,15 @@ class Return(Ground):
     def tidy_up(self, me):
         """What was left to do is done while Redis serves."""
         for work in (yield here("list", lambda w: self.works(w, me, False, ()))):
-            if unanswered((yield from self.enter(me, work))):
+            replies = yield from self.enter(me, work)
+            if unanswered(replies):
                 yield from self.lose(me)
                 return
-            yield here("entered", lambda w: self.note_entered(w, me, work))
+            yield here("entered", lambda w: self.note_entered(w, me, work, replies))
 
     def works(self, world, me, full, done):
-        """What is to be entered. What is not to be any more is dropped."""
+        """What is to be entered now. What is not to be any more is dropped; a copy that is being
+        presented waits, for nobody knows yet whether it is used."""
         found = {work for work, _ in facts(world, me, "memory", "todo")}
         if full:
             found |= {("mark", token) for token in self.used_here(world, me)}
@@ -133,7 +136,7 @@ class Return(Ground):
         order = ORDER if self.has("marks first") else ("copy", *ORDER)
         fit = {work for work in found if self.is_fit(world, me, work)} - set(done)
         for work in found - fit:
-            world.pop((me, "memory", "todo", *work), None)
+            self.drop(world, me, work)
         return tuple(sorted(fit, key=lambda work: (order.index(work[0]), work)))
 
     def used_here(self, world, me):
@@ -158,6 +161,12 @@ class Return(Ground):
             self.keeps_back(copy)
         )
 
+    def drop(self, world, me, work):
+        world.pop((me, "memory", "todo", *work), None)
+        entry = world.get((me, "memory", "entry", work[1]), ("none",))
+        if work[0] == "copy" and entry[0] == "running" and self.has("copies wait"):
+            world[(me, "memory", "todo", *work)] = True
+
     def mark_for(self, world, me, token):
         state, serial = self.own_entry(world, me, token) or (None, None)
         known = state in ("used", "killed")
@@ -173,12 +182,12 @@ class Return(Ground):
         if work[0] == "copy":
             life = yield here("copy", lambda w: self.begin_copy(w, me, token))
             if life is None:
-                return ["not any more"]
+                return NOT_ANY_MORE
             lease = SETNX(("device", token.device), Lease(token), life)
             return (yield from trip(line, SET(("token", token), True, life), lease))
         mark = yield here("mark", lambda w: self.mark_for(w, me, token))
         if mark is None:
-            return ["not any more"]
+            return NOT_ANY_MORE
         put = SET if self.has("marks over all") else SETNX
         key = ("used", token)
         return (
@@ -193,7 +202,9 @@ class Return(Ground):
         world[me, "memory", "copy", token] = "sent"
         return max(1, token.iat + TTL - world["now"])
 
-    def note_entered(self, world, me, work):
+    def note_entered(self, world, me, work, replies):
+        if replies == NOT_ANY_MORE and self.has("copies wait"):
+            return  # The next list decides.
         world.pop((me, "memory", "todo", *work), None)
         token = work[1]
         if work[0] == "copy" and world.get((me, "memory", "copy", token)) == "sent":

@@ -888,8 +888,28 @@ def _(s):
 
 
 @row(
+    "28d",
+    "a replacement and an onboarding of one device at one instance",
+    "the onboarding is answered 200, and the replacement kills its token and is answered 409",
+    without=["spares the later"],
+)
+def _(s):
+    def is_fault(found, outcomes, over):
+        lost = outcomes.get("a.replace") == "409" and outcomes.get("a.onboard") == "200"
+        handed_out = [token for (token,), _ in facts(found, "judge", "answered")]
+        killed = [found.get(("a", "memory", "entry", token)) for token in handed_out if token != T1]
+        return over and lost and ("killed", "killed") in killed
+
+    return Scenario(
+        held(world("a"), T1, "a"),
+        {"a.replace": (s.replace, "a", "d", "t2"), "a.onboard": (s.onboard, "a", "d", "t3")},
+        fault_if(is_fault, "200 for a token that is dead, and 409 for its killer"),
+    )
+
+
+@row(
     29,
-    "the same in a cluster, where the row lies on another node",
+    "the same as 28 in a cluster, where the row lies on another node",
     "the row was read before the mark was set",
     without=["two trips"],
     cluster=True,
@@ -1138,6 +1158,29 @@ def _(s):
 
 
 @row(
+    "32b",
+    "the same of a replacement",
+    "the old token is dead, and the new one cannot be redeemed",
+    without=["fresh"],
+    outage_redeem="none",
+)
+def _(s):
+    a_is_settled = is_settled("a")
+    return Scenario(
+        held(world("a"), T1, "a"),
+        {
+            "a.replace": (s.replace, "a", "d", "t2"),
+            "a.supervisor": (s.supervise, "a", 3),
+            "time.passes": passes(11, lambda found: not a_is_settled(found)),
+            "a.redeem": (s.redeem, "a", "a1", "t2"),
+        },
+        refused("a.redeem"),
+        after={"time.passes": ("a.replace",), "a.redeem": ("time.passes",)},
+        lossy=("a.replace",),
+    )
+
+
+@row(
     33,
     "a token from memory is presented to another instance just after the outage",
     "401 for a token that is about to be entered",
@@ -1257,6 +1300,27 @@ def _(s):
         },
         refused("a.again"),
         after={"a.again": ("a.redeem", "a.supervisor")},
+    )
+
+
+@row(
+    "34e",
+    "under `none`, the same, and its turn comes while it is presented",
+    "it is passed over and never entered: it is burnt",
+    without=["copies wait"],
+    outage_redeem="none",
+)
+def _(s):
+    return Scenario(
+        held(world("a"), T1, "a", "unsent"),
+        {
+            "a.supervisor": (s.supervise, "a", 2),
+            "a.redeem": (s.redeem, "a", "a1", T1),
+            "time.passes": passes(11, lambda found: not is_settled("a")(found)),
+            "a.again": (s.redeem, "a", "a2", T1),
+        },
+        refused("a.again"),
+        after={"time.passes": ("a.redeem",), "a.again": ("time.passes",)},
     )
 
 
