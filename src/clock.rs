@@ -4,10 +4,16 @@
 //! certificates but may jump or be unset on a gateway without a battery, and a monotonic clock,
 //! by which whatever is held in memory ages.
 
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::time::{ClockId, clock_gettime};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::read;
+use rustix::time::{
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
+    timerfd_create, timerfd_settime,
+};
 use time::OffsetDateTime;
 
 /// A day in seconds.
@@ -56,6 +62,46 @@ impl Now {
     /// A clock that shows a time before this program was built has not been set.
     pub fn is_plausible(&self) -> bool {
         self.unix_s() >= build_date()
+    }
+}
+
+/// How long after its start the program looks at the clock every second. That is when a clock is set;
+/// and whoever fakes one, or forbids timers, is noticed then.
+const WATCHED_MS: u64 = 3_600_000;
+/// How often.
+const WATCH: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+
+/// Tells when the wall clock was set.
+#[derive(Debug)]
+pub struct Steps {
+    /// Never goes off by itself: the kernel ends it when the clock is set (timerfd_create(2)).
+    timer: Option<OwnedFd>,
+}
+
+impl Steps {
+    /// From now on.
+    #[allow(
+        clippy::new_without_default,
+        reason = "what is watched from now on is no default value"
+    )]
+    pub fn new() -> Self {
+        let flags = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
+        let never = Timespec { tv_sec: i64::MAX / 2_000_000_000, tv_nsec: 0 };
+        let at = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: never };
+        let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK)
+            .and_then(|timer| timerfd_settime(&timer, flags, &at).map(|_| timer));
+        Steps { timer: timer.ok() }
+    }
+
+    /// Sleeps until the clock was set, or may have been. `closely`: it is wrong, so it will be.
+    pub fn wait(&self, closely: bool) {
+        let closely = closely || self.timer.is_none() || now().mono_ms < WATCHED_MS;
+        let timer = self.timer.as_ref().map(|timer| PollFd::new(timer, PollFlags::IN));
+        let mut waits: Vec<PollFd<'_>> = timer.into_iter().collect();
+        // A signal may end it early, which does no harm.
+        let _ = poll(&mut waits, closely.then_some(&WATCH));
+        // What is read is that the clock was set; without that the next look would not wait.
+        let _ = self.timer.as_ref().map(|timer| read(timer, &mut [0; 8]));
     }
 }
 
@@ -114,5 +160,17 @@ mod tests {
         assert!(!at(build_date() - 1).is_plausible());
         assert!(at(build_date()).is_plausible());
         assert!(now().is_plausible());
+    }
+
+    #[test]
+    fn a_step_is_waited_for() {
+        let steps = Steps::new();
+        let timer = steps.timer.as_ref().unwrap();
+        let mut waits = [PollFd::new(timer, PollFlags::IN)];
+        let soon = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+        assert_eq!(poll(&mut waits, Some(&soon)), Ok(0), "it does not go off by itself");
+        let begin = now().mono_ms;
+        steps.wait(true);
+        assert!((400..5000).contains(&(now().mono_ms - begin)));
     }
 }

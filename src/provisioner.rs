@@ -188,9 +188,7 @@ impl Provisioner {
     }
 
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {
-        if !self.ca().clock_is_plausible(now) {
-            return Err(CaError::ClockNotSet);
-        }
+        self.ca().check_clock(now)?;
         let issuer = self.ca().issuer().ok_or(CaError::ClockNotSet)?;
         issuer.check_dates(now)?;
         Ok(issuer)
@@ -227,9 +225,7 @@ impl Provisioner {
     /// # Errors
     /// The first of these that fails.
     pub fn check_token(&self, compact: &str, now: Now) -> Result<Token, Problem> {
-        if !self.ca().clock_is_plausible(now) {
-            return Err(Code::ClockNotSet.into());
-        }
+        self.ca().check_clock(now)?;
         self.signer.verify(compact, now.unix_s()).map_err(|error| {
             // Of a token that has merely expired, the log may say whose it was.
             let claims = self.signer.verify_signature(compact).ok();
@@ -318,9 +314,7 @@ impl Provisioner {
     /// # Errors
     /// When the clock is not set: a revocation has a date.
     pub fn plan_revoke(&self, device: DeviceId, client: IpAddr, now: Now) -> Result<Job, Problem> {
-        if !self.ca().clock_is_plausible(now) {
-            return Err(Code::ClockNotSet.into());
-        }
+        self.ca().check_clock(now)?;
         Ok(Job::Revoke(Revoke { device, client }))
     }
 }

@@ -19,7 +19,7 @@ use signal_hook::iterator::Signals;
 use crate::api::{self, Api};
 use crate::ca::publisher::Publisher;
 use crate::ca::{self, Ca, CaSettings};
-use crate::clock;
+use crate::clock::{self, Now};
 use crate::config::{self, Config, ConfigError};
 use crate::files::{self, FolderLock};
 use crate::jwt::{Claims, Signer};
@@ -39,8 +39,6 @@ const TOKEN_SECRET: (&str, usize) = ("jwt-secret", 32);
 const INSTANCE_ID: (&str, usize) = ("instance-id", 16);
 /// Enough for the threads that wait most of the time.
 const SMALL_STACK_BYTES: usize = 256 * 1024;
-/// How often a clock that is not set is looked at.
-const CLOCK_WATCH: Duration = Duration::from_millis(500);
 /// How often what ends is said again.
 const DAY: Duration = Duration::from_secs(clock::DAY_S);
 /// Longest time to finish what was begun, after the signal to stop.
@@ -186,8 +184,8 @@ fn open_ca(config: &Config) -> Result<Ca, RunError> {
     if let Some(issuer) = ca.issuer() {
         log::info!("CA SHA-256 fingerprint {}", issuer.fingerprint());
     }
-    if !ca.clock_is_plausible(clock::now()) {
-        log::warn!("the clock is not set: nothing is issued or signed until it is");
+    if let Err(why) = ca.check_clock(clock::now()) {
+        log::warn!("{why}: nothing is issued or signed until it is");
     }
     Ok(ca)
 }
@@ -296,30 +294,36 @@ fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
     }
 }
 
-/// While the clock is not set, watches it, so that the CA is made or judged within a second.
+/// Watches the clock. While it is not set, the CA is made or judged as soon as it is; and when it was
+/// ahead, so that the list is one of the future by which brokers refuse everybody, a new one is made.
 fn watch_clock(publisher: Arc<Publisher>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
-    let ca = Arc::clone(publisher.ca());
-    if ca.clock_is_plausible(clock::now()) {
-        return Ok(());
-    }
+    let steps = clock::Steps::new();
     spawn("clock", move || {
-        let settled = loop {
-            thread::sleep(CLOCK_WATCH);
-            match ca.settle(clock::now()) {
-                Ok(false) => {}
-                other => break other,
+        let ca = publisher.ca();
+        let mut was_set = ca.clock_is_plausible(clock::now());
+        loop {
+            steps.wait(!was_set);
+            let now = clock::now();
+            let is_set = ca.clock_is_plausible(now);
+            if is_set && !was_set {
+                clock_is_set(ca, now);
+                publisher.keep_fresh(now);
+                enter_ca(ca, failover.as_ref());
             }
-        };
-        match (settled, ca.issuer()) {
-            (Err(error), _) => log::error!("the clock is set, but: {error}"),
-            (Ok(_), Some(issuer)) => {
-                log::info!("the clock is set, CA SHA-256 fingerprint {}", issuer.fingerprint());
-            }
-            (Ok(_), None) => {}
+            publisher.check_clock(now);
+            was_set = is_set;
         }
-        publisher.keep_fresh(clock::now());
-        enter_ca(&ca, failover.as_ref());
     })
+}
+
+fn clock_is_set(ca: &Ca, now: Now) {
+    match (ca.settle(now), ca.issuer()) {
+        (Err(error), _) => log::error!("the clock is set, but: {error}"),
+        (Ok(_), Some(issuer)) => {
+            log::info!("the clock is set, CA SHA-256 fingerprint {}", issuer.fingerprint());
+        }
+        (Ok(_), None) => {}
+    }
 }
 
 fn announce(config: &Config, redis_serves: bool) {

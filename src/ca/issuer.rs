@@ -286,17 +286,28 @@ impl Issuer {
     /// Whether the CA is valid at this time.
     ///
     /// # Errors
-    /// [`CaError::ClockNotSet`] if the clock stands before the program's build or the CA's
-    /// `notBefore`, [`CaError::Expired`] after the CA's `notAfter`.
+    /// [`CaError::ClockNotSet`] if the clock stands before the program's build,
+    /// [`CaError::ClockBeforeCa`] before the CA's `notBefore`, [`CaError::Expired`] after its
+    /// `notAfter`.
     pub fn check_dates(&self, now: Now) -> Result<(), CaError> {
-        if !now.is_plausible() || now.unix_s() < self.not_before {
+        if !now.is_plausible() {
             return Err(CaError::ClockNotSet);
         }
+        self.check_begin(now)?;
         if now.unix_s() > self.not_after {
             let path = self.certificate.clone();
             return Err(CaError::Expired { path, not_after: self.not_after });
         }
         Ok(())
+    }
+
+    /// Whether the clock stands before the CA's `notBefore`.
+    pub(super) fn check_begin(&self, now: Now) -> Result<(), CaError> {
+        if now.unix_s() >= self.not_before {
+            return Ok(());
+        }
+        let path = self.certificate.clone();
+        Err(CaError::ClockBeforeCa { path, not_before: self.not_before })
     }
 
     /// Signs a device's certificate. Of the request only the key is taken; that it is the device's
@@ -855,7 +866,9 @@ mod tests {
         assert!(matches!(sign(early(0)), CaError::ClockNotSet));
 
         run_program(&dir, "faketime", &format!("2090-01-01~00:00:00 openssl {req}")).unwrap();
-        assert!(matches!(load(&dir).unwrap().check_dates(clock::now()), Err(CaError::ClockNotSet)));
+        let error = load(&dir).unwrap().check_dates(clock::now()).unwrap_err();
+        assert!(matches!(error, CaError::ClockBeforeCa { .. }));
+        assert!(error.to_string().contains("root-ca.crt, which begins at 2090-01-01T"), "{error}");
     }
 
     #[test]

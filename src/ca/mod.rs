@@ -55,6 +55,13 @@ pub enum CaError {
     Missing(PathBuf),
     /// The clock of this machine is not set.
     ClockNotSet,
+    /// The clock is not set, or the one that made the CA was ahead.
+    ClockBeforeCa {
+        /// The CA's certificate.
+        path: PathBuf,
+        /// Its first second, since 1970.
+        not_before: u64,
+    },
     /// A server's name is neither a DNS name nor an IP address.
     BadName(String),
     /// The record of certificates could not be read or written.
@@ -84,6 +91,15 @@ impl fmt::Display for CaError {
             }
             CaError::Missing(dir) => write!(f, "there is no CA in {}", dir.display()),
             CaError::ClockNotSet => f.write_str("the clock is not set"),
+            CaError::ClockBeforeCa { path, not_before } => {
+                let (path, date) =
+                    (path.display(), clock::rfc3339(not_before.saturating_mul(1000)));
+                write!(
+                    f,
+                    "the clock is not set, or the one that made {path}, which begins at {date}, was \
+                     ahead"
+                )
+            }
             CaError::BadName(name) => {
                 write!(f, "{name:?} is neither a DNS name nor an IP address")
             }
@@ -111,6 +127,7 @@ impl From<CaError> for Problem {
     fn from(error: CaError) -> Self {
         match error {
             CaError::ClockNotSet => Code::ClockNotSet.into(),
+            CaError::ClockBeforeCa { .. } => Problem::from(Code::ClockNotSet).log(error),
             other => Problem::from(Code::ServiceUnavailable).log(other),
         }
     }
@@ -149,7 +166,7 @@ impl Ca {
         files::make_dir(dir, 0o755)?; // the broker reads root-ca.crt and crl.pem
         Issuer::finish(dir)?;
         let issuer = Issuer::load(dir, settings.device_validity_days)?.map(Arc::new);
-        let plausible = clock_is_plausible(issuer.as_deref(), now);
+        let plausible = check_clock(issuer.as_deref(), now).is_ok();
         let registry = Registry::open(dir, issuer.as_deref(), plausible.then_some(now))?;
         if issuer.is_none() && !registry.is_empty() {
             return Err(lost(dir));
@@ -235,7 +252,15 @@ impl Ca {
 
     /// Whether the clock stands neither before the program's build nor before the CA's `notBefore`.
     pub fn clock_is_plausible(&self, now: Now) -> bool {
-        clock_is_plausible(self.issuer.get().map(|i| &**i), now)
+        self.check_clock(now).is_ok()
+    }
+
+    /// As [`Ca::clock_is_plausible`].
+    ///
+    /// # Errors
+    /// Before which of the two it stands.
+    pub fn check_clock(&self, now: Now) -> Result<(), CaError> {
+        check_clock(self.issuer.get().map(|i| &**i), now)
     }
 
     /// The folder.
@@ -259,7 +284,7 @@ pub fn check(settings: &CaSettings, now: Now) -> Result<(), CaError> {
     match issuer {
         None if is_empty => Ok(()),
         None => Err(lost(&settings.dir)),
-        Some(issuer) if clock_is_plausible(Some(&issuer), now) => issuer.check_dates(now),
+        Some(issuer) if check_clock(Some(&issuer), now).is_ok() => issuer.check_dates(now),
         Some(_) => Ok(()),
     }
 }
@@ -278,8 +303,11 @@ pub fn validity(der: &[u8]) -> Option<(u64, u64)> {
     Some((second(validity.not_before), second(validity.not_after)))
 }
 
-fn clock_is_plausible(issuer: Option<&Issuer>, now: Now) -> bool {
-    now.is_plausible() && issuer.is_none_or(|i| now.unix_s() >= i.not_before)
+fn check_clock(issuer: Option<&Issuer>, now: Now) -> Result<(), CaError> {
+    if !now.is_plausible() {
+        return Err(CaError::ClockNotSet);
+    }
+    issuer.map_or(Ok(()), |issuer| issuer.check_begin(now))
 }
 
 #[cfg(test)]

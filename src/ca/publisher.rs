@@ -10,16 +10,21 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::crl::Crl;
+use super::registry::Record;
 use super::{Ca, CaError, crl, hook};
 use crate::clock::{self, Now};
 
-/// The longest sleep. The list is renewed daily by the wall clock, which may be set or have gone on
-/// while the machine was suspended, so it is looked at more often than that.
+/// The longest sleep. The list is renewed daily by the wall clock, which may have gone on while the
+/// machine was suspended, so it is looked at more often than that. Whoever sees that the clock was set
+/// calls [`Publisher::keep_fresh`].
 const LOOK: Duration = Duration::from_secs(3600);
 /// The pause before a list that could not be written is tried again; doubled, up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// The pause before a record that could not be written is tried again.
 const TRIAL_MS: u64 = 2000;
+
+/// Certificates that one warning names.
+const NAMED: usize = 16;
 
 /// Publishes the list of one CA.
 pub struct Publisher {
@@ -87,6 +92,9 @@ impl Publisher {
         }
         let known = self.ca.crl();
         let is_start = known.is_none();
+        if is_start || self.was_ahead(now) {
+            self.warn_of_later(now);
+        }
         let is_due = known.or_else(|| self.find(now)).is_none_or(|list| list.is_due(now));
         if is_due || self.failure().is_some() {
             // What went wrong is logged and kept there.
@@ -95,6 +103,36 @@ impl Publisher {
         if let Some(warning) = self.warning(now).filter(|_| is_due || is_start) {
             log::warn!("{warning}");
         }
+    }
+
+    /// Publishes a new list if the clock that dated the last one was ahead: brokers take a list of the
+    /// future for none, and refuse everybody. Cheap; to be asked whenever the clock may have been set.
+    pub fn check_clock(&self, now: Now) {
+        if self.was_ahead(now) {
+            self.keep_fresh(now);
+        }
+    }
+
+    /// Not while a list cannot be written: then that is tried again, at its own pace.
+    fn was_ahead(&self, now: Now) -> bool {
+        self.ca.crl().is_some_and(|list| now.unix_s() < list.made_at) && self.failure().is_none()
+    }
+
+    /// Names the certificates that a clock which was ahead has dated.
+    fn warn_of_later(&self, now: Now) {
+        let later = self.ca.registry().begin_later(now);
+        if later.is_empty() {
+            return;
+        }
+        let name = |record: &Record| format!("{} of {}", record.serial, record.device);
+        let named: Vec<String> = later.iter().take(NAMED).map(name).collect();
+        log::warn!(
+            "the clock was ahead when {} certificates were signed, which nobody takes until then: \
+             {}{}",
+            later.len(),
+            named.join(", "),
+            if later.len() > NAMED { " …" } else { "" }
+        );
     }
 
     /// The list that an earlier process published, if it is still right. Whether that one lived to
