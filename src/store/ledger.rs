@@ -15,7 +15,15 @@ use crate::serial::Serial;
 use crate::store::{Mark, locked};
 
 /// How long a mark outlives its token, in milliseconds: clocks differ.
-pub const MARGIN_MS: u64 = 60_000;
+const MARGIN_MS: u64 = 60_000;
+
+/// How long a mark lasts that is made now, here and in Redis: the token's whole lifetime and a
+/// minute. Were it what the wall clock says is left, one that is ahead for a while would end it
+/// early. A token that is dated later than now lives for so much longer.
+pub fn lasts_ms(claims: &Claims, now: Now) -> u64 {
+    let ahead_s = claims.iat.saturating_sub(now.unix_s());
+    claims.lifetime_s().saturating_add(ahead_s).saturating_mul(1000).saturating_add(MARGIN_MS)
+}
 
 /// What became of the latest attempt to redeem a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -240,10 +248,7 @@ impl Ledger {
 }
 
 fn entry(state: State, claims: Claims, now: Now) -> Entry {
-    // The whole lifetime, as a mark in Redis: were it what the wall clock says is left, one that is
-    // ahead for a while would end it early.
-    let lasts = claims.lifetime_s() * 1000 + MARGIN_MS;
-    let ends_ms = now.mono_ms.saturating_add(lasts);
+    let ends_ms = now.mono_ms.saturating_add(lasts_ms(&claims, now));
     Entry { state, claims, elsewhere: Elsewhere::No, ends_ms }
 }
 
@@ -368,6 +373,14 @@ mod tests {
         assert_eq!(ledger.reap(at(369)), Some(370_000));
         assert_eq!(ledger.reap(at(370)), None);
         assert!(!ledger.knows_as_spent(&t.hash));
+    }
+
+    #[test]
+    fn an_entry_lasts_until_a_token_of_the_future_has_ended() {
+        let t = token("d", 300);
+        assert_eq!(lasts_ms(&t.claims, at(200)), 360_000, "counted from now on");
+        let early = Now { unix_ms: at(0).unix_ms - 600_000, mono_ms: 0 };
+        assert_eq!(lasts_ms(&t.claims, early), 960_000);
     }
 
     #[test]

@@ -76,6 +76,23 @@ fn own_redeems_what_it_issued_and_nothing_else() {
     assert!(!lonely.log().contains("twice"), "{}", lonely.log());
 }
 
+/// What the other has redeemed is carried over by its issuer, who knows nothing of it, and neither
+/// counts nor keeps the device waiting.
+#[test]
+fn what_the_other_redeemed_leaves_no_phantom() {
+    let Pair { proxy, lonely, other, .. } = &pair("own");
+    let d = Device::new("d");
+    let compact = token(lonely, &d);
+    cut_off(lonely, proxy);
+    certificate(other, &compact, &d);
+    reconnect(lonely, proxy);
+    for service in [lonely, other] {
+        assert_eq!(service.token_count(), 0);
+        refused_as_used(&[service], &compact, &d);
+    }
+    token(other, &d);
+}
+
 /// The price of `own`: once by each, no more, and the log says so.
 #[test]
 fn own_may_redeem_a_token_that_the_other_redeemed_and_reports_it() {

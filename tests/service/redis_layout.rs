@@ -84,6 +84,21 @@ fn the_mark_lives_for_the_whole_lifetime_counted_from_the_mark() {
     assert!((355_000..=360_000).contains(&left), "{left} ms");
 }
 
+/// By a clock that was ahead; the token lives until it ends by the right one.
+#[test]
+fn the_mark_of_a_token_of_the_future_outlives_it() {
+    let redis = Redis::start(&[]);
+    let service = with(&redis, &[("JWT_SECRET", token::SECRET)]);
+    let now = crate::support::clock::now_s();
+    let claims =
+        json!({"device_id": "d", "type": "provisioning", "iat": now + 600, "exp": now + 900});
+    let compact = token::sign(token::SECRET, token::HEADER, &claims.to_string());
+    token::plant_token(&redis, "d", &compact, now + 900);
+    assert_eq!(service.sign(&compact, &Csr::new("d").make()).status, 200);
+    let left = redis.pttl(&format!("mqtt-lite:{}", token::mark_of(&compact)));
+    assert!((955_000..=960_000).contains(&left), "{left} ms");
+}
+
 #[test]
 fn after_replacement() {
     const KEY: &str = "onboarding-key-0001";

@@ -35,7 +35,7 @@
 //! GiveBack ─ CAD mark
 //! Finish ─── CAD lease · DEL token · ZREM live      (TakeBack too)
 //! Mark ───── GET mark · SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
-//! Carry ──── SET token · ZADD live · SET lease NX
+//! Carry ──── SET token · GET mark ─▶ unmarked ── ZADD live · SET lease NX
 //! Count ──── ZCOUNT live · TIME
 //! Prune ──── ZREM live · ZRANGEBYSCORE live     (with every some issues)
 //! ```
@@ -44,12 +44,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::command::Commands;
-use super::layout::{Layout, mark_ms};
+use super::layout::Layout;
 use super::reply::{Info, Replies, Reply, maybe_done};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::serial::Serial;
+use crate::store::ledger::lasts_ms;
 use crate::store::{Answer, Dead, Kill, Killed, Mark, New, Op, Outcome, StoreError, locked};
 
 /// A lease whose token has been marked for this long is not waited for.
@@ -110,7 +111,7 @@ impl Context {
 /// One round trip of one operation.
 pub(super) trait Flow {
     /// Adds this trip's commands.
-    fn send(&self, layout: &Layout, out: &mut Commands);
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands);
 
     /// Reads its replies, one for each command.
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next;
@@ -173,25 +174,25 @@ struct Issue {
     left_ms: u64,
     /// By the clock of Redis.
     ends_ms: u64,
-    now_ms: u64,
+    now: Now,
 }
 
 impl Issue {
     fn new(token: Token, context: &Context, now: Now) -> Self {
         let left_ms = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms).max(1);
         let ends_ms = context.clock.at(now).saturating_add(left_ms);
-        Issue { token, left_ms, ends_ms, now_ms: now.unix_ms }
+        Issue { token, left_ms, ends_ms, now }
     }
 
     fn already_active(&self, context: &Context, other: &str, lease_left: i64) -> Outcome {
-        let by_lease = self.now_ms + u64::try_from(lease_left).unwrap_or(0);
+        let by_lease = self.now.unix_ms + u64::try_from(lease_left).unwrap_or(0);
         let by_token = context.signer.verify_signature(other).map(|claims| claims.exp * 1000);
         Outcome::AlreadyActive { expires_at_ms: by_token.unwrap_or(by_lease) }
     }
 }
 
 impl Flow for Issue {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.set_token(&self.token, self.left_ms));
         out.push(&layout.lease_if_free(&self.token, self.left_ms));
         out.push(&layout.get_lease(&self.token.claims.device_id));
@@ -221,7 +222,7 @@ struct Contest {
 }
 
 impl Flow for Contest {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         let Issue { token, .. } = &self.issue;
         let other = TokenHash::of(&self.other);
         out.push(&layout.delete_token(&token.compact));
@@ -243,9 +244,11 @@ impl Flow for Contest {
             let claims = context.claims_of(&self.other, &self.issue.token.claims.device_id);
             // A clock was set: a lease may outlive its token.
             let verified = context.signer.verify_signature(&self.other);
-            let ended = verified.is_ok_and(|c| c.exp.saturating_mul(1000) <= self.issue.now_ms);
+            let ended =
+                verified.is_ok_and(|c| c.exp.saturating_mul(1000) <= self.issue.now.unix_ms);
             let age = age_ms(claims.lifetime_s() * 1000, lease_left);
-            let marked_long = marked && age_ms(mark_ms(&claims), mark_left) > MARKED_LONG_MS;
+            let whole = lasts_ms(&claims, self.issue.now);
+            let marked_long = marked && age_ms(whole, mark_left) > MARKED_LONG_MS;
             let stale = ended || age > 2 * context.patience_ms && (gone || marked_long);
             if !stale {
                 let outcome = self.issue.already_active(context, &self.other, lease_left);
@@ -269,7 +272,7 @@ struct TakeOver {
 }
 
 impl Flow for TakeOver {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         let Issue { token, left_ms, ends_ms, .. } = &self.issue;
         out.push(&layout.set_token(token, *left_ms));
         out.push(&layout.add_live(&token.hash, *ends_ms));
@@ -298,7 +301,7 @@ struct Yield {
 }
 
 impl Flow for Yield {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.delete_token(&self.issue.token.compact));
         out.push(&layout.remove_live(&self.issue.token.hash));
     }
@@ -315,7 +318,7 @@ impl Flow for Yield {
 struct Replace(Issue);
 
 impl Flow for Replace {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.set_token(&self.0.token, self.0.left_ms));
         out.push(&layout.add_live(&self.0.token.hash, self.0.ends_ms));
         out.push(&layout.lease_if_free(&self.0.token, self.0.left_ms));
@@ -349,7 +352,7 @@ impl Flow for Supplant {
         Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims }))
     }
 
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         let Issue { token, left_ms, .. } = &self.issue;
         out.push(&layout.take_lease_over(&self.old, token, *left_ms));
         out.push(&layout.lease_if_free(token, *left_ms));
@@ -385,8 +388,8 @@ impl Flow for KillOld {
         Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims: self.claims.clone() }))
     }
 
-    fn send(&self, layout: &Layout, out: &mut Commands) {
-        push_kill(layout, out, &self.old, &self.claims);
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
+        push_kill(layout, now, out, &self.old, &self.claims);
     }
 
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
@@ -399,9 +402,9 @@ impl Flow for KillOld {
 }
 
 /// Mark first: an instance that holds a copy might carry the token over.
-fn push_kill(layout: &Layout, out: &mut Commands, compact: &str, claims: &Claims) {
+fn push_kill(layout: &Layout, now: Now, out: &mut Commands, compact: &str, claims: &Claims) {
     let hash = TokenHash::of(compact);
-    out.push(&layout.set_mark(&hash, &layout.mark(Mark::Killed), mark_ms(claims)));
+    out.push(&layout.set_mark(&hash, &layout.mark(Mark::Killed), lasts_ms(claims, now)));
     out.push(&layout.delete_token(compact));
     out.push(&layout.remove_live(&hash));
 }
@@ -411,7 +414,7 @@ fn push_kill(layout: &Layout, out: &mut Commands, compact: &str, claims: &Claims
 struct FindLease(Kill);
 
 impl Flow for FindLease {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.get_lease(&self.0.device));
         self.0.copies.iter().for_each(|copy| out.push(&layout.get_mark(&copy.hash)));
     }
@@ -457,9 +460,9 @@ struct KillLeased {
 }
 
 impl Flow for KillLeased {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         out.push(&layout.get_mark(&self.token.hash));
-        push_kill(layout, out, &self.compact, &self.token.claims);
+        push_kill(layout, now, out, &self.compact, &self.token.claims);
         out.push(&layout.free_lease(&self.device, &self.compact));
     }
 
@@ -482,10 +485,10 @@ struct Consume {
 }
 
 impl Flow for Consume {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         let Token { compact, hash, claims } = &self.token;
         let mark = layout.mark(Mark::Serial(self.serial));
-        out.push(&layout.mark_if_free(hash, &mark, claims));
+        out.push(&layout.mark_if_free(hash, &mark, lasts_ms(claims, now)));
         out.push(&layout.exists_token(compact));
         out.push(&layout.get_mark(hash));
     }
@@ -525,7 +528,7 @@ struct Missing {
 }
 
 impl Flow for Missing {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.withdraw_mark(&self.hash, &layout.mark(Mark::Serial(self.serial))));
         Info::ask(out);
     }
@@ -555,10 +558,10 @@ struct TakeMarkOver {
 }
 
 impl Flow for TakeMarkOver {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         let Token { compact, hash, claims } = &self.attempt.token;
         let mark = layout.mark(Mark::Serial(self.attempt.serial));
-        out.push(&layout.take_mark_over(hash, &self.dead, &mark, claims));
+        out.push(&layout.take_mark_over(hash, &self.dead, &mark, lasts_ms(claims, now)));
         out.push(&layout.exists_token(compact));
         out.push(&layout.get_mark(hash));
     }
@@ -587,7 +590,7 @@ struct Withdraw {
 }
 
 impl Flow for Withdraw {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.withdraw_mark(&self.hash, &layout.mark(Mark::Serial(self.serial))));
     }
 
@@ -605,7 +608,7 @@ struct Remove {
 }
 
 impl Flow for Remove {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         let Token { compact, hash, claims } = &self.token;
         out.push(&layout.free_lease(&claims.device_id, compact));
         out.push(&layout.delete_token(compact));
@@ -624,7 +627,7 @@ struct Count {
 }
 
 impl Flow for Count {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.count_live(self.by_redis_ms));
         out.push(&layout.time());
     }
@@ -657,9 +660,13 @@ impl Enter {
 }
 
 impl Flow for Enter {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         out.push(&layout.get_mark(&self.hash));
-        out.push(&layout.set_mark(&self.hash, &layout.mark(self.mark), mark_ms(&self.claims)));
+        out.push(&layout.set_mark(
+            &self.hash,
+            &layout.mark(self.mark),
+            lasts_ms(&self.claims, now),
+        ));
         out.push(&layout.remove_live(&self.hash));
         out.push(&layout.get_lease(&self.claims.device_id));
         if let Some(token) = &self.token {
@@ -688,8 +695,8 @@ impl Flow for Enter {
     }
 }
 
-/// Carry-over of a live token. Whatever mark stands does not matter: if it is another's, the token
-/// stays refused; if it is tentative, it will be withdrawn.
+/// Carry-over of a live token, first trip. Whatever mark stands does not matter: if it is another's,
+/// the token stays refused; if it is tentative, it will be withdrawn.
 struct Carry {
     token: Token,
     left_ms: u64,
@@ -698,10 +705,31 @@ struct Carry {
 }
 
 impl Flow for Carry {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.set_token(&self.token, self.left_ms));
-        out.push(&layout.add_live(&self.token.hash, self.ends_ms));
-        out.push(&layout.lease_if_free(&self.token, self.left_ms));
+        out.push(&layout.get_mark(&self.token.hash));
+    }
+
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
+        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            replies.skip();
+            match replies.text()? {
+                Some(_) => Next::done(Outcome::Done),
+                None => Next::trip(CarryUnmarked(*self)),
+            }
+        }))
+    }
+}
+
+/// Carry-over of a live token, second trip: it counts, and its device is leased to it. One that bears
+/// a mark does neither, for it is used, most likely.
+struct CarryUnmarked(Carry);
+
+impl Flow for CarryUnmarked {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
+        let Carry { token, left_ms, ends_ms } = &self.0;
+        out.push(&layout.add_live(&token.hash, *ends_ms));
+        out.push(&layout.lease_if_free(token, *left_ms));
     }
 
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
@@ -726,7 +754,7 @@ impl Prune {
 }
 
 impl Flow for Prune {
-    fn send(&self, layout: &Layout, out: &mut Commands) {
+    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
         out.push(&layout.remove_live_members(&self.remove));
         out.push(&layout.oldest_live(self.until_ms, self.most));
     }
@@ -784,7 +812,8 @@ mod tests {
         let withdrawn = vec![Ok(Value::Int(0)), Ok(Value::Int(1)), Ok(Value::Nil)];
         assert_eq!(end(take_over(), withdrawn), Err(StoreError::Undecided), "nobody used it");
         let mut commands = Commands::default();
-        take_over().send(&context().layout, &mut commands);
+        let now = Now { unix_ms: 1000, mono_ms: 0 };
+        take_over().send(&context().layout, now, &mut commands);
         assert_eq!(commands.count(), 3, "the mark is read, last");
     }
 }

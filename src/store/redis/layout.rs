@@ -2,9 +2,8 @@
 
 use super::command::{Command, decimal};
 use crate::device::DeviceId;
-use crate::jwt::{Claims, Token, TokenHash};
+use crate::jwt::{Token, TokenHash};
 use crate::store::Mark;
-use crate::store::ledger::MARGIN_MS;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 
@@ -81,8 +80,8 @@ impl Layout {
         self.compare_and_delete("device:", device.as_str(), compact)
     }
 
-    pub fn mark_if_free(&self, hash: &TokenHash, mark: &str, claims: &Claims) -> Command {
-        self.set_mark(hash, mark, mark_ms(claims)).arg("NX")
+    pub fn mark_if_free(&self, hash: &TokenHash, mark: &str, lasts_ms: u64) -> Command {
+        self.set_mark(hash, mark, lasts_ms).arg("NX")
     }
 
     /// Over whatever stands there.
@@ -98,14 +97,8 @@ impl Layout {
         self.on("PTTL", "used:", &hash.to_string())
     }
 
-    pub fn take_mark_over(
-        &self,
-        hash: &TokenHash,
-        from: &str,
-        to: &str,
-        claims: &Claims,
-    ) -> Command {
-        self.compare_and_set(("used:", &hash.to_string()), from, to, mark_ms(claims))
+    pub fn take_mark_over(&self, hash: &TokenHash, from: &str, to: &str, lasts_ms: u64) -> Command {
+        self.compare_and_set(("used:", &hash.to_string()), from, to, lasts_ms)
     }
 
     pub fn withdraw_mark(&self, hash: &TokenHash, mark: &str) -> Command {
@@ -191,11 +184,6 @@ impl Layout {
     fn eval(&self, script: &str, kind: &str, name: &str) -> Command {
         Command::new("EVAL").arg(script).number(1).joined(&[&self.prefix, kind, name])
     }
-}
-
-/// How long a mark stands: the token's whole lifetime and a minute, whatever our clock says.
-pub(super) fn mark_ms(claims: &Claims) -> u64 {
-    claims.lifetime_s() * 1000 + MARGIN_MS
 }
 
 /// The token's name in the set of live tokens: half its hash.

@@ -142,8 +142,10 @@ impl RedisStore {
         let mut connection = self.pool.take(deadline)?;
         while flows.iter().any(Running::is_waiting) {
             let mut commands = Commands::default();
-            let counts: Vec<usize> =
-                flows.iter().map(|flow| flow.send(&self.context.layout, &mut commands)).collect();
+            let counts: Vec<usize> = flows
+                .iter()
+                .map(|flow| flow.send(&self.context.layout, now, &mut commands))
+                .collect();
             let sent = Instant::now();
             let replies = connection.round_trip(&commands, deadline)?;
             self.metrics.redis_trips.observe(sent.elapsed());
@@ -176,10 +178,10 @@ impl Running {
     }
 
     /// Adds the commands of this trip; returns how many.
-    fn send(&self, layout: &Layout, commands: &mut Commands) -> usize {
+    fn send(&self, layout: &Layout, now: Now, commands: &mut Commands) -> usize {
         let before = commands.count();
         if let Running::Waiting(flow) = self {
-            flow.send(layout, commands);
+            flow.send(layout, now, commands);
         }
         commands.count() - before
     }
