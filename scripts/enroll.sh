@@ -138,7 +138,9 @@ fi
 # --- tools
 
 has() { command -v "$1" >/dev/null 2>&1; }
-has openssl || fail $LOCAL "openssl is missing"
+for tool in awk cat chmod cmp cp cut date grep head mkdir mktemp mv openssl rm sed sleep sync tail tr wc; do
+    has $tool || fail $LOCAL "$tool is missing"
+done
 if has curl; then
     transport=curl
 elif [ $scheme = https ]; then
@@ -166,8 +168,9 @@ trap 'exit 1' INT TERM HUP
 
 # SECURITY: nobody counts as a CA but whom we name. Most programs look into the system's store, too,
 # unless they are given another one; and not every option for that is in every openssl.
-mkdir "$work/none"
-SSL_CERT_DIR=$work/none
+store=$work/store
+mkdir "$store"
+SSL_CERT_DIR=$store
 SSL_CERT_FILE=/dev/null
 export SSL_CERT_DIR SSL_CERT_FILE
 
@@ -299,7 +302,8 @@ ask_curl() {
         unverified) echo insecure ;;
         esac
         if [ "$how" != unverified ] && [ $scheme = https ]; then
-            printf 'cacert = "%s"\ncapath = "%s/none"\n' "$(quoted "$tls_ca")" "$folder"
+            cp "$tls_ca" "$store/ca.pem" # with wolfSSL, curl takes no empty store
+            printf 'cacert = "%s"\ncapath = "%s/store"\n' "$(quoted "$tls_ca")" "$folder"
         fi
     } >"$work/curlrc"
     asked=0
@@ -333,7 +337,7 @@ ask_openssl() {
     esac
     if [ "$how" != unverified ]; then
         # shellcheck disable=SC2086 # one option, or none
-        set -- "$@" -CAfile "$tls_ca" -CApath "$work/none" $partial -verify_return_error "$check" "$name"
+        set -- "$@" -CAfile "$tls_ca" -CApath "$store" $partial -verify_return_error "$check" "$name"
     fi
     [ "$how" != certificate ] || set -- "$@" -cert "$dir/device.crt" -key "$dir/device.key"
     bounded openssl s_client "$@" <"$work/request" >"$work/answer" 2>"$work/said" || true
@@ -426,7 +430,7 @@ signed() {
     [ "$dates" != -attime ] || set -- "$@" -attime "$(($(seconds "$certificate" startdate) + 600))"
     [ "$dates" != -no_check_time ] || set -- "$@" -no_check_time
     # shellcheck disable=SC2086 # one option, or none
-    openssl verify "$@" $partial -CAfile "$by" -CApath "$work/none" "$certificate" >"$work/said" 2>&1 &&
+    openssl verify "$@" $partial -CAfile "$by" -CApath "$store" "$certificate" >"$work/said" 2>&1 &&
         grep -q ': OK$' "$work/said" && ! grep -q '^error [0-9]' "$work/said"
 }
 

@@ -134,6 +134,35 @@ fn a_ca_that_is_no_root() {
     }
 }
 
+/// With wolfSSL, curl takes no folder of CAs that is empty.
+#[test]
+fn a_curl_that_wants_something_in_its_store() {
+    let service = https::start(Setup::new());
+    let wants = r#"
+store=$(sed -n 's/^capath = "\(.*\)"/\1/p' "$3" 2>/dev/null)
+[ -z "$store" ] || [ -n "$(ls "$store")" ] || exit 77
+exec REAL "$@""#;
+    let device = Device::new("d", &https_url(&service)).program("curl", wants);
+    device.must_enroll(&["--tries", "1"]);
+}
+
+#[test]
+fn a_program_that_is_missing_is_named_before_anything_is_done() {
+    let service = Setup::new().start();
+    let log = service.log();
+    let without = |name: &str| {
+        let device = Device::new("d", &http_url(&service)).surroundings(Wget);
+        device.enroll(&["--help"]); // makes its folder of programs
+        fs::remove_file(device.outside().join("bin").join(name)).unwrap();
+        device.enroll(&["--tries", "1"])
+    };
+    for name in ["awk", "cmp", "mktemp", "openssl", "sync", "wc"] {
+        check(&without(name), 1, &format!("{name} is missing"));
+    }
+    check(&without("wget"), 1, "curl or wget is missing");
+    assert_eq!(service.log(), log, "nobody was asked");
+}
+
 #[test]
 fn whatever_speaks_http() {
     let key = "onboarding-key-of-the-tests";
