@@ -336,8 +336,9 @@ ask_openssl() {
     *) check=-verify_ip ;;
     esac
     if [ "$how" != unverified ]; then
+        # SECURITY: without -verify, 1.0.2 goes on whatever it finds.
         # shellcheck disable=SC2086 # one option, or none
-        set -- "$@" -CAfile "$tls_ca" -CApath "$store" $partial -verify_return_error "$check" "$name"
+        set -- "$@" -CAfile "$tls_ca" -CApath "$store" $partial -verify 9 -verify_return_error "$check" "$name"
     fi
     [ "$how" != certificate ] || set -- "$@" -cert "$dir/device.crt" -key "$dir/device.key"
     bounded openssl s_client "$@" <"$work/request" >"$work/answer" 2>"$work/said" || true

@@ -18,10 +18,18 @@ use crate::support::wait;
 use Surroundings::{Busybox, Full, Wget};
 
 /// OpenSSL 1.0.2: no `-no_check_time`; a blank in `subject= CN=…`; `verify` says of some errors that
-/// they are, then OK, and ends with 0.
+/// they are, then OK, and ends with 0; `s_client` verifies nothing without `-verify`.
 const OPENSSL_102: &str = r#"
 case $* in *-no_check_time* | *-noservername*) echo "unknown option" >&2; exit 1 ;; esac
 case $* in
+s_client*-verify\ *) exec REAL "$@" ;;
+s_client*)
+    for word; do
+        shift
+        case $word in -verify_return_error) ;; *) set -- "$@" "$word" ;; esac
+    done
+    exec REAL "$@"
+    ;;
 verify*) REAL "$@" || echo OK; exit 0 ;;
 *-subject\ *) REAL "$@" | sed 's/^subject=/subject= /' ;;
 *) exec REAL "$@" ;;
@@ -93,6 +101,24 @@ fn an_old_openssl_will_do() {
     check(&device.enroll(&["--tries", "1"]), 1, "openssl cannot verify");
     assert_eq!(plain.index().len(), lines, "no token is spent on it");
     assert!(!plain.log().contains("issued for d,"), "{}", plain.log());
+}
+
+#[test]
+fn an_old_openssl_verifies_the_server() {
+    let ours = Setup::new().start();
+    let theirs = https::start(Setup::new().env("HTTP_HOST", "0.0.0.0"));
+    let device = |id: &str, url: &str| {
+        let device = Device::new(id, url).surroundings(Busybox).program("openssl", OPENSSL_102);
+        fs::create_dir(device.folder()).unwrap();
+        device
+    };
+    let foreign = device("foreign", &https_url(&theirs));
+    fs::copy(ours.data("ca/root-ca.crt"), foreign.file("ca.crt")).unwrap();
+    check(&foreign.enroll(&[]), 5, "is not verified by the CA");
+    let other_name = device("name", &format!("https://127.0.0.2:{}", theirs.port()));
+    fs::copy(theirs.data("ca/root-ca.crt"), other_name.file("ca.crt")).unwrap();
+    check(&other_name.enroll(&[]), 5, "is not verified by the CA");
+    assert!(!theirs.log().contains("issued for"), "{}", theirs.log());
 }
 
 /// With all behind it up to the root, without the root, and alone.
