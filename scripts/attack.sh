@@ -8,7 +8,9 @@
 # attack a probe asks for /health every 100 ms, and another asks a second server that nobody attacks:
 # what that one waits for is the machine, which attackers and servers share. It prints one table and
 # ends with 0 if no probe failed, p99 stayed under 50 ms (more than the other server's), memory under
-# 16 MiB, no thread was added, the server answered afterwards, and everyone of a burst was answered.
+# 16 MiB, no thread was added, the server answered afterwards, the log grew by less than 100 KB a second,
+# and everyone of a burst was answered. In the row "full log" the log is a pipe that is full and that
+# nobody reads.
 # The rows under "RSA 4096" and "P-256" are over HTTPS with such a key: the probe makes a handshake
 # each time, and its second row, "(kept)", is for a connection that was there before.
 #   MPL_BIN       the program; else it is built
@@ -54,15 +56,18 @@ attack=$(program "${ATTACK_BIN:-$build/release/attack}")
 files=
 # A variable for it.
 setting=
+# Where its log goes, when nobody reads it.
+pipe=
 # The files of its certificate and key, but for their endings, when it serves HTTPS.
 tls=
 
 start_server() {
     port=$(free_port $((20000 + $$ % 6000)))
     rm -rf "$work/data"
+    : >"$work/server.log"
     cp -R "$work/template" "$work/data"
     env -i PATH="$PATH" HTTP_HOST=127.0.0.1 PORT="$port" DATA_DIR="$work/data" \
-        ${setting:+"$setting"} ${tls:+"TLS_CERT=$tls.crt" "TLS_KEY=$tls.key"} ${files:+prlimit "--nofile=$files"} "$bin" >"$work/server.log" 2>&1 &
+        ${setting:+"$setting"} ${tls:+"TLS_CERT=$tls.crt" "TLS_KEY=$tls.key"} ${files:+prlimit "--nofile=$files"} "$bin" >"${pipe:-$work/server.log}" 2>&1 &
     server=$!
     await "the server answers" "$server" answers
 }
@@ -132,6 +137,7 @@ run() {
         idle-10000) nice "$attack" "$at" idle 10000 "$seconds" ;;
         body-1000) nice "$attack" "$at" body 1000 "$seconds" ;;
         flood-50) nice "$attack" "$at" flood 50 "$seconds" ;;
+        refuse-64) nice "$attack" "$at" refuse 64 "$seconds" ;;
         hoard-500) nice "$attack" "$at" hoard 500 "$seconds" ;;
         hello-250) nice "$attack" "$at" hello 250 "$seconds" ;;
         read-256) nice "$attack" "$at" read 256 "$seconds" "$path" ;;
@@ -156,6 +162,7 @@ row() {
     else
         "$attack" "127.0.0.1:$port" probe-tls "$seconds" "$tls.crt" >"$work/probe" 2>&1 || true
     fi
+    logged=$(($(wc -c <"$work/server.log") / seconds))
     peak=$(of_server VmHWM)
     after=$(of_server Threads)
     wait "$attacker" || true
@@ -163,7 +170,8 @@ row() {
     machine=$(sed -n 's/^probe: .* p99 \([^ ]*\) .*/\1/p' "$work/probe.twin")
     judge "$1" "$2" probe
     [ -z "$tls" ] || judge "$1" "(kept)" kept
-    sed "s/^/$1, $2: /" "$work/attack.log" "$work/probe" >>"$work/notes"
+    { cat "$work/attack.log" "$work/probe"; echo "log: $logged bytes a second"; } |
+        sed "s/^/$1, $2: /" >>"$work/notes"
     stop_servers
 }
 
@@ -178,6 +186,7 @@ judge() {
     awk "BEGIN { exit !(${9:-1000} < 50 + $machine) }" || verdict="p99 is high"
     [ "$peak" -lt 16384 ] || verdict="memory is high"
     [ "$after" -le "$threads" ] || verdict="more threads"
+    [ "$logged" -lt 100000 ] || verdict="$logged bytes a second are logged"
     [ "$verdict" = ok ] || failed=1
     printf '| %-8s | %-12s | %4s of %4s | %6s | %6s | %6s | %7s | %5.1f | %5.1f | %3s | %3s | %s |\n' \
         "$1" "$2" "${5:-}" "${3:-}" "${7:-}" "${9:-}" "$machine" "${11:-}" "$(mib "$rss")" "$(mib "$peak")" \
@@ -190,7 +199,7 @@ make_template
 echo "load average $(cut -d ' ' -f 1-3 /proc/loadavg), $(nproc) cores, $seconds s each, read: $path"
 echo "| limits   | attack       | no answer    | p50 ms | p99 ms | (twin) | max ms  | MiB   | peak  | threads   | |"
 echo "|----------|--------------|--------------|--------|--------|--------|---------|-------|-------|-----|-----|---|"
-for name in nothing slow-headers slow-body range slow-read idle-10000 body-1000 read-256 read-1000 flood-50; do
+for name in nothing slow-headers slow-body range slow-read idle-10000 body-1000 read-256 read-1000 flood-50 refuse-64; do
     row default "$name"
 done
 # slowhttptest has one address only: here it may have all connections.
@@ -204,6 +213,14 @@ for name in slow-headers slow-body range slow-read idle-10000 body-1000 read-256
     row "256 fds" "$name"
 done
 files=
+pipe=$work/pipe
+mkfifo "$pipe"
+# Opened for both, it needs no reader; it is full when it takes no more within a second.
+exec 3<>"$pipe"
+timeout 1 dd if=/dev/zero of="$pipe" bs=4096 count=1000 2>/dev/null || true
+row "full log" refuse-64
+exec 3>&-
+pipe=
 certificate rsa rsa:4096
 for name in nothing hello-250 hoard-500; do
     row "RSA 4096" "$name"

@@ -5,6 +5,7 @@
 //! attack HOST:PORT body  N SECONDS          N that send 63 of 64 KiB of a body, and stop
 //! attack HOST:PORT read  N SECONDS [PATH]   N that ask for PATH again and again and never read
 //! attack HOST:PORT flood N SECONDS          N that ask for what is refused, and send on and on
+//! attack HOST:PORT refuse N SECONDS         N that show a bad token as fast as they are answered
 //! attack HOST:PORT hoard N SECONDS          N that send 60 of 64 KiB of a TLS ClientHello, and stop
 //! attack HOST:PORT hello N SECONDS [PER]    N that replay one TLS ClientHello, PER from one address
 //! attack HOST:PORT burst N TIMES   [PATH]   N opened at once, each asks once, so many times
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         [server, "probe", seconds, from @ ..] => probe(server, seconds, from.first().copied()),
         [server, "probe-tls", seconds, cert] => probe_tls(server, seconds, cert),
         [server, "flood", n, seconds] => flood(server, n, seconds),
+        [server, "refuse", n, seconds] => refuse(server, n, seconds),
         [server, "hello", n, seconds, per @ ..] => replay(server, n, seconds, per.first()),
         [server, "burst", n, times, path @ ..] => burst(server, n, times, path.first().copied()),
         [server, mode, n, seconds, path @ ..] => hold(server, mode, n, seconds, path.first()),
@@ -230,6 +232,47 @@ fn flood(server: &str, n: &str, seconds: &str) -> Result<bool, Failure> {
     }
     println!("flood: {} opened, {} MiB sent", seen.opened, sent / (1024 * 1024));
     Ok(true)
+}
+
+/// Shows tokens that are none, some at once on each connection, as fast as they are refused.
+fn refuse(server: &str, n: &str, seconds: &str) -> Result<bool, Failure> {
+    const AT_ONCE: usize = 8;
+    let (server, n) = (target(server)?, number(n, CONNECTIONS_MAX)?);
+    let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
+    let requests = "POST /api/v1/sign-csr HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer x\r\n\
+                    Content-Type: application/json\r\nContent-Length: 11\r\n\r\n{\"csr\":\"x\"}";
+    let requests = requests.repeat(AT_ONCE);
+    raise_open_files(n + 100)?;
+    let act: Act = Box::new(|stream| stream.set_nonblocking(false));
+    let mut places: Vec<Option<TcpStream>> = (0..n).map(|_| None).collect();
+    let (mut seen, mut refused) = (Seen::default(), 0);
+    while Instant::now() < end {
+        for (i, place) in (0..).zip(&mut places) {
+            let open = place.take().or_else(|| seen.open(server, i, None, &act));
+            *place = open.filter(|mut stream| stream.write_all(requests.as_bytes()).is_ok());
+        }
+        for place in &mut places {
+            let answered = place.as_mut().map(|stream| read_answers(stream, AT_ONCE));
+            match answered {
+                Some(Ok(())) => refused += AT_ONCE,
+                _ => *place = None,
+            }
+        }
+    }
+    println!("refuse: {} opened, {refused} refused", seen.opened);
+    Ok(true)
+}
+
+/// Reads the heads of so many answers, and what came with them.
+fn read_answers(stream: &mut TcpStream, count: usize) -> io::Result<()> {
+    let (mut answers, mut piece) = (String::new(), [0; 16 * 1024]);
+    while !(answers.ends_with('}') && answers.matches("HTTP/1.1 ").count() == count) {
+        match stream.read(&mut piece)? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            n => answers += &String::from_utf8_lossy(piece.get(..n).unwrap_or_default()),
+        }
+    }
+    Ok(())
 }
 
 fn tls_client(roots: RootCertStore) -> Result<ClientConnection, Failure> {
