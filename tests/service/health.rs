@@ -20,10 +20,10 @@ use mqtt_publisher_lite::store::memory::Memory;
 
 use crate::support::clock::now_ms;
 use crate::support::csr::Csr;
-use crate::support::redis::{Redis, resp};
+use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup, as_any_user};
 use crate::support::temp::TempDir;
-use crate::support::{fields, on_both_stores, token, wait};
+use crate::support::{fields, on_both_stores, wait};
 
 #[test]
 fn the_answer_is_to_the_letter() {
@@ -78,44 +78,52 @@ fn counts_rise_and_fall() {
 #[test]
 fn a_million_tokens_do_not_slow_it_down() {
     const TOKENS: usize = 1_000_000;
-    let redis = Redis::start(&[]);
-    let service = Setup::new().env("REDIS_URL", &redis.url()).start();
-    service.wait_for_storage("redis");
-    let median = |service: &Service| {
-        let mut times: Vec<Duration> = (0..200)
-            .map(|_| {
-                let begin = Instant::now();
-                assert_eq!(service.http.get("/health").status, 200);
-                begin.elapsed()
-            })
-            .collect();
-        times.sort();
-        times[times.len() / 2]
-    };
-    let none = median(&service);
+    let (empty, full) = (Redis::start(&[]), Redis::start(&[]));
+    let services = [&empty, &full].map(|redis| {
+        let service = Setup::new().env("REDIS_URL", &redis.url()).start();
+        service.wait_for_storage("redis");
+        service
+    });
+    let [_, service] = &services;
     let begin = Instant::now();
-    fill(&redis, TOKENS);
+    fill(&full, TOKENS);
     println!("filled in {:?}", begin.elapsed());
     wait::for_true("all are counted", || service.token_count() == TOKENS as u64);
-    let million = median(&service);
+    // In turn: what else the machine does meanwhile, it does to both.
+    let mut times = [vec![], vec![]];
+    for _ in 0..200 {
+        for (service, times) in services.iter().zip(&mut times) {
+            let begin = Instant::now();
+            assert_eq!(service.http.get("/health").status, 200);
+            times.push(begin.elapsed());
+        }
+    }
+    let [none, million] = times.map(|mut times| {
+        times.sort();
+        times[times.len() / 2]
+    });
     println!("/health, median of 200: {none:?} with no token, {million:?} with {TOKENS}");
     assert!(million < none * 2 + Duration::from_millis(1), "{none:?} became {million:?}");
     service.token("one-more");
     wait::for_true("one more is counted", || service.token_count() == TOKENS as u64 + 1);
 }
 
-/// Live tokens in the layout of the contract; only the tokens themselves are shorter than real ones.
+/// Live tokens in the layout of the contract, made by Redis itself; only the tokens are shorter than
+/// real ones, and their members of `live` are no digests.
 fn fill(redis: &Redis, count: usize) {
-    let (ttl_ms, ends) = ("3600000", (now_ms() + 3_600_000).to_string());
-    redis.pipe(|out| {
-        for n in 0..count {
-            let compact = format!("h.{n}.s");
-            let value = format!(r#"{{"deviceId":"m{n}","token":"{compact}","expiresAt":{ends}}}"#);
-            resp(out, &["SET", &format!("mqtt-lite:token:{compact}"), &value, "PX", ttl_ms]);
-            resp(out, &["SET", &format!("mqtt-lite:device:m{n}"), &compact, "PX", ttl_ms]);
-            resp(out, &["ZADD", "mqtt-lite:live", &ends, &token::live_member(&compact)]);
-        }
-    });
+    const SCRIPT: &str = r#"
+        for n = ARGV[1], ARGV[2] - 1 do
+            local token = 'h.' .. n .. '.s'
+            local value = string.format('{"deviceId":"m%d","token":"%s","expiresAt":%s}', n, token, ARGV[3])
+            redis.call('SET', 'mqtt-lite:token:' .. token, value, 'PX', 3600000)
+            redis.call('SET', 'mqtt-lite:device:m' .. n, token, 'PX', 3600000)
+            redis.call('ZADD', 'mqtt-lite:live', ARGV[3], string.format('%022d', n))
+        end"#;
+    let ends = (now_ms() + 3_600_000).to_string();
+    for first in (0..count).step_by(100_000) {
+        let (first, end) = (first.to_string(), (first + 100_000).to_string());
+        redis.cli(&["EVAL", SCRIPT, "0", &first, &end, &ends]);
+    }
 }
 
 /// A folder that this user may not write to: known at the start, and after a request that failed.

@@ -384,22 +384,12 @@ impl Service {
         self.proc_status("VmHWM:")
     }
 
-    /// Number of threads.
-    pub fn threads(&self) -> u64 {
-        self.proc_status("Threads:")
-    }
-
     /// CPU time used until now, user and system, in clock ticks (100 a second).
     pub fn cpu_ticks(&self) -> u64 {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
         // The name of the program, in parentheses, may hold spaces: count from behind it.
         let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-    }
-
-    /// Open file descriptors.
-    pub fn descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
     fn proc_status(&self, name: &str) -> u64 {
