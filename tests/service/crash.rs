@@ -9,7 +9,7 @@ use crate::support::csr::Csr;
 use crate::support::history::Op;
 use crate::support::http::Response;
 use crate::support::load::sign;
-use crate::support::proxy::{Mode, Proxy, Stop};
+use crate::support::proxy::{Mode, Proxy, Stop, Trap};
 use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
 use crate::support::{check_error, history::History, token, wait};
@@ -32,6 +32,17 @@ impl Stage {
         service.wait_for_storage("redis");
         let token = service.token("d");
         Stage { redis, proxy, service, token, csr: Csr::new("d").make() }
+    }
+
+    /// One whose program was killed when a redemption ran into this trap.
+    fn killed_at(pattern: &str, stop: Stop) -> (Self, Trap) {
+        let mut stage = Stage::set("5000");
+        let trap = stage.proxy.trap(pattern, stop);
+        let client = stage.client();
+        trap.wait();
+        stage.service.kill9();
+        assert!(client.join().unwrap().is_err(), "the client got no answer");
+        (stage, trap)
     }
 
     /// A device that presents the token, once.
@@ -70,13 +81,8 @@ impl Stage {
 
 #[test]
 fn killed_between_the_mark_and_the_record() {
-    let mut stage = Stage::set("5000");
-    let trap = stage.proxy.trap("used:", Stop::After);
-    let client = stage.client();
-    trap.wait();
+    let (mut stage, trap) = Stage::killed_at("used:", Stop::After);
     assert!(stage.redis.exists(&stage.mark()), "the mark stands in Redis");
-    stage.service.kill9();
-    assert!(client.join().unwrap().is_err(), "the client got no answer");
     assert!(stage.service.index().is_empty(), "and no certificate exists");
     drop(trap);
     stage.restart();
@@ -87,12 +93,7 @@ fn killed_between_the_mark_and_the_record() {
 /// take-over another instance may kill the token.
 #[test]
 fn a_token_that_is_killed_while_its_dead_mark_is_taken_over() {
-    let mut stage = Stage::set("5000");
-    let trap = stage.proxy.trap("used:", Stop::After);
-    let client = stage.client();
-    trap.wait();
-    stage.service.kill9();
-    assert!(client.join().unwrap().is_err());
+    let (mut stage, trap) = Stage::killed_at("used:", Stop::After);
     drop(trap);
     stage.restart();
 
@@ -109,12 +110,7 @@ fn a_token_that_is_killed_while_its_dead_mark_is_taken_over() {
 
 #[test]
 fn killed_before_the_mark_reaches_redis() {
-    let mut stage = Stage::set("5000");
-    let trap = stage.proxy.trap("used:", Stop::Before);
-    let client = stage.client();
-    trap.wait();
-    stage.service.kill9();
-    assert!(client.join().unwrap().is_err());
+    let (mut stage, trap) = Stage::killed_at("used:", Stop::Before);
     trap.throw_away();
     stage.restart();
     stage.check_gives_one();
@@ -122,12 +118,7 @@ fn killed_before_the_mark_reaches_redis() {
 
 #[test]
 fn killed_and_the_mark_arrives_after_the_restart() {
-    let mut stage = Stage::set("5000");
-    let trap = stage.proxy.trap("used:", Stop::Before);
-    let client = stage.client();
-    trap.wait();
-    stage.service.kill9();
-    assert!(client.join().unwrap().is_err());
+    let (mut stage, trap) = Stage::killed_at("used:", Stop::Before);
     stage.restart();
     trap.release();
     wait::for_true("the mark arrives", || stage.redis.exists(&stage.mark()));
