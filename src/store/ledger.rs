@@ -1,8 +1,8 @@
 //! The process's own table of redemption attempts: what was begun, used or killed here.
 //!
 //! Every attempt enters its token here before it asks any store, so two attempts of one process
-//! never race each other through two stores. What is known here as used or killed is refused
-//! whatever Redis says, and is written to Redis again whenever Redis returns.
+//! never race each other through two stores (`docs/model`, row 7). What is known here as used or
+//! killed is refused whatever Redis says, and is written to Redis again whenever Redis returns.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
@@ -19,7 +19,7 @@ const MARGIN_MS: u64 = 60_000;
 
 /// How long a mark lasts that is made now, here and in Redis: the token's whole lifetime and a
 /// minute. Were it what the wall clock says is left, one that is ahead for a while would end it
-/// early. A token that is dated later than now lives for so much longer.
+/// early (`docs/model`, row 8). A token that is dated later than now lives for so much longer (row 8b).
 pub fn lasts_ms(claims: &Claims, now: Now) -> u64 {
     let ahead_s = claims.iat.saturating_sub(now.unix_s());
     claims.lifetime_s().saturating_add(ahead_s).saturating_mul(1000).saturating_add(MARGIN_MS)

@@ -225,7 +225,7 @@ impl Failover {
         done
     }
 
-    /// Lets Redis serve, unless something was added since the last batch.
+    /// Lets Redis serve, unless something was added since the last batch (`docs/model`, row 13).
     fn switch(&self, hello: &Hello, full: bool, tally: &Tally) -> bool {
         let mut state = locked(&self.state);
         if !state.follow_ups.is_empty() {

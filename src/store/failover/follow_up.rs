@@ -1,7 +1,7 @@
 //! What Redis has yet to be told, in the order in which it must be told.
 //!
-//! Marks go first: a token must not come back before what is known against it. Then what was not
-//! confirmed (give-backs, deletions, kills), then the live tokens and their leases.
+//! Marks go first: a token must not come back before what is known against it (`docs/model`, row 12).
+//! Then what was not confirmed (give-backs, deletions, kills), then the live tokens and their leases.
 
 use std::collections::BTreeMap;
 

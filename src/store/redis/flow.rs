@@ -265,7 +265,8 @@ fn age_ms(whole: u64, left: i64) -> u64 {
     u64::try_from(left).map_or(u64::MAX, |left| whole.saturating_sub(left))
 }
 
-/// Issuing, third trip: the lease is stale and is taken over, unless another was faster.
+/// Issuing, third trip: the lease is stale and is taken over, unless another was faster (`docs/model`,
+/// row 2).
 struct TakeOver {
     issue: Issue,
     stale: String,
@@ -401,7 +402,7 @@ impl Flow for KillOld {
     }
 }
 
-/// Mark first: an instance that holds a copy might carry the token over.
+/// Mark first: an instance that holds a copy might carry the token over (`docs/model`, row 1).
 fn push_kill(layout: &Layout, now: Now, out: &mut Commands, compact: &str, claims: &Claims) {
     let hash = TokenHash::of(compact);
     out.push(&layout.set_mark(&hash, &layout.mark(Mark::Killed), lasts_ms(claims, now)));
@@ -478,7 +479,8 @@ impl Flow for KillLeased {
     }
 }
 
-/// Consuming, first trip: our mark if there is none, the token, and then whose the mark is.
+/// Consuming, first trip: our mark if there is none, the token, and then whose the mark is
+/// (`docs/model`, row 20b).
 struct Consume {
     token: Token,
     serial: Serial,
@@ -551,7 +553,8 @@ fn marked_or_not(replies: Vec<Reply>) -> Result<Replies, StoreError> {
 }
 
 /// Consuming, second trip: the mark is of an older attempt of this instance, of which no certificate
-/// came and which no longer runs (both known to the caller): it is dead and taken over.
+/// came and which no longer runs (both known to the caller): it is dead and taken over (`docs/model`,
+/// row 5, row 21).
 struct TakeMarkOver {
     attempt: Consume,
     dead: String,
@@ -583,7 +586,7 @@ impl Flow for TakeMarkOver {
     }
 }
 
-/// Giving back: the mark is removed if it is still ours.
+/// Giving back: the mark is removed if it is still ours (`docs/model`, row 4).
 struct Withdraw {
     hash: TokenHash,
     serial: Serial,
@@ -642,7 +645,8 @@ impl Flow for Count {
 }
 
 /// Carry-over of what is known here as used or killed: who has marked it meanwhile, then our mark
-/// without `NX` (a foreign one may be tentative and withdrawn), then the token goes.
+/// without `NX` (a foreign one may be tentative and withdrawn), then the token goes (`docs/model`,
+/// row 20).
 struct Enter {
     hash: TokenHash,
     mark: Mark,
