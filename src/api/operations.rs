@@ -69,6 +69,10 @@ fn notes(api: &Api, now: Now) -> Notes {
         reasons.extend(more.reasons);
         warnings.extend(more.warnings);
     }
+    let store = api.provisioner.store_status();
+    if store.redis_enabled && !store.redis_serves {
+        warnings.push("Redis is away: a token that only it knows is answered 503".to_owned());
+    }
     warnings.extend(api.settings().warnings.iter().cloned());
     Notes { reasons, warnings }
 }

@@ -150,7 +150,8 @@ openssl pkey -in own.key -outform DER -out der.key
 openssl pkey -in own.key -aes128 -passout pass:x -out encrypted.key
 openssl rsa -in other.key -traditional -aes128 -passout pass:x -out traditional.key 2>&1
 openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:secp256k1 -out curve.key
-openssl req -new -key own.key -subj /CN=old | openssl x509 -req -signkey own.key -out old.crt 2>&1
+openssl req -x509 -x509v1 -key own.key -subj /CN=old -out old.crt 2>/dev/null ||
+    openssl req -new -key own.key -subj /CN=old | openssl x509 -req -signkey own.key -out old.crt 2>&1
 printf '\357\273\277' | cat - own.crt >marked.crt
 printf '\357\273\277' | cat - own.key >marked.key
 sed 's/$/\r/' own.crt >crlf.crt

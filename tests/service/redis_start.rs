@@ -103,6 +103,8 @@ fn what_keeps_it_out_is_said() {
             (&health["redis"]["enabled"], &health["redis"]["connected"]),
             (&true.into(), &false.into())
         );
+        let ready = service.http.get("/ready");
+        assert!(ready.status == 200 && ready.text().contains("Redis is away"), "{}", ready.text());
         let compact = service.token("d");
         assert_eq!(service.sign(&compact, &Csr::new("d").make()).status, 200);
     };
@@ -150,6 +152,13 @@ fn what_keeps_it_out_is_said() {
     check(&[("REDIS_URL", &tls.url())], &at(&tls), cause);
     let env = [("REDIS_URL", &*tls.url()), ("REDIS_TLS_CA", &*other.tls_ca())];
     check(&env, &at(&tls), cause);
+    // Its CA as its own certificate, as many a quick start has it.
+    let ca_shown = Redis::with_tls();
+    let (ca, key) = (ca_shown.tls_ca(), ca_shown.tls_ca().replace("ca.crt", "ca.key"));
+    ca_shown.cli(&["CONFIG", "SET", "tls-cert-file", &ca, "tls-key-file", &key]);
+    let cause = "its certificate is one of a CA (CA:TRUE), which no server may show: ";
+    let env = [("REDIS_URL", &*ca_shown.url()), ("REDIS_TLS_CA", &*ca)];
+    check(&env, &at(&ca_shown), cause);
     tls.cli(&["CONFIG", "SET", "tls-auth-clients", "yes"]);
     let env = [("REDIS_URL", &*tls.url()), ("REDIS_TLS_CA", &*tls.tls_ca())];
     check(&env, &at(&tls), "it wants a client certificate: ");

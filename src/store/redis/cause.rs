@@ -118,12 +118,34 @@ fn tls_cause(error: &rustls::Error) -> String {
         rustls::Error::InvalidCertificate(
             CertificateError::Expired | CertificateError::ExpiredContext { .. },
         ) => "its certificate has expired, or the clock is wrong",
-        rustls::Error::InvalidCertificate(_) => "its certificate is refused",
+        rustls::Error::InvalidCertificate(other) => return certificate_cause(other),
         rustls::Error::InvalidMessage(_) => "TLS failed, is this a plain port?",
         _ => "TLS failed",
     };
     let separator = if cause.ends_with('?') { " " } else { ": " };
     format!("{cause}{separator}{error}")
+}
+
+/// What rustls passes on from webpki by its names alone.
+fn certificate_cause(error: &CertificateError) -> String {
+    let said = format!("{error:?}");
+    let plain = [
+        (
+            "CaUsedAsEndEntity",
+            "its certificate is one of a CA (CA:TRUE), which no server may show: have that CA sign one \
+             for it, or make it with CA:FALSE",
+        ),
+        (
+            "UnsupportedCertVersion",
+            "its certificate is of X.509 version 1: make it anew with a subjectAltName, which makes it \
+             version 3",
+        ),
+    ];
+    let known = plain.iter().find(|(name, _)| said.contains(name));
+    known.map_or_else(
+        || format!("its certificate is refused: {error}"),
+        |(_, why)| (*why).to_owned(),
+    )
 }
 
 #[cfg(test)]
