@@ -298,7 +298,7 @@ fn rust_files(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// The files of a folder and those below it; what is built, kept or Git's own is left out.
-fn files(dir: &Path, wanted: &dyn Fn(&Path) -> bool) -> Vec<PathBuf> {
+pub fn files(dir: &Path, wanted: &dyn Fn(&Path) -> bool) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();

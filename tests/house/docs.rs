@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::architecture::files;
 use mqtt_publisher_lite::config::variables;
 use mqtt_publisher_lite::problem::Code;
 
@@ -56,6 +57,27 @@ fn every_name_in_the_documents_exists() {
             }
         }
     }
+}
+
+/// A file that is moved takes with it what is said of it, in pages, comments and scripts.
+#[test]
+fn every_file_that_is_named_exists() {
+    const FOLDERS: &[&str] =
+        &["scripts/", ".ci/", "tests/", "tools/", "docs/", "contrib/", "src/", "examples/"];
+    // Of the older service.
+    const FOREIGN: &[&str] = &["src/certs"];
+    let is_path = |c: char| c.is_ascii_alphanumeric() || "$_./-".contains(c);
+    let mut named = 0;
+    for file in files(&root(), &|_| true) {
+        let Ok(text) = fs::read_to_string(&file) else { continue };
+        let words = text.split(|c| !is_path(c)).map(|word| word.trim_end_matches(['.', '-']));
+        for path in words.filter(|word| FOLDERS.iter().any(|f| word.strip_prefix(f) > Some(""))) {
+            let exists = root().join(path).exists() || FOREIGN.contains(&path);
+            assert!(exists, "{} names {path}", file.display());
+            named += 1;
+        }
+    }
+    assert!(named > 100, "{named}");
 }
 
 /// Pages, and the first line of commands there that neither CI nor a test runs: (page, line, why).

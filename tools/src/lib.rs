@@ -1,4 +1,4 @@
-//! What the measuring programs in `src/bin` share: one HTTP client, requests for certificates, and
+//! What the measuring programs in `tools/src/bin` share: one HTTP client, requests for certificates, and
 //! how times are summed up.
 
 pub mod http;
