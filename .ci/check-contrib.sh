@@ -195,7 +195,7 @@ openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj 
     -keyout "$work/etc/server.key" -out "$work/etc/server.crt" 2>/dev/null
 cp "$work/etc/server.crt" "$work/etc/redis-ca.crt"
 # shellcheck disable=SC2046 # one word for each setting; the file allows no spaces
-env -i $(cat "$work/etc/environment") "$bin" check-config >/dev/null || fail "environment.example"
+env -i $(cat "$work/etc/environment") "$bin" check-config --offline >/dev/null || fail "environment.example"
 ok "environment.example: $(wc -l <"$work/environment") settings"
 
 shellcheck "$contrib"/mosquitto/*.sh
@@ -374,8 +374,11 @@ told cron once "$cron"
 end "$service"
 service=
 
-# --- monit reads its own file.
-{ echo "set daemon 30"; cat "$contrib/monit/mqtt-publisher-lite.conf"; } >"$work/monitrc"
+# --- monit reads its own file; the program has to be there.
+{
+    echo "set daemon 30"
+    sed "s|/usr/local/bin/mqtt-publisher-lite|$bin|" "$contrib/monit/mqtt-publisher-lite.conf"
+} >"$work/monitrc"
 chmod 600 "$work/monitrc"
 (cd "$work" && HOME=$work monit -t -c "$work/monitrc" >"$work/monit" 2>&1) || fail "$(cat "$work/monit")"
 ok "monit: $(tail -1 "$work/monit")"
