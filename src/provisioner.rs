@@ -176,6 +176,9 @@ impl Provisioner {
         if status.full {
             reasons.push(StoreError::Full.to_string());
         }
+        if let Some(away) = status.away.filter(|_| status.redis_required) {
+            reasons.push(format!("Redis is away: {}", away.why));
+        }
         if status.foreign_ca {
             reasons.push("another CA than ours is entered in Redis".to_owned());
         }
@@ -184,7 +187,11 @@ impl Provisioner {
 
     /// What is well today and will not be for long.
     pub fn warnings(&self, now: Now) -> Vec<String> {
-        self.publisher.warning(now).into_iter().collect()
+        let status = self.store.status();
+        let lasting = status.away.filter(|away| away.lasting && !status.redis_required);
+        let lasting = lasting
+            .map(|away| format!("Redis is away and will not be back by itself: {}", away.why));
+        self.publisher.warning(now).into_iter().chain(lasting).collect()
     }
 
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {

@@ -28,7 +28,7 @@ use crate::notify::Manager;
 use crate::provisioner::{Provisioner, Rules};
 use crate::server::Server;
 use crate::store::TokenStore;
-use crate::store::failover::{Failover, Remote as _};
+use crate::store::failover::{self, Failover, Remote as _};
 use crate::store::ledger::Ledger;
 use crate::store::memory::Memory;
 use crate::store::redis::RedisStore;
@@ -272,8 +272,11 @@ fn open_store(
         Arc::clone(&memory),
         Arc::clone(ledger),
         signer.clone(),
-        config.outage_redeem,
-        redis.timeout,
+        failover::Rules {
+            redeem: config.outage_redeem,
+            required: redis.required,
+            timeout: redis.timeout,
+        },
     ));
     Ok(Stores { tokens: Arc::clone(&failover) as _, memory, failover: Some(failover) })
 }

@@ -100,6 +100,11 @@ impl Redis {
             line(&var::REDIS_DB, self.db),
             line(&var::REDIS_TLS, self.tls),
             line(&var::REDIS_TLS_CA, path(self.tls_ca.as_ref().map(|ca| &ca.path))),
+            line(
+                &var::REDIS_TLS_SERVER_NAME,
+                or_unset(self.tls_server_name.as_deref().unwrap_or_default()),
+            ),
+            line(&var::REDIS_REQUIRED, self.required),
             line(&var::REDIS_KEY_PREFIX, &self.key_prefix),
             line(&var::REDIS_TIMEOUT_MS, self.timeout.as_millis()),
             line(&var::REDIS_CONNECT_TIMEOUT_MS, self.connect_timeout.as_millis()),

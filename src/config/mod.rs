@@ -230,7 +230,8 @@ impl Config {
     /// server cannot change.
     pub fn fixed_changes(&self, later: &Config) -> Vec<&'static str> {
         let password = |config: &Config| {
-            let redis = config.redis.as_ref()?;
+            // What stands in a file is read again for each connection.
+            let redis = config.redis.as_ref().filter(|redis| redis.password_file.is_none())?;
             redis.password.as_ref().map(|password| password.reveal().clone())
         };
         let roots =

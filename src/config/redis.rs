@@ -1,16 +1,19 @@
 //! Where Redis is and how it is used: from a URL, or from its parts.
 
+use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
 use rustls::RootCertStore;
 
-use super::Secret;
+use super::secret::{self, Secret};
 use super::tls::certificates;
 use super::variables as var;
 use super::variables::Variable;
 use super::vars::{ConfigError, Vars};
+
+const NEEDS_TLS: &str = "needs REDIS_TLS=true or a rediss:// URL";
 
 /// Where Redis is and how it is used.
 #[derive(Clone, Debug)]
@@ -21,14 +24,20 @@ pub struct Redis {
     pub port: u16,
     /// ACL user; `None` with a password: `AUTH <password>`, as servers without ACLs need it.
     pub username: Option<String>,
-    /// Password.
+    /// Password, as it was at the start.
     pub password: Option<Secret>,
+    /// Where it stands, to be read again for each connection: passwords are changed.
+    pub password_file: Option<PathBuf>,
     /// Number of the database.
     pub db: i64,
     /// Speak TLS.
     pub tls: bool,
     /// The only roots to trust; `None`: the built-in public ones.
     pub tls_ca: Option<PemFile>,
+    /// The name that the server's certificate must bear, if it is not the host.
+    pub tls_server_name: Option<String>,
+    /// No memory: while Redis is away nothing is issued or redeemed.
+    pub required: bool,
     /// What all our keys start with.
     pub key_prefix: String,
     /// Longest wait for an answer.
@@ -72,10 +81,26 @@ impl Redis {
             return Ok(None);
         }
         let Some(server) = server else {
+            if settings.required {
+                let reason = "needs REDIS_URL or REDIS_HOST";
+                return Err(ConfigError::new(&var::REDIS_REQUIRED, "true", reason));
+            }
             warnings.extend(parts_without_host(vars)?);
             return Ok(None);
         };
         settings.with(server).map(Some)
+    }
+
+    /// The password as it is now.
+    ///
+    /// # Errors
+    /// When its file cannot be read.
+    pub fn current_password(&self) -> Result<Option<Secret>, String> {
+        let Some(path) = &self.password_file else { return Ok(self.password.clone()) };
+        let failed = |why: String| format!("REDIS_PASSWORD_FILE {}: {why}", path.display());
+        let bytes = fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let password = String::from_utf8(secret::of_file(bytes));
+        Ok(Some(Secret::new(password.map_err(|_| failed("not UTF-8".to_owned()))?)))
     }
 }
 
@@ -85,6 +110,7 @@ struct Server {
     port: u16,
     username: Option<String>,
     password: Option<Secret>,
+    password_file: Option<PathBuf>,
     db: i64,
     tls: bool,
 }
@@ -92,6 +118,8 @@ struct Server {
 /// Everything that no URL says, read also when it is not needed, so that a bad value shows at once.
 struct Settings {
     tls_ca: Option<PemFile>,
+    tls_server_name: Option<String>,
+    required: bool,
     key_prefix: String,
     timeout_ms: u64,
     connect_timeout_ms: u64,
@@ -102,6 +130,8 @@ impl Settings {
     fn from_vars(vars: &Vars<'_>) -> Result<Self, ConfigError> {
         Ok(Settings {
             tls_ca: tls_ca(vars)?,
+            tls_server_name: vars.optional(&var::REDIS_TLS_SERVER_NAME, host)?,
+            required: vars.flag(&var::REDIS_REQUIRED)?,
             key_prefix: key_prefix(vars)?,
             timeout_ms: vars.number(&var::REDIS_TIMEOUT_MS)?,
             connect_timeout_ms: vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?,
@@ -111,17 +141,26 @@ impl Settings {
 
     fn with(self, server: Server) -> Result<Redis, ConfigError> {
         if let Some(ca) = self.tls_ca.as_ref().filter(|_| !server.tls) {
-            let reason = "needs REDIS_TLS=true or a rediss:// URL";
-            return Err(ConfigError::new(&var::REDIS_TLS_CA, &ca.path.to_string_lossy(), reason));
+            return Err(ConfigError::new(
+                &var::REDIS_TLS_CA,
+                &ca.path.to_string_lossy(),
+                NEEDS_TLS,
+            ));
+        }
+        if let Some(name) = self.tls_server_name.as_ref().filter(|_| !server.tls) {
+            return Err(ConfigError::new(&var::REDIS_TLS_SERVER_NAME, name, NEEDS_TLS));
         }
         Ok(Redis {
             host: server.host,
             port: server.port,
             username: server.username,
             password: server.password,
+            password_file: server.password_file,
             db: server.db,
             tls: server.tls,
             tls_ca: self.tls_ca,
+            tls_server_name: self.tls_server_name,
+            required: self.required,
             key_prefix: self.key_prefix,
             timeout: Duration::from_millis(self.timeout_ms),
             connect_timeout: Duration::from_millis(self.connect_timeout_ms),
@@ -141,7 +180,8 @@ impl Server {
         let alone = "names a user without a password; a password alone is redis://:password@host";
         let username = username.ok_or_else(|| ConfigError::new(variable, text, alone))?;
         let password = password.map(Secret::new);
-        Ok(Server { host: url.host, port: url.port, username, password, db: url.db, tls: url.tls })
+        let Url { host, port, db, tls, .. } = url;
+        Ok(Server { host, port, username, password, password_file: None, db, tls })
     }
 
     fn from_parts(vars: &Vars<'_>) -> Result<Option<Self>, ConfigError> {
@@ -151,7 +191,11 @@ impl Server {
         let username =
             vars.optional(&var::REDIS_USERNAME, |name| user(name, password.is_some()))?.flatten();
         let db = vars.number::<u32>(&var::REDIS_DB)?.into();
-        Ok(host.map(|host| Server { host, port, username, password, db, tls: false }))
+        let file = format!("{}_FILE", var::REDIS_PASSWORD.name);
+        let password_file = vars.given(&file)?.map(PathBuf::from);
+        let server =
+            |host| Server { host, port, username, password, password_file, db, tls: false };
+        Ok(host.map(server))
     }
 }
 
@@ -184,6 +228,7 @@ fn parts_without_host(vars: &Vars<'_>) -> Result<Option<String>, ConfigError> {
         var::REDIS_DB,
         var::REDIS_TLS,
         var::REDIS_TLS_CA,
+        var::REDIS_TLS_SERVER_NAME,
     ];
     let list = given_of(vars, &parts)?;
     Ok((!list.is_empty()).then(|| {

@@ -5,6 +5,8 @@ use std::fmt;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
+use super::vars::BYTE_ORDER_MARK;
+
 /// A password or key. `Debug` shows that it is there, never what it is.
 #[derive(Clone)]
 pub struct Secret<T = String>(T);
@@ -32,6 +34,21 @@ impl<T: AsRef<[u8]>> Secret<T> {
     fn tag(&self, of: &[u8]) -> hmac::digest::CtOutput<Hmac<Sha256>> {
         Hmac::<Sha256>::new_from_slice(self.0.as_ref()).unwrap().chain_update(of).finalize()
     }
+}
+
+/// What a file holds of a secret. Some editors begin a file with a byte order mark; editors and
+/// `echo` end one with a newline. Neither is a part of it.
+pub(super) fn of_file(mut bytes: Vec<u8>) -> Vec<u8> {
+    if bytes.starts_with(BYTE_ORDER_MARK) {
+        bytes.drain(..BYTE_ORDER_MARK.len());
+    }
+    if bytes.ends_with(b"\n") {
+        bytes.pop();
+        if bytes.ends_with(b"\r") {
+            bytes.pop();
+        }
+    }
+    bytes
 }
 
 impl<T> fmt::Debug for Secret<T> {

@@ -122,7 +122,7 @@ fn every_number_has_its_range() {
 fn every_flag_is_yes_or_no() {
     for variable in var::ALL.iter().filter(|v| matches!(v.allowed, Allowed::Flag)) {
         for word in ["true", "TRUE", "1", "yes", "On", "false", "0", "no", "OFF"] {
-            good(&[(variable.name, word)]);
+            good(&[("REDIS_HOST", "h"), (variable.name, word)]);
         }
         for bad in ["2", "y", "enabled", " true"] {
             check(

@@ -144,6 +144,10 @@ variables! {
     REDIS_DB = "0", Number(0, 2_147_483_647), "number of the database";
     REDIS_TLS = "false", Flag, "TLS also without rediss://";
     REDIS_TLS_CA = "", PEM_CERT, "PEM file of the only CAs to trust for Redis; unset: public ones";
+    REDIS_TLS_SERVER_NAME = "", Text("a host name or an IP address"),
+        "name in the certificate of Redis, if it is not the host";
+    /// Costs every onboarding and redemption while Redis is away.
+    REDIS_REQUIRED = "false", Flag, "true: no answer rather than one from memory; the start waits";
     /// Stands in every key of every token, so each byte costs about three a token in Redis.
     REDIS_KEY_PREFIX = "mqtt-lite:", Text("at most 128 bytes without control characters"),
         "start of all our keys; set but empty: none";

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::variables::{Allowed, Variable};
-use super::{Secret, names};
+use super::{Secret, names, secret};
 
 /// U+FEFF in UTF-8.
 pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -181,21 +181,11 @@ impl<'a> Vars<'a> {
 
     fn secret_file(&self, name: String, path: &str) -> Result<Secret<Vec<u8>>, ConfigError> {
         let refuse = |reason: String| ConfigError { name, value: Some(path.to_owned()), reason };
-        let mut bytes = match (self.read)(Path::new(path)) {
+        let bytes = match (self.read)(Path::new(path)) {
             Ok(bytes) => bytes,
             Err(e) => return Err(refuse(format!("must be a readable file, but it gives: {e}"))),
         };
-        // Some editors begin a file with a byte order mark, which is no part of the secret.
-        if bytes.starts_with(BYTE_ORDER_MARK) {
-            bytes.drain(..BYTE_ORDER_MARK.len());
-        }
-        // Editors and `echo` end a file with a newline that is none either.
-        if bytes.ends_with(b"\n") {
-            bytes.pop();
-            if bytes.ends_with(b"\r") {
-                bytes.pop();
-            }
-        }
+        let bytes = secret::of_file(bytes);
         if bytes.is_empty() {
             return Err(refuse("must be a file that is not empty".to_owned()));
         }

@@ -11,7 +11,7 @@ pub mod memory;
 pub mod redis;
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Now;
@@ -97,6 +97,13 @@ pub struct Dead {
     pub claims: Claims,
 }
 
+impl Dead {
+    /// What is to be known of the token once it is dead.
+    pub fn of(token: &Token) -> Self {
+        Dead { hash: token.hash, claims: token.claims.clone() }
+    }
+}
+
 /// What became of an [`Op`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -155,6 +162,8 @@ pub struct Down {
     pub why: String,
     /// What it does instead.
     pub kind: DownKind,
+    /// It will not end by itself: somebody has to change something.
+    pub lasting: bool,
     /// A command was sent that may have been carried out, or may yet be.
     pub maybe_done: bool,
     /// `Issue`: the token that was being replaced and must die, whatever became of the rest.
@@ -174,6 +183,19 @@ pub enum DownKind {
     Busy,
 }
 
+impl StoreError {
+    /// A server that answers one key wrongly while it is greeted does not serve either.
+    fn into_down(self) -> Down {
+        let why = self.to_string();
+        match self {
+            StoreError::Down(down) => down,
+            _ => {
+                Down { why, kind: DownKind::Refused, lasting: true, maybe_done: false, dying: None }
+            }
+        }
+    }
+}
+
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -190,12 +212,16 @@ impl fmt::Display for StoreError {
 impl std::error::Error for StoreError {}
 
 /// Which store answers at this moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Status {
     /// Redis is configured.
     pub redis_enabled: bool,
     /// Redis is configured and serves.
     pub redis_serves: bool,
+    /// Memory does not serve in its place.
+    pub redis_required: bool,
+    /// Why Redis does not serve.
+    pub away: Option<Away>,
     /// Another CA than ours is entered in Redis.
     pub foreign_ca: bool,
     /// The store that serves has no room for another token.
@@ -204,6 +230,21 @@ pub struct Status {
     pub losses: u64,
     /// How long its answers take at present; nothing for one that is here.
     pub round_trip: Duration,
+}
+
+/// Why Redis does not serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Away {
+    /// Where it is, and the cause.
+    pub why: Arc<str>,
+    /// It will not end by itself.
+    pub lasting: bool,
+}
+
+impl From<&Down> for Away {
+    fn from(down: &Down) -> Self {
+        Away { why: down.why.as_str().into(), lasting: down.lasting }
+    }
 }
 
 /// What an operation ended in.

@@ -370,6 +370,135 @@ fn a_server_that_allows_fewer_connections() {
     assert_eq!(service.sign(&service.token("d"), &Csr::new("d").make()).status, 200);
 }
 
+/// A tunnel: the host is not the one that the certificate names.
+#[test]
+fn the_name_in_the_certificate_of_the_server() {
+    let redis = Redis::with_tls();
+    let names = Names::new("127.0.0.1 tunnel.test\n", "");
+    let (port, ca) = (redis.port().to_string(), redis.tls_ca());
+    let env = [
+        ("REDIS_HOST", "tunnel.test"),
+        ("REDIS_PORT", &*port),
+        ("REDIS_TLS", "true"),
+        ("REDIS_TLS_CA", &*ca),
+    ];
+    let service = names.start(&env);
+    service.wait_for_log(&format!("tunnel.test:{port}: its certificate is for another name: "));
+    let named = [&env[..], &[("REDIS_TLS_SERVER_NAME", "localhost")]].concat();
+    names.start(&named).wait_for_storage("redis");
+    let exit = Setup::new().envs(&[("REDIS_HOST", "h"), ("REDIS_TLS_SERVER_NAME", "h2")]).run();
+    assert_eq!(exit.code, Some(2), "{}", exit.log);
+    assert!(
+        exit.log.contains("REDIS_TLS_SERVER_NAME=\"h2\": needs REDIS_TLS=true"),
+        "{}",
+        exit.log
+    );
+}
+
+#[test]
+fn a_password_that_changes_while_it_serves() {
+    let redis = Redis::with_password("first");
+    let port = redis.port().to_string();
+    let file = TempDir::new().keep_file("password", "first\n");
+    let path = file.path().display().to_string();
+    let env =
+        [("REDIS_HOST", "127.0.0.1"), ("REDIS_PORT", &*port), ("REDIS_PASSWORD_FILE", &*path)];
+    let service = Setup::new().envs(&env).start();
+    service.wait_for_storage("redis");
+    let compact = service.token("d");
+    redis.cli(&["CONFIG", "SET", "requirepass", "second"]);
+    std::fs::write(file.path(), "second\n").unwrap();
+    redis.try_cli(&["-a", "second", "CLIENT", "KILL", "TYPE", "normal"]);
+    let csr = Csr::new("d").make();
+    wait::for_true("it is redeemed", || service.sign(&compact, &csr).status == 200);
+    assert!(!service.log().contains("Redis is lost"), "{}", service.log());
+    let mark = service.log().len();
+    service.signal("HUP");
+    let log = service.wait_for_log_after(mark, "SIGHUP: TLS certificate and key");
+    assert!(!log[mark..].contains("REDIS_PASSWORD"), "it is in use already: {}", &log[mark..]);
+}
+
+/// Rather no answer than one from memory.
+#[test]
+fn without_a_redis_that_is_required_nothing_is_answered() {
+    let mut redis = Redis::start(&[]);
+    let url = redis.url();
+    redis.kill9();
+    let begin = Instant::now();
+    let service = thread::scope(|scope| {
+        let env = [("REDIS_URL", &*url), ("REDIS_REQUIRED", "true")];
+        let service = scope.spawn(move || Setup::new().envs(&env).start());
+        thread::sleep(Duration::from_millis(2500)); // more than REDIS_CONNECT_TIMEOUT_MS
+        redis.start_again();
+        service.join().unwrap()
+    });
+    assert!(begin.elapsed() > Duration::from_millis(2500), "the start has not waited");
+    assert_eq!(service.health()["storage"], "redis");
+    let (compact, csr) = (service.token("d"), Csr::new("d").make());
+    redis.kill9();
+    for _ in 0..3 {
+        check_error(&service.onboard("e"), 503, "SERVICE_UNAVAILABLE", "onboarding");
+        check_error(&service.sign(&compact, &csr), 503, "SERVICE_UNAVAILABLE", "redeeming");
+    }
+    let ready = || service.http.get("/ready");
+    wait::for_true("/ready says so", || ready().status == 503);
+    let reason = format!("Redis is away: 127.0.0.1:{}: connection refused", redis.port());
+    assert_eq!(ready().json()["reasons"], serde_json::json!([reason]));
+    redis.start_again();
+    wait::for_true("/ready is content", || ready().status == 200);
+    assert_eq!(service.onboard("e").status, 200);
+    check_error(&service.onboard("d"), 409, "TOKEN_ALREADY_ACTIVE", "carried over");
+    assert_eq!(service.sign(&compact, &csr).status, 200);
+
+    let exit = Setup::new().env("REDIS_REQUIRED", "true").run();
+    assert_eq!(exit.code, Some(2), "{}", exit.log);
+    assert!(
+        exit.log.contains("REDIS_REQUIRED=\"true\": needs REDIS_URL or REDIS_HOST"),
+        "{}",
+        exit.log
+    );
+}
+
+/// Somebody has to do something about these.
+#[test]
+fn an_outage_that_will_not_end_by_itself_is_a_warning() {
+    let check = |url: &str, cause: Option<&str>| {
+        let service = Setup::new().env("REDIS_URL", url).start();
+        service.wait_for_log("Failed to connect to Redis: ");
+        let ready = service.http.get("/ready");
+        assert_eq!(ready.status, 200, "memory serves: {}", ready.text());
+        let warnings = ready.json()["warnings"].to_string();
+        let said = "Redis is away and will not be back by itself: 127.0.0.1:";
+        match cause {
+            Some(cause) => {
+                assert!(warnings.contains(said) && warnings.contains(cause), "{warnings}")
+            }
+            None => assert!(!warnings.contains(said), "{warnings}"),
+        }
+    };
+    let locked = Redis::with_password("right");
+    check(
+        &format!("redis://:wrong@127.0.0.1:{}", locked.port()),
+        Some("wrong user name or password"),
+    );
+    check(&format!("redis://127.0.0.1:{}", locked.port()), Some("it wants a password"));
+    let restricted = Redis::with_acl("device", "pw-of-device", "~mqtt-lite:* +@all -eval");
+    let url = format!("redis://device:pw-of-device@127.0.0.1:{}", restricted.port());
+    check(&url, Some("EVAL is not allowed"));
+    let plain = Redis::start(&[]);
+    check(&format!("{}/99", plain.url()), Some("DB index is out of range"));
+    let port = plain.port().to_string();
+    let replica = Redis::start(&["--replicaof", "127.0.0.1", &port]);
+    check(&replica.url(), Some("READONLY"));
+    let tls = Redis::with_tls();
+    check(&tls.url(), Some("CA that is not trusted"));
+    let mut gone = Redis::start(&[]);
+    gone.kill9();
+    check(&gone.url(), None);
+    let full = Redis::start(&["--maxmemory", "1"]);
+    check(&full.url(), None);
+}
+
 #[test]
 fn a_policy_that_may_drop_marks_is_warned_of() {
     let redis = Redis::start(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);

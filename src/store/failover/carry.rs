@@ -102,7 +102,7 @@ impl Failover {
     fn fit_batches(&self, took_ms: u64, results: &[Answer]) {
         let size = self.carry_size.load(Ordering::Relaxed);
         let down = results.iter().any(|result| matches!(result, Err(StoreError::Down(_))));
-        let share = Duration::from_millis(took_ms).as_secs_f64() / self.timeout.as_secs_f64();
+        let share = Duration::from_millis(took_ms).as_secs_f64() / self.rules.timeout.as_secs_f64();
         let size = match () {
             () if down || share > 0.5 => size / 2,
             () if share < 0.125 => size * 2,
@@ -132,7 +132,7 @@ impl Failover {
             FollowUp::Kill(kill) => Some(Op::Kill(kill.clone())),
             FollowUp::Carry(hash) => {
                 let copy = self.memory.live(hash, now)?;
-                let fit = self.policy == OutageRedeem::Own || copy.in_redis == InRedis::No;
+                let fit = self.rules.redeem == OutageRedeem::Own || copy.in_redis == InRedis::No;
                 if !fit || self.ledger.knows_as_spent(hash) {
                     return None;
                 }
@@ -205,7 +205,7 @@ impl Failover {
             let mut state = locked(&self.state);
             std::mem::replace(&mut state.mode, Mode::Closing)
         };
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Instant::now() + self.rules.timeout;
         let done = loop {
             if self.switch(hello, full, tally) {
                 break Ok(true);
@@ -234,6 +234,7 @@ impl Failover {
         state.mode = Mode::Primary;
         state.run_id.clone_from(&hello.run_id);
         state.listed_for = None;
+        state.away = None;
         state.foreign_ca = hello.foreign_ca.is_some();
         if full && state.attempts > 0 {
             state.grace_until_ms = clock::now().mono_ms + GRACE_MS;

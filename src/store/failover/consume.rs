@@ -95,7 +95,7 @@ impl Failover {
             self.note_deleted(state, token, now);
             return Ok(Outcome::Unknown { lossless_run });
         }
-        if copy.is_some() && self.policy == OutageRedeem::Own {
+        if copy.is_some() && self.rules.redeem == OutageRedeem::Own {
             self.note_lost(state, &token.hash, now);
             return Err(StoreError::Undecided);
         }
@@ -144,7 +144,8 @@ impl Failover {
         if self.ledger.knows_as_deleted(hash) {
             return Ok(Outcome::Unknown { lossless_run: None });
         }
-        let fits = |copy: &Copy| self.policy == OutageRedeem::Own || copy.in_redis == InRedis::No;
+        let fits =
+            |copy: &Copy| self.rules.redeem == OutageRedeem::Own || copy.in_redis == InRedis::No;
         let ours = self.memory.live(hash, now).is_some_and(|copy| fits(&copy));
         if !ours || !matches!(state.mode, Mode::Degraded | Mode::Returning) {
             return Err(StoreError::Undecided);

@@ -40,9 +40,13 @@ impl Failover {
                 if let Some(dead) = &down.dying {
                     self.mark_dead(state, dead, true, now);
                 }
-                match down.maybe_done {
-                    true => self.issue_another(state, new, now),
-                    false => self.issue_from_memory(state, new, now),
+                if down.maybe_done {
+                    self.mark_dead(state, &Dead::of(token), true, now);
+                }
+                match (self.rules.required, down.maybe_done) {
+                    (true, _) => Err(StoreError::Undecided),
+                    (false, true) => self.issue_another(state, new, now),
+                    (false, false) => self.issue_from_memory(state, new, now),
                 }
             }
             Err(StoreError::Failed(why)) => {
@@ -58,11 +62,9 @@ impl Failover {
     /// The token may be in Redis, or get there yet. It is not handed out, but dead from now on; what
     /// is handed out is a token that Redis has never heard of.
     fn issue_another(&self, state: &mut State, new: &New, now: Now) -> Answer {
-        let Token { hash, claims, .. } = &new.token;
-        self.mark_dead(state, &Dead { hash: *hash, claims: claims.clone() }, true, now);
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|_| StoreError::Undecided)?;
-        let token = self.signer.sign(Claims { jti: Some(jti), ..claims.clone() });
+        let token = self.signer.sign(Claims { jti: Some(jti), ..new.token.claims.clone() });
         let another = New { token, ..new.clone() };
         match self.issue_from_memory(state, &another, now)? {
             Outcome::Issued { killed, .. } => {

@@ -30,7 +30,9 @@ use crate::device::DeviceId;
 use crate::jwt::{Signer, TokenHash};
 use crate::store::ledger::Ledger;
 use crate::store::memory::Memory;
-use crate::store::{Answer, DownKind, Op, Outcome, Status, StoreError, TokenStore, locked};
+use crate::store::{
+    Answer, Away, Down, DownKind, Op, Outcome, Status, StoreError, TokenStore, locked,
+};
 
 mod carry;
 mod consume;
@@ -82,14 +84,23 @@ pub struct Failover {
     memory: Arc<Memory>,
     ledger: Arc<Ledger>,
     signer: Signer,
-    policy: OutageRedeem,
-    /// `REDIS_TIMEOUT_MS`: longest time that a request waits for the last round.
-    timeout: Duration,
+    rules: Rules,
     /// How many operations a batch of the carry-over holds: as many as the line can bear.
     carry_size: AtomicUsize,
     state: Mutex<State>,
     /// Wakes the supervisor, and whoever waits for the last round or the first connection.
     changed: Condvar,
+}
+
+/// What the configuration says of a Redis that is away.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Which tokens are redeemed from memory.
+    pub redeem: OutageRedeem,
+    /// None are, and none issued: memory does not serve.
+    pub required: bool,
+    /// `REDIS_TIMEOUT_MS`: longest time that a request waits for the last round.
+    pub timeout: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +149,8 @@ struct State {
     has_served: bool,
     ca_fingerprint: Option<String>,
     foreign_ca: bool,
+    /// Why Redis does not serve, once that is decided.
+    away: Option<Away>,
     stopped: bool,
 }
 
@@ -148,8 +161,7 @@ impl Failover {
         memory: Arc<Memory>,
         ledger: Arc<Ledger>,
         signer: Signer,
-        policy: OutageRedeem,
-        timeout: Duration,
+        rules: Rules,
     ) -> Self {
         let state = State {
             mode: Mode::Degraded,
@@ -167,11 +179,12 @@ impl Failover {
             has_served: false,
             ca_fingerprint: None,
             foreign_ca: false,
+            away: None,
             stopped: false,
         };
         let (state, changed) = (Mutex::new(state), Condvar::new());
         let carry_size = AtomicUsize::new(carry::BATCH);
-        Failover { remote, memory, ledger, signer, policy, timeout, carry_size, state, changed }
+        Failover { remote, memory, ledger, signer, rules, carry_size, state, changed }
     }
 
     /// Enters our CA's fingerprint in Redis, now or with the next connection.
@@ -183,16 +196,21 @@ impl Failover {
         state.ca_fingerprint = Some(fingerprint);
     }
 
-    /// Waits until the first attempt to connect has ended, at most `longest`. Returns whether Redis
-    /// serves.
+    /// Waits until the first attempt to connect has ended, at most `longest`; for a Redis that is
+    /// required, until it serves. Returns whether it does.
     pub fn wait_for_first_attempt(&self, longest: Duration) -> bool {
         let state = locked(&self.state);
+        if self.rules.required {
+            let away = |state: &mut State| state.mode != Mode::Primary && !state.stopped;
+            let waited = self.changed.wait_while(state, away);
+            return waited.unwrap_or_else(PoisonError::into_inner).mode == Mode::Primary;
+        }
         let waited = self.changed.wait_timeout_while(state, longest, |state| {
             state.attempts == 0 && state.mode != Mode::Primary
         });
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         if state.attempts == 0 && state.mode != Mode::Primary {
-            log_failure("no connection within REDIS_CONNECT_TIMEOUT_MS");
+            log_failure("no connection within REDIS_CONNECT_TIMEOUT_MS", false);
             state.attempts = 1;
         }
         state.mode == Mode::Primary
@@ -235,6 +253,8 @@ impl TokenStore for Failover {
         Status {
             redis_enabled: true,
             redis_serves,
+            redis_required: self.rules.required,
+            away: state.away.clone(),
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
             losses: state.epoch,
@@ -274,7 +294,7 @@ impl Failover {
             self.doubt(&mut state, Mode::Renewing, "closed while it was idle");
         }
         let brief = |state: &mut State| state.mode.is_brief();
-        let waited = self.changed.wait_timeout_while(state, self.timeout, brief);
+        let waited = self.changed.wait_timeout_while(state, self.rules.timeout, brief);
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
@@ -340,6 +360,7 @@ impl Failover {
     /// The answer to one operation while Redis does not serve.
     fn answer_from_memory(&self, state: &mut State, op: &Op, now: Now) -> Answer {
         match op {
+            Op::Issue(_) | Op::Consume(..) if self.rules.required => Err(StoreError::Undecided),
             Op::Issue(new) => self.issue_from_memory(state, new, now),
             Op::Consume(token, serial) => self.consume_from_memory(state, token, *serial, now),
             Op::Kill(kill) => self.kill_from_memory(state, kill, now),
@@ -383,7 +404,7 @@ impl Failover {
             return;
         };
         match down.kind {
-            DownKind::Refused => self.degrade(state, &down.why),
+            DownKind::Refused => self.degrade(state, down),
             DownKind::Lost | DownKind::ReadOnly => self.suspect(state, &down.why),
             DownKind::Busy => {}
         }
@@ -402,11 +423,16 @@ impl Failover {
     }
 
     /// Redis is away.
-    fn degrade(&self, state: &mut State, why: &str) {
+    fn degrade(&self, state: &mut State, down: &Down) {
         if state.mode == Mode::Primary {
             self.lose(state);
         }
-        log::warn!("Redis is lost ({why}): serving from memory until it is back");
+        let then = match self.rules.required {
+            true => "nothing is issued or redeemed until it is back",
+            false => "serving from memory until it is back",
+        };
+        log::warn!("Redis is lost ({}): {then}", down.why);
+        state.away = Some(Away::from(down));
         state.mode = Mode::Degraded;
         self.changed.notify_all();
     }
@@ -435,7 +461,10 @@ impl State {
 }
 
 /// The lines that operators know from the older service.
-fn log_failure(why: &str) {
+fn log_failure(why: &str, required: bool) {
     log::warn!("Failed to connect to Redis: {why}");
-    log::warn!("⚠️  Provisioning tokens will not be persistent");
+    match required {
+        true => log::warn!("REDIS_REQUIRED is set: the start waits for Redis"),
+        false => log::warn!("⚠️  Provisioning tokens will not be persistent"),
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Failover, Mode, State, log_failure};
 use crate::clock;
-use crate::store::{StoreError, locked};
+use crate::store::{Away, Down, StoreError, locked};
 
 /// Time between two attempts to connect, doubled up to the second figure, with jitter.
 const BACK_OFF: Duration = Duration::from_millis(100);
@@ -43,8 +43,8 @@ impl Failover {
             }
             back_off = match self.bring_back() {
                 Ok(()) => BACK_OFF,
-                Err(why) => {
-                    self.stay_away(&why);
+                Err(error) => {
+                    self.stay_away(&error.into_down());
                     self.pause(back_off);
                     (back_off * 2).min(BACK_OFF_MOST)
                 }
@@ -72,15 +72,16 @@ impl Failover {
     }
 
     /// The attempt to bring Redis back failed: one warning an outage.
-    fn stay_away(&self, why: &StoreError) {
+    fn stay_away(&self, down: &Down) {
         let mut state = locked(&self.state);
         if state.attempts == 0 {
-            log_failure(&why.to_string());
+            log_failure(&down.why, self.rules.required);
         } else if state.mode != Mode::Degraded {
-            self.degrade(&mut state, &why.to_string());
+            self.degrade(&mut state, down);
         } else {
-            log::debug!("Redis is still away: {why}");
+            log::debug!("Redis is still away: {}", down.why);
         }
+        state.away = Some(Away::from(down));
         state.mode = Mode::Degraded;
         if state.follow_ups.len() > FOLLOW_UPS_MOST {
             state.listed_for = None;

@@ -33,18 +33,20 @@ impl Server {
     /// It cannot be used, or not any more; nothing more is read from the connection.
     pub fn lost(&self, why: impl fmt::Display, maybe_done: bool) -> Down {
         let why = format!("{}: {why}", self.name).replace(['\n', '\r'], " ");
-        Down { why, kind: DownKind::Lost, maybe_done, dying: None }
+        Down { why, kind: DownKind::Lost, lasting: false, maybe_done, dying: None }
     }
 
     /// Reading, writing, or what comes before them, has failed.
     pub fn failed(&self, error: &io::Error, stage: Stage) -> Down {
-        self.lost(io_cause(error, stage, self.tls), stage == Stage::Service)
+        let (why, lasting) = io_cause(error, stage, self.tls);
+        Down { lasting, ..self.lost(why, stage == Stage::Service) }
     }
 
     /// What came is no answer of Redis.
     pub fn misspoke(&self, stage: Stage) -> Down {
         let hint = if self.tls { "" } else { ", does the server want TLS?" };
-        self.lost(format!("no answer of Redis{hint}"), stage == Stage::Service)
+        let down = self.lost(format!("no answer of Redis{hint}"), stage == Stage::Service);
+        Down { lasting: true, ..down }
     }
 
     /// What the server's error to `command` means. `WRONGTYPE` is the fault of one key; with any
@@ -61,9 +63,24 @@ impl Server {
         let read_only =
             error.kind() == Some(ServerErrorKind::ReadOnly) || said.contains("READONLY");
         let kind = if read_only { DownKind::ReadOnly } else { DownKind::Refused };
-        StoreError::Down(Down { kind, ..down })
+        let lasting = !PASSING.iter().any(|passing| said.contains(passing));
+        StoreError::Down(Down { kind, lasting, ..down })
     }
 }
+
+/// Refusals that end by themselves. Of the others (a wrong password, a missing right, a replica, a
+/// server of another kind) somebody has to know.
+const PASSING: [&str; 9] = [
+    "LOADING",
+    "OOM",
+    "BUSY",
+    "MISCONF",
+    "CLUSTERDOWN",
+    "MASTERDOWN",
+    "TRYAGAIN",
+    "NOREPLICAS",
+    "max number of clients",
+];
 
 fn refusal_cause(said: &str, command: &str) -> String {
     if said.starts_with("WRONGPASS") || said.contains("invalid password") {
@@ -77,30 +94,33 @@ fn refusal_cause(said: &str, command: &str) -> String {
     }
 }
 
-fn io_cause(error: &io::Error, stage: Stage, tls: bool) -> String {
+/// The cause, and whether it lasts.
+fn io_cause(error: &io::Error, stage: Stage, tls: bool) -> (String, bool) {
+    if let Some(error) = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
+        return (tls_cause(error), true);
+    }
     let late = matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock);
     let said = if late { "no answer in time".to_owned() } else { error.to_string() };
     let ended = matches!(
         error.kind(),
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
     );
-    match (stage, error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>())) {
-        (_, Some(error)) => tls_cause(error),
-        (Stage::LookUp, _) if late => "its name is still being looked up".to_owned(),
-        (Stage::LookUp, _) => format!("the name was not found: {said}"),
-        (Stage::Connect, _) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            "connection refused".to_owned()
-        }
-        (Stage::Handshake, _) => format!("TLS failed, is this a plain port? {said}"),
-        (Stage::Login, _) if ended && !tls => {
+    let refused = error.kind() == io::ErrorKind::ConnectionRefused;
+    let why = match stage {
+        Stage::LookUp if late => "its name is still being looked up".to_owned(),
+        Stage::LookUp => format!("the name was not found: {said}"),
+        Stage::Connect if refused => "connection refused".to_owned(),
+        Stage::Handshake => format!("TLS failed, is this a plain port? {said}"),
+        Stage::Login if ended && !tls => {
             "no answer of Redis, does the server want TLS? It has closed the connection".to_owned()
         }
-        (Stage::Greeting, _) if ended => {
+        Stage::Greeting if ended => {
             "connection closed at the greeting, by a proxy that knows no INFO?".to_owned()
         }
         _ if ended => "connection closed".to_owned(),
         _ => said,
-    }
+    };
+    (why, false)
 }
 
 fn tls_cause(error: &rustls::Error) -> String {

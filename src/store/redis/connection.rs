@@ -56,7 +56,10 @@ impl Connection {
     /// clients, or speaks another protocol, is found out here.
     pub fn log_in(&mut self, config: &config::Redis, deadline: Instant) -> Result<(), StoreError> {
         let mut commands = Commands::default();
-        if let Some(password) = &config.password {
+        let password = config.current_password().map_err(|why| {
+            StoreError::Down(Down { lasting: true, ..self.server.lost(why, false) })
+        })?;
+        if let Some(password) = password {
             let auth = Command::new("AUTH");
             let auth = config.username.iter().fold(auth, |auth, name| auth.arg(name));
             commands.push(&auth.arg(password.reveal()));

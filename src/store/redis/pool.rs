@@ -16,7 +16,7 @@ use crate::store::{Down, DownKind, StoreError, locked};
 
 /// A connection that was idle for longer may have been closed by the other side; looking costs three
 /// system calls.
-const IDLE_MS: u64 = 100;
+const IDLE_MS: u64 = 20;
 /// One that was idle for longer is asked whether it still leads to the same server.
 const LONG_IDLE_MS: u64 = 4000;
 

@@ -109,8 +109,9 @@ impl Tls {
         if !config.tls {
             return Ok(None);
         }
-        let bad_name = |error| rustls::Error::General(format!("{}: {error}", config.host));
-        let server = ServerName::try_from(config.host.clone()).map_err(bad_name)?;
+        let name = config.tls_server_name.as_ref().unwrap_or(&config.host);
+        let bad_name = |error| rustls::Error::General(format!("{name}: {error}"));
+        let server = ServerName::try_from(name.clone()).map_err(bad_name)?;
         let mut roots = RootCertStore::empty();
         match &config.tls_ca {
             None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
