@@ -75,6 +75,7 @@ OPEN = {
     "own line": "an operation speaks only over connections of the time in which it began",
     "signed in time": "a redemption signs only while its mark is young",
     "bound past row": "a kill raises the bound past each `iat` that the one before may have caused",
+    "same run": "`none` enters a copy again into the run of Redis that gave no reply to its entry",
     "grace at start": "the grace is given at a start, too, unless the run id is the last one seen",
     "name first": "a process serves from Redis only under an instance id that is its own",
     "name waits": "an id that is in use is kept: its marks are 503 until its lease has ended",
@@ -223,9 +224,13 @@ class Ground:
         """Under REENROLL=deny: the device has a certificate, as far as this instance knows."""
         return self.reenroll == "deny" and of_device(world, me, ("disk", "certificate"), device)
 
-    def keeps_back(self, state):
-        """Under OUTAGE_REDEEM=none: a copy that is not memory's alone."""
-        return self.outage_redeem == "none" and self.has("none keeps back") and state != "unsent"
+    def keeps_back(self, world, me, copy):
+        """Under OUTAGE_REDEEM=none: a copy that is not memory's alone. That it was sent to the run
+        of Redis that is there now does no harm: this one has the mark of whoever redeemed it."""
+        if self.outage_redeem == "own" or not self.has("none keeps back") or copy == "unsent":
+            return False
+        to_this_run = copy == f"sent to {world.get((me, 'memory', 'connection'))}"
+        return not (to_this_run and self.has("same run"))
 
     def note(self, me, *work):
         """Something that Redis is still to be told."""

@@ -85,7 +85,9 @@ class Redeem(Ground):
     def begin_from_memory(self, world, attempt):
         me, serial, token = attempt[:3]
         copy = world.get((me, "memory", "copy", token))
-        if world[me, "memory", "mode"] != "memory" or copy is None or self.keeps_back(copy):
+        if world[me, "memory", "mode"] != "memory" or copy is None:
+            return "503"
+        if self.keeps_back(world, me, copy):
             return "503"
         world[me, "memory", "entry", token] = ("used", serial)
         world[me, "memory", "todo", "mark", token] = True

@@ -1,6 +1,6 @@
 """Redis comes back: what an instance enters before Redis serves it again. Starts and ends."""
 
-from explore import WAIT, Crash
+from explore import GONE, WAIT, Crash
 from server import GET, MERGE, SET, SETNX
 from token_ground import (
     GRACE,
@@ -157,9 +157,9 @@ class Return(Ground):
             return True
         copy, entry = world.get((me, "memory", "copy", token)), self.own_entry(world, me, token)
         spent = (entry and entry[0] != "unknown") and self.has("marks first")
-        return not (copy is None or spent or self.is_dead_here(world, me, token)) and not (
-            self.keeps_back(copy)
-        )
+        if copy is None or spent or self.is_dead_here(world, me, token):
+            return False
+        return not self.keeps_back(world, me, copy)
 
     def drop(self, world, me, work):
         world.pop((me, "memory", "todo", *work), None)
@@ -180,11 +180,15 @@ class Return(Ground):
         if work[0] == "remove":
             return (yield from trip(line, *self.removal(token)))
         if work[0] == "copy":
-            life = yield here("copy", lambda w: self.begin_copy(w, me, token))
-            if life is None:
+            begun = yield here("copy", lambda w: self.begin_copy(w, me, token))
+            if begun is None:
                 return NOT_ANY_MORE
+            life, before = begun
             lease = SETNX(("device", token.device), Lease(token), life)
-            return (yield from trip(line, SET(("token", token), True, life), lease))
+            replies = yield from trip(line, SET(("token", token), True, life), lease)
+            if replies[0] is GONE:
+                yield here("not sent", lambda w: self.note_not_sent(w, me, token, before))
+            return replies
         mark = yield here("mark", lambda w: self.mark_for(w, me, token))
         if mark is None:
             return NOT_ANY_MORE
@@ -199,15 +203,20 @@ class Return(Ground):
         memory's alone."""
         if not self.is_fit(world, me, ("copy", token)):
             return None
-        world[me, "memory", "copy", token] = "sent"
-        return max(1, token.iat + TTL - world["now"])
+        before = world[me, "memory", "copy", token]
+        world[me, "memory", "copy", token] = f"sent to {world.get((me, 'memory', 'connection'))}"
+        return max(1, token.iat + TTL - world["now"]), before
+
+    def note_not_sent(self, world, me, token, before):
+        if (me, "memory", "copy", token) in world:
+            world[me, "memory", "copy", token] = before
 
     def note_entered(self, world, me, work, replies):
         if replies == NOT_ANY_MORE and self.has("copies wait"):
             return  # The next list decides.
         world.pop((me, "memory", "todo", *work), None)
         token = work[1]
-        if work[0] == "copy" and world.get((me, "memory", "copy", token)) == "sent":
+        if work[0] == "copy" and (me, "memory", "copy", token) in world:
             world[me, "memory", "copy", token] = "confirmed"
         if work[0] == "withdraw":
             entry = (me, "memory", "entry", token)

@@ -908,6 +908,21 @@ def _(s):
 
 
 @row(
+    "28e",
+    "the same as 28, with a second token of the device, which has no lease",
+    "the replacement does not know whose mark to look at, and the other token is signed for after it",
+)
+def _(s):
+    start = held(world("a", "b"), T2, "b")
+    del start["redis", ("device", "d")]
+    return Scenario(
+        held(start, T1, "a"),
+        {"a.replace": (s.replace, "a", "d", "t3"), "b.redeem": (s.redeem, "b", "b1", T2)},
+        judged,
+    )
+
+
+@row(
     29,
     "the same as 28 in a cluster, where the row lies on another node",
     "the row was read before the mark was set",
@@ -1181,6 +1196,28 @@ def _(s):
 
 
 @row(
+    "32c",
+    "under `none`, the entry of a token from memory gets no reply",
+    "it may have reached Redis, so it is not entered again; if it did not, it is burnt",
+    also=["same run"],
+    outage_redeem="none",
+)
+def _(s):
+    a_is_settled = is_settled("a")
+    return Scenario(
+        held(world("a"), T1, "a", "unsent"),
+        {
+            "a.supervisor": (s.supervise, "a", 3),
+            "time.passes": passes(11, lambda found: not a_is_settled(found)),
+            "a.redeem": (s.redeem, "a", "a1", T1),
+        },
+        refused("a.redeem"),
+        after={"a.redeem": ("time.passes",)},
+        lossy=("a.supervisor",),
+    )
+
+
+@row(
     33,
     "a token from memory is presented to another instance just after the outage",
     "401 for a token that is about to be entered",
@@ -1305,7 +1342,7 @@ def _(s):
 
 @row(
     "34e",
-    "under `none`, the same, and its turn comes while it is presented",
+    "the same under `none`, and its turn comes while it is presented",
     "it is passed over and never entered: it is burnt",
     without=["copies wait"],
     outage_redeem="none",
