@@ -15,7 +15,7 @@ use crate::ca::csr::Csr;
 use crate::ca::identity::IdentityError;
 use crate::ca::issuer::{Issuer, Leaf};
 use crate::ca::publisher::Publisher;
-use crate::ca::registry::{Entries, Record, Redeemed, RegistryError};
+use crate::ca::registry::{Entries, Origin, Record, Redeemed, RegistryError, Renewal};
 use crate::ca::{Ca, CaError};
 use crate::clock::{self, Now};
 use crate::config::Reenroll;
@@ -26,10 +26,6 @@ use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::ledger::{Known, Ledger};
 use crate::store::{Answer, Dead, Kill, Killed, New, Op, Outcome, Status, StoreError, TokenStore};
-
-/// Certificates of one device that are neither expired nor revoked, at which it gets no further one
-/// by renewal: a client that renews in a loop must not fill the disk.
-const MOST_ACTIVE: usize = 16;
 
 /// Issues tokens and redeems them.
 pub struct Provisioner {
@@ -124,6 +120,8 @@ pub struct Signed {
     pub leaf: Leaf,
     /// The CA.
     pub issuer: Arc<Issuer>,
+    /// It was signed when the device asked for it before.
+    again: bool,
 }
 
 /// A finished batch.
@@ -291,26 +289,18 @@ impl Provisioner {
     pub fn check_certificate(&self, der: Option<&[u8]>, now: Now) -> Result<Record, Problem> {
         let der = der.ok_or(Code::ClientCertificateRequired)?;
         self.issuer(now)?;
-        Ok(self.ca().identify(der, self.rules.renew_after_expiry_days, now)?)
+        let record = self.ca().identify(der, self.rules.renew_after_expiry_days, now)?;
+        self.publisher.is_shown(&record.serial);
+        Ok(record)
     }
 
     /// Plans the renewal of the checked certificate `old` for the key in `csr`.
     ///
     /// # Errors
-    /// When the CSR is refused or is not the device's, or the device has renewed too often.
-    pub fn plan_renew(
-        &self,
-        old: Record,
-        csr: &str,
-        client: IpAddr,
-        now: Now,
-    ) -> Result<Job, Problem> {
+    /// When the CSR is refused or is not the device's.
+    pub fn plan_renew(&self, old: Record, csr: &str, client: IpAddr) -> Result<Job, Problem> {
         let csr = Csr::parse(csr).map_err(|error| not_issued(error, &old.device))?;
         csr.belongs_to(&old.device).map_err(|error| not_issued(error, &old.device))?;
-        if self.ca().registry().count_active(&old.device, now) >= MOST_ACTIVE {
-            let problem = not_issued(Code::RateLimited, &old.device);
-            return Err(Problem { retry_after_s: Some(3600), ..problem });
-        }
         let serial = Serial::random();
         let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
         Ok(Job::Renew(Box::new(Renew { old, csr, serial, client })))
@@ -447,27 +437,16 @@ impl Provisioner {
         Err(no_certificate())
     }
 
-    /// Revokes what was renewed, and publishes one list for all that the batch has revoked. A
-    /// revocation that no broker can learn of is no success; it is tried again by itself.
+    /// Publishes one list for all that the batch has revoked. A revocation that no broker can learn of
+    /// is no success; it is tried again by itself.
     fn publish_revoked(&self, done: &mut [Result<Done, Problem>], left: &Left) {
-        let mut changed =
-            left.revoked || done.iter().any(|done| matches!(done, Ok(Done::Revoked(_))));
-        match self.ca().registry().revoke_these(&left.superseded, clock::now()) {
-            Ok(serials) => {
-                self.metrics.certificates_revoked.add(serials.len() as u64);
-                serials
-                    .iter()
-                    .for_each(|serial| log::info!("certificate {serial} revoked: renewed"));
-                changed |= !serials.is_empty();
-            }
-            // The device has its new certificate, which is what it asked for.
-            Err(error) => log::error!("what was renewed could not be revoked: {error}"),
-        }
-        let Some(Err(error)) = changed.then(|| self.publisher.publish(clock::now())) else {
+        let is_revocation = |done: &Result<Done, Problem>| matches!(done, Ok(Done::Revoked(_)));
+        if !left.revoked && !done.iter().any(is_revocation) {
             return;
-        };
+        }
+        let Err(error) = self.publisher.publish(clock::now()) else { return };
         let problem = Problem::from(error).text("Revoked, but the CRL could not be published yet");
-        let revoked = done.iter_mut().filter(|done| matches!(done, Ok(Done::Revoked(_))));
+        let revoked = done.iter_mut().filter(|done| is_revocation(done));
         revoked.for_each(|done| *done = Err(problem.clone()));
     }
 
@@ -510,8 +489,12 @@ impl Provisioner {
             Decided::Granted(grant) => grant,
         };
         match self.sign(&grant, entries, now) {
+            Ok(signed) if signed.again => {
+                grant.log_again(&signed.leaf);
+                Recording::Done(Ok(Done::Signed(Box::new(signed))))
+            }
             Ok(signed) => {
-                entries.add(&signed.leaf, grant.token());
+                entries.add(&signed.leaf, Some(grant.origin()), now);
                 Recording::Entered(grant, signed)
             }
             Err(problem) => {
@@ -532,13 +515,16 @@ impl Provisioner {
             }
             Grant::Certificate(renew) => {
                 self.judge_again(renew, now)?;
+                if let Some(leaf) = renew.judge(entries, now)? {
+                    return Ok(Signed { leaf, issuer: self.issuer(now)?, again: true });
+                }
                 (&renew.csr, &renew.old.device, renew.serial)
             }
         };
         let issuer = self.issuer(now)?;
         let leaf = catch_unwind(AssertUnwindSafe(|| issuer.sign(csr, device, serial, now)))
             .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
-        Ok(Signed { leaf, issuer })
+        Ok(Signed { leaf, issuer, again: false })
     }
 
     fn look_again(&self, redeem: &Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
@@ -584,7 +570,8 @@ impl Provisioner {
                 match grant {
                     Grant::Token(redeem) => left.after.push(Op::Finish(redeem.token)),
                     Grant::Certificate(renew) if self.rules.renew_revokes => {
-                        left.superseded.push(renew.old.serial);
+                        let new = signed.leaf.serial;
+                        self.publisher.supersede(renew.old.serial, new, clock::now());
                     }
                     Grant::Certificate(_) => {}
                 }
@@ -609,8 +596,6 @@ struct Left {
     back: Vec<Op>,
     /// After the answers.
     after: Vec<Op>,
-    /// Certificates that were renewed and must be revoked.
-    superseded: Vec<Serial>,
     /// Something was revoked that a new list has to name.
     revoked: bool,
 }
@@ -667,11 +652,15 @@ enum Recording {
 }
 
 impl Grant {
-    /// The token that the record will name.
-    fn token(&self) -> Option<Redeemed> {
-        let Grant::Token(redeem) = self else { return None };
-        let Token { hash, claims, .. } = &redeem.token;
-        Some(Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp })
+    /// What the record will name.
+    fn origin(&self) -> Origin {
+        match self {
+            Grant::Token(redeem) => {
+                let Token { hash, claims, .. } = &redeem.token;
+                Origin::Token(Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp })
+            }
+            Grant::Certificate(renew) => Origin::Renewal(renew.old.serial),
+        }
     }
 
     fn give_back(&self) -> Option<Op> {
@@ -692,11 +681,38 @@ impl Grant {
         }
     }
 
+    fn log_again(&self, leaf: &Leaf) {
+        if let Grant::Certificate(renew) = self {
+            let Renew { old, client, .. } = &**renew;
+            log::info!(
+                "certificate {} of {} given again in renewal of {}, by {client}",
+                leaf.serial,
+                leaf.device,
+                old.serial
+            );
+        }
+    }
+
     /// For the log: who was refused.
     fn refused(&self, problem: Problem) -> Problem {
         match self {
             Grant::Token(redeem) => redeem.refused(problem),
             Grant::Certificate(renew) => not_issued(problem, &renew.old.device),
+        }
+    }
+}
+
+impl Renew {
+    /// The certificate that this device has got for the same key before, if it asks again.
+    fn judge(&self, entries: &Entries<'_>, now: Now) -> Result<Option<Leaf>, Problem> {
+        match entries.judge_renewal(&self.old, self.csr.key(), now) {
+            Renewal::New => Ok(None),
+            Renewal::Again(leaf) => Ok(Some(*leaf)),
+            Renewal::UnderWay => Err(Code::ServiceUnavailable.into()),
+            Renewal::TooMany(wait_s) => {
+                let problem = Problem::from(Code::RateLimited);
+                Err(Problem { retry_after_s: Some(wait_s), ..problem })
+            }
         }
     }
 }
@@ -836,7 +852,11 @@ mod tests {
         let provisioner = Provisioner::new(
             Arc::new(Willing),
             Arc::new(Ledger::new(10)),
-            Arc::new(Publisher::new(Arc::clone(&ca), None)),
+            Arc::new(Publisher::new(
+                Arc::clone(&ca),
+                None,
+                Arc::new(Metrics::new(std::iter::empty())),
+            )),
             Signer::new(b"a secret of the test"),
             rules,
             Arc::new(Metrics::new(std::iter::empty())),

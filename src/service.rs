@@ -83,7 +83,7 @@ pub fn run(
     let ledger = Arc::new(load_ledger(config, &ca));
     let metrics = Arc::new(Metrics::new(api::endpoints()));
     let store = open_store(config, &signer, &ledger, &metrics)?;
-    let publisher = publish(config, &ca)?;
+    let publisher = publish(config, &ca, &metrics)?;
     let provisioner = Arc::new(Provisioner::new(
         Arc::clone(&store.tokens),
         ledger,
@@ -232,9 +232,17 @@ fn rules(config: &Config) -> Rules {
 }
 
 /// Publishes the list of revoked certificates, now if the clock allows, and from then on.
-fn publish(config: &Config, ca: &Arc<Ca>) -> Result<Arc<Publisher>, RunError> {
-    let publisher = Arc::new(Publisher::new(Arc::clone(ca), config.crl_hook.clone()));
+fn publish(
+    config: &Config,
+    ca: &Arc<Ca>,
+    metrics: &Arc<Metrics>,
+) -> Result<Arc<Publisher>, RunError> {
+    let (hook, metrics) = (config.crl_hook.clone(), Arc::clone(metrics));
+    let publisher = Arc::new(Publisher::new(Arc::clone(ca), hook, metrics));
     publisher.keep_fresh(clock::now());
+    if config.renew_revokes {
+        publisher.load_superseded(clock::now());
+    }
     publisher.try_record(clock::now());
     let worker = Arc::clone(&publisher);
     spawn("crl", move || worker.work_forever())?;

@@ -125,7 +125,8 @@ impl Csr {
         }
     }
 
-    pub(super) fn key(&self) -> &PublicKey {
+    /// Whose possession it proves.
+    pub fn key(&self) -> &PublicKey {
         &self.key
     }
 }

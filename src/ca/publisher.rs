@@ -3,7 +3,8 @@
 //!
 //! Whoever revokes publishes in its own thread, so that the answer comes after the list. The rest is
 //! done by one thread that sleeps until it is needed; while the hook runs in it, further changes are
-//! noted and make one more run. The same thread tries the record again after it could not be written.
+//! noted and make one more run. The same thread tries the record again after it could not be written,
+//! and revokes what was renewed.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,6 +14,8 @@ use super::crl::Crl;
 use super::registry::Record;
 use super::{Ca, CaError, crl, hook};
 use crate::clock::{self, Now};
+use crate::metrics::Metrics;
+use crate::serial::Serial;
 
 /// The longest sleep. The list is renewed daily by the wall clock, which may have gone on while the
 /// machine was suspended, so it is looked at more often than that. Whoever sees that the clock was set
@@ -23,6 +26,8 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// The pause before a record that could not be written is tried again.
 const TRIAL_MS: u64 = 2000;
 
+/// How long after its renewal a certificate is revoked, if the new one was not shown before.
+const SUPERSEDED_AFTER_S: u64 = 3600;
 /// Certificates that one warning names.
 const NAMED: usize = 16;
 
@@ -31,6 +36,7 @@ pub struct Publisher {
     ca: Arc<Ca>,
     /// `CRL_HOOK`
     hook: Option<PathBuf>,
+    metrics: Arc<Metrics>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -45,12 +51,24 @@ struct State {
     failure: Option<String>,
     /// When the record is to be tried again, by [`Now::mono_ms`].
     trial_at: Option<u64>,
+    /// Certificates that were renewed and are to be revoked.
+    superseded: Vec<Superseded>,
+}
+
+/// A certificate that was renewed. It is revoked when the new one is shown, which proves that the device
+/// has it; or after a while, in which a device whose answer was lost can ask again.
+#[derive(Clone, Copy, Debug)]
+struct Superseded {
+    old: Serial,
+    new: Serial,
+    /// By [`Now::mono_ms`].
+    due_ms: u64,
 }
 
 impl Publisher {
     /// A publisher that runs `hook` after each new list.
-    pub fn new(ca: Arc<Ca>, hook: Option<PathBuf>) -> Self {
-        Publisher { ca, hook, state: Mutex::default(), changed: Condvar::new() }
+    pub fn new(ca: Arc<Ca>, hook: Option<PathBuf>, metrics: Arc<Metrics>) -> Self {
+        Publisher { ca, hook, metrics, state: Mutex::default(), changed: Condvar::new() }
     }
 
     /// The CA whose list it is.
@@ -177,8 +195,69 @@ impl Publisher {
         let mut state = self.lock();
         if state.trial_at.is_none() {
             state.trial_at = Some(now.mono_ms + TRIAL_MS);
-            state.woken = true;
-            self.changed.notify_all();
+            self.wake(&mut state);
+        }
+    }
+
+    /// Finds the renewals whose old certificate is still to be revoked, at the start.
+    pub fn load_superseded(&self, now: Now) {
+        let registry = self.ca.registry();
+        for (old, new, renewed_at) in registry.recent_renewals(now) {
+            let waited_s = now.unix_s().saturating_sub(renewed_at).min(SUPERSEDED_AFTER_S);
+            if registry.by_serial(&old).is_some_and(|old| old.revoked_at.is_none()) {
+                let due_ms = now.mono_ms + (SUPERSEDED_AFTER_S - waited_s) * 1000;
+                self.lock().superseded.push(Superseded { old, new, due_ms });
+            }
+        }
+    }
+
+    /// `new` renews `old`, which is to be revoked.
+    pub fn supersede(&self, old: Serial, new: Serial, now: Now) {
+        let due_ms = now.mono_ms + SUPERSEDED_AFTER_S * 1000;
+        let mut state = self.lock();
+        state.superseded.push(Superseded { old, new, due_ms });
+        self.wake(&mut state);
+    }
+
+    /// A device has shown this certificate, so it has no more need of the one that this renews.
+    pub fn is_shown(&self, new: &Serial) {
+        let mut state = self.lock();
+        let mut renewed = state.superseded.iter_mut().filter(|s| s.new == *new).peekable();
+        if renewed.peek().is_some() {
+            renewed.for_each(|superseded| superseded.due_ms = 0);
+            self.wake(&mut state);
+        }
+    }
+
+    /// Revokes what was renewed long enough ago, and publishes one list for all.
+    fn revoke_superseded(&self, now: Now) {
+        let is_due = |superseded: &mut Superseded| superseded.due_ms <= now.mono_ms;
+        if !self.lock().superseded.iter().any(|s| s.due_ms <= now.mono_ms) {
+            return;
+        }
+        let due: Vec<Superseded> = self.lock().superseded.extract_if(.., is_due).collect();
+        let old: Vec<Serial> = due.iter().map(|superseded| superseded.old).collect();
+        let revoked = match self.ca.check_clock(now) {
+            Ok(()) => self.ca.registry().revoke_these(&old, now).map_err(CaError::from),
+            Err(error) => Err(error),
+        };
+        match revoked {
+            Ok(revoked) => {
+                self.metrics.certificates_revoked.add(revoked.len() as u64);
+                revoked
+                    .iter()
+                    .for_each(|serial| log::info!("certificate {serial} revoked: renewed"));
+                if !revoked.is_empty() {
+                    // What went wrong is logged and kept there.
+                    let _ = self.publish(now);
+                }
+            }
+            Err(error) => {
+                log::error!("what was renewed could not be revoked yet: {error}");
+                let due_ms = now.mono_ms + RETRY.1.as_millis() as u64;
+                let later = due.into_iter().map(|superseded| Superseded { due_ms, ..superseded });
+                self.lock().superseded.extend(later);
+            }
         }
     }
 
@@ -186,14 +265,15 @@ impl Publisher {
     pub fn work_forever(&self) {
         let mut pause = LOOK;
         loop {
-            let until_trial = self.until_trial(clock::now()).unwrap_or(LOOK);
-            if self.wait(pause.min(until_trial)) {
+            if self.wait(pause.min(self.until_due(clock::now()))) {
                 self.run_hook();
             }
-            if self.until_trial(clock::now()).is_some_and(|left| left.is_zero()) {
-                self.try_record(clock::now());
+            let now = clock::now();
+            if self.lock().trial_at.is_some_and(|at| at <= now.mono_ms) {
+                self.try_record(now);
             }
-            self.keep_fresh(clock::now());
+            self.revoke_superseded(now);
+            self.keep_fresh(now);
             pause = match self.failure() {
                 None => LOOK,
                 Some(_) if pause > RETRY.1 => RETRY.0,
@@ -202,9 +282,17 @@ impl Publisher {
         }
     }
 
-    fn until_trial(&self, now: Now) -> Option<Duration> {
-        let at = self.lock().trial_at?;
-        Some(Duration::from_millis(at.saturating_sub(now.mono_ms)))
+    /// How long there is nothing to do but to keep the list fresh.
+    fn until_due(&self, now: Now) -> Duration {
+        let state = self.lock();
+        let superseded = state.superseded.iter().map(|superseded| superseded.due_ms);
+        let due_ms = superseded.chain(state.trial_at).min();
+        due_ms.map_or(LOOK, |at| Duration::from_millis(at.saturating_sub(now.mono_ms)))
+    }
+
+    fn wake(&self, state: &mut State) {
+        state.woken = true;
+        self.changed.notify_all();
     }
 
     /// Sleeps until there is something to look at; answers whether that is the hook.
@@ -245,7 +333,11 @@ mod tests {
     fn publisher(dir: &TestDir, years: u32, now: Now) -> Publisher {
         let settings =
             CaSettings { dir: dir.join("ca"), root_validity_years: years, device_validity_days: 9 };
-        Publisher::new(Arc::new(Ca::open(&settings, now).unwrap()), None)
+        Publisher::new(Arc::new(Ca::open(&settings, now).unwrap()), None, metrics())
+    }
+
+    fn metrics() -> Arc<Metrics> {
+        Arc::new(Metrics::new(std::iter::empty()))
     }
 
     fn later(now: Now, s: u64) -> Now {

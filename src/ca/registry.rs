@@ -34,11 +34,14 @@ mod entries;
 #[cfg(test)]
 mod fixture;
 mod index;
+mod renewals;
 mod repair;
 mod rows;
 mod trial;
 
 pub use entries::Entries;
+pub use renewals::Renewal;
+use renewals::Renewals;
 use rows::{Row, Rows};
 use trial::Trial;
 
@@ -48,8 +51,10 @@ const INDEX: &str = "index.txt";
 const ATTRIBUTES: (&str, &str) = ("index.txt.attr", "unique_subject = no\n");
 /// The folder of the certificates.
 const CERTS: &str = "certs";
-/// What the line before the PEM begins with.
+/// What the line before the PEM begins with, if a token was redeemed for the certificate …
 const TOKEN_LINE: &str = "Provisioning-Token: ";
+/// … and if it renews another.
+const RENEWAL_LINE: &str = "Renews: ";
 /// Bytes read and written at once when the database is copied.
 const COPIED: usize = 64 * 1024;
 /// How far two records of the same moment may disagree about the time, for clocks are set.
@@ -182,8 +187,46 @@ pub struct Stored {
     pub fingerprint: String,
     /// When it was signed, which is a little after its `notBefore`.
     pub created_at: u64,
-    /// The token that was redeemed for it.
-    pub token: Option<Redeemed>,
+    /// What it was signed for, if that was written down.
+    pub origin: Option<Origin>,
+}
+
+/// What a certificate was signed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A token.
+    Token(Redeemed),
+    /// An earlier certificate of the device: its serial number.
+    Renewal(Serial),
+}
+
+impl Origin {
+    fn token(self) -> Option<Redeemed> {
+        match self {
+            Origin::Token(token) => Some(token),
+            Origin::Renewal(_) => None,
+        }
+    }
+
+    /// Reads a line as `Display` writes it.
+    fn read(line: &str) -> Option<Self> {
+        if let Some(serial) = line.strip_prefix(RENEWAL_LINE) {
+            return Serial::from_hex(serial).map(Origin::Renewal);
+        }
+        read_redeemed(line.strip_prefix(TOKEN_LINE)?).map(Origin::Token)
+    }
+}
+
+/// The line before the PEM.
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Token(Redeemed { hash, iat, exp }) => {
+                write!(f, "{TOKEN_LINE}{hash} iat={iat} exp={exp}")
+            }
+            Origin::Renewal(old) => write!(f, "{RENEWAL_LINE}{old:X}"),
+        }
+    }
 }
 
 /// A token that was redeemed for a certificate; its times are in seconds since 1970.
@@ -231,6 +274,7 @@ pub struct Registry {
 struct Writer {
     /// An append that failed and could not be taken back: what was the length, and what was added.
     undo: Option<(u64, String)>,
+    renewals: Renewals,
 }
 
 impl Registry {
@@ -361,10 +405,6 @@ impl Registry {
     /// # Errors
     /// As [`Registry::revoke`].
     pub fn revoke_these(&self, these: &[Serial], now: Now) -> Result<Vec<Serial>, RegistryError> {
-        // Every batch comes by here, and nearly all have nothing to wait for the disk for.
-        if these.is_empty() {
-            return Ok(Vec::new());
-        }
         let mut writer = self.lock_writer();
         let rows = self.read();
         let active = |s: &&Serial| rows.by_serial(s).is_some_and(|row| row.is_active(now));
@@ -422,19 +462,20 @@ impl Registry {
     }
 }
 
-/// Reads a certificate's file: the token's line, if there is one, and the PEM.
+/// Reads a certificate's file: the line that tells its origin, if there is one, and the PEM.
 fn read_stored(text: &str) -> Option<Stored> {
     let (before, _) = text.split_once(pem::BEGIN)?;
     let pem = text.get(before.len()..)?.to_owned();
     let [block] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
     let (_, certificate) = X509Certificate::from_der(&block.der).ok()?;
     let not_before = u64::try_from(certificate.validity().not_before.timestamp()).unwrap_or(0);
-    let token = match before.lines().find_map(|l| l.strip_prefix(TOKEN_LINE)) {
-        Some(line) => Some(read_redeemed(line)?),
+    let is_origin = |line: &&str| [TOKEN_LINE, RENEWAL_LINE].iter().any(|l| line.starts_with(l));
+    let origin = match before.lines().find(is_origin) {
+        Some(line) => Some(Origin::read(line)?),
         None => None,
     };
     let fingerprint = issuer::fingerprint(&block.der);
-    Some(Stored { fingerprint, created_at: not_before.saturating_add(BACKDATE_S), token, pem })
+    Some(Stored { fingerprint, created_at: not_before.saturating_add(BACKDATE_S), origin, pem })
 }
 
 fn read_redeemed(line: &str) -> Option<Redeemed> {
@@ -465,11 +506,11 @@ mod tests {
 
         let mut entries = registry.begin();
         assert!(!entries.has_active(&device("device-1"), now) && !entries.knows_token(&live.hash));
-        entries.add(&first, Some(live));
+        entries.add(&first, Some(Origin::Token(live)), now);
         assert!(entries.has_active(&device("device-1"), now) && entries.knows_token(&live.hash));
         assert!(!registry.knows_token(&live.hash), "not before the commit");
-        entries.add(&other, Some(ended));
-        entries.add(&second, None);
+        entries.add(&other, Some(Origin::Token(ended)), now);
+        entries.add(&second, None, now);
         assert_eq!(entries.commit(), [Ok(()), Ok(()), Ok(())]);
 
         let check = |registry: &Registry| {
@@ -489,8 +530,9 @@ mod tests {
                 (stored.pem, stored.fingerprint),
                 (first.pem.clone(), first.fingerprint.clone())
             );
-            assert_eq!((stored.created_at, stored.token), (first.not_before + 300, Some(live)));
-            assert_eq!(registry.stored(&second.serial).unwrap().token, None);
+            let origin = Some(Origin::Token(live));
+            assert_eq!((stored.created_at, stored.origin), (first.not_before + 300, origin));
+            assert_eq!(registry.stored(&second.serial).unwrap().origin, None);
         };
         check(&registry);
         let again = fixture.open();
@@ -602,7 +644,7 @@ mod tests {
                 let registry = &registry;
                 scope.spawn(move || {
                     let mut entries = registry.begin();
-                    pair.iter().for_each(|leaf| entries.add(leaf, None));
+                    pair.iter().for_each(|leaf| entries.add(leaf, None, clock::now()));
                     assert_eq!(entries.commit(), [Ok(()), Ok(())]);
                     assert!(pair.iter().all(|leaf| registry.by_serial(&leaf.serial).is_some()));
                 });

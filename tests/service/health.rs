@@ -181,7 +181,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
     let provisioner = Provisioner::new(
         Arc::new(Memory::new(1, Arc::clone(&ledger))),
         ledger,
-        Arc::new(Publisher::new(ca, None)),
+        Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
         Signer::new(b"a secret of the test"),
         rules,
         Arc::clone(&metrics),

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Barrier;
+use std::thread;
 use std::time::Duration;
 
 use serde_json::json;
@@ -164,24 +166,60 @@ fn late_renewals_are_bounded() {
     }
 }
 
+/// The old certificate counts until the device has shown the new one: its answer may have been lost.
 #[test]
 fn renewal_may_revoke_what_it_replaces() {
     let stage = Stage::set(&[("RENEW_REVOKES", "true")]);
     let old = stage.enroll("d");
+    let lost = stage.renew(Some(&old), &Csr::new("d").make());
+    assert_eq!(lost.status, 200, "{}", lost.text());
     let new = stage.keep(&stage.renew(Some(&old), &Csr::new("d").make()));
     let (old_serial, new_serial) = (stage.serial(&old), stage.serial(&new));
-    let expected = [("R", &old_serial), ("V", &new_serial)].map(|(s, n)| (s.to_owned(), n.clone()));
-    assert_eq!(stage.record(), expected);
-    let list = stage.listed();
-    assert!(list.contains(&old_serial) && !list.contains(&new_serial), "{list}");
+    assert_eq!(lost.field("serial_number").to_uppercase(), new_serial, "asked again, the same");
+    let states = |a: &str, b: &str| {
+        [(a, &old_serial), (b, &new_serial)].map(|(s, n)| (s.to_owned(), n.clone()))
+    };
+    assert_eq!(stage.record(), states("V", "V"));
+
+    // Whoever shows it, and whatever it is shown for.
+    check_error(&stage.renew(Some(&new), ""), 400, "CSR_REQUIRED", "shown");
+    wait::for_true("the old one is revoked", || stage.record() == states("R", "V"));
+    wait::for_true("and listed", || stage.listed().contains(&old_serial));
+    assert!(!stage.listed().contains(&new_serial));
     let again = stage.renew(Some(&old), &Csr::new("d").make());
     check_error(&again, 401, "CLIENT_CERTIFICATE_REVOKED", "the old one");
     assert_eq!(stage.renew(Some(&new), &Csr::new("d").make()).status, 200);
     let metrics = https::ask(&stage.service, "/metrics", None, &[]).text();
-    for counted in ["issued\"} 1", "renewed\"} 2", "revoked\"} 2"] {
+    for counted in ["issued\"} 1", "renewed\"} 2", "revoked\"} 1"] {
         let line = format!("mqtt_lite_certificates_total{{event=\"{counted}\n");
         assert!(metrics.contains(&line), "{line}{metrics}");
     }
+}
+
+/// A device that never shows the new one: after an hour, also if the service was not there by then.
+#[test]
+fn what_was_renewed_is_revoked_after_an_hour() {
+    let clock = FakeClock::at(now_s());
+    let env = clock.env();
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, &**value)).collect();
+    let mut stage = Stage::set(&[&env[..], &[("RENEW_REVOKES", "true")]].concat());
+    let old = stage.enroll("d");
+    let new = stage.keep(&stage.renew(Some(&old), &Csr::new("d").make()));
+    for (passed_s, state) in [(3000, "V"), (3700, "R")] {
+        stage.service.kill9();
+        clock.set(now_s() + passed_s);
+        stage.service.restart();
+        if state == "V" {
+            let again = stage.renew(Some(&old), &Csr::new("d").make());
+            let serial = again.field("serial_number").to_uppercase();
+            assert_eq!(serial, stage.serial(&new), "the same also after a restart");
+        }
+        let expected = [state, "V"].map(str::to_owned);
+        let states = || -> Vec<String> { stage.record().into_iter().map(|(s, _)| s).collect() };
+        wait::for_true(&format!("{passed_s} s later"), || states() == expected);
+    }
+    wait::for_true("it is listed", || stage.listed().contains(&stage.serial(&old)));
+    assert_eq!(stage.renew(Some(&new), &Csr::new("d").make()).status, 200);
 }
 
 #[test]
@@ -282,16 +320,81 @@ fn certificates_that_are_too_large_are_not_kept() {
     assert_eq!(https::ask(&stage.service, "/health", None, &[]).status, 200);
 }
 
+/// Kinds of which the tests have a key each.
+const KEYS: [&str; 6] =
+    ["ec:prime256v1", "ed25519", "ec:secp384r1", "rsa:2048", "rsa:3072", "rsa:4096"];
+
+fn request(key: &str) -> String {
+    Csr::new("d").key(key).digest(if key == "ed25519" { "-" } else { "sha256" }).make()
+}
+
+/// Whether or not what is renewed is revoked.
 #[test]
 fn renewing_in_a_loop_ends() {
-    let stage = Stage::set(&[]);
+    for revokes in ["true", "false"] {
+        let stage = Stage::set(&[("RENEW_REVOKES", revokes)]);
+        let who = stage.enroll("d");
+        let renew = |key: &str| stage.renew(Some(&who), &request(key));
+        let serials: Vec<String> = KEYS[..4]
+            .iter()
+            .map(|key| {
+                let answer = renew(key);
+                assert_eq!(answer.status, 200, "{key}: {}", answer.text());
+                answer.field("serial_number")
+            })
+            .collect();
+        for key in &KEYS[4..] {
+            let answer = renew(key);
+            check_error(&answer, 429, "RATE_LIMITED", "four an hour");
+            let wait_s: u64 = answer.header("Retry-After").unwrap().parse().unwrap();
+            assert!((3500..=3600).contains(&wait_s), "{wait_s}");
+        }
+        // What is there costs nothing.
+        for (key, serial) in KEYS.iter().zip(&serials) {
+            assert_eq!(renew(key).field("serial_number"), *serial, "{key}");
+        }
+        // Nor does it help to go on with the newest.
+        let newest = stage.keep(&renew(P256));
+        let answer = stage.renew(Some(&newest), &request(P256));
+        check_error(&answer, 429, "RATE_LIMITED", "each device, whatever it shows");
+        assert_eq!(stage.record().len(), 5);
+        // Another device is not concerned.
+        let other = stage.enroll("other");
+        assert_eq!(stage.renew(Some(&other), &Csr::new("other").make()).status, 200);
+    }
+}
+
+#[test]
+fn renewals_at_once_are_bounded_too() {
+    let stage = Stage::set(&[("WORKERS", "4")]);
     let who = stage.enroll("d");
-    let request = Csr::new("d").make();
-    let statuses: Vec<u16> = (0..17).map(|_| stage.renew(Some(&who), &request).status).collect();
-    assert_eq!(statuses[..15], [200; 15]);
-    let answer = stage.renew(Some(&who), &request);
-    check_error(&answer, 429, "RATE_LIMITED", "the device has 16");
-    assert_eq!(stage.record().len(), 16);
+    let at_once = |keys: &[&str]| -> Vec<Response> {
+        let requests: Vec<String> = keys.iter().map(|key| request(key)).collect();
+        let barrier = Barrier::new(requests.len());
+        thread::scope(|scope| {
+            let mut all = Vec::new();
+            for csr in &requests {
+                let (stage, who, barrier) = (&stage, &who, &barrier);
+                all.push(scope.spawn(move || {
+                    barrier.wait();
+                    stage.renew(Some(who), csr)
+                }));
+            }
+            all.into_iter().map(|answer| answer.join().unwrap()).collect()
+        })
+    };
+    let answers = at_once(&[P256; 12]);
+    let given: Vec<String> =
+        answers.iter().filter(|a| a.status == 200).map(|a| a.field("serial_number")).collect();
+    assert!(!given.is_empty() && given.iter().all(|serial| *serial == given[0]), "{given:?}");
+    for refused in answers.iter().filter(|a| a.status != 200) {
+        check_error(refused, 503, "SERVICE_UNAVAILABLE", "it is being recorded");
+    }
+    assert_eq!(stage.record().len(), 2);
+    for _ in 0..3 {
+        at_once(&KEYS);
+    }
+    assert_eq!(stage.record().len(), 5, "the one enrolled, and four an hour");
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::MutexGuard;
 
 use super::rows::Row;
-use super::{CERTS, INDEX, Redeemed, Registry, RegistryError, TOKEN_LINE, Writer};
-use crate::ca::issuer::{BACKDATE_S, Leaf};
+use super::{CERTS, INDEX, Origin, Registry, RegistryError, Writer};
+use crate::ca::issuer::Leaf;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, Synced};
@@ -20,16 +20,16 @@ const SYNCED_TOGETHER: usize = 4;
 /// A batch of entries that are recorded together, or not at all if dropped.
 #[derive(Debug)]
 pub struct Entries<'a> {
-    registry: &'a Registry,
-    writer: MutexGuard<'a, Writer>,
-    added: Vec<Entry>,
+    pub(super) registry: &'a Registry,
+    pub(super) writer: MutexGuard<'a, Writer>,
+    pub(super) added: Vec<Entry>,
 }
 
 #[derive(Debug)]
-struct Entry {
-    row: Row,
-    token: Option<Redeemed>,
-    created_at: u64,
+pub(super) struct Entry {
+    pub(super) row: Row,
+    pub(super) origin: Option<Origin>,
+    added_at: Now,
     file: String,
 }
 
@@ -41,7 +41,7 @@ impl<'a> Entries<'a> {
 
     /// As [`Registry::knows_token`], in this batch too.
     pub fn knows_token(&self, token: &TokenHash) -> bool {
-        let same = |e: &Entry| e.token.is_some_and(|t| t.hash == *token);
+        let same = |e: &Entry| e.origin.and_then(Origin::token).is_some_and(|t| t.hash == *token);
         self.added.iter().any(same) || self.registry.knows_token(token)
     }
 
@@ -51,14 +51,19 @@ impl<'a> Entries<'a> {
         self.added.iter().any(active) || self.registry.has_active(device, now)
     }
 
-    /// Adds a certificate and the token that was redeemed for it, if it is not a renewal.
-    pub fn add(&mut self, leaf: &Leaf, token: Option<Redeemed>) {
-        let line = token.map(|t| format!("{TOKEN_LINE}{} iat={} exp={}\n", t.hash, t.iat, t.exp));
+    /// As [`Registry::count_active`], in this batch too.
+    pub fn count_active(&self, device: &DeviceId, now: Now) -> usize {
+        let active = |e: &&Entry| e.row.is_of(device) && e.row.is_active(now);
+        self.added.iter().filter(active).count() + self.registry.count_active(device, now)
+    }
+
+    /// Adds a certificate and what it was signed for.
+    pub fn add(&mut self, leaf: &Leaf, origin: Option<Origin>, now: Now) {
         self.added.push(Entry {
             row: Row::new(leaf.serial, leaf.device.clone(), leaf.not_after, None),
-            token,
-            created_at: leaf.not_before.saturating_add(BACKDATE_S),
-            file: line.unwrap_or_default() + &leaf.pem,
+            origin,
+            added_at: now,
+            file: origin.map(|o| format!("{o}\n")).unwrap_or_default() + &leaf.pem,
         });
     }
 
@@ -72,11 +77,15 @@ impl<'a> Entries<'a> {
         }
         let mut rows = self.registry.write();
         for (entry, result) in self.added.into_iter().zip(&results) {
-            if result.is_ok() {
-                rows.drop_ended_tokens(entry.created_at);
-                let at = rows.insert(entry.row);
-                entry.token.iter().for_each(|token| rows.add_token(token, at));
+            if result.is_err() {
+                continue;
             }
+            rows.drop_ended_tokens(entry.added_at.unix_s());
+            if let (Some(Origin::Renewal(_)), Some(device)) = (entry.origin, &entry.row.device) {
+                self.writer.renewals.note(device.clone(), entry.added_at);
+            }
+            let at = rows.insert(entry.row);
+            entry.origin.and_then(Origin::token).iter().for_each(|token| rows.add_token(token, at));
         }
         results
     }
@@ -194,8 +203,8 @@ mod tests {
         enter(&registry, &leaf, None).unwrap();
         let before = (fixture.index(), fs::read(registry.pem_path(&leaf.serial)).unwrap());
         let mut entries = registry.begin();
-        entries.add(&leaf, None);
-        entries.add(&fixture.leaf("device-2"), None);
+        entries.add(&leaf, None, clock::now());
+        entries.add(&fixture.leaf("device-2"), None, clock::now());
         let results = entries.commit();
         assert!(!results[0].as_ref().unwrap_err().left_behind());
         assert_eq!(results[1], Ok(()), "one's failure is not another's");
@@ -291,7 +300,9 @@ mod tests {
         for room in 0..4 {
             fill(room);
             let mut entries = registry.begin();
-            leaves.iter().for_each(|leaf| entries.add(leaf, Some(token("t", u64::MAX))));
+            leaves.iter().for_each(|leaf| {
+                entries.add(leaf, Some(Origin::Token(token("t", u64::MAX))), clock::now())
+            });
             for result in entries.commit() {
                 let error = result.unwrap_err();
                 assert!(!error.left_behind() && error.to_string().contains("No space"), "{error}");
@@ -311,7 +322,7 @@ mod tests {
         enter(&registry, &fixture.leaf("device-2"), None).unwrap();
         fill(2);
         let mut entries = registry.begin();
-        leaves.iter().for_each(|leaf| entries.add(leaf, None));
+        leaves.iter().for_each(|leaf| entries.add(leaf, None, clock::now()));
         assert_eq!(entries.commit().iter().filter(|r| r.is_ok()).count(), 2);
         let before = index();
         assert!(registry.revoke(&device("device-2"), clock::now()).is_err());

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::{CERTS, INDEX, Redeemed, Registry, RegistryError};
+use super::{CERTS, INDEX, Origin, Redeemed, Registry, RegistryError};
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf};
 use crate::ca::openssl::must;
@@ -38,11 +38,14 @@ impl Fixture {
         &self.issuer
     }
 
-    pub(super) fn leaf(&self, name: &str) -> Leaf {
+    pub(super) fn csr(&self, name: &str) -> Csr {
         must(&self.dir, &format!("req -new -key key.pem -subj /CN={name} -out csr.pem"));
-        let csr = Csr::parse(&fs::read_to_string(self.dir.join("csr.pem")).unwrap()).unwrap();
+        Csr::parse(&fs::read_to_string(self.dir.join("csr.pem")).unwrap()).unwrap()
+    }
+
+    pub(super) fn leaf(&self, name: &str) -> Leaf {
         let serial = Serial::random().unwrap();
-        self.issuer.sign(&csr, &device(name), serial, clock::now()).unwrap()
+        self.issuer.sign(&self.csr(name), &device(name), serial, clock::now()).unwrap()
     }
 
     pub(super) fn index(&self) -> String {
@@ -68,6 +71,6 @@ pub(super) fn enter(
     token: Option<Redeemed>,
 ) -> Result<(), RegistryError> {
     let mut entries = registry.begin();
-    entries.add(leaf, token);
+    entries.add(leaf, token.map(Origin::Token), clock::now());
     entries.commit().remove(0)
 }

@@ -15,7 +15,7 @@ use x509_parser::certificate::X509Certificate;
 
 use super::index::{self, Index};
 use super::rows::{Row, Rows};
-use super::{CERTS, CLOCK_SLACK_S, INDEX, Record, Registry, RegistryError, Stored};
+use super::{CERTS, CLOCK_SLACK_S, INDEX, Origin, Record, Registry, RegistryError, Stored};
 use crate::ca::crl;
 use crate::ca::issuer::{BACKDATE_S, Issuer};
 use crate::clock::Now;
@@ -238,15 +238,23 @@ impl Registry {
     /// Loads the hashes of the tokens that the newest certificates were signed for, as far back as a
     /// token can live. Which of them have ended is judged when they are used: the clock may be wrong.
     pub(super) fn load_tokens(&self, now_s: Option<u64>) {
-        let (mut tokens, mut latest) = (Vec::new(), None);
-        self.read_newest(|at, _, stored| {
-            tokens.extend(stored.token.map(|token| (token, at)));
-            // A clock that is ahead now, or was, makes nothing old.
-            let latest = latest.get_or_insert(now_s.unwrap_or(u64::MAX).min(stored.created_at));
-            stored.created_at.saturating_add(jwt::MAX_LIFETIME_S + CLOCK_SLACK_S) >= *latest
-        });
+        let mut tokens = Vec::new();
+        self.read_newest(is_recent(now_s, |at, _, stored| {
+            tokens.extend(stored.origin.and_then(Origin::token).map(|token| (token, at)));
+        }));
         let mut rows = self.write();
         tokens.iter().for_each(|(token, at)| rows.add_token(token, *at as u32));
+    }
+
+    /// The renewals of the last day: what was renewed, to what, and when. The newest first.
+    pub fn recent_renewals(&self, now: Now) -> Vec<(Serial, Serial, u64)> {
+        let mut renewals = Vec::new();
+        self.read_newest(is_recent(Some(now.unix_s()), |_, row, stored| {
+            if let Some(Origin::Renewal(old)) = stored.origin {
+                renewals.push((old, row.serial, stored.created_at));
+            }
+        }));
+        renewals
     }
 
     /// The certificates that begin in the future: a clock that was ahead has dated them, and nobody
@@ -280,6 +288,20 @@ impl Registry {
         if let Some(why) = why {
             log::warn!("{lost} certificates cannot be read, the oldest of them: {why}");
         }
+    }
+}
+
+/// Shows all to `each`; what is older than a token can be is not looked for.
+fn is_recent(
+    now_s: Option<u64>,
+    mut each: impl FnMut(usize, &Row, &Stored),
+) -> impl FnMut(usize, &Row, &Stored) -> bool {
+    let mut latest = None;
+    move |at, row, stored| {
+        each(at, row, stored);
+        // A clock that is ahead now, or was, makes nothing old.
+        let latest = latest.get_or_insert(now_s.unwrap_or(u64::MAX).min(stored.created_at));
+        stored.created_at.saturating_add(jwt::MAX_LIFETIME_S + CLOCK_SLACK_S) >= *latest
     }
 }
 

@@ -1,0 +1,187 @@
+//! Renewals under the record's lock: how many a device may have, and which certificate answers one that
+//! is asked for again.
+//!
+//! A device that renews in a loop must fill neither disk nor memory, and the rate holds whatever
+//! becomes of the certificates that were renewed. A device whose answer was lost asks again, and is
+//! given what was signed for it.
+
+use std::collections::HashMap;
+
+use super::entries::Entry;
+use super::rows::Row;
+use super::{Entries, Origin, Record};
+use crate::ca::issuer::Leaf;
+use crate::ca::key::PublicKey;
+use crate::clock::Now;
+use crate::device::DeviceId;
+
+/// Certificates of one device that are neither expired nor revoked, at which it gets no further one.
+const MOST_ACTIVE: usize = 16;
+/// How many renewals a device may have in how many milliseconds: what a device needs, and what a
+/// person needs who tries it out.
+const RATES: [(usize, u64); 2] = [(4, HOUR_MS), (16, 24 * HOUR_MS)];
+const HOUR_MS: u64 = 3_600_000;
+/// With so many devices, those that have not renewed of late are forgotten.
+const CROWDED: usize = 1024;
+
+/// What a device that asks for a renewal gets.
+#[derive(Debug)]
+pub enum Renewal {
+    /// A certificate.
+    New,
+    /// The one that was signed for the same key when it last asked.
+    Again(Box<Leaf>),
+    /// None before so many seconds have passed.
+    TooMany(u64),
+    /// None yet: one for it is being recorded.
+    UnderWay,
+}
+
+impl Entries<'_> {
+    /// Judges the renewal of `old` for `key`.
+    pub fn judge_renewal(&self, old: &Record, key: &PublicKey, now: Now) -> Renewal {
+        let renews = Some(Origin::Renewal(old.serial));
+        if self.added.iter().any(|e| e.origin == renews) {
+            return Renewal::UnderWay;
+        }
+        if let Some(leaf) = self.successor(old, key, now) {
+            return Renewal::Again(Box::new(leaf));
+        }
+        if self.count_active(&old.device, now) >= MOST_ACTIVE {
+            return Renewal::TooMany(HOUR_MS / 1000);
+        }
+        let of_device =
+            |e: &Entry| matches!(e.origin, Some(Origin::Renewal(_))) && e.row.is_of(&old.device);
+        let here = self.added.iter().filter(|e| of_device(e)).count();
+        match self.writer.renewals.wait_ms(&old.device, here, now) {
+            0 => Renewal::New,
+            wait_ms => Renewal::TooMany(wait_ms.div_ceil(1000)),
+        }
+    }
+
+    /// The certificate that `old` was renewed to, for the same key, if it still counts.
+    fn successor(&self, old: &Record, key: &PublicKey, now: Now) -> Option<Leaf> {
+        let rows = self.registry.read();
+        let newer = rows.of_device(&old.device).take_while(|row| row.serial != old.serial);
+        let newer: Vec<Row> = newer.filter(|row| row.is_active(now)).cloned().collect();
+        drop(rows);
+        newer.into_iter().find_map(|row| {
+            let stored = self.registry.stored(&row.serial).ok()?;
+            let renews = stored.origin == Some(Origin::Renewal(old.serial));
+            Leaf::read(stored.pem, old.device.clone()).filter(|leaf| renews && leaf.is_for(key))
+        })
+    }
+}
+
+/// When devices have renewed, by [`Now::mono_ms`].
+#[derive(Debug, Default)]
+pub(super) struct Renewals(HashMap<DeviceId, Vec<u64>>);
+
+impl Renewals {
+    /// How long the device has to wait, with so many more renewals that are under way.
+    fn wait_ms(&self, device: &DeviceId, more: usize, now: Now) -> u64 {
+        let times = self.0.get(device).map_or(&[][..], Vec::as_slice);
+        let wait_ms = |(most, window_ms): (usize, u64)| {
+            let mut recent = times.iter().filter(|at| now.mono_ms.saturating_sub(**at) < window_ms);
+            let count = recent.clone().count() + more;
+            let first = recent.next().copied().unwrap_or(now.mono_ms);
+            if count < most { 0 } else { first + window_ms - now.mono_ms }
+        };
+        RATES.into_iter().map(wait_ms).max().unwrap_or(0)
+    }
+
+    /// The device has got one.
+    pub(super) fn note(&mut self, device: DeviceId, now: Now) {
+        let longest_ms = RATES.iter().map(|(_, window_ms)| *window_ms).max().unwrap_or(0);
+        let is_recent = |at: &u64| now.mono_ms.saturating_sub(*at) < longest_ms;
+        if self.0.len() >= CROWDED {
+            self.0.retain(|_, times| times.iter().any(is_recent));
+        }
+        let times = self.0.entry(device).or_default();
+        times.retain(is_recent);
+        times.push(now.mono_ms);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::csr::Csr;
+    use crate::ca::openssl::must;
+    use crate::ca::registry::fixture::{Fixture, device, enter};
+    use crate::clock;
+    use std::fs;
+
+    fn at(s: u64) -> Now {
+        Now { unix_ms: 1_800_000_000_000, mono_ms: s * 1000 }
+    }
+
+    #[test]
+    fn four_an_hour_and_sixteen_a_day() {
+        let (mut renewals, d) = (Renewals::default(), device("d"));
+        let wait_s = |renewals: &Renewals, more, s| renewals.wait_ms(&d, more, at(s)) / 1000;
+        for n in 0..4 {
+            assert_eq!(wait_s(&renewals, 0, n * 10), 0, "{n}");
+            renewals.note(d.clone(), at(n * 10));
+        }
+        assert_eq!(wait_s(&renewals, 0, 30), 3570);
+        assert_eq!(wait_s(&renewals, 0, 3599), 1);
+        assert_eq!((wait_s(&renewals, 0, 3600), wait_s(&renewals, 1, 3600)), (0, 10));
+        assert_eq!(renewals.wait_ms(&device("e"), 0, at(30)), 0, "each device for itself");
+        assert_eq!(renewals.wait_ms(&device("e"), 4, at(30)), HOUR_MS);
+        for n in 4..16 {
+            assert_eq!(wait_s(&renewals, 0, n * 3600), 0, "{n}");
+            renewals.note(d.clone(), at(n * 3600));
+        }
+        assert_eq!(wait_s(&renewals, 0, 16 * 3600), 8 * 3600);
+        assert_eq!(wait_s(&renewals, 0, 24 * 3600), 0);
+        (0..CROWDED).for_each(|n| renewals.note(device(&format!("e{n}")), at(48 * 3600)));
+        assert!(renewals.0.len() <= CROWDED && !renewals.0.contains_key(&d));
+    }
+
+    #[test]
+    fn asked_again_with_the_same_key() {
+        let fixture = Fixture::new();
+        let registry = fixture.open();
+        let now = clock::now();
+        let old = fixture.leaf("d");
+        enter(&registry, &old, None).unwrap();
+        let old = registry.by_serial(&old.serial).unwrap();
+        let key = |how: &str| {
+            must(&fixture.dir, &format!("{how} -out other.pem"));
+            must(&fixture.dir, "req -new -key other.pem -subj /CN=d -out other.csr");
+            Csr::parse(&fs::read_to_string(fixture.dir.join("other.csr")).unwrap()).unwrap()
+        };
+        let (same, other) = (fixture.csr("d"), key("genpkey -algorithm ED25519"));
+        let judge =
+            |entries: &Entries<'_>, csr: &Csr| match entries.judge_renewal(&old, csr.key(), now) {
+                Renewal::New => "new".to_owned(),
+                Renewal::Again(leaf) => leaf.serial.to_string(),
+                Renewal::TooMany(_) => "too many".to_owned(),
+                Renewal::UnderWay => "under way".to_owned(),
+            };
+        let mut entries = registry.begin();
+        assert_eq!(judge(&entries, &same), "new");
+        let new = fixture.leaf("d");
+        entries.add(&new, Some(Origin::Renewal(old.serial)), now);
+        assert_eq!(judge(&entries, &same), "under way");
+        assert_eq!(entries.commit(), [Ok(())]);
+        // It is the renewal of this certificate: of the new one there is none yet.
+        let newest = registry.by_serial(&new.serial).unwrap();
+        for registry in [&registry, &fixture.open()] {
+            let entries = registry.begin();
+            assert_eq!(judge(&entries, &same), new.serial.to_string());
+            assert_eq!(judge(&entries, &other), "new");
+            assert!(matches!(entries.judge_renewal(&newest, same.key(), now), Renewal::New));
+        }
+        registry.revoke_these(&[new.serial], now).unwrap();
+        assert_eq!(judge(&registry.begin(), &same), "new", "it does not count any more");
+        for _ in 0..3 {
+            let mut entries = registry.begin();
+            entries.add(&fixture.leaf("d"), Some(Origin::Renewal(old.serial)), now);
+            assert_eq!(entries.commit(), [Ok(())]);
+        }
+        assert_eq!(judge(&registry.begin(), &other), "too many", "revoked or not");
+        assert_ne!(judge(&registry.begin(), &same), "too many", "what is there costs nothing");
+    }
+}
