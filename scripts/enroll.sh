@@ -443,7 +443,7 @@ learn() {
             ! signed "$1" "$1" || return 0
         done
     done
-    fail $LOCAL "openssl cannot verify by $1, $(fingerprint "$1"): $(tail -n 1 "$work/said")"
+    fail $LOCAL "openssl cannot verify by the CA $(fingerprint "$1"): $(tail -n 1 "$work/said")"
 }
 
 # Whether certificate $1 is this device's, from the CA (or from $2).
