@@ -196,11 +196,13 @@ fn a_memory_full_of_copies_takes_new_tokens() {
         "RATE_LIMITED",
         "three quarters are one's share",
     );
-    check_error(&redeem(&service, &before[0], &devices[0]), 503, "SERVICE_UNAVAILABLE", "gave way");
+    // The last four were never copied, and some copies gave way.
+    let gave_way = |at: &usize| redeem(&service, &before[*at], &devices[*at]).status == 503;
+    let gone = (0..20).find(gave_way).expect("a copy that gave way");
     reconnect(&service, &proxy);
-    certificate(&service, &before[0], &devices[0]);
+    certificate(&service, &before[gone], &devices[gone]);
     let lives = |compact: &String| redis.exists(&token_key(compact));
-    assert!(since.iter().all(lives) && before.iter().skip(1).all(lives), "none is lost");
+    assert!(since.iter().all(lives) && before.iter().skip(gone + 1).all(lives), "none is lost");
 }
 
 #[test]
