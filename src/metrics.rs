@@ -6,8 +6,8 @@
 
 use std::fmt::{self, Display, Write as _};
 use std::fs;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::clock::Now;
@@ -47,14 +47,67 @@ pub struct Metrics {
     pub redis_trips: Histogram,
     /// Batches that lost their connection to Redis, or got no answer in time.
     pub redis_failures: Counter,
-    /// Shows what the edge counts; put here by whoever knows the edge.
-    edge: OnceLock<Show>,
+    /// What the edge counts.
+    pub edge: Arc<EdgeCounters>,
     /// Seconds since 1970, once the clock was right.
     started_s: OnceLock<u64>,
 }
 
-/// Writes what somebody else counts.
-type Show = Box<dyn Fn(&mut Page) + Send + Sync>;
+/// What the edge counts.
+#[derive(Debug, Default)]
+pub struct EdgeCounters {
+    /// Connections accepted.
+    pub accepted: Counter,
+    /// Connections open at this moment.
+    pub open: Counter,
+    /// Connections closed to make room for others.
+    pub gave_way: Counter,
+    /// New connections closed because there was nobody to give way.
+    pub turned_away: Counter,
+    /// Connections closed because a deadline had passed.
+    pub timed_out: Counter,
+    /// Requests handed to a lane.
+    pub requests: Counter,
+    /// Requests refused by the edge itself.
+    pub refused: Counter,
+    /// Bytes held for clients at this moment.
+    pub held_bytes: Counter,
+    /// Lanes lost and opened again.
+    pub lanes_lost: Counter,
+    /// Lanes that no request can take at this moment.
+    pub lanes_down: Counter,
+    /// TLS handshakes that failed.
+    pub handshakes_failed: Counter,
+    /// Pauses in accepting, for want of descriptors or memory.
+    pub accept_pauses: Counter,
+}
+
+impl EdgeCounters {
+    fn show(&self, page: &mut Page) {
+        let gauges = [
+            ("connections", "Connections open.", &self.open),
+            ("held_bytes", "Bytes held for clients.", &self.held_bytes),
+            ("lanes_down", "Lanes to a worker that cannot be used.", &self.lanes_down),
+        ];
+        for (what, help, gauge) in gauges {
+            page.gauge(&format!("mqtt_lite_edge_{what}"), help, gauge.value());
+        }
+        let totals = [
+            ("connections", "Connections accepted.", &self.accepted),
+            ("gave_way", "Connections closed to make room.", &self.gave_way),
+            ("turned_away", "New connections for which nobody gave way.", &self.turned_away),
+            ("timed_out", "Connections closed because a deadline passed.", &self.timed_out),
+            ("requests", "Requests handed to a worker.", &self.requests),
+            ("refused", "Requests refused before a worker saw them.", &self.refused),
+            ("lanes_lost", "Lanes to a worker lost and opened again.", &self.lanes_lost),
+            ("handshakes_failed", "TLS handshakes that failed.", &self.handshakes_failed),
+            ("accept_pauses", "Pauses for want of files or memory.", &self.accept_pauses),
+        ];
+        for (what, help, counter) in totals {
+            page.counter(&format!("mqtt_lite_edge_{what}_total"), help, counter.value());
+        }
+    }
+}
 
 /// The answers of one endpoint.
 struct Endpoint {
@@ -69,7 +122,7 @@ impl Endpoint {
     }
 }
 
-/// A number that only goes up.
+/// A number that goes up; or up and down, if it is of what is there at this moment.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -82,6 +135,11 @@ impl Counter {
     /// Counts `n` more.
     pub fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// It is `n` now.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
     }
 
     /// The number now.
@@ -126,7 +184,7 @@ impl Metrics {
             certificates_revoked: Counter::default(),
             redis_trips: Histogram::default(),
             redis_failures: Counter::default(),
-            edge: OnceLock::new(),
+            edge: Arc::default(),
             started_s: OnceLock::new(),
         }
     }
@@ -148,21 +206,13 @@ impl Metrics {
         }
     }
 
-    /// From now on the page also has what `show` writes of the edge.
-    pub fn set_edge(&self, show: impl Fn(&mut Page) + Send + Sync + 'static) {
-        // The edge is opened once; were it opened again, the first would go on being shown.
-        let _ = self.edge.set(Box::new(show));
-    }
-
     /// The page, to which the caller adds what only the caller knows.
     pub fn page(&self, now: Now) -> Page {
         let mut page = Page(String::with_capacity(8 * 1024));
         self.show_requests(&mut page);
         self.show_events(&mut page);
         self.show_redis(&mut page);
-        if let Some(show) = self.edge.get() {
-            show(&mut page);
-        }
+        self.edge.show(&mut page);
         self.show_process(&mut page, now);
         page
     }

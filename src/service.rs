@@ -97,7 +97,7 @@ pub fn run(
     let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
     let (events, happened) = mpsc::channel();
     let (edge_ended, answering) = (events.clone(), events.clone());
-    let server = Server::start(config, &api, &metrics, move |error| {
+    let server = Server::start(config, &api, &metrics.edge, move |error| {
         // Nobody listens any more only if the process is ending.
         let _ = edge_ended.send(Event::EdgeEnded(error));
     });

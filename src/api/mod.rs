@@ -15,7 +15,7 @@ mod routes;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use log::Level;
@@ -42,8 +42,6 @@ pub struct Api {
     onboarding_limits: OnboardingLimits,
     refusals: Refusals,
     metrics: Arc<Metrics>,
-    /// How many lanes to workers cannot be used now; put here by whoever knows the edge.
-    lanes_down: OnceLock<Box<dyn Fn() -> u64 + Send + Sync>>,
 }
 
 /// What may change while the service runs.
@@ -96,14 +94,7 @@ impl Api {
             onboarding_limits: OnboardingLimits::new(config.http.onboarding_rate_limit),
             refusals: Refusals::new(),
             metrics,
-            lanes_down: OnceLock::new(),
         }
-    }
-
-    /// From now on `GET /ready` asks `count` how many lanes to workers are down.
-    pub fn set_lanes_down(&self, count: impl Fn() -> u64 + Send + Sync + 'static) {
-        // The edge is opened once.
-        let _ = self.lanes_down.set(Box::new(count));
     }
 
     /// From the next request on, the keys are those of `config`, and its certificate is watched.

@@ -60,7 +60,7 @@ pub(super) fn ready(api: &Api, _: &Asked<'_>, now: Now) -> Result<Plan, Problem>
 
 fn notes(api: &Api, now: Now) -> Notes {
     let mut reasons = api.provisioner.obstacles(now);
-    let down = api.lanes_down.get().map_or(0, |count| count());
+    let down = api.metrics.edge.lanes_down.value();
     if down > 0 {
         reasons.push(format!("lanes to workers that cannot be used: {down}"));
     }

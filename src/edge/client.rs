@@ -1,43 +1,18 @@
-//! A client's socket: bytes in, bytes out, never waiting.
+//! A client's socket, plain or with TLS: bytes in, bytes out, never waiting.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, TcpStream};
+use std::net::{Shutdown, TcpStream};
 
-use super::conn::{Phase, Reader, Request, Step};
-use super::head::Origin;
-use super::lane::is_transient;
-use super::limits::Held;
-use super::poll::{Interest, Watched};
-use super::proxies::Networks;
+use super::poll::{Interest, Watched, is_transient};
 use super::tls::{Received, Stream};
 use super::unsent::Unsent;
-use crate::http::Classify;
-use crate::problem::Code;
 
-/// One connection.
+/// One connection's socket.
 pub struct Client {
     stream: Watched<TcpStream>,
     tls: Tls,
-    /// Its requests.
-    pub reader: Reader,
-    /// The peer, which may be a proxy.
-    pub peer: IpAddr,
-    /// The peer is a trusted proxy.
-    pub is_proxy: bool,
-    /// No other connection has had this number.
-    pub serial: u64,
-    /// The request that is in a lane.
-    pub request: Option<Request>,
-    /// What happens when the present reply is out.
-    pub after: After,
-    /// No request after this one: what was sent behind it was thrown away.
-    pub is_last: bool,
-    /// What the socket did not take yet of the reply.
+    /// What the socket did not take yet.
     out: Unsent,
-    /// Bytes that the budget counts for this client.
-    pub counted: Held,
-    /// Bytes that were read and thrown away since its last reply.
-    lingered: usize,
 }
 
 /// What stands between the socket and the requests.
@@ -48,21 +23,6 @@ pub enum Tls {
     Here(Box<Stream>),
     /// A step of its handshake is being computed; so many bytes are held for it.
     Away(usize),
-}
-
-/// What is read after the last reply, so that a client that still sends can read that reply first.
-/// More than the rest of any request that we would take; a client that goes on is closed.
-const LINGER_BYTES: usize = 1024 * 1024;
-
-/// What happens when a reply is out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum After {
-    /// The client may send the next request.
-    KeepAlive,
-    /// The connection ends.
-    Close,
-    /// It has ended from our side; what the client still sends is thrown away.
-    Lingering,
 }
 
 /// What a read gave.
@@ -83,88 +43,40 @@ pub enum Input {
 
 impl Client {
     /// A connection that was just accepted.
-    pub fn new(
-        stream: Watched<TcpStream>,
-        tls: Tls,
-        peer: IpAddr,
-        is_proxy: bool,
-        serial: u64,
-    ) -> Self {
-        Client {
-            stream,
-            tls,
-            reader: Reader::default(),
-            peer,
-            is_proxy,
-            serial,
-            request: None,
-            after: After::KeepAlive,
-            is_last: false,
-            out: Unsent::default(),
-            counted: Held::default(),
-            lingered: 0,
-        }
+    pub fn new(stream: Watched<TcpStream>, tls: Tls) -> Self {
+        Client { stream, tls, out: Unsent::default() }
     }
 
-    /// Bytes of memory held.
-    pub fn held(&self) -> Held {
+    /// The certificate whose key the client holds, in DER.
+    pub fn certificate(&self) -> Option<&[u8]> {
+        self.secure()?.client_certificate()
+    }
+
+    /// Bytes of memory held: for TLS, and of replies.
+    pub fn held(&self) -> (usize, usize) {
         let tls = match &self.tls {
             Tls::None => 0,
             Tls::Here(tls) => tls.held(),
             Tls::Away(held) => *held,
         };
-        let (read, unsent) = (self.reader.held(), self.out.held());
-        let behind = if self.reader.phase() == Phase::Busy { read } else { 0 };
-        Held { all: read + unsent + tls, replies: behind + unsent }
+        (tls, self.out.held())
     }
 
-    /// Of these, what the client has sent of a request that is not whole.
+    /// Of these, what the client has sent of a record or message that is not whole.
     pub fn unfinished(&self) -> usize {
-        match (&self.tls, self.reader.phase()) {
-            (_, Phase::Busy) => 0,
-            (Tls::Here(tls), _) => self.reader.held() + tls.unread(),
-            _ => self.reader.held(),
-        }
-    }
-
-    /// Takes bytes of a request, which has this number; see [`Reader::take`].
-    ///
-    /// # Errors
-    /// Why the request is refused.
-    pub fn take(
-        &mut self,
-        input: &[u8],
-        number: u64,
-        proxies: &Networks,
-        classify: Classify,
-        out: &mut Vec<u8>,
-    ) -> Result<Step, Code> {
-        let certificate = match &self.tls {
-            Tls::Here(tls) => tls.client_certificate(),
-            Tls::None | Tls::Away(_) => None,
-        };
-        let origin = Origin {
-            number,
-            peer: self.peer,
-            proxies: self.is_proxy.then_some(proxies),
-            certificate,
-            classify,
-        };
-        self.reader.take(input, origin, out)
+        self.secure().map_or(0, Stream::unread)
     }
 
     /// Nothing is left to write.
     pub fn is_flushed(&self) -> bool {
-        self.out.is_empty() && !matches!(&self.tls, Tls::Here(tls) if !tls.is_flushed())
+        self.out.is_empty() && self.secure().is_none_or(Stream::is_flushed)
     }
 
-    /// Throws away what waits behind the request in work, which is the last one then: what follows
-    /// would begin in the middle of what was thrown away.
-    pub fn drop_pending(&mut self) {
-        self.is_last = true;
-        // The head of the reply may be out already, and promise more than is kept.
-        self.after = After::Close;
-        self.reader.drop_pending();
+    fn secure(&self) -> Option<&Stream> {
+        match &self.tls {
+            Tls::Here(tls) => Some(tls),
+            Tls::None | Tls::Away(_) => None,
+        }
     }
 
     /// Reads once: into `buf` what is not encrypted, into `plain` what was.
@@ -192,21 +104,16 @@ impl Client {
                 let received = tls.receive(buf.get_mut(..n).unwrap_or_default(), plain);
                 self.understood(received, plain)
             }
-            _ => Ok(self.received(n)),
+            Tls::None | Tls::Away(_) => Ok(Input::Bytes(n)),
         }
     }
 
-    /// Gives away the TLS for a step of the handshake.
+    /// Lends the TLS for a step of the handshake.
     pub fn lend_tls(&mut self) -> Option<Box<Stream>> {
-        match std::mem::replace(&mut self.tls, Tls::None) {
-            Tls::Here(tls) => {
-                self.tls = Tls::Away(tls.held());
-                Some(tls)
-            }
-            other => {
-                self.tls = other;
-                None
-            }
+        let held = self.secure()?.held();
+        match std::mem::replace(&mut self.tls, Tls::Away(held)) {
+            Tls::Here(tls) => Some(tls),
+            Tls::None | Tls::Away(_) => None,
         }
     }
 
@@ -230,6 +137,11 @@ impl Client {
         matches!(self.tls, Tls::Away(_))
     }
 
+    /// Whether the TLS handshake is over.
+    pub fn is_secured(&self) -> bool {
+        self.secure().is_some_and(|tls| !tls.is_handshaking())
+    }
+
     /// Writes what TLS has to say to what it received.
     fn understood(
         &mut self,
@@ -246,24 +158,6 @@ impl Client {
                 Input::NotTls
             }
         })
-    }
-
-    /// What so many bytes are: input, or what a lingering client may send for a while yet.
-    fn received(&mut self, n: usize) -> Input {
-        if self.after != After::Lingering {
-            return Input::Bytes(n);
-        }
-        self.lingered += n;
-        if self.lingered > LINGER_BYTES { Input::End } else { Input::Nothing }
-    }
-
-    /// The TLS handshake is not over.
-    pub fn is_handshaking(&self) -> bool {
-        match &self.tls {
-            Tls::None => false,
-            Tls::Here(tls) => tls.is_handshaking(),
-            Tls::Away(_) => true,
-        }
     }
 
     /// Writes `bytes`, keeping what the socket does not take; `to_come` more will follow.
@@ -299,7 +193,7 @@ impl Client {
                 break;
             }
         }
-        self.arm()
+        self.watch(self.stream.interest().read)
     }
 
     /// Stops reading until [`Client::resume`]: what comes now waits in the socket.
@@ -307,7 +201,7 @@ impl Client {
     /// # Errors
     /// When the queue refuses.
     pub fn pause(&mut self) -> io::Result<()> {
-        self.stream.set(Interest { read: false, write: !self.is_flushed() })
+        self.watch(false)
     }
 
     /// Reads again.
@@ -315,16 +209,15 @@ impl Client {
     /// # Errors
     /// When the queue refuses.
     pub fn resume(&mut self) -> io::Result<()> {
-        self.stream.set(Interest { read: true, write: !self.is_flushed() })
+        self.watch(true)
     }
 
-    fn arm(&mut self) -> io::Result<()> {
-        let read = self.stream.interest().read;
-        self.stream.set(Interest { read, write: !self.is_flushed() })
+    fn watch(&mut self, read: bool) -> io::Result<()> {
+        let write = !self.is_flushed();
+        self.stream.set(Interest { read, write })
     }
 
-    /// Ends the connection from our side, so that the client reads the reply to its end. Closing
-    /// at once would throw the reply away if the client still sends (RFC 9112, 9.6).
+    /// Ends the connection from our side; what the client still sends is not decrypted any more.
     ///
     /// # Errors
     /// When the connection is broken.
@@ -333,9 +226,8 @@ impl Client {
             tls.close();
             push_tls(tls, &self.stream, &[])?;
         }
-        // The handshake's keys are of no use any more.
+        // The keys are of no use any more.
         self.tls = Tls::None;
-        self.after = After::Lingering;
         self.stream.shutdown(Shutdown::Write)?;
         self.resume()
     }
@@ -366,6 +258,9 @@ fn rest(bytes: &[u8], done: usize) -> &[u8] {
 }
 
 fn write(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    if bytes.is_empty() {
+        return Ok(0);
+    }
     match (&*stream).write(bytes) {
         Err(e) if is_transient(&e) => Ok(0),
         other => other,

@@ -13,7 +13,7 @@ use httparse::{Header, Request};
 
 use super::chunked::is_token;
 use super::proxies::Networks;
-use super::{BODY_MAX, FIELDS_MAX, HEAD_MAX};
+use super::settings::{BODY_MAX, FIELDS_MAX, HEAD_MAX};
 use crate::http::{Class, Classify};
 use crate::problem::Code;
 

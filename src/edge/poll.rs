@@ -119,6 +119,11 @@ impl Poll {
     }
 }
 
+/// An error that says "later", not "never".
+pub fn is_transient(e: &io::Error) -> bool {
+    matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
 fn ready(key: u64, event: &Event) -> Ready {
     let flags = event.flags;
     Ready {

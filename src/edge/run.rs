@@ -1,26 +1,28 @@
-//! The loop: wait once, then readable clients, lanes, new clients, deadlines.
+//! The loop: wait once, then readable clients, answers, new clients, deadlines.
 //!
 //! In that order, because whatever the clients of one wake-up ask is then written down each lane
-//! together, and what the lanes answer lets in what waited behind it.
+//! together, and what the answers let in goes down behind it.
 
 use std::error::Error;
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustls::sign::CertifiedKey;
 
-use super::hall::{Hall, Secure};
+use super::connections::{Connections, Secure};
+use super::inbox::{Inbox, Sender};
 use super::lane::Lanes;
 use super::limits::raise_open_files;
 use super::listen::{BACKLOG, Listener};
-use super::poll::{Poll, Ready, Waker};
-use super::tls::{Acceptor, Handshakes, STATE_HELD};
-use super::{Counters, LaneAddress, Settings};
+use super::poll::{Poll, Ready};
+use super::settings::{LaneAddress, Settings};
+use super::tls::{Acceptor, Done, Handshakes, STATE_HELD};
 use crate::clock::{self, Now};
+use crate::http::Reply;
 
 /// What one read takes at most; all connections share the buffer.
 const READ: usize = 64 * 1024;
@@ -32,20 +34,49 @@ const LANES: usize = 1;
 /// The edge, before or while it runs.
 pub struct Edge {
     poll: Poll,
+    inbox: Inbox<Mail>,
     listener: Option<Listener>,
     lanes: Lanes,
-    hall: Hall,
-    shared: Arc<Shared>,
+    connections: Connections,
+    acceptor: Option<Arc<Acceptor>>,
     local_addr: SocketAddr,
     first_client: usize,
     drain: Duration,
     drained_by_ms: Option<u64>,
+    /// All lanes have answered once, and clients are let in.
+    is_ready: Arc<AtomicBool>,
     /// To be told when all lanes have answered.
     proving: Option<Answered>,
 }
 
+/// What other threads tell the edge.
+enum Mail {
+    Answer { number: u64, reply: Reply },
+    Handshake(Done),
+    Prove(Answered),
+    Stop,
+}
+
 /// Who is told, once, that all lanes have answered.
 type Answered = Box<dyn FnOnce() + Send>;
+
+/// Takes the answers of a worker to whom they are for: the number of a request, and its reply.
+#[derive(Clone)]
+pub struct Answers(Arc<Deliver>);
+
+type Deliver = dyn Fn(Vec<(u64, Reply)>) + Send + Sync;
+
+impl Answers {
+    /// To whom they are for is `deliver`'s to say.
+    pub fn to(deliver: impl Fn(Vec<(u64, Reply)>) + Send + Sync + 'static) -> Self {
+        Answers(Arc::new(deliver))
+    }
+
+    /// Delivers these.
+    pub fn send(&self, answers: Vec<(u64, Reply)>) {
+        (self.0)(answers);
+    }
+}
 
 /// Why the edge cannot open.
 #[derive(Debug)]
@@ -82,24 +113,15 @@ impl From<rustls::Error> for OpenError {
 /// What other threads may ask of a running edge.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
-    waker: Waker,
-}
-
-struct Shared {
-    stop: AtomicBool,
-    ready: AtomicBool,
-    asked: AtomicBool,
-    /// Who asked last.
-    asker: Mutex<Option<Answered>>,
+    sender: Sender<Mail>,
     acceptor: Option<Arc<Acceptor>>,
+    is_ready: Arc<AtomicBool>,
 }
 
 impl Handle {
     /// No new connections; requests in progress are answered; then [`Edge::run`] returns.
     pub fn shutdown(&self) {
-        self.shared.stop.store(true, Ordering::Release);
-        self.waker.wake();
+        self.sender.send([Mail::Stop], 0);
     }
 
     /// Shows another TLS certificate to new connections; those that are open go on. Without TLS
@@ -108,23 +130,19 @@ impl Handle {
     /// # Errors
     /// When TLS cannot be set up with it; then the old one stays.
     pub fn replace_certificate(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
-        self.shared.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.replace(shown))
+        self.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.replace(shown))
     }
 
     /// Has every worker answer a request that goes down its lane like any other; when all have, and
     /// clients are let in, the edge's thread calls `answered`. It is not called while the edge or a
     /// worker hangs; who asks again takes the place of who asked before.
     pub fn prove(&self, answered: impl FnOnce() + Send + 'static) {
-        let mut asker = self.shared.asker.lock().unwrap_or_else(PoisonError::into_inner);
-        *asker = Some(Box::new(answered));
-        self.shared.asked.store(true, Ordering::Release);
-        drop(asker);
-        self.waker.wake();
+        self.sender.send([Mail::Prove(Box::new(answered))], 0);
     }
 
     /// All lanes have answered a request at least once.
     pub fn is_ready(&self) -> bool {
-        self.shared.ready.load(Ordering::Acquire)
+        self.is_ready.load(Ordering::Acquire)
     }
 }
 
@@ -138,32 +156,28 @@ impl Edge {
         let acceptor = settings.tls.clone().map(Acceptor::new).transpose()?.map(Arc::new);
         let settings = fit_to_open_files(fit_to_budget(settings))?;
         let poll = Poll::new()?;
+        let inbox = Inbox::new(poll.waker());
+        let secure = acceptor.clone().map(|acceptor| {
+            let sender = inbox.sender();
+            let done = move |done| sender.send([Mail::Handshake(done)], 0);
+            Handshakes::start(done).map(|handshakes| Secure { acceptor, handshakes })
+        });
+        let secure = secure.transpose()?;
         let socket = TcpListener::bind(settings.listen)?;
         let local_addr = socket.local_addr()?;
         let places = settings.max_connections.min(settings.max_connections_per_ip);
-        let listener = Listener::new(socket, &poll, places)?;
-        let drain = settings.deadlines.drain;
-        let first_client = LANES + lanes.len();
-        let secure = acceptor.clone().map(|acceptor| {
-            Handshakes::start(poll.waker()).map(|handshakes| Secure { acceptor, handshakes })
-        });
-        let secure = secure.transpose()?;
         Ok(Edge {
-            listener: Some(listener),
+            listener: Some(Listener::new(socket, &poll, places)?),
+            first_client: LANES + lanes.len(),
             lanes: Lanes::new(lanes, LANES, settings.deadlines.work),
-            hall: Hall::new(settings, secure),
-            shared: Arc::new(Shared {
-                stop: AtomicBool::new(false),
-                ready: AtomicBool::new(false),
-                asked: AtomicBool::new(false),
-                asker: Mutex::new(None),
-                acceptor,
-            }),
+            drain: settings.deadlines.drain,
+            connections: Connections::new(settings, secure),
+            acceptor,
             local_addr,
-            first_client,
-            drain,
             drained_by_ms: None,
+            is_ready: Arc::default(),
             proving: None,
+            inbox,
             poll,
         })
     }
@@ -175,12 +189,18 @@ impl Edge {
 
     /// For other threads.
     pub fn handle(&self) -> Handle {
-        Handle { shared: Arc::clone(&self.shared), waker: self.poll.waker() }
+        let (acceptor, is_ready) = (self.acceptor.clone(), Arc::clone(&self.is_ready));
+        Handle { sender: self.inbox.sender(), acceptor, is_ready }
     }
 
-    /// What the edge counts.
-    pub fn counters(&self) -> Arc<Counters> {
-        self.hall.counters()
+    /// For a worker, which waits there while the edge has more answers than it can take.
+    pub fn answers(&self) -> Answers {
+        let sender = self.inbox.sender();
+        Answers::to(move |answers| {
+            let bytes = answers.iter().map(|(_, reply)| reply.body.len()).sum();
+            let mail = answers.into_iter().map(|(number, reply)| Mail::Answer { number, reply });
+            sender.send(mail, bytes);
+        })
     }
 
     /// Serves until [`Handle::shutdown`] and everyone is answered.
@@ -190,8 +210,12 @@ impl Edge {
     pub fn run(mut self) -> io::Result<()> {
         let mut buf = vec![0; READ];
         while !self.is_drained() {
-            let limit = self.next_due_in(clock::now());
+            let limit = match self.inbox.may_sleep() {
+                true => self.next_due_in(clock::now()),
+                false => Some(Duration::ZERO),
+            };
             self.poll.wait(limit)?;
+            self.inbox.awake();
             self.turn(&mut buf, clock::now());
         }
         Ok(())
@@ -201,108 +225,111 @@ impl Edge {
         let mut accept = false;
         for ready in self.poll.ready() {
             match ready.key.checked_sub(self.first_client) {
-                Some(at) => self.hall.client_ready(at, ready, &mut self.lanes, buf, now),
+                Some(at) => self.connections.client_ready(at, ready, &mut self.lanes, buf, now),
                 None => accept |= ready.key < LANES,
             }
         }
-        self.hall.handshakes_done(&mut self.lanes, now);
         self.flush_lanes(now);
-        self.read_lanes(buf, now);
-        self.hall.serve_waiting(&mut self.lanes, now);
+        for mail in self.inbox.take() {
+            self.read_mail(mail, buf, now);
+        }
+        self.check_lanes(now);
         self.tend_lanes(now);
-        self.prove_lanes(now);
         self.flush_lanes(now);
         if accept || self.listener.as_ref().is_some_and(|l| l.is_due(now.mono_ms)) {
             self.accept(now);
         }
-        self.hall.expire(now);
-        if self.shared.stop.load(Ordering::Acquire) {
-            self.drain(buf, now);
-        }
-        self.hall.count(&self.lanes);
+        self.connections.expire(&mut self.lanes, now);
+        self.connections.count(&self.lanes);
     }
 
-    fn read_lanes(&mut self, buf: &mut [u8], now: Now) {
+    fn read_mail(&mut self, mail: Mail, buf: &mut [u8], now: Now) {
+        let Edge { connections, lanes, .. } = self;
+        match mail {
+            Mail::Answer { number, reply } => connections.answered(number, reply, lanes, now),
+            Mail::Handshake(done) => connections.handshake_done(done, lanes, now),
+            Mail::Prove(answered) => {
+                self.proving = Some(answered);
+                for lane in lanes.iter_mut() {
+                    lane.ask_proof(connections.next_number(), now.mono_ms);
+                }
+            }
+            Mail::Stop => self.begin_drain(buf, now),
+        }
+    }
+
+    /// Nobody but a worker that must not writes to a lane; or it has ended.
+    fn check_lanes(&mut self, now: Now) {
         for Ready { key, readable, .. } in self.poll.ready() {
-            if let Some(lane) = self.lanes.by_key(key).filter(|_| readable) {
-                self.hall.lane_ready(lane, buf, now);
+            if let Some(lane) = self.lanes.by_key(key).filter(|_| readable)
+                && let Some(why) = lane.lost()
+            {
+                let lost = lane.lose(&why, now.mono_ms);
+                self.connections.lane_lost(lost, &mut self.lanes, now);
             }
         }
     }
 
     fn flush_lanes(&mut self, now: Now) {
+        let mut lost = Vec::new();
         for lane in self.lanes.iter_mut() {
             if let Err(e) = lane.flush() {
-                let lost = lane.lose(&e.to_string(), now.mono_ms);
-                self.hall.lane_lost(lost, now);
+                lost.extend(lane.lose(&e.to_string(), now.mono_ms));
             }
         }
+        self.connections.lane_lost(lost, &mut self.lanes, now);
     }
 
     fn tend_lanes(&mut self, now: Now) {
         if self.lanes.next_due().is_some_and(|at| at <= now.mono_ms) {
+            let mut lost = Vec::new();
             for lane in self.lanes.iter_mut() {
-                let lost = lane.tend(&self.poll, self.hall.next_number(), now.mono_ms);
-                self.hall.lane_lost(lost, now);
+                let number = self.connections.next_number();
+                lost.extend(lane.tend(&self.poll, number, now.mono_ms));
             }
-        } else if !self.shared.ready.load(Ordering::Relaxed) && self.lanes.are_up() {
-            self.shared.ready.store(true, Ordering::Release);
+            self.connections.lane_lost(lost, &mut self.lanes, now);
+        }
+        if !self.is_ready.load(Ordering::Relaxed) && self.lanes.down() == 0 {
+            self.is_ready.store(true, Ordering::Release);
             if let Some(listener) = &mut self.listener {
                 listener.open();
             }
         }
-    }
-
-    fn prove_lanes(&mut self, now: Now) {
-        if self.shared.asked.load(Ordering::Relaxed) {
-            let mut asker = self.shared.asker.lock().unwrap_or_else(PoisonError::into_inner);
-            // Both under the lock, as they were set: no one who asks now is overlooked.
-            self.shared.asked.store(false, Ordering::Relaxed);
-            self.proving = asker.take();
-            drop(asker);
-            for lane in self.lanes.iter_mut() {
-                lane.ask_proof(self.hall.next_number(), now.mono_ms);
-            }
-        }
-        let is_ready = self.shared.ready.load(Ordering::Relaxed);
-        if is_ready
-            && self.lanes.are_proven()
-            && let Some(answered) = self.proving.take()
-        {
+        let is_proven = self.is_ready.load(Ordering::Relaxed) && self.lanes.are_proven();
+        if let Some(answered) = self.proving.take_if(|_| is_proven) {
             answered();
         }
     }
 
     fn accept(&mut self, now: Now) -> bool {
         let Some(listener) = &mut self.listener else { return false };
-        let hall = &mut self.hall;
-        let poll = &self.poll;
-        let first = self.first_client;
-        listener.accept(now.mono_ms, &mut |found| hall.arrived(found, poll, first, now))
+        let (connections, poll, first) = (&mut self.connections, &self.poll, self.first_client);
+        listener.accept(now.mono_ms, &mut |found| connections.arrived(found, poll, first, now))
     }
 
     /// The listener closes only when everyone who was let in by the system is let in here.
-    fn drain(&mut self, buf: &mut [u8], now: Now) {
-        if self.drained_by_ms.is_none() {
-            let length = u64::try_from(self.drain.as_millis()).unwrap_or(u64::MAX);
-            self.drained_by_ms = Some(now.mono_ms.saturating_add(length));
-            // Bounded, because new ones may come as fast as they are taken.
-            let mut rounds = 0..BACKLOG;
-            while self.accept(now) && rounds.next().is_some() {}
-            self.listener = None;
-            self.hall.begin_drain();
+    fn begin_drain(&mut self, buf: &mut [u8], now: Now) {
+        if self.drained_by_ms.is_some() {
+            return;
         }
-        self.hall.close_idle(&mut self.lanes, buf, now);
-        self.flush_lanes(now);
+        let length = u64::try_from(self.drain.as_millis()).unwrap_or(u64::MAX);
+        self.drained_by_ms = Some(now.mono_ms.saturating_add(length));
+        // Bounded, because new ones may come as fast as they are taken.
+        let mut rounds = 0..BACKLOG;
+        while self.accept(now) && rounds.next().is_some() {}
+        self.listener = None;
+        self.connections.drain(&mut self.lanes, buf, now);
     }
 
     fn is_drained(&self) -> bool {
-        self.drained_by_ms.is_some_and(|by| self.hall.is_empty() || by <= clock::now().mono_ms)
+        self.drained_by_ms
+            .is_some_and(|by| self.connections.is_empty() || by <= clock::now().mono_ms)
     }
 
     fn next_due_in(&self, now: Now) -> Option<Duration> {
         let listener = self.listener.as_ref().and_then(Listener::due);
-        let due = [self.hall.next_due(), self.lanes.next_due(), listener, self.drained_by_ms];
+        let connections = self.connections.next_due();
+        let due = [connections, self.lanes.next_due(), listener, self.drained_by_ms];
         let next = due.into_iter().flatten().min()?;
         Some(Duration::from_millis(next.saturating_sub(now.mono_ms)))
     }

@@ -4,7 +4,7 @@
 //! is ordered by itself, entering and leaving are a few writes, and only the fronts are looked at.
 //! The front of a list is also the one that has waited longest, which is who gives way.
 
-use std::time::Duration;
+use super::settings::{Deadlines, Wait};
 
 /// "No connection" in a link.
 const NONE: u32 = u32::MAX;
@@ -34,11 +34,6 @@ impl<const N: usize> Lists<N> {
     /// Empty lists for the connections 0 to `size` - 1.
     pub fn new(size: usize) -> Self {
         Lists { ends: [Ends { first: NONE, last: NONE }; N], links: vec![FREE; size] }
-    }
-
-    /// Which list the connection stands in.
-    pub fn list_of(&self, at: usize) -> Option<usize> {
-        self.links.get(at)?.list.map(usize::from)
     }
 
     /// Moves the connection to the end of `list`.
@@ -90,68 +85,27 @@ fn known(at: u32) -> Option<usize> {
     (at != NONE).then_some(at as usize)
 }
 
-/// What a connection has to do by its deadline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Finish the TLS handshake.
-    Handshake,
-    /// Send the rest of the head.
-    Head,
-    /// Send the rest of the body.
-    Body,
-    /// Be answered by its lane.
-    Work,
-    /// Take the whole reply.
-    Write,
-    /// Send the next request.
-    KeepAlive,
-    /// Close its side after our last reply.
-    Linger,
-}
-
-const KINDS: [Wait; 7] = [
-    Wait::Handshake,
-    Wait::Head,
-    Wait::Body,
-    Wait::Work,
-    Wait::Write,
-    Wait::KeepAlive,
-    Wait::Linger,
-];
-
 /// The deadlines of all connections.
 pub struct Timers {
-    lists: Lists<{ KINDS.len() }>,
+    lists: Lists<{ Wait::ALL.len() }>,
     due: Vec<u64>,
-    lengths_ms: [u64; KINDS.len()],
+    lengths_ms: [u64; Wait::ALL.len()],
 }
 
 impl Timers {
-    /// Deadlines for the connections 0 to `size` - 1; `length` tells how long each kind is.
-    pub fn new(size: usize, length: impl Fn(Wait) -> Duration) -> Self {
-        let ms = |wait| u64::try_from(length(wait).as_millis()).unwrap_or(u64::MAX);
-        Timers { lists: Lists::new(size), due: vec![0; size], lengths_ms: KINDS.map(ms) }
+    /// Deadlines of these lengths for the connections 0 to `size` - 1.
+    pub fn new(size: usize, deadlines: &Deadlines) -> Self {
+        let ms = |wait| u64::try_from(deadlines.length(wait).as_millis()).unwrap_or(u64::MAX);
+        Timers { lists: Lists::new(size), due: vec![0; size], lengths_ms: Wait::ALL.map(ms) }
     }
 
-    /// Starts a deadline; one of the same kind that runs already goes on.
-    pub fn enter(&mut self, at: usize, wait: Wait, now_ms: u64) {
-        if self.waits_for(at) != Some(wait) {
-            self.restart(at, wait, now_ms);
-        }
-    }
-
-    /// Starts a deadline anew.
-    pub fn restart(&mut self, at: usize, wait: Wait, now_ms: u64) {
+    /// Starts a deadline, in the place of the one that runs.
+    pub fn start(&mut self, at: usize, wait: Wait, now_ms: u64) {
         let length = self.lengths_ms.get(wait as usize).copied().unwrap_or(0);
         if let Some(due) = self.due.get_mut(at) {
             *due = now_ms.saturating_add(length);
             self.lists.push_back(wait as usize, at);
         }
-    }
-
-    /// What the connection has to do.
-    pub fn waits_for(&self, at: usize) -> Option<Wait> {
-        KINDS.get(self.lists.list_of(at)?).copied()
     }
 
     /// Ends the connection's deadline.
@@ -180,7 +134,7 @@ impl Timers {
     }
 
     fn fronts(&self) -> impl Iterator<Item = (u64, usize, Wait)> + '_ {
-        KINDS.into_iter().filter_map(|wait| {
+        Wait::ALL.into_iter().filter_map(|wait| {
             let at = self.longest(wait)?;
             Some((self.due.get(at).copied()?, at, wait))
         })
@@ -189,7 +143,10 @@ impl Timers {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::edge::settings::Settings;
 
     #[test]
     fn lists_keep_their_order_through_moves_and_removals() {
@@ -213,19 +170,20 @@ mod tests {
     }
 
     #[test]
-    fn a_running_deadline_is_not_put_off() {
-        let mut timers = Timers::new(2, |wait| match wait {
-            Wait::Head => Duration::from_millis(10),
-            _ => Duration::from_millis(100),
-        });
-        timers.enter(0, Wait::Head, 0);
-        timers.enter(1, Wait::KeepAlive, 0);
-        timers.enter(0, Wait::Head, 9);
+    fn who_is_due_first_is_known() {
+        let mut deadlines = Settings::new(([127, 0, 0, 1], 0).into()).deadlines;
+        deadlines.head = Duration::from_millis(10);
+        deadlines.keep_alive = Duration::from_millis(100);
+        let mut timers = Timers::new(2, &deadlines);
+        timers.start(0, Wait::Head, 0);
+        timers.start(1, Wait::KeepAlive, 0);
         assert_eq!(timers.next_due(), Some(10));
         assert_eq!(timers.expired(9), None);
         assert_eq!(timers.expired(10), Some((0, Wait::Head)));
-        timers.remove(0);
+        timers.start(0, Wait::KeepAlive, 10);
         assert_eq!(timers.expired(99), None);
         assert_eq!(timers.expired(100), Some((1, Wait::KeepAlive)));
+        timers.remove(1);
+        assert_eq!(timers.next_due(), Some(110));
     }
 }

@@ -1,14 +1,16 @@
 //! Lanes, the workers' side: `tiny_http` on private sockets, one connection and one worker each.
 //!
-//! A worker takes what waits as a batch and answers each [`Call`] once. A call that is dropped
-//! unanswered, by a panic for instance, answers 500 by itself: every request has its answer, in
-//! order, or the edge would have to give the lane up.
+//! A worker takes what waits as a [`Batch`] and answers it once, through the edge's inbox. Nothing is
+//! ever written to the socket: each request's writer is taken and dropped unwritten as soon as the
+//! request is read, and what is left of it are its own words. So there is no second way out, on which
+//! an answer could meet those of others. Requests of a batch that is dropped, by a panic for instance,
+//! are answered with 500: every request has its answer.
 
 use std::error::Error;
 use std::fmt;
 use std::fs::{self, DirBuilder};
-use std::io::{self, BufWriter, Write};
-use std::mem;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,11 +18,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use tiny_http::{Method, Request, Server, StatusCode};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use tiny_http::Server;
 
+use crate::api::Request;
 use crate::clock;
-use crate::edge::{self, LaneAddress};
-use crate::http::{LaneKind, Reply};
+use crate::edge::{self, Answers, LaneAddress};
+use crate::http::{LaneKind, Method, Reply};
 use crate::problem::Code;
 
 /// What a Unix socket's path may have, its final zero not counted (unix(7)).
@@ -28,10 +33,11 @@ const SOCKET_PATH_MAX: usize = 107;
 
 /// A batch whose bodies have this many bytes takes no more: they are ours to hold, not the edge's.
 const BATCH_BYTES: usize = 256 * 1024;
-/// Bytes of answers that are written together.
-const WRITTEN: usize = 16 * 1024;
-/// Room for the head of an answer.
-const HEAD: usize = 256;
+/// Requests waiting in one lane; at 15 µs each, 1,024 are a wait of 15 ms.
+const MAX_WAITING: usize = 1024;
+/// Whoever has a request in work gives way to nobody, and what is large is long in work: those who
+/// wait for it may not take all the places.
+const MAX_WAITING_BULK: usize = 16;
 /// However steadily requests come, a batch waits no longer than so many pauses.
 const PAUSES: u32 = 5;
 
@@ -117,7 +123,8 @@ impl Lane {
         if path.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(LaneError::PathTooLong(path));
         }
-        let address = LaneAddress { kind, path: path.clone() };
+        let max_waiting = if kind == LaneKind::Bulk { MAX_WAITING_BULK } else { MAX_WAITING };
+        let address = LaneAddress { kind, path: path.clone(), max_waiting };
         let lane = Lane { shared: Arc::default(), address };
         lane.listen().map_err(|e| LaneError::Open(path, e))?;
         Ok(lane)
@@ -147,51 +154,65 @@ impl Lane {
     }
 
     /// Waits for a request, then takes up to `bound` with those that wait behind it, or come before
-    /// nothing has come for `pause`; all are for [`answer`]. False when [`Stopper::stop`] was called.
-    pub fn next_batch(&self, bound: usize, pause: Duration, batch: &mut Vec<Call>) -> bool {
-        let present = self.shared.server().clone();
-        let Some(server) = present else { return self.replace_server() };
-        let gathered = match self.next(&server) {
-            Ok(Some(request)) => {
-                batch.push(Call::new(request));
-                gather(&server, bound, pause, batch)
+    /// nothing has come for `pause`. `None` when [`Stopper::stop`] was called.
+    pub fn next_batch(&self, bound: usize, pause: Duration, answers: &Answers) -> Option<Batch> {
+        let mut batch = Batch::new(answers.clone());
+        while let Some(server) = self.server() {
+            match self.fill(&server, bound, pause, &mut batch) {
+                Ok(false) => return None,
+                Ok(true) => return Some(batch),
+                Err(_) if self.is_stopped() => return None,
+                // After an error in `accept`, of which it tells once, `tiny_http` never accepts again.
+                Err(e) => log::warn!("lane {}: {e}", self.address.path.display()),
             }
-            Ok(None) => return false,
-            Err(_) if self.is_stopped() => return false,
-            Err(e) => Err(e),
-        };
-        let Err(e) = gathered else { return true };
-        // After an error in `accept`, of which it tells once, `tiny_http` never accepts again.
-        log::warn!("lane {}: {e}", self.address.path.display());
-        drop(server);
-        self.replace_server() || !batch.is_empty()
+            drop(server);
+            self.shared.server().take();
+            if !batch.is_empty() {
+                return Some(batch);
+            }
+        }
+        None
     }
 
-    /// `None` when stopped and nothing waits: `try_recv` may have swallowed what ends `recv`.
-    fn next(&self, server: &Server) -> io::Result<Option<Request>> {
-        if self.is_stopped() { server.try_recv() } else { server.recv().map(Some) }
+    /// The present server, or another in its place; `None` when stopped.
+    fn server(&self) -> Option<Arc<Server>> {
+        loop {
+            let present = self.shared.server().clone();
+            match present.map_or_else(|| self.listen(), Ok) {
+                Ok(server) => return Some(server),
+                Err(_) if self.is_stopped() => return None,
+                Err(e) => log::error!("lane {}: {e}", self.address.path.display()),
+            }
+            thread::sleep(RETRY);
+        }
+    }
+
+    /// False when stopped and nothing waits.
+    fn fill(
+        &self,
+        server: &Server,
+        bound: usize,
+        pause: Duration,
+        batch: &mut Batch,
+    ) -> io::Result<bool> {
+        // `try_recv` may have swallowed what ends `recv`.
+        let next = if self.is_stopped() { server.try_recv() } else { server.recv().map(Some) };
+        let Some(request) = next? else { return Ok(false) };
+        batch.add(request);
+        gather(server, bound, pause, batch)?;
+        Ok(true)
     }
 
     fn is_stopped(&self) -> bool {
         self.shared.stopped.load(Ordering::Acquire)
     }
-
-    /// What was taken from the old one can still be answered.
-    fn replace_server(&self) -> bool {
-        if let Err(e) = self.listen() {
-            log::error!("lane {}: {e}", self.address.path.display());
-            thread::sleep(RETRY);
-        }
-        !self.is_stopped()
-    }
 }
 
-fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Vec<Call>) -> io::Result<()> {
-    let mut bytes: usize = batch.iter().map(|call| call.body.len()).sum();
+fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Batch) -> io::Result<()> {
     let longest = (pause * PAUSES).as_millis();
     let began = clock::now().mono_ms;
     let waits = || u128::from(clock::now().mono_ms.saturating_sub(began)) < longest;
-    while (1..bound).contains(&batch.len()) && bytes < BATCH_BYTES {
+    while batch.len() < bound && batch.bytes() < BATCH_BYTES {
         let next = match server.try_recv() {
             Ok(None) if !pause.is_zero() && waits() => {
                 // Woken with less than a millisecond left, it leaves the request where it is.
@@ -203,161 +224,73 @@ fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Vec<Call>)
             next => next,
         };
         let Some(request) = next? else { break };
-        let call = Call::new(request);
-        bytes += call.body.len();
-        batch.push(call);
+        batch.add(request);
     }
     Ok(())
 }
 
-/// One request, to be answered once.
-pub struct Call {
-    request: Option<Request>,
-    body: Vec<u8>,
-    /// The answer, if nobody needs to be asked for it.
-    known: Option<Reply>,
+/// Requests that are answered together, once.
+pub struct Batch {
+    /// What is to be answered.
+    pub requests: Vec<Request>,
+    /// The number of each.
+    numbers: Vec<u64>,
+    /// Answers for which nobody needs to be asked.
+    known: Vec<(u64, Reply)>,
+    answers: Answers,
 }
 
-impl Call {
-    /// The edge's own requests, and what stops short, are not answered here but in their turn: an
-    /// answer that overtakes others of its batch would wait for them, and they for its worker.
-    fn new(request: Request) -> Self {
-        let mut call = Call { request: Some(request), body: Vec::new(), known: None };
-        if call.client() == edge::NOBODY {
-            call.known = Some(Reply::empty(204));
-        } else if !call.read_body() {
-            // A lane that broke: nobody acts on half a request.
-            call.known = Some(unanswered());
-        }
-        call
+impl Batch {
+    fn new(answers: Answers) -> Self {
+        Batch { requests: Vec::new(), numbers: Vec::new(), known: Vec::new(), answers }
     }
 
-    /// There is somebody who asks, and nothing is answered yet.
-    pub fn is_open(&self) -> bool {
-        self.known.is_none()
+    fn len(&self) -> usize {
+        self.numbers.len() + self.known.len()
     }
 
-    /// The method.
-    pub fn method(&self) -> &Method {
-        self.request.as_ref().map_or(&Method::Get, Request::method)
+    fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
-    /// The target: path and query, or `*`.
-    pub fn target(&self) -> &str {
-        self.request.as_ref().map_or("", Request::url)
+    fn bytes(&self) -> usize {
+        self.requests.iter().map(|request| request.body.len()).sum()
     }
 
-    /// The value of the first field of that name; only fields that the edge lets through are here.
-    pub fn header(&self, name: &'static str) -> Option<&str> {
-        let headers = self.request.as_ref()?.headers();
-        headers.iter().find(|h| h.field.equiv(name)).map(|h| h.value.as_str())
-    }
-
-    /// The client's address as text.
-    pub fn client(&self) -> &str {
-        self.private().nth(1).unwrap_or_default()
-    }
-
-    /// The certificate whose key the client holds, DER in base64; only where it is asked for.
-    pub fn certificate(&self) -> Option<&str> {
-        self.private().nth(2)
-    }
-
-    /// Takes the body out.
-    pub fn take_body(&mut self) -> Vec<u8> {
-        mem::take(&mut self.body)
-    }
-
-    /// Number, client and certificate. Nobody but the edge can connect; without a number it closes
-    /// the lane.
-    fn private(&self) -> impl Iterator<Item = &str> {
-        self.header(edge::PRIVATE_FIELD).unwrap_or_default().split(' ')
-    }
-
-    /// A body must be read to its end, or what is behind it in the lane is never seen.
-    fn read_body(&mut self) -> bool {
-        let Some(request) = &mut self.request else { return false };
-        let length = request.body_length().unwrap_or(0).min(edge::BODY_MAX);
-        if length == 0 {
-            return true;
-        }
-        self.body.reserve_exact(length);
-        let read = request.as_reader().read_to_end(&mut self.body);
-        read.is_ok_and(|n| n == length)
-    }
-
-    /// Writes the head of the answer, which is the edge's to read: the client gets another.
-    fn write_head(&self, reply: &Reply, out: &mut impl Write) -> io::Result<()> {
-        let reason = StatusCode(reply.status).default_reason_phrase();
-        write!(out, "HTTP/1.1 {} {reason}\r\n", reply.status)?;
-        let number = self.private().next().unwrap_or_default();
-        write!(out, "{}: {number}\r\n", edge::PRIVATE_FIELD)?;
-        for (name, value) in reply.fields() {
-            write!(out, "{name}: {value}\r\n")?;
-        }
-        write!(out, "Content-Length: {}\r\n\r\n", reply.body.len())
-    }
-}
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        if let Some(request) = self.request.take() {
-            let known = Some(unanswered());
-            answer(vec![Call { request: Some(request), body: Vec::new(), known }], Vec::new());
-        }
-    }
-}
-
-/// Answers the calls of a batch in their order, those that are open with the next of `replies`.
-pub fn answer(calls: Vec<Call>, replies: Vec<Reply>) {
-    let mut replies = replies.into_iter();
-    let mut answers = Answers::default();
-    for mut call in calls {
-        // With a request of the edge's own begins each connection; what came before it may be of one
-        // that is lost.
-        if call.client() == edge::NOBODY {
-            mem::take(&mut answers).flush();
-        }
-        let reply = call.known.take().or_else(|| replies.next()).unwrap_or_else(unanswered);
-        if let Err(e) = answers.add(call, &reply) {
-            log::debug!("an answer was lost with its lane: {e}");
-        }
-    }
-    answers.flush();
-}
-
-/// Answers on their way. All go through the writer of the first, together, because each write wakes
-/// the edge up, which is why they are not responses of `tiny_http`. The writers of the others are
-/// only ended, and after the last of them the next batch may write.
-#[derive(Default)]
-struct Answers {
-    out: Option<BufWriter<Box<dyn Write + Send>>>,
-    others: Vec<Box<dyn Write + Send>>,
-}
-
-impl Answers {
-    fn add(&mut self, mut call: Call, reply: &Reply) -> io::Result<()> {
-        let mut head = Vec::with_capacity(HEAD);
-        call.write_head(reply, &mut head)?;
-        let bare = *call.method() == Method::Head || matches!(reply.status, 204 | 304);
-        let body = if bare { &[] } else { reply.body.as_slice() };
-        let Some(request) = call.request.take() else { return Ok(()) };
-        let writer = request.into_writer();
-        let out = match &mut self.out {
-            Some(out) => {
-                self.others.push(writer);
-                out
+    fn add(&mut self, mut request: tiny_http::Request) {
+        // A body must be read to its end, or what is behind it in the lane is never seen.
+        let body = read_body(&mut request);
+        let (number, who) = private(&request);
+        match (body, who.as_str()) {
+            (_, edge::NOBODY) => self.known.push((number, Reply::empty(204))),
+            (Some(body), _) => {
+                self.requests.push(taken(&request, &who, body));
+                self.numbers.push(number);
             }
-            None => self.out.insert(BufWriter::with_capacity(WRITTEN, writer)),
-        };
-        out.write_all(&head)?;
-        out.write_all(body)
+            // A lane that broke: nobody acts on half a request.
+            (None, _) => self.known.push((number, unanswered())),
+        }
+        drop(request.into_writer());
     }
 
-    fn flush(self) {
-        if let Some(Err(e)) = self.out.map(|mut out| out.flush()) {
-            log::debug!("answers were lost with their lane: {e}");
+    /// Answers the requests in their order with these.
+    pub fn answer(mut self, replies: Vec<Reply>) {
+        self.send(replies);
+    }
+
+    fn send(&mut self, replies: Vec<Reply>) {
+        let replies = replies.into_iter().chain(std::iter::repeat_with(unanswered));
+        let mut answers = std::mem::take(&mut self.known);
+        answers.extend(std::mem::take(&mut self.numbers).into_iter().zip(replies));
+        if !answers.is_empty() {
+            self.answers.send(answers);
         }
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        self.send(Vec::new());
     }
 }
 
@@ -365,53 +298,99 @@ fn unanswered() -> Reply {
     Reply::problem(&Code::InternalError.into(), clock::now())
 }
 
+fn read_body(request: &mut tiny_http::Request) -> Option<Vec<u8>> {
+    let length = request.body_length().unwrap_or(0).min(edge::BODY_MAX);
+    let mut body = Vec::with_capacity(length);
+    if length > 0 {
+        request.as_reader().read_to_end(&mut body).ok()?;
+    }
+    (body.len() == length).then_some(body)
+}
+
+/// The request's number, and the client: its address, and its certificate where that is wanted. Nobody
+/// but the edge can connect; to what has no number nobody waits for an answer.
+fn private(request: &tiny_http::Request) -> (u64, String) {
+    let value = field(request, edge::PRIVATE_FIELD).unwrap_or_default();
+    let (number, who) = value.split_once(' ').unwrap_or((&value, edge::NOBODY));
+    (number.parse().unwrap_or(0), who.to_owned())
+}
+
+fn field(request: &tiny_http::Request, name: &'static str) -> Option<String> {
+    let field = request.headers().iter().find(|header| header.field.equiv(name))?;
+    Some(field.value.as_str().to_owned())
+}
+
+/// The request in words of our own.
+fn taken(request: &tiny_http::Request, who: &str, body: Vec<u8>) -> Request {
+    let (path, query) = request.url().split_once('?').unwrap_or((request.url(), ""));
+    let (client, certificate) = who.split_once(' ').unwrap_or((who, ""));
+    Request {
+        method: Method::parse(request.method().as_str()),
+        path: path.to_owned(),
+        query: query.to_owned(),
+        authorization: field(request, "Authorization"),
+        content_type: field(request, "Content-Type"),
+        accept: field(request, "Accept"),
+        client: client.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        client_certificate: STANDARD.decode(certificate).ok().filter(|der| !der.is_empty()),
+        body,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
 
     fn folder(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("server-{}-{name}", std::process::id()))
     }
 
-    /// With a lane in a folder of its own.
-    fn with_lane(name: &str, check: impl FnOnce(&Lane)) {
-        let dir = folder(name);
-        let lane = open_lanes(&dir, &[LaneKind::Plain]).unwrap().remove(0);
-        check(&lane);
-        drop(lane);
-        fs::remove_dir(dir).unwrap();
+    /// A lane in a folder of its own, and the answers of its worker.
+    struct Staged {
+        lane: Lane,
+        dir: PathBuf,
+        answers: Answers,
+        answered: mpsc::Receiver<(u64, Reply)>,
     }
 
-    /// What the edge would read for these requests, of which the first is for `/x`: all of it up to
-    /// the answer with the number `last`.
-    fn exchange(lane: &Lane, requests: &str, replies: &[Reply], last: u64) -> String {
-        let mut stream = UnixStream::connect(&lane.address().path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-        stream.write_all(requests.as_bytes()).unwrap();
-        let mut batch = Vec::new();
-        while batch.len() < requests.matches(" HTTP/1.1").count() {
-            let mut more = Vec::new();
-            assert!(lane.next_batch(16, Duration::from_millis(200), &mut more));
-            batch.append(&mut more);
+    impl Staged {
+        fn open(name: &str) -> Self {
+            let dir = folder(name);
+            let lane = open_lanes(&dir, &[LaneKind::Plain]).unwrap().remove(0);
+            let (sender, answered) = mpsc::channel();
+            let answers = Answers::to(move |answers| {
+                answers.into_iter().for_each(|answer| sender.send(answer).unwrap());
+            });
+            Staged { lane, dir, answers, answered }
         }
-        assert_eq!((batch[0].target(), batch[0].client()), ("/x", "192.0.2.1"));
-        if replies.is_empty() {
-            drop(batch);
-        } else {
-            answer(batch, replies.to_vec());
+
+        fn connect(&self) -> UnixStream {
+            UnixStream::connect(&self.lane.address().path).unwrap()
         }
-        let mut text = String::new();
-        while !text
-            .split_once(&format!("{}: {last}\r\n", edge::PRIVATE_FIELD))
-            .is_some_and(|(_, rest)| rest.contains("\r\n\r\n"))
-        {
-            let mut buf = [0; 4096];
-            let n = stream.read(&mut buf).unwrap();
-            text.push_str(std::str::from_utf8(&buf[..n]).unwrap());
+
+        fn next_batch(&self) -> Batch {
+            self.lane.next_batch(16, Duration::from_millis(200), &self.answers).unwrap()
         }
-        text
+
+        /// Status and body of the answers to these requests.
+        fn answered(&self) -> Vec<(u64, u16, String)> {
+            let text = |reply: Reply| String::from_utf8(reply.body).unwrap();
+            self.answered.try_iter().map(|(n, r)| (n, r.status, text(r))).collect()
+        }
+    }
+
+    impl Drop for Staged {
+        fn drop(&mut self) {
+            self.lane.shared.server().take();
+            fs::remove_dir(&self.dir).unwrap();
+        }
+    }
+
+    fn get(number: u32, path: &str) -> String {
+        format!("GET {path} HTTP/1.1\r\nX-Edge: {number} 192.0.2.1\r\n\r\n")
     }
 
     fn reply(body: &str) -> Reply {
@@ -419,67 +398,82 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_is_dropped_answers_500_with_its_number() {
-        with_lane("drop", |lane| {
-            let folder = lane.address().path.parent().unwrap();
-            assert_eq!(fs::metadata(folder).unwrap().permissions().mode() & 0o777, 0o700);
-            let text = exchange(lane, "GET /x HTTP/1.1\r\nX-Edge: 42 192.0.2.1\r\n\r\n", &[], 42);
-            assert!(text.starts_with("HTTP/1.1 500 ") && text.contains("X-Edge: 42\r\n"), "{text}");
-        });
+    fn requests_become_our_own_and_nothing_is_written_back() {
+        let staged = Staged::open("own");
+        let mode = fs::metadata(&staged.dir).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let mut stream = staged.connect();
+        let body = "b".repeat(5_000);
+        let request = format!(
+            "POST /x?y=1 HTTP/1.1\r\nAuthorization: Bearer t\r\nAccept: a\r\nCookie: c\r\n\
+             X-Edge: 7 2001:db8::9 AQIDBA==\r\nContent-Length: 5000\r\n\r\n{body}"
+        );
+        // What follows a large body is seen only when that was read.
+        stream.write_all((request + &get(8, "/z")).as_bytes()).unwrap();
+        let mut requests = Vec::new();
+        while requests.len() < 2 {
+            let mut batch = staged.next_batch();
+            requests.append(&mut batch.requests);
+            let replies = batch.numbers.iter().map(|_| reply("r")).collect();
+            batch.answer(replies);
+        }
+        let (first, second) = (&requests[0], &requests[1]);
+        assert_eq!((first.method, first.path.as_str()), (Method::Post, "/x"));
+        assert_eq!((first.query.as_str(), first.body.len()), ("y=1", 5_000));
+        assert_eq!(first.authorization.as_deref(), Some("Bearer t"));
+        assert_eq!((first.accept.as_deref(), &first.content_type), (Some("a"), &None));
+        assert_eq!(first.client.to_string(), "2001:db8::9");
+        assert_eq!(first.client_certificate.as_deref(), Some([1, 2, 3, 4].as_slice()));
+        assert_eq!((second.path.as_str(), &second.client_certificate), ("/z", &None));
+        let answered: Vec<_> = staged.answered().into_iter().map(|(number, ..)| number).collect();
+        assert_eq!(answered, [7, 8]);
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        assert!(stream.read(&mut [0]).is_err(), "nothing comes back on the socket");
     }
 
     #[test]
-    fn a_batch_is_answered_in_order_the_proof_in_its_midst_too() {
-        with_lane("order", |lane| {
-            let requests = "GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n\
-                            OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n\
-                            HEAD /y HTTP/1.1\r\nX-Edge: 3 192.0.2.2\r\n\r\n\
-                            GET /z HTTP/1.1\r\nX-Edge: 4 192.0.2.1\r\n\r\n";
-            let text = exchange(lane, requests, &[reply("one"), reply("three")], 4);
-            let (got, last) = text.split_at(text.find("HTTP/1.1 500").unwrap());
-            assert_eq!(
-                got,
-                "HTTP/1.1 200 OK\r\nX-Edge: 1\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\none\
-                 HTTP/1.1 204 No Content\r\nX-Edge: 2\r\nContent-Length: 0\r\n\r\n\
-                 HTTP/1.1 200 OK\r\nX-Edge: 3\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\r\n"
-            );
-            // For whom there is no reply.
-            assert!(last.contains("X-Edge: 4\r\n"), "{last}");
-        });
+    fn every_request_of_a_batch_has_one_answer() {
+        let staged = Staged::open("batch");
+        let proof = "OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n";
+        let all = [get(1, "/x").as_str(), proof, &get(3, "/y"), &get(4, "/z")].concat();
+        staged.connect().write_all(all.as_bytes()).unwrap();
+        let mut seen = 0;
+        while seen < 4 {
+            let batch = staged.next_batch();
+            seen += batch.len();
+            // Too few replies, and none at all if it is dropped.
+            let first = batch.numbers.first() == Some(&1);
+            if first { batch.answer(vec![reply("one")]) } else { drop(batch) }
+        }
+        let mut answered = staged.answered();
+        answered.sort();
+        let statuses: Vec<_> = answered.iter().map(|(n, status, _)| (*n, *status)).collect();
+        assert_eq!(statuses, [(1, 200), (2, 204), (3, 500), (4, 500)]);
+        assert!(answered[0].2 == "one" && answered[3].2.contains("INTERNAL_ERROR"));
     }
 
     #[test]
-    fn what_is_left_of_a_lost_connection_takes_no_answer_of_the_next() {
-        with_lane("lost", |lane| {
-            let mut batch = Vec::new();
-            let mut lost = UnixStream::connect(&lane.address().path).unwrap();
-            lost.write_all(b"GET /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\n\r\n").unwrap();
-            assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
-            drop(lost);
-            let mut next = UnixStream::connect(&lane.address().path).unwrap();
-            next.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-            next.write_all(b"OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n").unwrap();
-            assert!(lane.next_batch(1, Duration::ZERO, &mut batch));
-            answer(batch, vec![reply("one")]);
-            let mut buf = [0; 4096];
-            let n = next.read(&mut buf).unwrap();
-            let text = std::str::from_utf8(&buf[..n]).unwrap();
-            assert!(text.starts_with("HTTP/1.1 204 No Content\r\nX-Edge: 2\r\n"), "{text}");
-        });
+    fn half_a_request_is_not_acted_on() {
+        let staged = Staged::open("half");
+        let head = "POST /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\nContent-Length: 5000\r\n\r\nhalf";
+        staged.connect().write_all(head.as_bytes()).unwrap();
+        let batch = staged.next_batch();
+        assert!(batch.requests.is_empty());
+        drop(batch);
+        assert_eq!(staged.answered()[0].1, 500);
     }
 
     #[test]
     fn a_server_is_replaced_in_its_place() {
-        let dir = folder("replace");
-        let lane = open_lanes(&dir, &[LaneKind::Plain]).unwrap().remove(0);
-        lane.listen().unwrap();
-        let text = exchange(&lane, "GET /x HTTP/1.1\r\nX-Edge: 7 192.0.2.1\r\n\r\n", &[], 7);
-        assert!(text.contains("X-Edge: 7\r\n"), "{text}");
+        let staged = Staged::open("replace");
+        staged.lane.listen().unwrap();
+        staged.connect().write_all(get(7, "/x").as_bytes()).unwrap();
+        staged.next_batch().answer(vec![reply("r")]);
+        assert_eq!(staged.answered(), [(7, 200, "r".to_owned())]);
         // A stale file, as after a crash, is in nobody's way.
-        drop(lane);
-        fs::write(dir.join("lane-0.sock"), "").unwrap();
-        drop(open_lanes(&dir, &[LaneKind::Plain]).unwrap());
-        fs::remove_dir(dir).unwrap();
+        staged.lane.shared.server().take();
+        fs::write(&staged.lane.address().path, "").unwrap();
+        drop(open_lanes(&staged.dir, &[LaneKind::Plain]).unwrap());
     }
 
     #[test]

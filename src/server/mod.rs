@@ -8,25 +8,22 @@ mod lane;
 
 use std::fmt;
 use std::io;
-use std::mem;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use rustls::sign::CertifiedKey;
 
-use crate::api::{self, Api, Request};
+use crate::api::{self, Api};
 use crate::config::Config;
-use crate::edge::{self, Edge};
-use crate::http::{LaneKind, Method};
-use crate::metrics::{Metrics, Page};
+use crate::edge::{self, Answers, Edge};
+use crate::http::LaneKind;
+use crate::metrics::EdgeCounters;
 use crate::stderr;
 
-pub use lane::{Call, Lane, LaneError, Stopper, answer, open_lanes};
+pub use lane::{Batch, Lane, LaneError, Stopper, open_lanes};
 
 /// Most requests in one batch while the store is near. More would move all clients in one lump.
 const BATCH: usize = 16;
@@ -75,24 +72,20 @@ impl Server {
     pub fn start(
         config: &Config,
         api: &Arc<Api>,
-        metrics: &Metrics,
+        counters: &Arc<EdgeCounters>,
         ended: impl FnOnce(io::Error) + Send + 'static,
     ) -> Result<Self, ServerError> {
         let address = SocketAddr::new(config.http.host, config.http.port);
         let lanes = open_lanes(&config.run_dir, &kinds(config.http.workers));
         let lanes = lanes.map_err(ServerError::Lane)?;
         let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
-        let edge = Edge::open(edge_settings(config, address), addresses);
+        let edge = Edge::open(edge_settings(config, address, counters), addresses);
         let edge = edge.map_err(|error| ServerError::Edge(address, error))?;
-        let counters = edge.counters();
-        metrics.set_edge(move |page| show_edge(&counters, page));
-        let counters = edge.counters();
-        api.set_lanes_down(move || counters.lanes_down.value());
         let handle = edge.handle();
         let mut workers = Vec::new();
         for lane in lanes {
-            let (stopper, api) = (lane.stopper(), Arc::clone(api));
-            workers.push((stopper, spawn("worker", move || work(&lane, &api))?));
+            let (stopper, api, answers) = (lane.stopper(), Arc::clone(api), edge.answers());
+            workers.push((stopper, spawn("worker", move || work(&lane, &api, &answers))?));
         }
         let edge = spawn("edge", move || {
             let run = catch_unwind(AssertUnwindSafe(|| edge.run()));
@@ -143,12 +136,17 @@ fn kinds(workers: usize) -> Vec<LaneKind> {
     plain.chain(certificates).chain([LaneKind::Bulk]).collect()
 }
 
-fn edge_settings(config: &Config, address: SocketAddr) -> edge::Settings {
+fn edge_settings(
+    config: &Config,
+    address: SocketAddr,
+    counters: &Arc<EdgeCounters>,
+) -> edge::Settings {
     let http = &config.http;
     let defaults = edge::Settings::new(address);
     edge::Settings {
         tls: config.tls.clone(),
         classify: api::classify,
+        counters: Arc::clone(counters),
         max_connections: http.max_connections,
         max_connections_per_ip: http.max_connections_per_ip,
         max_buffer_bytes: http.max_buffer_bytes,
@@ -162,50 +160,23 @@ fn edge_settings(config: &Config, address: SocketAddr) -> edge::Settings {
     }
 }
 
-fn show_edge(counters: &edge::Counters, page: &mut Page) {
-    let edge::Counters { open, held_bytes, .. } = counters;
-    page.gauge("mqtt_lite_edge_connections", "Connections open.", open.value());
-    page.gauge("mqtt_lite_edge_held_bytes", "Bytes held for clients.", held_bytes.value());
-    let down = counters.lanes_down.value();
-    page.gauge("mqtt_lite_edge_lanes_down", "Lanes to a worker that cannot be used.", down);
-    let totals = [
-        ("connections", "Connections accepted.", &counters.accepted),
-        ("gave_way", "Connections closed to make room.", &counters.gave_way),
-        ("turned_away", "New connections for which nobody gave way.", &counters.turned_away),
-        ("timed_out", "Connections closed because a deadline passed.", &counters.timed_out),
-        ("requests", "Requests handed to a worker.", &counters.requests),
-        ("refused", "Requests refused before a worker saw them.", &counters.refused),
-        ("lanes_lost", "Lanes to a worker lost and opened again.", &counters.lanes_lost),
-        ("handshakes_failed", "TLS handshakes that failed.", &counters.handshakes_failed),
-        ("accept_pauses", "Pauses for want of files or memory.", &counters.accept_pauses),
-    ];
-    for (what, help, counter) in totals {
-        page.counter(&format!("mqtt_lite_edge_{what}_total"), help, counter.value());
-    }
-}
-
-fn work(lane: &Lane, api: &Api) {
-    let mut calls = Vec::new();
+fn work(lane: &Lane, api: &Api, answers: &Answers) {
     let is_bulk = lane.address().kind == LaneKind::Bulk;
     let mut last = 0;
     loop {
         let (bound, pause) = pace(api.store_round_trip(), last);
         // The replies to a batch are held until all are made: large ones are made one by one.
         let bound = if is_bulk { 1 } else { bound };
-        if !lane.next_batch(bound, pause, &mut calls) {
-            return;
-        }
-        last = calls.len();
-        // What panics outside a handler costs its batch; calls left unanswered answer 500.
-        let _ = catch_unwind(AssertUnwindSafe(|| serve(api, mem::take(&mut calls))));
+        let Some(batch) = lane.next_batch(bound, pause, answers) else { return };
+        last = batch.requests.len();
+        // What panics outside a handler costs its batch, which answers 500 as it is dropped.
+        let _ = catch_unwind(AssertUnwindSafe(|| serve(api, batch)));
     }
 }
 
-fn serve(api: &Api, mut calls: Vec<Call>) {
-    let open = calls.iter_mut().filter(|call| call.is_open());
-    let requests: Vec<Request> = open.map(request).collect();
-    let answers = stderr::together(|| api.answer(&requests));
-    answer(calls, answers.replies);
+fn serve(api: &Api, batch: Batch) {
+    let answers = stderr::together(|| api.answer(&batch.requests));
+    batch.answer(answers.replies);
     api.clean_up(&answers.after);
 }
 
@@ -221,22 +192,6 @@ fn pace(round_trip: Duration, last: usize) -> (usize, Duration) {
     }
     let pause = if last > 1 { round_trip / 20 } else { Duration::ZERO };
     (BATCH_MOST, pause)
-}
-
-fn request(call: &mut Call) -> Request {
-    let (path, query) = call.target().split_once('?').unwrap_or((call.target(), ""));
-    let field = |name| call.header(name).map(str::to_owned);
-    Request {
-        method: Method::parse(call.method().as_str()),
-        path: path.to_owned(),
-        query: query.to_owned(),
-        authorization: field("Authorization"),
-        content_type: field("Content-Type"),
-        accept: field("Accept"),
-        client: call.client().parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
-        client_certificate: call.certificate().and_then(|text| STANDARD.decode(text).ok()),
-        body: call.take_body(),
-    }
 }
 
 #[cfg(test)]

@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use mqtt_publisher_lite::api;
-use mqtt_publisher_lite::edge::{Counters, Edge, Handle, Settings};
+use mqtt_publisher_lite::api::{self, Request};
+use mqtt_publisher_lite::edge::{Answers, Edge, Handle, LaneAddress, Settings};
 use mqtt_publisher_lite::http::{LaneKind, Reply};
-use mqtt_publisher_lite::server::{Call, Stopper, answer, open_lanes};
+use mqtt_publisher_lite::metrics::EdgeCounters;
+use mqtt_publisher_lite::server::{Lane, Stopper, open_lanes};
 
 use crate::support::temp::TempDir;
 
@@ -22,7 +23,7 @@ pub use crate::support::wait::for_true as until;
 pub struct Served {
     pub addr: SocketAddr,
     pub handle: Handle,
-    pub counters: Arc<Counters>,
+    pub counters: Arc<EdgeCounters>,
     /// Requests that reached the handler.
     pub handled: Arc<AtomicU64>,
     edge: Option<JoinHandle<()>>,
@@ -32,75 +33,86 @@ pub struct Served {
 
 /// Serves with one lane of each kind and the settings as `adjust` leaves them.
 pub fn serve(adjust: impl FnOnce(&mut Settings)) -> Served {
+    serve_in_lanes(|_| {}, adjust)
+}
+
+/// The same, with the lanes as `adjust_lane` leaves them.
+pub fn serve_in_lanes(
+    adjust_lane: impl Fn(&mut LaneAddress),
+    adjust: impl FnOnce(&mut Settings),
+) -> Served {
     let dir = TempDir::new();
     let lanes =
         open_lanes(dir.path(), &[LaneKind::Plain, LaneKind::Certificate, LaneKind::Bulk]).unwrap();
-    let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
+    let mut addresses: Vec<LaneAddress> = lanes.iter().map(|lane| lane.address().clone()).collect();
+    addresses.iter_mut().for_each(adjust_lane);
     let handled = Arc::new(AtomicU64::new(0));
-    let workers = lanes
-        .into_iter()
-        .map(|lane| {
-            let handled = Arc::clone(&handled);
-            (lane.stopper(), thread::spawn(move || work(&lane, &handled)))
-        })
-        .collect();
     let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
     settings.classify = api::classify;
     adjust(&mut settings);
+    let counters = Arc::clone(&settings.counters);
     let edge = Edge::open(settings, addresses).unwrap();
-    let (addr, handle, counters) = (edge.local_addr(), edge.handle(), edge.counters());
+    let workers = lanes
+        .into_iter()
+        .map(|lane| {
+            let (handled, answers) = (Arc::clone(&handled), edge.answers());
+            (lane.stopper(), thread::spawn(move || work(&lane, &answers, &handled)))
+        })
+        .collect();
+    let (addr, handle) = (edge.local_addr(), edge.handle());
     let edge = thread::spawn(move || edge.run().unwrap());
     let served = Served { addr, handle, counters, handled, edge: Some(edge), workers, _dir: dir };
     until("the lanes are open", || served.handle.is_ready());
     served
 }
 
-fn work(lane: &mqtt_publisher_lite::server::Lane, handled: &AtomicU64) {
-    let mut batch = Vec::new();
-    while lane.next_batch(16, std::time::Duration::ZERO, &mut batch) {
-        for call in batch.drain(..) {
-            if !call.is_open() {
-                answer(vec![call], Vec::new());
-                continue;
-            }
-            handled.fetch_add(1, Ordering::Relaxed);
-            let run = std::panic::AssertUnwindSafe(|| handle(call));
-            let _ = std::panic::catch_unwind(run);
-        }
+fn work(lane: &Lane, answers: &Answers, handled: &AtomicU64) {
+    // One by one, so that one that panics or waits costs itself only.
+    while let Some(batch) = lane.next_batch(1, Duration::ZERO, answers) {
+        let run = std::panic::AssertUnwindSafe(|| {
+            let replies = batch.requests.iter().map(|request| {
+                handled.fetch_add(1, Ordering::Relaxed);
+                handle(request)
+            });
+            let replies = replies.collect();
+            batch.answer(replies);
+        });
+        let _ = std::panic::catch_unwind(run);
     }
 }
 
 /// `/bytes?<n>` answers n bytes; `/wait?<ms>`, `/api/v1/renew?<ms>` and `/api/v1/crl?<ms>` wait;
 /// `/panic` panics; the rest tells what came.
-fn handle(mut call: Call) {
-    let target = call.target().to_owned();
-    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
-    let number = query.parse().unwrap_or(0);
-    let body = match path {
+fn handle(request: &Request) -> Reply {
+    let number = request.query.parse().unwrap_or(0);
+    let body = match request.path.as_str() {
         "/bytes" => vec![b'x'; number],
         "/panic" => std::panic::panic_any("asked for"),
-        _ => echo(&mut call),
+        _ => echo(request),
     };
-    if matches!(path, "/wait" | "/api/v1/renew" | "/api/v1/crl") {
+    if matches!(request.path.as_str(), "/wait" | "/api/v1/renew" | "/api/v1/crl") {
         thread::sleep(Duration::from_millis(number as u64));
     }
-    let status = if path == "/nothing" { 204 } else { 200 };
     let mut reply = Reply::of_type("text/plain", body);
-    reply.status = status;
-    answer(vec![call], vec![reply]);
+    reply.status = if request.path == "/nothing" { 204 } else { 200 };
+    reply
 }
 
-fn echo(call: &mut Call) -> Vec<u8> {
-    let mut text = format!("{} {} {}", call.method(), call.target(), call.client());
-    for name in ["Authorization", "Content-Type", "Accept", "Host", "Cookie"] {
-        if let Some(value) = call.header(name) {
+fn echo(request: &Request) -> Vec<u8> {
+    let Request { method, path, query, client, .. } = request;
+    let target = if query.is_empty() { path.clone() } else { format!("{path}?{query}") };
+    let mut text = format!("{method} {target} {client}");
+    for (name, value) in [
+        ("Authorization", &request.authorization),
+        ("Content-Type", &request.content_type),
+        ("Accept", &request.accept),
+    ] {
+        if let Some(value) = value {
             text.push_str(&format!(" {name}={value}"));
         }
     }
     text.push('\n');
-    let mut bytes = text.into_bytes();
-    bytes.extend(call.take_body());
-    bytes
+    [text.as_bytes(), &request.body].concat()
 }
 
 impl Served {

@@ -3,57 +3,79 @@
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use crate::common::{one_response, statuses, to_end, until};
-use mqtt_publisher_lite::edge::{Counters, Edge, Handle, LaneAddress, Settings};
-use mqtt_publisher_lite::http::LaneKind;
+use mqtt_publisher_lite::edge::{Answers, Edge, Handle, LaneAddress, Settings};
+use mqtt_publisher_lite::http::{LaneKind, Reply};
+use mqtt_publisher_lite::metrics::EdgeCounters;
 
-/// An edge with one lane, whose other end is played by `answer`: given a request's number and the
-/// connection, false to close it.
+/// An edge whose lanes' other ends are played.
 struct Staged {
     addr: SocketAddr,
     handle: Handle,
-    counters: Arc<Counters>,
+    counters: Arc<EdgeCounters>,
 }
 
-/// Whatever a worker answers a request with this number; false closes the lane.
-type Worker = Box<dyn Fn(u64, &mut UnixStream) -> bool + Send>;
+/// A request on its way through a lane.
+struct Asked<'a> {
+    number: u64,
+    stream: &'a mut UnixStream,
+    answers: &'a Answers,
+}
 
-fn stage(answer: impl Fn(u64, &mut UnixStream) -> bool + Send + 'static) -> Staged {
-    stage_all(vec![Box::new(answer)])
+impl Asked<'_> {
+    fn answer(&self, number: u64, body: &str) {
+        self.answers.send(vec![(number, Reply::of_type("text/plain", body))]);
+    }
+
+    fn well(&self) -> bool {
+        self.answer(self.number, "ok");
+        true
+    }
+}
+
+/// What a worker does with a request; false closes the lane.
+type Worker = Box<dyn Fn(Asked<'_>) -> bool + Send>;
+
+fn stage(worker: impl Fn(Asked<'_>) -> bool + Send + 'static) -> Staged {
+    stage_all(vec![Box::new(worker)])
 }
 
 /// A lane for each worker.
 fn stage_all(workers: Vec<Worker>) -> Staged {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let lane = |answer: Worker| {
+    let listen = |_: &Worker| {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("edge-lane-{}-{n}", std::process::id()));
         let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).unwrap();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                play(stream.unwrap(), &answer);
-            }
-        });
-        LaneAddress { kind: LaneKind::Plain, path }
+        (UnixListener::bind(&path).unwrap(), path)
     };
+    let (listeners, paths): (Vec<_>, Vec<_>) = workers.iter().map(listen).unzip();
+    let address = |path| LaneAddress { kind: LaneKind::Plain, path, max_waiting: 1024 };
     let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
     settings.deadlines.work = Duration::from_millis(500);
-    let edge = Edge::open(settings, workers.into_iter().map(lane).collect()).unwrap();
-    let staged =
-        Staged { addr: edge.local_addr(), handle: edge.handle(), counters: edge.counters() };
+    let counters = Arc::clone(&settings.counters);
+    let edge = Edge::open(settings, paths.into_iter().map(address).collect()).unwrap();
+    for (worker, listener) in workers.into_iter().zip(listeners) {
+        let answers = edge.answers();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                play(stream.unwrap(), &answers, &worker);
+            }
+        });
+    }
+    let staged = Staged { addr: edge.local_addr(), handle: edge.handle(), counters };
     thread::spawn(move || edge.run());
     until("the lane is open", || staged.handle.is_ready());
     staged
 }
 
-/// Answers proofs as it should, and leaves the rest to `answer`.
-fn play(mut stream: UnixStream, answer: &dyn Fn(u64, &mut UnixStream) -> bool) {
+/// Answers proofs as it should, and leaves the rest to `worker`.
+fn play(mut stream: UnixStream, answers: &Answers, worker: &Worker) {
     let (mut text, mut byte) = (String::new(), [0]);
     while stream.read(&mut byte).is_ok_and(|n| n == 1) {
         text.push(byte[0].into());
@@ -65,15 +87,11 @@ fn play(mut stream: UnixStream, answer: &dyn Fn(u64, &mut UnixStream) -> bool) {
         let is_proof = text.starts_with("OPTIONS *");
         text.clear();
         if is_proof {
-            write!(stream, "HTTP/1.1 204 No Content\r\nX-Edge: {number}\r\n\r\n").unwrap();
-        } else if !answer(number, &mut stream) {
+            answers.send(vec![(number, Reply::empty(204))]);
+        } else if !worker(Asked { number, stream: &mut stream, answers }) {
             return;
         }
     }
-}
-
-fn well(number: u64, stream: &mut UnixStream) -> bool {
-    write!(stream, "HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nContent-Length: 2\r\n\r\nok").is_ok()
 }
 
 const ASK: &[u8] = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
@@ -86,11 +104,11 @@ fn ask(staged: &Staged) -> String {
 
 /// The first request is answered by `badly`, the others well. The first asker gets `expected`;
 /// then the lane is lost, opened again and used.
-fn check(expected: &[u16], badly: impl Fn(u64, &mut UnixStream) -> bool + Send + 'static) {
+fn check(expected: &[u16], badly: impl Fn(Asked<'_>) -> bool + Send + 'static) {
     let count = AtomicU32::new(0);
-    let staged = stage(move |number, stream| match count.fetch_add(1, Ordering::Relaxed) {
-        0 => badly(number, stream),
-        _ => well(number, stream),
+    let staged = stage(move |asked| match count.fetch_add(1, Ordering::Relaxed) {
+        0 => badly(asked),
+        _ => asked.well(),
     });
     let text = ask(&staged);
     assert_eq!(statuses(&text), expected, "{text}");
@@ -103,70 +121,79 @@ fn check(expected: &[u16], badly: impl Fn(u64, &mut UnixStream) -> bool + Send +
 
 #[test]
 fn a_lane_that_closes() {
-    check(&[503], |_, _| false);
+    check(&[503], |_| false);
 }
 
+/// There is one way back only, and it is not the socket.
 #[test]
-fn a_lane_that_closes_within_an_answer() {
-    check(&[200], |number, stream| {
-        write!(stream, "HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nContent-Length: 9\r\n\r\nok")
-            .unwrap();
-        false
+fn a_lane_that_is_written_to() {
+    check(&[503], |asked| {
+        let number = asked.number;
+        let head = format!("HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nContent-Length: 6\r\n\r\n");
+        asked.stream.write_all((head + "secret").as_bytes()).is_ok()
     });
-    check(&[503], |number, stream| {
-        write!(stream, "HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nConte").unwrap();
-        false
-    });
+    check(&[503], |asked| asked.stream.write_all(b"x").is_ok());
 }
 
 #[test]
 fn a_lane_that_answers_another() {
-    check(&[503], |number, stream| {
-        write!(
-            stream,
-            "HTTP/1.1 200 OK\r\nX-Edge: {}\r\nContent-Length: 6\r\n\r\nsecret",
-            number + 1
-        )
-        .is_ok()
-    });
-}
-
-#[test]
-fn a_lane_that_answers_without_a_number() {
-    check(&[503], |_, stream| {
-        write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nsecret").is_ok()
-    });
-}
-
-#[test]
-fn a_lane_that_answers_twice() {
-    check(&[200], |number, stream| {
-        let answer = format!("HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nContent-Length: 0\r\n\r\n");
-        let second = answer.replace(": 0", ": 6") + "secret";
-        stream.write_all((answer + &second).as_bytes()).is_ok()
-    });
-}
-
-#[test]
-fn a_lane_that_does_not_speak_http() {
-    check(&[503], |_, stream| stream.write_all(b"secret\r\n\r\n").is_ok());
-    check(&[503], |number, stream| {
-        write!(stream, "HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nTransfer-Encoding: chunked\r\n\r\n")
-            .is_ok()
-    });
-    check(&[503], |number, stream| {
-        let _ = write!(stream, "HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nX: ");
-        let _ = stream.write_all(&[b'x'; 100_000]);
-        true
+    check(&[503], |asked| {
+        asked.answer(asked.number + 1, "secret");
+        asked.answer(0, "secret");
+        let _ = asked.stream.read_to_end(&mut Vec::new()); // until the edge gives it up
+        false
     });
 }
 
 #[test]
 fn a_lane_that_does_not_answer() {
-    check(&[503], |_, stream| {
-        let _ = stream.read_to_end(&mut Vec::new()); // until the edge gives it up
-        stream.write_all(b"too late").is_err()
+    check(&[503], |asked| {
+        let _ = asked.stream.read_to_end(&mut Vec::new()); // until the edge gives it up
+        asked.answer(asked.number, "secret");
+        false
     });
+}
+
+#[test]
+fn a_second_answer_reaches_nobody() {
+    let staged = stage(|asked| {
+        asked.answer(asked.number, "first");
+        asked.answer(asked.number, "secret");
+        true
+    });
+    let mut stream = TcpStream::connect(staged.addr).unwrap();
+    for _ in 0..20 {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        assert_eq!(one_response(&mut stream, false).2, "first");
+    }
+    assert_eq!(staged.counters.lanes_lost.value(), 0);
+}
+
+/// Whatever the order, each client gets its own.
+#[test]
+fn answers_come_in_any_order() {
+    let waiting = Mutex::new(Vec::new());
+    let staged = stage(move |asked| {
+        let mut waiting = waiting.lock().unwrap();
+        waiting.push(asked.number);
+        if waiting.len() == 8 {
+            let numbers = waiting.drain(..).rev();
+            let text = |number: u64| Reply::of_type("text/plain", number.to_string());
+            asked.answers.send(numbers.map(|number| (number, text(number))).collect());
+        }
+        true
+    });
+    let mut streams: Vec<_> = (0..8).map(|_| TcpStream::connect(staged.addr).unwrap()).collect();
+    for round in 0..10 {
+        let before = staged.counters.requests.value();
+        for (sent, stream) in (1..).zip(&mut streams) {
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            until("it is handed on", || staged.counters.requests.value() == before + sent);
+        }
+        let read = |stream| one_response(stream, false).2.parse::<u64>().unwrap();
+        let numbers: Vec<u64> = streams.iter_mut().map(read).collect();
+        assert!(numbers.is_sorted(), "{round}: {numbers:?}");
+    }
 }
 
 #[test]
@@ -174,10 +201,10 @@ fn the_first_lane_is_used_while_it_is_quick_and_the_next_when_it_waits() {
     let counts = [(); 2].map(|()| Arc::new(AtomicU32::new(0)));
     let worker = |count: &Arc<AtomicU32>, wait: Duration| -> Worker {
         let count = Arc::clone(count);
-        Box::new(move |number, stream| {
+        Box::new(move |asked| {
             count.fetch_add(1, Ordering::Relaxed);
             thread::sleep(wait);
-            well(number, stream)
+            asked.well()
         })
     };
     let counted = || counts.each_ref().map(|count| count.swap(0, Ordering::Relaxed));
@@ -201,7 +228,7 @@ fn the_first_lane_is_used_while_it_is_quick_and_the_next_when_it_waits() {
 
 #[test]
 fn a_lane_that_stays_away_is_counted() {
-    let staged = stage(|_, _| std::panic::panic_any("the listener goes with this thread"));
+    let staged = stage(|_| std::panic::panic_any("the listener goes with this thread"));
     assert_eq!(staged.counters.lanes_down.value(), 0);
     assert_eq!(statuses(&ask(&staged)), [503]);
     until("it is counted", || staged.counters.lanes_down.value() == 1);
@@ -210,32 +237,11 @@ fn a_lane_that_stays_away_is_counted() {
 }
 
 #[test]
-fn answers_in_pieces_of_every_size() {
-    let staged = stage(|number, stream| {
-        let answer =
-            format!("HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nContent-Length: 10\r\n\r\n0123456789");
-        for piece in answer.as_bytes().chunks(1 + number as usize % 17) {
-            stream.write_all(piece).unwrap();
-            thread::sleep(Duration::from_micros(200));
-        }
-        true
-    });
-    let mut stream = TcpStream::connect(staged.addr).unwrap();
-    for _ in 0..40 {
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-        let (status, _, body) = one_response(&mut stream, false);
-        assert_eq!((status, body.as_str()), (200, "0123456789"));
-    }
-    assert_eq!(staged.counters.lanes_lost.value(), 0);
-}
-
-#[test]
 fn a_client_that_leaves_does_not_shift_the_answers() {
-    let staged = stage(|number, stream| {
+    let staged = stage(|asked| {
         thread::sleep(Duration::from_millis(3));
-        let body = format!("{number:020}");
-        write!(stream, "HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nContent-Length: 20\r\n\r\n{body}")
-            .is_ok()
+        asked.answer(asked.number, &asked.number.to_string());
+        true
     });
     let mut last = 0;
     for round in 0..60 {
@@ -283,7 +289,10 @@ fn the_lanes_prove_that_they_answer() {
 /// A lane that is lost meanwhile proves itself by what opens it again.
 #[test]
 fn a_proof_outlives_the_loss_of_its_lane() {
-    let staged = stage(|number, stream| number % 2 == 0 && well(number, stream));
+    let asked_before = AtomicU32::new(0);
+    let staged = stage(move |asked| {
+        asked_before.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) && asked.well()
+    });
     for _ in 0..20 {
         let told = Arc::new(AtomicU32::new(0));
         let count = Arc::clone(&told);

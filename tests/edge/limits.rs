@@ -6,7 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::common::{Served, Xorshift, connect_from, one_response, serve, statuses, to_end, until};
+use crate::common::{
+    Served, Xorshift, connect_from, one_response, serve, serve_in_lanes, statuses, to_end, until,
+};
 use mqtt_publisher_lite::config::Cidr;
 use mqtt_publisher_lite::edge::Settings;
 
@@ -232,7 +234,7 @@ fn a_proxy_is_exempt_and_names_its_clients() {
 
 #[test]
 fn a_full_lane_answers_503() {
-    let served = serve(|s| s.max_waiting = 3);
+    let served = serve_in_lanes(|lane| lane.max_waiting = 3, |_| {});
     let mut streams: Vec<_> = (0..10).map(|_| served.connect()).collect();
     for stream in &mut streams {
         stream

@@ -281,7 +281,7 @@ fn unfinished_messages_stay_within_the_budget() {
         let _ = stream.write_all(&begun);
         held();
     });
-    until("the rest is closed", || served.counters.open.value() < 150 && held() > BUDGET / 2);
+    until("the rest is closed", || served.counters.open.value() < 150 && held() > BUDGET / 4);
     assert_eq!(curl(&served, &certificate, "/nothing", &[]), " 204");
     drop((streams, raw));
     until("nothing is held", || served.counters.open.value() == 0);

@@ -3,7 +3,6 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use mqtt_publisher_lite::api::{self, Api, Request};
@@ -186,10 +185,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
         rules,
         Arc::clone(&metrics),
     );
-    let api = Api::new(Arc::new(provisioner), &config, metrics);
-    let down = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&down);
-    api.set_lanes_down(move || count.load(Ordering::Relaxed));
+    let api = Api::new(Arc::new(provisioner), &config, Arc::clone(&metrics));
     let ready = || {
         let request = Request {
             method: Method::Get,
@@ -206,7 +202,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
         (reply.status, String::from_utf8(reply.body).unwrap())
     };
     assert_eq!(ready().0, 200);
-    down.store(1, Ordering::Relaxed);
+    metrics.edge.lanes_down.set(1);
     let (status, body) = ready();
     assert_eq!(status, 503, "{body}");
     assert!(body.contains(r#""reasons":["lanes to workers that cannot be used: 1"]"#), "{body}");

@@ -14,7 +14,6 @@ use std::thread::{self, JoinHandle};
 use super::stream::{Received, Stream};
 use super::turns::Turns;
 use crate::clock;
-use crate::edge::poll::Waker;
 
 /// Enough for the largest numbers that RSA has.
 const STACK_BYTES: usize = 256 * 1024;
@@ -51,7 +50,6 @@ pub struct Handshakes {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    waker: Waker,
 }
 
 #[derive(Default)]
@@ -59,20 +57,19 @@ struct State {
     /// Steps that may sign, and those after the signature.
     costly: Turns<Step>,
     cheap: Turns<Step>,
-    done: Vec<Done>,
     stopped: bool,
 }
 
 impl Handshakes {
-    /// Starts the thread, which calls `waker` when a step is done.
+    /// Starts the thread, which gives each step to `done` when it is computed.
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub fn start(waker: Waker) -> io::Result<Self> {
-        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), waker });
+    pub fn start(done: impl Fn(Done) + Send + 'static) -> io::Result<Self> {
+        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
         let own = Arc::clone(&shared);
         let builder = thread::Builder::new().name("handshakes".to_owned()).stack_size(STACK_BYTES);
-        let thread = builder.spawn(move || own.work())?;
+        let thread = builder.spawn(move || own.work(&done))?;
         Ok(Handshakes { shared, thread: Some(thread) })
     }
 
@@ -90,11 +87,6 @@ impl Handshakes {
         let mut state = self.shared.lock();
         state.costly.remove(address, |step| step.at == at);
         state.cheap.remove(address, |step| step.at == at);
-    }
-
-    /// The steps that were computed since the last call.
-    pub fn take_done(&self) -> Vec<Done> {
-        std::mem::take(&mut self.shared.lock().done)
     }
 }
 
@@ -114,14 +106,12 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self) {
+    fn work(&self, done: &dyn Fn(Done)) {
         if let Err(e) = rustix::process::nice(NICE) {
             log::debug!("handshakes have the priority of all else: {e}");
         }
         while let Some(step) = self.next() {
-            let done = compute(step);
-            self.lock().done.push(done);
-            self.waker.wake();
+            done(compute(step));
         }
     }
 

@@ -10,12 +10,12 @@ use std::thread;
 use std::time::Duration;
 
 use log::LevelFilter;
-use mqtt_publisher_lite::api;
+use mqtt_publisher_lite::api::{self, Request};
 use mqtt_publisher_lite::config::{Log, LogFormat, certified_key};
-use mqtt_publisher_lite::edge::{Edge, Settings};
+use mqtt_publisher_lite::edge::{Answers, Edge, Settings};
 use mqtt_publisher_lite::http::{LaneKind, Reply};
 use mqtt_publisher_lite::logging;
-use mqtt_publisher_lite::server::{Call, Lane, answer, open_lanes};
+use mqtt_publisher_lite::server::{Lane, open_lanes};
 
 const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","version":"1.0.0"}"#;
 
@@ -34,9 +34,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     kinds.extend([LaneKind::Certificate, LaneKind::Bulk]);
     let lanes = open_lanes(&dir, &kinds)?;
     let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
-    for lane in lanes {
-        thread::spawn(move || work(&lane));
-    }
     let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, port).into());
     settings.classify = api::classify;
     if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
@@ -46,22 +43,26 @@ fn main() -> Result<(), Box<dyn Error>> {
     if let Ok(limit) = std::env::var("MAX_CONNECTIONS_PER_IP") {
         settings.max_connections_per_ip = limit.parse()?;
     }
-    Ok(Edge::open(settings, addresses)?.run()?)
+    let edge = Edge::open(settings, addresses)?;
+    for lane in lanes {
+        let answers = edge.answers();
+        thread::spawn(move || work(&lane, &answers));
+    }
+    Ok(edge.run()?)
 }
 
-fn work(lane: &Lane) {
-    let mut batch = Vec::new();
+fn work(lane: &Lane, answers: &Answers) {
     let bound = if lane.address().kind == LaneKind::Bulk { 1 } else { 16 };
-    while lane.next_batch(bound, Duration::ZERO, &mut batch) {
-        let replies = batch.iter().filter(|call| call.is_open()).map(reply).collect();
-        answer(std::mem::take(&mut batch), replies);
+    while let Some(batch) = lane.next_batch(bound, Duration::ZERO, answers) {
+        let replies = batch.requests.iter().map(reply).collect();
+        batch.answer(replies);
     }
 }
 
-fn reply(call: &Call) -> Reply {
-    let body = match call.target().split_once('?').map(|(_, n)| n.parse()) {
-        Some(Ok(n)) => vec![b'x'; n],
-        _ => BODY.as_bytes().to_vec(),
+fn reply(request: &Request) -> Reply {
+    let body = match request.query.parse() {
+        Ok(n) => vec![b'x'; n],
+        Err(_) => BODY.as_bytes().to_vec(),
     };
     Reply::of_type("application/json", body)
 }

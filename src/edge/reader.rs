@@ -4,9 +4,9 @@
 //! incomplete is copied. What a client sends behind a request waits, unread, until that request is
 //! answered.
 
-use super::BODY_MAX;
 use super::chunked::Decoder;
 use super::head::{self, Framing, Head, Origin};
+use super::settings::BODY_MAX;
 use crate::problem::Code;
 
 /// Empty lines before a request line that are read past (RFC 9112, 2.2, asks for one).
@@ -44,14 +44,14 @@ pub struct Request {
     pub head: Head,
 }
 
-/// What to do next.
+/// What came of bytes.
 #[derive(Clone, Copy, Debug)]
-pub enum Step {
-    /// Wait for more bytes.
-    More,
-    /// Tell the client to go on, then wait for more bytes.
-    Continue,
-    /// A request is whole.
+pub enum Taken {
+    /// Part of a request, or nothing.
+    Part,
+    /// The same, and the client waits to be told to send the body.
+    Expecting,
+    /// The rest of a request.
     Whole(Request),
 }
 
@@ -92,8 +92,8 @@ impl Reader {
         self.pending.capacity() + self.whole.capacity()
     }
 
-    /// The request is answered: the next one's turn.
-    pub fn answered(&mut self) {
+    /// The request is answered: it is the next one's turn.
+    pub fn next(&mut self) {
         self.state = State::Head;
         self.blank_lines = 0;
     }
@@ -122,20 +122,20 @@ impl Reader {
         input: &[u8],
         origin: Origin<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<Step, Code> {
+    ) -> Result<Taken, Code> {
         out.clear();
         if self.pending.is_empty() {
-            let (used, step) = self.read(input, origin, out)?;
+            let (used, taken) = self.read(input, origin, out)?;
             self.pending.extend_from_slice(input.get(used..).unwrap_or_default());
-            return Ok(step);
+            return Ok(taken);
         }
         let mut all = std::mem::take(&mut self.pending);
         all.extend_from_slice(input);
-        let (used, step) = self.read(&all, origin, out)?;
+        let (used, taken) = self.read(&all, origin, out)?;
         all.drain(..used);
         // Nothing is kept for a client that has nothing outstanding.
         self.pending = if all.is_empty() { Vec::new() } else { all };
-        Ok(step)
+        Ok(taken)
     }
 
     fn read(
@@ -143,22 +143,22 @@ impl Reader {
         input: &[u8],
         origin: Origin<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<(usize, Step), Code> {
+    ) -> Result<(usize, Taken), Code> {
         let mut used = 0;
         if matches!(self.state, State::Head) {
             used = self.skip_blank_lines(input)?;
             let rest = input.get(used..).unwrap_or_default();
             let Some(length) = head::find_end(rest, self.seen)? else {
                 self.seen = rest.len();
-                return Ok((used, Step::More));
+                return Ok((used, Taken::Part));
             };
             self.seen = 0;
             self.begin(rest.get(..length).unwrap_or_default(), origin, out)?;
             used += length;
         }
         let rest = input.get(used..).unwrap_or_default();
-        let (more, step) = self.body(rest, out)?;
-        Ok((used + more, step))
+        let (more, taken) = self.body(rest, out)?;
+        Ok((used + more, taken))
     }
 
     fn skip_blank_lines(&mut self, input: &[u8]) -> Result<usize, Code> {
@@ -186,7 +186,7 @@ impl Reader {
     }
 
     /// Takes what there is of the body. `out` holds the head, or nothing if `whole` does.
-    fn body(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Step), Code> {
+    fn body(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Taken), Code> {
         let stored = out.is_empty();
         let target = if stored { &mut self.whole } else { &mut *out };
         let (used, request, done) = match &mut self.state {
@@ -202,26 +202,26 @@ impl Reader {
                 head::fill_length(target, *head_length, length)?;
                 (used, *request, done)
             }
-            State::Head | State::Busy => return Ok((0, Step::More)),
+            State::Head | State::Busy => return Ok((0, Taken::Part)),
         };
         if done {
             self.state = State::Busy;
             out.extend_from_slice(&std::mem::take(&mut self.whole));
-            return Ok((used, Step::Whole(request)));
+            return Ok((used, Taken::Whole(request)));
         }
         if !stored {
             self.whole = out.to_vec();
             out.clear();
         }
         let waits = request.head.expects_continue && !stored && input.is_empty();
-        Ok((used, if waits { Step::Continue } else { Step::More }))
+        Ok((used, if waits { Taken::Expecting } else { Taken::Part }))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::edge::FIELDS_MAX;
+    use crate::edge::settings::FIELDS_MAX;
     use std::net::{IpAddr, Ipv4Addr};
 
     const ORIGIN: Origin<'static> = Origin {
@@ -256,16 +256,16 @@ mod tests {
             rest = tail;
             loop {
                 match reader.take(piece, ORIGIN, &mut out) {
-                    Ok(Step::Whole(_)) => {
+                    Ok(Taken::Whole(_)) => {
                         whole.push(out.clone());
                         assert_eq!(reader.phase(), Phase::Busy);
-                        reader.answered();
+                        reader.next();
                         piece = &[];
                         if reader.has_pending() {
                             continue;
                         }
                     }
-                    Ok(Step::More | Step::Continue) => {}
+                    Ok(Taken::Part | Taken::Expecting) => {}
                     Err(code) => return (whole, Some(code), most),
                 }
                 most = most.max(reader.held());
@@ -362,7 +362,7 @@ mod tests {
                 break;
             }
             if reader.phase() == Phase::Busy {
-                reader.answered();
+                reader.next();
             }
             if reader.phase() == Phase::Idle {
                 assert_eq!(reader.held(), 0);

@@ -1,0 +1,161 @@
+//! What other threads tell the edge. Whoever tells wakes it only if it sleeps: under load nobody makes
+//! a system call for it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::poll::Waker;
+
+/// Bytes of replies that may wait here; whoever has more to tell waits in its own thread. Without this
+/// a worker could make large replies faster than the edge counts them.
+const BYTES_MAX: usize = 256 * 1024;
+
+/// The edge's end.
+pub struct Inbox<T>(Arc<Shared<T>>);
+
+/// The other threads' end.
+pub struct Sender<T>(Arc<Shared<T>>);
+
+struct Shared<T> {
+    state: Mutex<State<T>>,
+    /// There is room again, or the edge is gone.
+    changed: Condvar,
+    asleep: AtomicBool,
+    waker: Waker,
+}
+
+struct State<T> {
+    mail: Vec<T>,
+    bytes: usize,
+    closed: bool,
+}
+
+impl<T> Inbox<T> {
+    /// An empty one; `waker` ends the edge's sleep.
+    pub fn new(waker: Waker) -> Self {
+        Inbox(Arc::new(Shared {
+            state: Mutex::new(State { mail: Vec::new(), bytes: 0, closed: false }),
+            changed: Condvar::new(),
+            asleep: AtomicBool::new(false),
+            waker,
+        }))
+    }
+
+    /// For another thread.
+    pub fn sender(&self) -> Sender<T> {
+        Sender(Arc::clone(&self.0))
+    }
+
+    /// Whether the edge may sleep: nothing is here, and whatever comes from now on will wake it.
+    pub fn may_sleep(&self) -> bool {
+        // Before the look: who sends after it sees that it has to wake the edge.
+        self.0.asleep.store(true, Ordering::SeqCst);
+        self.0.lock().mail.is_empty()
+    }
+
+    /// The edge is awake.
+    pub fn awake(&self) {
+        self.0.asleep.store(false, Ordering::SeqCst);
+    }
+
+    /// All that is here, in the order in which it came.
+    pub fn take(&self) -> Vec<T> {
+        let mut state = self.0.lock();
+        if state.bytes > 0 {
+            state.bytes = 0;
+            self.0.changed.notify_all();
+        }
+        std::mem::take(&mut state.mail)
+    }
+}
+
+impl<T> Drop for Inbox<T> {
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl<T> Sender<T> {
+    /// Tells the edge. `bytes` is what this costs until the edge takes it; while more waits than may,
+    /// it waits here.
+    pub fn send(&self, mail: impl IntoIterator<Item = T>, bytes: usize) {
+        let mut state = self.0.lock();
+        while bytes > 0 && state.bytes > BYTES_MAX && !state.closed {
+            state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.bytes += bytes;
+        state.mail.extend(mail);
+        drop(state);
+        if self.0.asleep.swap(false, Ordering::SeqCst) {
+            self.0.waker.wake();
+        }
+    }
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Sender(Arc::clone(&self.0))
+    }
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::edge::poll::Poll;
+
+    #[test]
+    fn nothing_is_overslept() {
+        let mut poll = Poll::new().unwrap();
+        let inbox = Inbox::new(poll.waker());
+        let senders: Vec<_> = (0..2_u64)
+            .map(|who| {
+                let sender = inbox.sender();
+                thread::spawn(move || (0..20_000).for_each(|n| sender.send([(who, n)], 1)))
+            })
+            .collect();
+        let mut next = [0, 0];
+        while next != [20_000, 20_000] {
+            if inbox.may_sleep() {
+                poll.wait(None).unwrap();
+            }
+            inbox.awake();
+            for (who, n) in inbox.take() {
+                assert_eq!(next[who as usize], n, "in order");
+                next[who as usize] += 1;
+            }
+        }
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
+    }
+
+    #[test]
+    fn who_has_too_much_to_tell_waits_until_it_is_taken_or_nobody_is_there() {
+        let poll = Poll::new().unwrap();
+        let inbox = Inbox::new(poll.waker());
+        let sender = inbox.sender();
+        sender.send([1], BYTES_MAX + 1);
+        sender.send([2], 0);
+        let waiting = thread::spawn(move || {
+            sender.send([3], 1);
+            sender.send([4], BYTES_MAX);
+            sender.send([5], BYTES_MAX);
+            sender.send([6], 1);
+        });
+        let mut got = inbox.take();
+        assert_eq!(got, [1, 2]);
+        while got.len() < 4 {
+            got.extend(inbox.take());
+            thread::yield_now();
+        }
+        drop(inbox);
+        waiting.join().unwrap();
+    }
+}
