@@ -27,6 +27,14 @@
 //! | 4 | [`server`] | layer 0, [`api`], [`edge`] |
 //! | 5 | [`service`] [`cli`] [`logging`] [`notify`] `main` | everything |
 //!
+//! Words of our own:
+//! - *edge*: the one thread that speaks with clients; nothing else reads what they send.
+//! - *lane*: the way of requests from the edge to one worker: a Unix connection, on which only requests
+//!   travel, and the edge's inbox, in which the answers come back.
+//! - *session*: one connection as the edge sees it, from its beginning to its end.
+//! - *place*: a connection's number among those that there may be; another has it later.
+//! - *ticket*: what the edge keeps of a request that it has handed on.
+//!
 //! Invariants:
 //! - [`provisioner`] knows no HTTP, no Redis, no environment. Only `main` reads the environment;
 //!   only [`clock`] reads the time, everyone else is given `now`.

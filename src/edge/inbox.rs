@@ -17,14 +17,14 @@ pub struct Inbox<T>(Arc<Shared<T>>);
 pub struct Sender<T>(Arc<Shared<T>>);
 
 struct Shared<T> {
-    state: Mutex<State<T>>,
+    state: Mutex<Waiting<T>>,
     /// There is room again, or the edge is gone.
     changed: Condvar,
     asleep: AtomicBool,
     waker: Waker,
 }
 
-struct State<T> {
+struct Waiting<T> {
     mail: Vec<T>,
     bytes: usize,
     closed: bool,
@@ -34,7 +34,7 @@ impl<T> Inbox<T> {
     /// An empty one; `waker` ends the edge's sleep.
     pub fn new(waker: Waker) -> Self {
         Inbox(Arc::new(Shared {
-            state: Mutex::new(State { mail: Vec::new(), bytes: 0, closed: false }),
+            state: Mutex::new(Waiting { mail: Vec::new(), bytes: 0, closed: false }),
             changed: Condvar::new(),
             asleep: AtomicBool::new(false),
             waker,
@@ -100,7 +100,7 @@ impl<T> Clone for Sender<T> {
 }
 
 impl<T> Shared<T> {
-    fn lock(&self) -> MutexGuard<'_, State<T>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

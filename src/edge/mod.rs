@@ -6,7 +6,7 @@
 //! memory. So a client that is slow, huge, malformed or many costs a descriptor and a few hundred
 //! bytes, never a thread.
 //!
-//! In reading order, and each imports only what stands above it:
+//! In reading order, and each imports only what stands before it, which a test holds:
 //! - [`settings`] is what all of them use; [`limits`] says what all clients together may hold and
 //!   [`proxies`] who the client is behind a proxy; [`poll`] waits for sockets, [`inbox`] for other
 //!   threads, [`timers`] for deadlines.
@@ -14,7 +14,8 @@
 //!   requests, and [`session`] is what happens to one connection from its beginning to its end. No I/O
 //!   in these four.
 //! - [`lane`] is our end of the lanes; [`render`] is what a client gets to read; [`tls`] is one
-//!   connection's encryption; [`client`] is its socket, and [`unsent`] what that did not take yet.
+//!   connection's encryption; [`unsent`] is what a socket did not take yet, and [`client`] is that
+//!   socket.
 //! - [`listen`] lets clients in; [`connections`] keeps them, [`serve`] does what their sessions want,
 //!   and [`run`] is the loop.
 
@@ -38,5 +39,5 @@ mod timers;
 mod tls;
 mod unsent;
 
-pub use run::{Answers, Edge, Handle, OpenError};
+pub use run::{Edge, Handle, OpenError, Outbox};
 pub use settings::{BODY_MAX, Deadlines, LaneAddress, NOBODY, PRIVATE_FIELD, Settings};

@@ -15,7 +15,7 @@ const BLANK_LINES_MAX: u8 = 4;
 /// Where a client stands with its present request.
 #[derive(Default)]
 pub struct Reader {
-    state: State,
+    next: Next,
     /// Bytes that came in and are not read yet: part of a head, or what waits behind a request.
     pending: Vec<u8>,
     /// How much of `pending` was searched for the end of the head.
@@ -26,18 +26,18 @@ pub struct Reader {
 }
 
 #[derive(Default)]
-enum State {
+enum Next {
     #[default]
     Head,
-    Length(Request, usize),
-    Chunked(Request, usize, Decoder),
+    Length(Ticket, usize),
+    Chunked(Ticket, usize, Decoder),
     /// A request is being answered.
     Busy,
 }
 
-/// What is known of a whole request besides the bytes for the lane.
+/// What stays here of a request that was handed on.
 #[derive(Clone, Copy, Debug)]
-pub struct Request {
+pub struct Ticket {
     /// The number in the private field.
     pub number: u64,
     /// What the head said.
@@ -52,7 +52,7 @@ pub enum Taken {
     /// The same, and the client waits to be told to send the body.
     Expecting,
     /// The rest of a request.
-    Whole(Request),
+    Whole(Ticket),
 }
 
 /// What a client that sends nothing more would be late with.
@@ -71,19 +71,19 @@ pub enum Phase {
 impl Reader {
     /// Where the client stands.
     pub fn phase(&self) -> Phase {
-        match self.state {
-            State::Head if self.pending.is_empty() => Phase::Idle,
-            State::Head => Phase::Head,
-            State::Length(..) | State::Chunked(..) => Phase::Body,
-            State::Busy => Phase::Busy,
+        match self.next {
+            Next::Head if self.pending.is_empty() => Phase::Idle,
+            Next::Head => Phase::Head,
+            Next::Length(..) | Next::Chunked(..) => Phase::Body,
+            Next::Busy => Phase::Busy,
         }
     }
 
     /// What is known of the request whose body is being read.
     pub fn head(&self) -> Option<Head> {
-        match &self.state {
-            State::Length(request, _) | State::Chunked(request, ..) => Some(request.head),
-            State::Head | State::Busy => None,
+        match &self.next {
+            Next::Length(request, _) | Next::Chunked(request, ..) => Some(request.head),
+            Next::Head | Next::Busy => None,
         }
     }
 
@@ -93,8 +93,8 @@ impl Reader {
     }
 
     /// The request is answered: it is the next one's turn.
-    pub fn next(&mut self) {
-        self.state = State::Head;
+    pub fn go_on(&mut self) {
+        self.next = Next::Head;
         self.blank_lines = 0;
     }
 
@@ -110,7 +110,7 @@ impl Reader {
 
     /// Forgets everything that is held; nothing more will be read from this client.
     pub fn stop(&mut self) {
-        *self = Reader { state: State::Busy, ..Reader::default() };
+        *self = Reader { next: Next::Busy, ..Reader::default() };
     }
 
     /// Takes `input`; a request that it makes whole is written to `out`.
@@ -145,7 +145,7 @@ impl Reader {
         out: &mut Vec<u8>,
     ) -> Result<(usize, Taken), Code> {
         let mut used = 0;
-        if matches!(self.state, State::Head) {
+        if matches!(self.next, Next::Head) {
             used = self.skip_blank_lines(input)?;
             let rest = input.get(used..).unwrap_or_default();
             let Some(length) = head::find_end(rest, self.seen)? else {
@@ -177,10 +177,10 @@ impl Reader {
     /// Writes the head for the lane at the start of `out`.
     fn begin(&mut self, buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<(), Code> {
         let head = head::read(buf, origin, out)?;
-        let request = Request { number: origin.number, head };
-        self.state = match head.framing {
-            Framing::Length(length) => State::Length(request, length),
-            Framing::Chunked => State::Chunked(request, out.len(), Decoder::default()),
+        let request = Ticket { number: origin.number, head };
+        self.next = match head.framing {
+            Framing::Length(length) => Next::Length(request, length),
+            Framing::Chunked => Next::Chunked(request, out.len(), Decoder::default()),
         };
         Ok(())
     }
@@ -189,23 +189,23 @@ impl Reader {
     fn body(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Taken), Code> {
         let stored = out.is_empty();
         let target = if stored { &mut self.whole } else { &mut *out };
-        let (used, request, done) = match &mut self.state {
-            State::Length(request, left) => {
+        let (used, request, done) = match &mut self.next {
+            Next::Length(request, left) => {
                 let part = input.get(..*left).unwrap_or(input);
                 target.extend_from_slice(part);
                 *left -= part.len();
                 (part.len(), *request, *left == 0)
             }
-            State::Chunked(request, head_length, decoder) => {
+            Next::Chunked(request, head_length, decoder) => {
                 let (used, done) = decoder.feed(input, target, BODY_MAX)?;
                 let length = target.len() - *head_length;
                 head::fill_length(target, *head_length, length)?;
                 (used, *request, done)
             }
-            State::Head | State::Busy => return Ok((0, Taken::Part)),
+            Next::Head | Next::Busy => return Ok((0, Taken::Part)),
         };
         if done {
-            self.state = State::Busy;
+            self.next = Next::Busy;
             out.extend_from_slice(&std::mem::take(&mut self.whole));
             return Ok((used, Taken::Whole(request)));
         }
@@ -259,7 +259,7 @@ mod tests {
                     Ok(Taken::Whole(_)) => {
                         whole.push(out.clone());
                         assert_eq!(reader.phase(), Phase::Busy);
-                        reader.next();
+                        reader.go_on();
                         piece = &[];
                         if reader.has_pending() {
                             continue;
@@ -362,7 +362,7 @@ mod tests {
                 break;
             }
             if reader.phase() == Phase::Busy {
-                reader.next();
+                reader.go_on();
             }
             if reader.phase() == Phase::Idle {
                 assert_eq!(reader.held(), 0);

@@ -20,7 +20,7 @@ use super::limits::raise_open_files;
 use super::listen::{BACKLOG, Listener};
 use super::poll::{Poll, Ready};
 use super::settings::{LaneAddress, Settings};
-use super::tls::{Acceptor, Done, Handshakes, STATE_HELD};
+use super::tls::{Acceptor, Computed, Handshakes, STATE_HELD};
 use crate::clock::{self, Now};
 use crate::http::Reply;
 
@@ -52,7 +52,7 @@ pub struct Edge {
 /// What other threads tell the edge.
 enum Mail {
     Answer { number: u64, reply: Reply },
-    Handshake(Done),
+    Handshake(Computed),
     Prove(Answered),
     Stop,
 }
@@ -62,14 +62,14 @@ type Answered = Box<dyn FnOnce() + Send>;
 
 /// Takes the answers of a worker to whom they are for: the number of a request, and its reply.
 #[derive(Clone)]
-pub struct Answers(Arc<Deliver>);
+pub struct Outbox(Arc<Deliver>);
 
 type Deliver = dyn Fn(Vec<(u64, Reply)>) + Send + Sync;
 
-impl Answers {
+impl Outbox {
     /// To whom they are for is `deliver`'s to say.
     pub fn to(deliver: impl Fn(Vec<(u64, Reply)>) + Send + Sync + 'static) -> Self {
-        Answers(Arc::new(deliver))
+        Outbox(Arc::new(deliver))
     }
 
     /// Delivers these.
@@ -159,7 +159,7 @@ impl Edge {
         let inbox = Inbox::new(poll.waker());
         let secure = acceptor.clone().map(|acceptor| {
             let sender = inbox.sender();
-            let done = move |done| sender.send([Mail::Handshake(done)], 0);
+            let done = move |step| sender.send([Mail::Handshake(step)], 0);
             Handshakes::start(done).map(|handshakes| Secure { acceptor, handshakes })
         });
         let secure = secure.transpose()?;
@@ -194,9 +194,9 @@ impl Edge {
     }
 
     /// For a worker, which waits there while the edge has more answers than it can take.
-    pub fn answers(&self) -> Answers {
+    pub fn outbox(&self) -> Outbox {
         let sender = self.inbox.sender();
-        Answers::to(move |answers| {
+        Outbox::to(move |answers| {
             let bytes = answers.iter().map(|(_, reply)| reply.body.len()).sum();
             let mail = answers.into_iter().map(|(number, reply)| Mail::Answer { number, reply });
             sender.send(mail, bytes);
@@ -247,7 +247,7 @@ impl Edge {
         let Edge { connections, lanes, .. } = self;
         match mail {
             Mail::Answer { number, reply } => connections.answered(number, reply, lanes, now),
-            Mail::Handshake(done) => connections.handshake_done(done, lanes, now),
+            Mail::Handshake(computed) => connections.handshake_computed(computed, lanes, now),
             Mail::Prove(answered) => {
                 self.proving = Some(answered);
                 for lane in lanes.iter_mut() {

@@ -9,11 +9,11 @@ use super::head::{Head, Origin};
 use super::lane::{Lanes, Waiting};
 use super::limits::counted_as;
 use super::poll::Ready;
-use super::reader::Request;
+use super::reader::Ticket;
 use super::render;
 use super::session::{Action, Event};
 use super::settings::Wait;
-use super::tls::{Done, Step};
+use super::tls::{Computed, HandshakeStep};
 use crate::clock::Now;
 use crate::http::Reply;
 use crate::problem::Code;
@@ -97,14 +97,14 @@ impl Connections {
             return;
         };
         if let Some(tls) = connection.client.lend_tls() {
-            let step = Step { at, serial: connection.serial, tls };
+            let step = HandshakeStep { at, serial: connection.serial, tls };
             secure.handshakes.submit(counted_as(connection.peer), step);
         }
     }
 
     /// Takes back the TLS of a client whose step was computed.
-    pub fn handshake_done(&mut self, done: Done, lanes: &mut Lanes, now: Now) {
-        let Done { step: Step { at, serial, tls }, plain, outcome } = done;
+    pub fn handshake_computed(&mut self, computed: Computed, lanes: &mut Lanes, now: Now) {
+        let Computed { step: HandshakeStep { at, serial, tls }, plain, outcome } = computed;
         let connection = connection(&mut self.places, at).filter(|c| c.serial == serial);
         let Some(connection) = connection else { return };
         let input = connection.client.return_tls(tls, outcome, &plain);
@@ -208,7 +208,7 @@ impl Connections {
         match action {
             Action::Wait => {}
             Action::Continue => self.with_client(at, |client| client.send(GO_ON, 0)),
-            Action::Dispatch(request) => return self.dispatch(at, &request, lanes, now),
+            Action::Dispatch(ticket) => return self.dispatch(at, &ticket, lanes, now),
             Action::Reply { reply, head, keep_alive } => {
                 return self.reply(at, &reply, Some(&head), keep_alive, now);
             }
@@ -230,12 +230,12 @@ impl Connections {
     fn dispatch(
         &mut self,
         at: usize,
-        request: &Request,
+        ticket: &Ticket,
         lanes: &mut Lanes,
         now: Now,
     ) -> Option<Event<'static>> {
         let fits = self.make_room(lanes.held() + self.request_bytes.len());
-        if !fits || !lanes.push(request, at, &self.request_bytes, now.mono_ms) {
+        if !fits || !lanes.push(ticket, at, &self.request_bytes, now.mono_ms) {
             return Some(Event::Refused(Code::ServiceUnavailable));
         }
         self.counters.requests.add(1);

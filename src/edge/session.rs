@@ -6,7 +6,7 @@
 //! it still sends (RFC 9112, 9.6).
 
 use super::head::{Head, Origin};
-use super::reader::{Phase, Reader, Request, Taken};
+use super::reader::{Phase, Reader, Taken, Ticket};
 use super::settings::Wait;
 use crate::http::Reply;
 use crate::problem::Code;
@@ -31,7 +31,7 @@ enum State {
     /// A request is awaited, or read.
     Reading,
     /// This request waits for its lane.
-    Working(Request),
+    Working(Ticket),
     /// A reply is on its way; after it the client may ask again, or not.
     Replying {
         keep_alive: bool,
@@ -71,7 +71,7 @@ pub enum Action {
     /// Tell the client to send the body.
     Continue,
     /// Hand the request on to its lane.
-    Dispatch(Request),
+    Dispatch(Ticket),
     /// Send the reply to this request, and say what becomes of the connection.
     Reply {
         /// What the worker answered.
@@ -137,7 +137,7 @@ impl Session {
     /// The number of the request that waits for its lane.
     pub fn works_on(&self) -> Option<u64> {
         match self.state {
-            State::Working(request) => Some(request.number),
+            State::Working(ticket) => Some(ticket.number),
             _ => None,
         }
     }
@@ -179,8 +179,8 @@ impl Session {
             State::Reading => match self.reader.take(bytes, origin, whole) {
                 Ok(Taken::Part) => self.await_rest(Action::Wait),
                 Ok(Taken::Expecting) => self.await_rest(Action::Continue),
-                Ok(Taken::Whole(request)) => {
-                    self.enter(State::Working(request), Wait::Work, Action::Dispatch(request))
+                Ok(Taken::Whole(ticket)) => {
+                    self.enter(State::Working(ticket), Wait::Work, Action::Dispatch(ticket))
                 }
                 Err(code) => self.refuse(code),
             },
@@ -214,7 +214,7 @@ impl Session {
     }
 
     fn answered(&mut self, reply: Reply) -> Step {
-        let State::Working(Request { head, .. }) = self.state else { return stay(Action::Wait) };
+        let State::Working(Ticket { head, .. }) = self.state else { return stay(Action::Wait) };
         let keep_alive = head.keep_alive && !self.is_last;
         let action = Action::Reply { reply, head, keep_alive };
         self.enter(State::Replying { keep_alive }, Wait::Write, action)
@@ -223,7 +223,7 @@ impl Session {
     fn flushed(&mut self) -> Step {
         match self.state {
             State::Replying { keep_alive: true } if !self.is_last => {
-                self.reader.next();
+                self.reader.go_on();
                 let pending = self.reader.has_pending();
                 self.enter(State::Reading, Wait::KeepAlive, Action::ReadOn { pending })
             }
@@ -234,7 +234,7 @@ impl Session {
 
     fn refuse(&mut self, code: Code) -> Step {
         let head = match self.state {
-            State::Working(request) => Some(request.head),
+            State::Working(ticket) => Some(ticket.head),
             State::Reading => self.reader.head(),
             // There is a reply under way already, or nobody who could read one.
             _ => return self.close(),

@@ -6,13 +6,13 @@
 
 use super::settings::{Deadlines, Wait};
 
-/// "No connection" in a link.
+/// "No connection" in a node.
 const NONE: u32 = u32::MAX;
 
 /// `N` ordered lists over the same connections; each connection stands in at most one.
 pub struct Lists<const N: usize> {
     ends: [Ends; N],
-    links: Vec<Link>,
+    nodes: Vec<Node>,
 }
 
 #[derive(Clone, Copy)]
@@ -22,18 +22,18 @@ struct Ends {
 }
 
 #[derive(Clone, Copy)]
-struct Link {
+struct Node {
     prev: u32,
     next: u32,
     list: Option<u8>,
 }
 
-const FREE: Link = Link { prev: NONE, next: NONE, list: None };
+const FREE: Node = Node { prev: NONE, next: NONE, list: None };
 
 impl<const N: usize> Lists<N> {
     /// Empty lists for the connections 0 to `size` - 1.
     pub fn new(size: usize) -> Self {
-        Lists { ends: [Ends { first: NONE, last: NONE }; N], links: vec![FREE; size] }
+        Lists { ends: [Ends { first: NONE, last: NONE }; N], nodes: vec![FREE; size] }
     }
 
     /// Moves the connection to the end of `list`.
@@ -44,11 +44,11 @@ impl<const N: usize> Lists<N> {
         else {
             return;
         };
-        let Some(link) = self.links.get_mut(at) else { return };
+        let Some(node) = self.nodes.get_mut(at) else { return };
         let last = ends.last;
-        *link = Link { prev: last, next: NONE, list: Some(name) };
+        *node = Node { prev: last, next: NONE, list: Some(name) };
         ends.last = me;
-        match self.links.get_mut(last as usize) {
+        match self.nodes.get_mut(last as usize) {
             Some(before) => before.next = me,
             None => ends.first = me,
         }
@@ -56,14 +56,14 @@ impl<const N: usize> Lists<N> {
 
     /// Takes the connection out of the list it stands in.
     pub fn remove(&mut self, at: usize) {
-        let Some(link) = self.links.get_mut(at) else { return };
-        let Link { prev, next, list: Some(list) } = std::mem::replace(link, FREE) else { return };
+        let Some(node) = self.nodes.get_mut(at) else { return };
+        let Node { prev, next, list: Some(list) } = std::mem::replace(node, FREE) else { return };
         let Some(ends) = self.ends.get_mut(usize::from(list)) else { return };
-        match self.links.get_mut(prev as usize) {
+        match self.nodes.get_mut(prev as usize) {
             Some(before) => before.next = next,
             None => ends.first = next,
         }
-        match self.links.get_mut(next as usize) {
+        match self.nodes.get_mut(next as usize) {
             Some(after) => after.prev = prev,
             None => ends.last = prev,
         }
@@ -76,7 +76,7 @@ impl<const N: usize> Lists<N> {
 
     /// From the longest standing in `list` to the latest.
     pub fn iter(&self, list: usize) -> impl Iterator<Item = usize> + '_ {
-        let next = |at: &usize| known(self.links.get(*at)?.next);
+        let next = |at: &usize| known(self.nodes.get(*at)?.next);
         std::iter::successors(self.front(list), next)
     }
 }

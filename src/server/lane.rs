@@ -24,7 +24,7 @@ use tiny_http::Server;
 
 use crate::api::Request;
 use crate::clock;
-use crate::edge::{self, Answers, LaneAddress};
+use crate::edge::{self, LaneAddress, Outbox};
 use crate::http::{LaneKind, Method, Reply};
 use crate::problem::Code;
 
@@ -72,10 +72,10 @@ impl Error for LaneError {}
 ///
 /// # Errors
 /// When a socket cannot be made there.
-pub fn open_lanes(dir: &Path, kinds: &[LaneKind]) -> Result<Vec<Lane>, LaneError> {
+pub fn open_lanes(dir: &Path, kinds: &[LaneKind]) -> Result<Vec<LaneServer>, LaneError> {
     make_private(dir).map_err(|e| LaneError::Open(dir.to_path_buf(), e.into()))?;
     let lane =
-        |(i, kind): (usize, &LaneKind)| Lane::open(dir.join(format!("lane-{i}.sock")), *kind);
+        |(i, kind): (usize, &LaneKind)| LaneServer::open(dir.join(format!("lane-{i}.sock")), *kind);
     kinds.iter().enumerate().map(lane).collect()
 }
 
@@ -86,7 +86,7 @@ fn make_private(dir: &Path) -> io::Result<()> {
 }
 
 /// The worker's end of a lane.
-pub struct Lane {
+pub struct LaneServer {
     shared: Arc<Shared>,
     address: LaneAddress,
 }
@@ -104,7 +104,7 @@ impl Shared {
     }
 }
 
-/// Ends a lane's [`Lane::next_batch`] from another thread.
+/// Ends a lane's [`LaneServer::next_batch`] from another thread.
 #[derive(Clone)]
 pub struct Stopper(Arc<Shared>);
 
@@ -118,14 +118,14 @@ impl Stopper {
     }
 }
 
-impl Lane {
+impl LaneServer {
     fn open(path: PathBuf, kind: LaneKind) -> Result<Self, LaneError> {
         if path.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(LaneError::PathTooLong(path));
         }
         let max_waiting = if kind == LaneKind::Bulk { MAX_WAITING_BULK } else { MAX_WAITING };
         let address = LaneAddress { kind, path: path.clone(), max_waiting };
-        let lane = Lane { shared: Arc::default(), address };
+        let lane = LaneServer { shared: Arc::default(), address };
         lane.listen().map_err(|e| LaneError::Open(path, e))?;
         Ok(lane)
     }
@@ -155,8 +155,8 @@ impl Lane {
 
     /// Waits for a request, then takes up to `bound` with those that wait behind it, or come before
     /// nothing has come for `pause`. `None` when [`Stopper::stop`] was called.
-    pub fn next_batch(&self, bound: usize, pause: Duration, answers: &Answers) -> Option<Batch> {
-        let mut batch = Batch::new(answers.clone());
+    pub fn next_batch(&self, bound: usize, pause: Duration, outbox: &Outbox) -> Option<Batch> {
+        let mut batch = Batch::new(outbox.clone());
         while let Some(server) = self.server() {
             match self.fill(&server, bound, pause, &mut batch) {
                 Ok(false) => return None,
@@ -235,14 +235,14 @@ pub struct Batch {
     pub requests: Vec<Request>,
     /// The number of each.
     numbers: Vec<u64>,
-    /// Answers for which nobody needs to be asked.
+    /// Outbox for which nobody needs to be asked.
     known: Vec<(u64, Reply)>,
-    answers: Answers,
+    outbox: Outbox,
 }
 
 impl Batch {
-    fn new(answers: Answers) -> Self {
-        Batch { requests: Vec::new(), numbers: Vec::new(), known: Vec::new(), answers }
+    fn new(outbox: Outbox) -> Self {
+        Batch { requests: Vec::new(), numbers: Vec::new(), known: Vec::new(), outbox }
     }
 
     fn len(&self) -> usize {
@@ -273,7 +273,7 @@ impl Batch {
         drop(request.into_writer());
     }
 
-    /// Answers the requests in their order with these.
+    /// Outbox the requests in their order with these.
     pub fn answer(mut self, replies: Vec<Reply>) {
         self.send(replies);
     }
@@ -283,7 +283,7 @@ impl Batch {
         let mut answers = std::mem::take(&mut self.known);
         answers.extend(std::mem::take(&mut self.numbers).into_iter().zip(replies));
         if !answers.is_empty() {
-            self.answers.send(answers);
+            self.outbox.send(answers);
         }
     }
 }
@@ -350,9 +350,9 @@ mod tests {
 
     /// A lane in a folder of its own, and the answers of its worker.
     struct Staged {
-        lane: Lane,
+        lane: LaneServer,
         dir: PathBuf,
-        answers: Answers,
+        outbox: Outbox,
         answered: mpsc::Receiver<(u64, Reply)>,
     }
 
@@ -361,10 +361,10 @@ mod tests {
             let dir = folder(name);
             let lane = open_lanes(&dir, &[LaneKind::Plain]).unwrap().remove(0);
             let (sender, answered) = mpsc::channel();
-            let answers = Answers::to(move |answers| {
+            let outbox = Outbox::to(move |answers| {
                 answers.into_iter().for_each(|answer| sender.send(answer).unwrap());
             });
-            Staged { lane, dir, answers, answered }
+            Staged { lane, dir, outbox, answered }
         }
 
         fn connect(&self) -> UnixStream {
@@ -372,7 +372,7 @@ mod tests {
         }
 
         fn next_batch(&self) -> Batch {
-            self.lane.next_batch(16, Duration::from_millis(200), &self.answers).unwrap()
+            self.lane.next_batch(16, Duration::from_millis(200), &self.outbox).unwrap()
         }
 
         /// Status and body of the answers to these requests.

@@ -18,12 +18,12 @@ use rustls::sign::CertifiedKey;
 
 use crate::api::{self, Api};
 use crate::config::Config;
-use crate::edge::{self, Answers, Edge};
+use crate::edge::{self, Edge, Outbox};
 use crate::http::LaneKind;
 use crate::metrics::EdgeCounters;
 use crate::stderr;
 
-pub use lane::{Batch, Lane, LaneError, Stopper, open_lanes};
+pub use lane::{Batch, LaneError, LaneServer, Stopper, open_lanes};
 
 /// Most requests in one batch while the store is near. More would move all clients in one lump.
 const BATCH: usize = 16;
@@ -84,8 +84,8 @@ impl Server {
         let handle = edge.handle();
         let mut workers = Vec::new();
         for lane in lanes {
-            let (stopper, api, answers) = (lane.stopper(), Arc::clone(api), edge.answers());
-            workers.push((stopper, spawn("worker", move || work(&lane, &api, &answers))?));
+            let (stopper, api, outbox) = (lane.stopper(), Arc::clone(api), edge.outbox());
+            workers.push((stopper, spawn("worker", move || work(&lane, &api, &outbox))?));
         }
         let edge = spawn("edge", move || {
             let run = catch_unwind(AssertUnwindSafe(|| edge.run()));
@@ -160,14 +160,14 @@ fn edge_settings(
     }
 }
 
-fn work(lane: &Lane, api: &Api, answers: &Answers) {
+fn work(lane: &LaneServer, api: &Api, outbox: &Outbox) {
     let is_bulk = lane.address().kind == LaneKind::Bulk;
     let mut last = 0;
     loop {
         let (bound, pause) = pace(api.store_round_trip(), last);
         // The replies to a batch are held until all are made: large ones are made one by one.
         let bound = if is_bulk { 1 } else { bound };
-        let Some(batch) = lane.next_batch(bound, pause, answers) else { return };
+        let Some(batch) = lane.next_batch(bound, pause, outbox) else { return };
         last = batch.requests.len();
         // What panics outside a handler costs its batch, which answers 500 as it is dropped.
         let _ = catch_unwind(AssertUnwindSafe(|| serve(api, batch)));

@@ -9,10 +9,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mqtt_publisher_lite::api::{self, Request};
-use mqtt_publisher_lite::edge::{Answers, Edge, Handle, LaneAddress, Settings};
+use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Settings};
 use mqtt_publisher_lite::http::{LaneKind, Reply};
 use mqtt_publisher_lite::metrics::EdgeCounters;
-use mqtt_publisher_lite::server::{Lane, Stopper, open_lanes};
+use mqtt_publisher_lite::server::{LaneServer, Stopper, open_lanes};
 
 use crate::support::temp::TempDir;
 
@@ -55,8 +55,8 @@ pub fn serve_in_lanes(
     let workers = lanes
         .into_iter()
         .map(|lane| {
-            let (handled, answers) = (Arc::clone(&handled), edge.answers());
-            (lane.stopper(), thread::spawn(move || work(&lane, &answers, &handled)))
+            let (handled, outbox) = (Arc::clone(&handled), edge.outbox());
+            (lane.stopper(), thread::spawn(move || work(&lane, &outbox, &handled)))
         })
         .collect();
     let (addr, handle) = (edge.local_addr(), edge.handle());
@@ -66,9 +66,9 @@ pub fn serve_in_lanes(
     served
 }
 
-fn work(lane: &Lane, answers: &Answers, handled: &AtomicU64) {
+fn work(lane: &LaneServer, outbox: &Outbox, handled: &AtomicU64) {
     // One by one, so that one that panics or waits costs itself only.
-    while let Some(batch) = lane.next_batch(1, Duration::ZERO, answers) {
+    while let Some(batch) = lane.next_batch(1, Duration::ZERO, outbox) {
         let run = std::panic::AssertUnwindSafe(|| {
             let replies = batch.requests.iter().map(|request| {
                 handled.fetch_add(1, Ordering::Relaxed);

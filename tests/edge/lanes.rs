@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::{one_response, statuses, to_end, until};
-use mqtt_publisher_lite::edge::{Answers, Edge, Handle, LaneAddress, Settings};
+use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Settings};
 use mqtt_publisher_lite::http::{LaneKind, Reply};
 use mqtt_publisher_lite::metrics::EdgeCounters;
 
@@ -24,12 +24,12 @@ struct Staged {
 struct Asked<'a> {
     number: u64,
     stream: &'a mut UnixStream,
-    answers: &'a Answers,
+    outbox: &'a Outbox,
 }
 
 impl Asked<'_> {
     fn answer(&self, number: u64, body: &str) {
-        self.answers.send(vec![(number, Reply::of_type("text/plain", body))]);
+        self.outbox.send(vec![(number, Reply::of_type("text/plain", body))]);
     }
 
     fn well(&self) -> bool {
@@ -61,10 +61,10 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
     let counters = Arc::clone(&settings.counters);
     let edge = Edge::open(settings, paths.into_iter().map(address).collect()).unwrap();
     for (worker, listener) in workers.into_iter().zip(listeners) {
-        let answers = edge.answers();
+        let outbox = edge.outbox();
         thread::spawn(move || {
             for stream in listener.incoming() {
-                play(stream.unwrap(), &answers, &worker);
+                play(stream.unwrap(), &outbox, &worker);
             }
         });
     }
@@ -74,8 +74,8 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
     staged
 }
 
-/// Answers proofs as it should, and leaves the rest to `worker`.
-fn play(mut stream: UnixStream, answers: &Answers, worker: &Worker) {
+/// Outbox proofs as it should, and leaves the rest to `worker`.
+fn play(mut stream: UnixStream, outbox: &Outbox, worker: &Worker) {
     let (mut text, mut byte) = (String::new(), [0]);
     while stream.read(&mut byte).is_ok_and(|n| n == 1) {
         text.push(byte[0].into());
@@ -87,8 +87,8 @@ fn play(mut stream: UnixStream, answers: &Answers, worker: &Worker) {
         let is_proof = text.starts_with("OPTIONS *");
         text.clear();
         if is_proof {
-            answers.send(vec![(number, Reply::empty(204))]);
-        } else if !worker(Asked { number, stream: &mut stream, answers }) {
+            outbox.send(vec![(number, Reply::empty(204))]);
+        } else if !worker(Asked { number, stream: &mut stream, outbox }) {
             return;
         }
     }
@@ -179,7 +179,7 @@ fn answers_come_in_any_order() {
         if waiting.len() == 8 {
             let numbers = waiting.drain(..).rev();
             let text = |number: u64| Reply::of_type("text/plain", number.to_string());
-            asked.answers.send(numbers.map(|number| (number, text(number))).collect());
+            asked.outbox.send(numbers.map(|number| (number, text(number))).collect());
         }
         true
     });

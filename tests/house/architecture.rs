@@ -117,6 +117,33 @@ fn concrete_stores_are_named_by_the_stores_and_by_the_service_only() {
     }
 }
 
+/// The order stands once, in the documentation of `src/edge/mod.rs`, and is read from there.
+#[test]
+fn the_rooms_of_the_edge_know_only_those_that_stand_before_them() {
+    let face = fs::read_to_string(root().join("src/edge/mod.rs")).unwrap();
+    let (_, order) = face.split_once("In reading order").unwrap();
+    let order: String = order.lines().take_while(|line| !line.starts_with("mod ")).collect();
+    let order: Vec<&str> = order.split("[`").skip(1).filter_map(|p| p.split('`').next()).collect();
+    let place = |room: &str| order.iter().position(|name| *name == room);
+    let rooms: BTreeSet<&str> =
+        face.lines().filter_map(|l| l.split_once("mod ")?.1.strip_suffix(';')).collect();
+    assert_eq!(order.iter().copied().collect::<BTreeSet<_>>(), rooms);
+    for source in sources().iter().filter(|source| source.module().len() > 1) {
+        let module = source.module();
+        if module[0] != "edge" {
+            continue;
+        }
+        let own = place(&module[1]).unwrap();
+        for path in paths_of(source.program()) {
+            let up = if module.len() == 2 { path.strip_prefix("super::") } else { None };
+            let Some(path) = path.strip_prefix("crate::edge::").or(up) else { continue };
+            let whom = path.split("::").next().unwrap_or_default();
+            let before = place(whom).is_some_and(|place| place < own);
+            assert!(before || whom == module[1], "{} imports {whom}", source.name);
+        }
+    }
+}
+
 #[test]
 fn libraries_stay_in_their_rooms() {
     for source in sources().iter().filter(|source| !source.name.ends_with("/tests.rs")) {

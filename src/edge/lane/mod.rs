@@ -14,7 +14,7 @@ use self::link::Link;
 use self::queue::Queue;
 pub use self::queue::Waiting;
 use super::poll::Poll;
-use super::reader::Request;
+use super::reader::Ticket;
 use super::settings::{LaneAddress, NOBODY, PRIVATE_FIELD};
 use crate::http::LaneKind;
 
@@ -70,8 +70,8 @@ impl Lanes {
     /// Puts a request into a lane of its kind that has room: the first whose worker is quick, or else
     /// the one where the fewest wait. A second worker helps while the first waits, for Redis or the
     /// disk; beside one that does not, it only makes smaller batches and more wake-ups.
-    pub fn push(&mut self, request: &Request, at: usize, bytes: &[u8], now_ms: u64) -> bool {
-        let usable = |lane: &&mut Lane| lane.takes(request.head.class.lane);
+    pub fn push(&mut self, ticket: &Ticket, at: usize, bytes: &[u8], now_ms: u64) -> bool {
+        let usable = |lane: &&mut Lane| lane.takes(ticket.head.class.lane);
         let wait = |lane: &&mut Lane| match lane.queue.is_quick(now_ms) {
             true => 0,
             false => 1 + lane.queue.len(),
@@ -79,7 +79,7 @@ impl Lanes {
         // The first of equals.
         let lane = self.0.iter_mut().filter(usable).min_by_key(wait);
         let Some(lane) = lane else { return false };
-        lane.queue.push(request.number, Some(at), bytes, now_ms);
+        lane.queue.push(ticket.number, Some(at), bytes, now_ms);
         true
     }
 

@@ -22,7 +22,7 @@ const STACK_BYTES: usize = 256 * 1024;
 const NICE: i32 = 5;
 
 /// A step of a connection's handshake, before or after it was computed.
-pub struct Step {
+pub struct HandshakeStep {
     /// The connection's place.
     pub at: usize,
     /// The connection's number: another may have its place by now.
@@ -32,9 +32,9 @@ pub struct Step {
 }
 
 /// A step that was computed.
-pub struct Done {
+pub struct Computed {
     /// Whose it is.
-    pub step: Step,
+    pub step: HandshakeStep,
     /// What the client sent behind its handshake.
     pub plain: Vec<u8>,
     /// What became of it.
@@ -48,15 +48,15 @@ pub struct Handshakes {
 }
 
 struct Shared {
-    state: Mutex<State>,
+    steps: Mutex<Steps>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct Steps {
     /// Steps that may sign, and those after the signature.
-    costly: Turns<Step>,
-    cheap: Turns<Step>,
+    costly: Turns<HandshakeStep>,
+    cheap: Turns<HandshakeStep>,
     stopped: bool,
 }
 
@@ -65,8 +65,8 @@ impl Handshakes {
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub fn start(done: impl Fn(Done) + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
+    pub fn start(done: impl Fn(Computed) + Send + 'static) -> io::Result<Self> {
+        let shared = Arc::new(Shared { steps: Mutex::default(), changed: Condvar::new() });
         let own = Arc::clone(&shared);
         let builder = thread::Builder::new().name("handshakes".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || own.work(&done))?;
@@ -74,19 +74,19 @@ impl Handshakes {
     }
 
     /// Has a step computed for a client at this address.
-    pub fn submit(&self, address: IpAddr, step: Step) {
-        let mut state = self.shared.lock();
-        let turns = if step.tls.has_signed() { &mut state.cheap } else { &mut state.costly };
+    pub fn submit(&self, address: IpAddr, step: HandshakeStep) {
+        let mut steps = self.shared.lock();
+        let turns = if step.tls.has_signed() { &mut steps.cheap } else { &mut steps.costly };
         turns.push(address, step, clock::now().mono_ms);
-        drop(state);
+        drop(steps);
         self.shared.changed.notify_one();
     }
 
     /// Forgets the step of a connection that is closed, if it still waits.
     pub fn cancel(&self, address: IpAddr, at: usize) {
-        let mut state = self.shared.lock();
-        state.costly.remove(address, |step| step.at == at);
-        state.cheap.remove(address, |step| step.at == at);
+        let mut steps = self.shared.lock();
+        steps.costly.remove(address, |step| step.at == at);
+        steps.cheap.remove(address, |step| step.at == at);
     }
 }
 
@@ -102,11 +102,11 @@ impl Drop for Handshakes {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Steps> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self, done: &dyn Fn(Done)) {
+    fn work(&self, done: &dyn Fn(Computed)) {
         if let Err(e) = rustix::process::nice(NICE) {
             log::debug!("handshakes have the priority of all else: {e}");
         }
@@ -116,25 +116,25 @@ impl Shared {
     }
 
     /// Waits for a step; `None` at the end.
-    fn next(&self) -> Option<Step> {
-        let mut state = self.lock();
-        while !state.stopped {
+    fn next(&self) -> Option<HandshakeStep> {
+        let mut steps = self.lock();
+        while !steps.stopped {
             let now_ms = clock::now().mono_ms;
-            let cheap = state.cheap.pop(now_ms);
-            if let Some(step) = cheap.or_else(|| state.costly.pop(now_ms)) {
+            let cheap = steps.cheap.pop(now_ms);
+            if let Some(step) = cheap.or_else(|| steps.costly.pop(now_ms)) {
                 return Some(step);
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            steps = self.changed.wait(steps).unwrap_or_else(PoisonError::into_inner);
         }
         None
     }
 }
 
 /// What panics costs its own connection only.
-fn compute(mut step: Step) -> Done {
+fn compute(mut step: HandshakeStep) -> Computed {
     let mut plain = Vec::new();
     let advance = AssertUnwindSafe(|| step.tls.advance(&mut plain));
     let outcome = catch_unwind(advance)
         .unwrap_or_else(|_| Err(rustls::Error::General("the handshake panicked".into())));
-    Done { step, plain, outcome }
+    Computed { step, plain, outcome }
 }

@@ -24,7 +24,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
 use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 
-pub use handshakes::{Done, Handshakes, Step};
+pub use handshakes::{Computed, HandshakeStep, Handshakes};
 pub use stream::{Received, STATE_HELD, Stream};
 
 /// Most bytes of certificates that a client may show. They are kept with the connection, and in the

@@ -12,10 +12,10 @@ use std::time::Duration;
 use log::LevelFilter;
 use mqtt_publisher_lite::api::{self, Request};
 use mqtt_publisher_lite::config::{Log, LogFormat, certified_key};
-use mqtt_publisher_lite::edge::{Answers, Edge, Settings};
+use mqtt_publisher_lite::edge::{Edge, Outbox, Settings};
 use mqtt_publisher_lite::http::{LaneKind, Reply};
 use mqtt_publisher_lite::logging;
-use mqtt_publisher_lite::server::{Lane, open_lanes};
+use mqtt_publisher_lite::server::{LaneServer, open_lanes};
 
 const BODY: &str = r#"{"status":"ok","timestamp":"2025-11-27T10:00:00.000Z","version":"1.0.0"}"#;
 
@@ -45,15 +45,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let edge = Edge::open(settings, addresses)?;
     for lane in lanes {
-        let answers = edge.answers();
-        thread::spawn(move || work(&lane, &answers));
+        let outbox = edge.outbox();
+        thread::spawn(move || work(&lane, &outbox));
     }
     Ok(edge.run()?)
 }
 
-fn work(lane: &Lane, answers: &Answers) {
+fn work(lane: &LaneServer, outbox: &Outbox) {
     let bound = if lane.address().kind == LaneKind::Bulk { 1 } else { 16 };
-    while let Some(batch) = lane.next_batch(bound, Duration::ZERO, answers) {
+    while let Some(batch) = lane.next_batch(bound, Duration::ZERO, outbox) {
         let replies = batch.requests.iter().map(reply).collect();
         batch.answer(replies);
     }
