@@ -503,44 +503,29 @@ fn row_18_a_kill_against_a_redemption_that_dies() {
     assert_eq!(certificates(&[&issuer, &redeemer, &killer]), 0);
 }
 
-/// The kill overtakes the redemption on its way: the mark that is read last is not the attempt's.
+/// The kill overtakes the redemption on its way, where the mark that is read last is not the
+/// attempt's; or comes when it was granted, and before its certificate is signed.
 #[test]
 fn row_18_a_kill_overtakes_a_redemption() {
-    let redis = Redis::start(&[]);
-    let proxy = Proxy::start(redis.port());
-    let service = first(&proxy.url(), SLOW);
-    let d = Device::new("d");
-    let compact = token(&service, &d);
-    let marking = proxy.trap(&jwt::mark_of(&compact), Stop::Before);
-    thread::scope(|scope| {
-        let attempt = scope.spawn(|| redeem(&service, &compact, &d));
-        marking.wait();
-        assert_eq!(revoke(&service, &d).status, 200);
-        marking.release();
-        check_error(&attempt.join().unwrap(), 401, "TOKEN_ALREADY_USED", "killed on its way");
-    });
-    refused_as_used(&[&service], &compact, &d);
-    assert_eq!(certificates(&[&service]), 0);
-}
-
-/// A redemption was granted, and is killed here before its certificate is signed.
-#[test]
-fn row_18_a_kill_before_the_signature() {
-    let redis = Redis::start(&[]);
-    let proxy = Proxy::start(redis.port());
-    let service = first(&proxy.url(), SLOW);
-    let d = Device::new("d");
-    let compact = token(&service, &d);
-    let marked = proxy.trap(&jwt::mark_of(&compact), Stop::After);
-    thread::scope(|scope| {
-        let attempt = scope.spawn(|| redeem(&service, &compact, &d));
-        marked.wait();
-        assert_eq!(revoke(&service, &d).status, 200);
-        marked.release();
-        check_error(&attempt.join().unwrap(), 401, "TOKEN_ALREADY_USED", "killed meanwhile");
-    });
-    assert_eq!(redis.cli(&["GET", &mark_key(&compact)]), mark(&service, "killed"));
-    assert_eq!(certificates(&[&service]), 0);
+    for stop in [Stop::Before, Stop::After] {
+        let redis = Redis::start(&[]);
+        let proxy = Proxy::start(redis.port());
+        let service = first(&proxy.url(), SLOW);
+        let d = Device::new("d");
+        let compact = token(&service, &d);
+        let marking = proxy.trap(&jwt::mark_of(&compact), stop);
+        thread::scope(|scope| {
+            let attempt = scope.spawn(|| redeem(&service, &compact, &d));
+            marking.wait();
+            assert_eq!(revoke(&service, &d).status, 200);
+            marking.release();
+            let what = format!("killed {stop:?}");
+            check_error(&attempt.join().unwrap(), 401, "TOKEN_ALREADY_USED", &what);
+        });
+        assert_eq!(redis.cli(&["GET", &mark_key(&compact)]), mark(&service, "killed"));
+        refused_as_used(&[&service], &compact, &d);
+        assert_eq!(certificates(&[&service]), 0);
+    }
 }
 
 #[test]
