@@ -808,7 +808,7 @@ fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::CaSettings;
+    use crate::config;
     use crate::files::test_dir::TestDir;
     use std::net::Ipv4Addr;
     use std::sync::mpsc;
@@ -837,7 +837,7 @@ mod tests {
     fn only_certificates_wait_for_the_disk() {
         let dir = TestDir::new();
         let now = clock::now();
-        let settings = CaSettings {
+        let settings = config::Ca {
             dir: dir.to_path_buf(),
             root_validity_years: 10,
             device_validity_days: 90,

@@ -18,7 +18,7 @@ use signal_hook::iterator::Signals;
 
 use crate::api::{self, Api};
 use crate::ca::publisher::Publisher;
-use crate::ca::{self, Ca, CaSettings};
+use crate::ca::{self, Ca};
 use crate::clock::{self, Now};
 use crate::config::{self, Config, ConfigError};
 use crate::files::{self, FolderLock};
@@ -125,7 +125,7 @@ pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
     };
     let folder = |dir| files::try_folder(dir).map_err(|e| e.to_string());
     check("DATA_DIR", folder(&config.data_dir).and_then(|()| try_secrets(config)));
-    let ca = || ca::check(&ca_settings(config), clock::now()).map_err(|e| e.to_string());
+    let ca = || ca::check(&config.ca, clock::now()).map_err(|e| e.to_string());
     check("CA_STORAGE_PATH", folder(&config.ca.dir).and_then(|()| ca()));
     check("RUNTIME_DIRECTORY", folder(&config.run_dir));
     if let Some(hook) = &config.crl_hook {
@@ -180,7 +180,7 @@ fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
 }
 
 fn open_ca(config: &Config) -> Result<Ca, RunError> {
-    let ca = Ca::open(&ca_settings(config), clock::now()).map_err(failed)?;
+    let ca = Ca::open(&config.ca, clock::now()).map_err(failed)?;
     if let Some(issuer) = ca.issuer() {
         log::info!("CA SHA-256 fingerprint {}", issuer.fingerprint());
     }
@@ -188,14 +188,6 @@ fn open_ca(config: &Config) -> Result<Ca, RunError> {
         log::warn!("{why}: nothing is issued or signed until it is");
     }
     Ok(ca)
-}
-
-fn ca_settings(config: &Config) -> CaSettings {
-    CaSettings {
-        dir: config.ca.dir.clone(),
-        root_validity_years: config.ca.root_validity_years,
-        device_validity_days: config.ca.device_validity_days,
-    }
 }
 
 fn token_secret(config: &Config) -> Result<Vec<u8>, RunError> {

@@ -26,6 +26,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::time::ASN1Time;
 
 use crate::clock::{self, Now};
+use crate::config;
 use crate::files::{self, FilesError};
 use crate::problem::{Code, Problem};
 use crl::Crl;
@@ -133,22 +134,11 @@ impl From<CaError> for Problem {
     }
 }
 
-/// What the configuration says of the CA.
-#[derive(Clone, Debug)]
-pub struct CaSettings {
-    /// `CA_STORAGE_PATH`
-    pub dir: PathBuf,
-    /// `ROOT_CA_VALIDITY_YEARS`
-    pub root_validity_years: u32,
-    /// `DEVICE_CERT_VALIDITY_DAYS`
-    pub device_validity_days: u32,
-}
-
 /// The CA of one folder, which this process owns: the caller holds its
 /// [`FolderLock`](files::FolderLock) for as long as this lives.
 #[derive(Debug)]
 pub struct Ca {
-    settings: CaSettings,
+    settings: config::Ca,
     issuer: OnceLock<Arc<Issuer>>,
     crl: RwLock<Option<Arc<Crl>>>,
     /// Held while the CA or its CRL is made: one at a time.
@@ -161,7 +151,7 @@ impl Ca {
     ///
     /// # Errors
     /// When something in the folder is not as it should be, or the CA has expired.
-    pub fn open(settings: &CaSettings, now: Now) -> Result<Self, CaError> {
+    pub fn open(settings: &config::Ca, now: Now) -> Result<Self, CaError> {
         let dir = &settings.dir;
         files::make_dir(dir, 0o755)?; // the broker reads root-ca.crt and crl.pem
         Issuer::finish(dir)?;
@@ -205,7 +195,7 @@ impl Ca {
     fn make(&self, now: Now) -> Result<(), CaError> {
         let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         if self.issuer.get().is_none() {
-            let CaSettings { dir, root_validity_years, device_validity_days } = &self.settings;
+            let config::Ca { dir, root_validity_years, device_validity_days } = &self.settings;
             let made = Issuer::make(dir, *root_validity_years, *device_validity_days, now)?;
             log::info!("made a new CA in {}", dir.display());
             let _ = self.issuer.set(Arc::new(made)); // nobody else makes one
@@ -278,7 +268,7 @@ impl Ca {
 ///
 /// # Errors
 /// What it would stumble over.
-pub fn check(settings: &CaSettings, now: Now) -> Result<(), CaError> {
+pub fn check(settings: &config::Ca, now: Now) -> Result<(), CaError> {
     let issuer = Issuer::load(&settings.dir, settings.device_validity_days)?;
     let is_empty = Registry::check(&settings.dir)?;
     match issuer {
@@ -317,8 +307,8 @@ mod tests {
     use openssl::{must, run_program};
     use std::fs;
 
-    fn settings(dir: &Path) -> CaSettings {
-        CaSettings { dir: dir.join("ca"), root_validity_years: 10, device_validity_days: 90 }
+    fn settings(dir: &Path) -> config::Ca {
+        config::Ca { dir: dir.join("ca"), root_validity_years: 10, device_validity_days: 90 }
     }
 
     fn open(dir: &Path, now: Now) -> Result<Ca, String> {

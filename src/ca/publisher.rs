@@ -325,14 +325,14 @@ impl Publisher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::CaSettings;
     use crate::clock::DAY_S;
+    use crate::config;
     use crate::files::test_dir::TestDir;
     use std::os::unix::fs::MetadataExt as _;
 
     fn publisher(dir: &TestDir, years: u32, now: Now) -> Publisher {
         let settings =
-            CaSettings { dir: dir.join("ca"), root_validity_years: years, device_validity_days: 9 };
+            config::Ca { dir: dir.join("ca"), root_validity_years: years, device_validity_days: 9 };
         Publisher::new(Arc::new(Ca::open(&settings, now).unwrap()), None, metrics())
     }
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mqtt_publisher_lite::api::{self, Api, Request};
+use mqtt_publisher_lite::ca::Ca;
 use mqtt_publisher_lite::ca::publisher::Publisher;
-use mqtt_publisher_lite::ca::{Ca, CaSettings};
 use mqtt_publisher_lite::clock;
-use mqtt_publisher_lite::config::Config;
+use mqtt_publisher_lite::config::{self, Config};
 use mqtt_publisher_lite::http::Method;
 use mqtt_publisher_lite::jwt::Signer;
 use mqtt_publisher_lite::metrics::Metrics;
@@ -166,7 +166,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
     let setting = |name: &str| (name == "DATA_DIR").then(|| data.clone().into_os_string());
     let config = Config::from_lookup(setting, |path| std::fs::read(path)).unwrap();
     let settings =
-        CaSettings { dir: dir.path().join("ca"), root_validity_years: 1, device_validity_days: 1 };
+        config::Ca { dir: dir.path().join("ca"), root_validity_years: 1, device_validity_days: 1 };
     std::fs::create_dir_all(&settings.dir).unwrap();
     let ca = Arc::new(Ca::open(&settings, clock::now()).unwrap());
     let ledger = Arc::new(Ledger::new(1));

@@ -10,16 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use mqtt_publisher_lite::ca::{Ca, CaSettings};
+use mqtt_publisher_lite::ca::Ca;
 use mqtt_publisher_lite::clock;
+use mqtt_publisher_lite::config;
 
 use crate::support::csr::{self, Csr};
 use crate::support::service::{ADMIN_KEY, Service, Setup};
 use crate::support::temp::TempDir;
 use crate::support::{check_error, token, wait};
 
-fn settings(dir: &Path) -> CaSettings {
-    CaSettings { dir: dir.to_owned(), root_validity_years: 10, device_validity_days: 90 }
+fn settings(dir: &Path) -> config::Ca {
+    config::Ca { dir: dir.to_owned(), root_validity_years: 10, device_validity_days: 90 }
 }
 
 /// What a folder of a CA says after a start: of each certificate serial and status, sorted; and the
