@@ -144,8 +144,8 @@ impl Ledger {
         self.put(hash, State::Killed, claims, now);
     }
 
-    /// Notes what Redis says of a token that is killed here: the mark of the instance that had
-    /// redeemed it, or that none had. Returns whether that is news. Once known it stays, since the
+    /// Notes what Redis says of a token that is used or killed here: the mark of the instance that
+    /// had redeemed it, or that none had. Returns whether that is news. Once known it stays, since the
     /// mark in Redis is written over by the kill.
     pub fn note_elsewhere(&self, hash: &TokenHash, mark: Option<&str>) -> bool {
         let mut entries = locked(&self.entries);

@@ -409,7 +409,7 @@ impl Memory {
             Op::Count => Ok(Outcome::Counted(self.count())),
             Op::Mark(hash, ..) => {
                 self.remove(hash);
-                Ok(Outcome::Marked(None))
+                Ok(Outcome::Marked { ours: String::new(), other: None })
             }
             Op::Carry(token, _) => {
                 let (token, subscriber) = (token.clone(), Subscriber::default());
@@ -588,7 +588,10 @@ mod tests {
         let t = token("d", 0);
         assert_eq!(one(&memory, Op::Carry(t.clone(), 1000), at(0)), Ok(Outcome::Done));
         let mark = Op::Mark(t.hash, Mark::Killed, t.claims.clone());
-        assert_eq!(one(&memory, mark, at(0)), Ok(Outcome::Marked(None)));
+        assert_eq!(
+            one(&memory, mark, at(0)),
+            Ok(Outcome::Marked { ours: String::new(), other: None })
+        );
         assert_eq!(memory.live(&t.hash, at(0)), None);
     }
 

@@ -133,9 +133,13 @@ pub enum Outcome {
     Killed(Box<Killed>),
     /// `Count`: live tokens, which is also the number of devices that have one.
     Counted(u64),
-    /// `Mark`: done; if another instance has redeemed the token, names who has, as
-    /// `<instance> <serial>`; if this one has too, both, joined by ` and `.
-    Marked(Option<String>),
+    /// `Mark`: done.
+    Marked {
+        /// Our mark, as it stands there now: `<instance> <serial>` or `<instance> killed`.
+        ours: String,
+        /// That of another instance which had redeemed the token, and whose mark stood there.
+        other: Option<String>,
+    },
     /// The others: done, or noted to be done when Redis is back.
     Done,
 }

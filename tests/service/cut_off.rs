@@ -97,7 +97,7 @@ fn what_the_other_redeemed_leaves_no_phantom() {
 #[test]
 fn own_may_redeem_a_token_that_the_other_redeemed_and_reports_it() {
     for lonely_is_first in [true, false] {
-        let pair = pair("own");
+        let mut pair = pair("own");
         let Pair { lonely, other, .. } = &pair;
         let d = Device::new("d");
         let compact = token(lonely, &d);
@@ -118,7 +118,19 @@ fn own_may_redeem_a_token_that_the_other_redeemed_and_reports_it() {
         }
         assert!(line.contains("ERROR") && line.contains("device d "), "{line}");
         assert!(!line.contains(&compact), "never the token itself: {line}");
-        assert_eq!(log.matches("redeemed twice").count(), 1, "said once");
+        // Each return puts one's own mark in the place of the other's.
+        let Pair { redis, lonely, other, .. } = &mut pair;
+        for _ in 0..3 {
+            redis.restart(true);
+            for service in [&*lonely, &*other] {
+                service.health();
+                service.wait_for_storage("redis");
+            }
+        }
+        for service in [lonely, other] {
+            let said = service.log().matches("redeemed twice").count();
+            assert!(said <= 1, "{said} times\n{}", service.log());
+        }
     }
 }
 

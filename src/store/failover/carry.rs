@@ -161,15 +161,11 @@ impl Failover {
             (FollowUp::Withdraw(token, serial), ..) => {
                 self.ledger.release_unknown(&token.hash, serial)
             }
-            (_, Op::Mark(hash, Mark::Killed, claims), Outcome::Marked(other)) => {
+            (_, Op::Mark(hash, Mark::Killed, claims), Outcome::Marked { other, .. }) => {
                 self.learn_elsewhere(hash, claims, other.as_deref());
             }
-            (_, Op::Mark(hash, _, claims), Outcome::Marked(Some(both))) => {
-                log::error!(
-                    "token {} of device {} was redeemed twice, as instance and serial: {both}",
-                    hash.short(),
-                    claims.device_id
-                );
+            (_, Op::Mark(hash, _, claims), Outcome::Marked { ours, other: Some(other) }) => {
+                self.tell_twice(hash, claims, ours, other);
             }
             (FollowUp::Kill(_), _, Outcome::Killed(killed)) => {
                 let redeemed = killed.redeemed_elsewhere.iter().map(|(token, _)| token);
@@ -182,6 +178,17 @@ impl Failover {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Once: each return may find the other's mark again, which the other's own return has written.
+    fn tell_twice(&self, hash: &TokenHash, claims: &Claims, ours: &str, other: &str) {
+        if self.ledger.note_elsewhere(hash, Some(other)) {
+            log::error!(
+                "token {} of device {} was redeemed twice, as instance and serial: {ours} and {other}",
+                hash.short(),
+                claims.device_id
+            );
         }
     }
 

@@ -681,10 +681,7 @@ impl Flow for Enter {
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             let other = replies.text()?.filter(|mark| context.layout.is_anothers_attempt(mark));
-            let marked = Outcome::Marked(other.map(|other| match self.mark {
-                Mark::Serial(_) => format!("{} and {other}", context.layout.mark(self.mark)),
-                Mark::Killed => other,
-            }));
+            let marked = Outcome::Marked { ours: context.layout.mark(self.mark), other };
             replies.skip();
             replies.skip();
             match replies.text()?.filter(|lease| TokenHash::of(lease) == self.hash) {
