@@ -74,7 +74,7 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
     staged
 }
 
-/// Outbox proofs as it should, and leaves the rest to `worker`.
+/// Answers proofs as it should, and leaves the rest to `worker`.
 fn play(mut stream: UnixStream, outbox: &Outbox, worker: &Worker) {
     let (mut text, mut byte) = (String::new(), [0]);
     while stream.read(&mut byte).is_ok_and(|n| n == 1) {
@@ -199,30 +199,30 @@ fn answers_come_in_any_order() {
 #[test]
 fn the_first_lane_is_used_while_it_is_quick_and_the_next_when_it_waits() {
     let counts = [(); 2].map(|()| Arc::new(AtomicU32::new(0)));
-    let worker = |count: &Arc<AtomicU32>, wait: Duration| -> Worker {
-        let count = Arc::clone(count);
+    // A slow one answers when the other has been asked.
+    let worker = |own: usize, is_slow: bool| -> Worker {
+        let counts = counts.clone();
         Box::new(move |asked| {
-            count.fetch_add(1, Ordering::Relaxed);
-            thread::sleep(wait);
+            counts[own].fetch_add(1, Ordering::Relaxed);
+            until("the other is asked", || !is_slow || counts[1 - own].load(Ordering::Relaxed) > 0);
             asked.well()
         })
     };
     let counted = || counts.each_ref().map(|count| count.swap(0, Ordering::Relaxed));
-    let wait = |ms| Duration::from_millis(ms);
-    let staged = stage_all(vec![worker(&counts[0], wait(0)), worker(&counts[1], wait(0))]);
+    let staged = stage_all(vec![worker(0, false), worker(1, false)]);
     for _ in 0..20 {
         assert_eq!(statuses(&ask(&staged)), [200]);
     }
     assert_eq!(counted(), [20, 0]);
     staged.handle.shutdown();
-    let staged = stage_all(vec![worker(&counts[0], wait(400)), worker(&counts[1], wait(0))]);
+    let staged = stage_all(vec![worker(0, true), worker(1, false)]);
     let mut slow = TcpStream::connect(staged.addr).unwrap();
     slow.write_all(ASK).unwrap();
     until("the first is at work", || counts[0].load(Ordering::Relaxed) == 1);
-    thread::sleep(wait(20));
+    thread::sleep(Duration::from_millis(20)); // longer than what counts as quick
     assert_eq!(statuses(&ask(&staged)), [200]);
-    assert_eq!(counted(), [1, 1]);
     assert_eq!(statuses(&to_end(&mut slow)), [200]);
+    assert_eq!(counted(), [1, 1]);
     staged.handle.shutdown();
 }
 
@@ -279,7 +279,7 @@ fn the_lanes_prove_that_they_answer() {
     slow.write_all(b"POST /api/v1/renew?600 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     until("it is at work", || served.handled.load(Ordering::Relaxed) == 1);
     let (first, second) = (proven(&served.handle), proven(&served.handle));
-    thread::sleep(Duration::from_millis(200));
+    served.probe(); // another lane answers meanwhile
     assert_eq!(first.load(Ordering::SeqCst) + second.load(Ordering::SeqCst), 0);
     until("it is done", || second.load(Ordering::SeqCst) == 1);
     assert_eq!(first.load(Ordering::SeqCst), 0, "who asked again takes the place");
