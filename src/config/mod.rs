@@ -226,9 +226,30 @@ impl Config {
         Ok(config)
     }
 
-    /// The variables that `later`, read from the same environment, has otherwise, and that a running
-    /// server cannot change.
-    pub fn fixed_changes(&self, later: &Config) -> Vec<&'static str> {
+    /// The variables that are otherwise in `later`, which was read anew, and that a running server
+    /// cannot change.
+    pub fn fixed_changes(&self, later: &Config) -> Vec<String> {
+        let (before, after) = (self.describe(), later.describe());
+        let differs = |line: &&String| !before.contains(line) || !after.contains(line);
+        let shown = before.iter().chain(&after).filter(differs);
+        let mut names: Vec<String> =
+            shown.filter_map(|line| Some(line.split_once('=')?.0.to_owned())).collect();
+        names.retain(|name| !self.is_taken_up(name, later));
+        names.extend(self.changed_contents(later).map(ToOwned::to_owned));
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    /// Keys are, and another certificate; that there is one at all is fixed.
+    fn is_taken_up(&self, name: &str, later: &Config) -> bool {
+        let is_key = [&var::ONBOARDING_API_KEY, &var::ADMIN_API_KEY].iter().any(|v| v.name == name);
+        let is_tls = [&var::TLS_CERT, &var::TLS_KEY].iter().any(|v| v.name == name);
+        is_key || (is_tls && self.tls.is_some() == later.tls.is_some())
+    }
+
+    /// Those of which [`Config::describe`] shows no more than that they are set.
+    fn changed_contents(&self, later: &Config) -> impl Iterator<Item = &'static str> {
         let password = |config: &Config| {
             // What stands in a file is read again for each connection.
             let redis = config.redis.as_ref().filter(|redis| redis.password_file.is_none())?;
@@ -242,7 +263,7 @@ impl Config {
             (var::REDIS_PASSWORD.name, password(self) != password(later)),
             (var::REDIS_TLS_CA.name, roots(self) != roots(later)),
         ];
-        changed.into_iter().filter(|(_, changed)| *changed).map(|(name, _)| name).collect()
+        changed.into_iter().filter(|(_, changed)| *changed).map(|(name, _)| name)
     }
 
     /// Adds what is allowed but unwise in combination.

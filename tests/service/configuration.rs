@@ -479,6 +479,30 @@ fn variables_from_a_file() {
 }
 
 #[test]
+fn a_file_of_variables_is_read_again() {
+    let dir = TempDir::new();
+    let write = |text: &str| dir.file("environment", text).display().to_string();
+    let file = write("ONBOARDING_API_KEY=first-key-01234567\nREENROLL=deny\n");
+    let service = Setup::new().args(&["--env-file", &file]).start();
+    let ask = |key: &str| {
+        let bearer = format!("Bearer {key}");
+        let body = serde_json::json!({"device_id": key});
+        service.http.post_with("/api/v1/onboarding", &[("Authorization", &bearer)], &body).status
+    };
+    assert_eq!(ask("first-key-01234567"), 200);
+    write("ONBOARDING_API_KEY=later-key-01234567\nREENROLL=allow\nWORKERS=4\n");
+    service.signal("HUP");
+    let log =
+        service.wait_for_log("WORKERS has changed, which takes effect at the next start only");
+    assert!(
+        log.contains("REENROLL has changed, which takes effect at the next start only"),
+        "{log}"
+    );
+    assert_eq!(log.matches("takes effect at the next start").count(), 2, "{log}");
+    assert_eq!((ask("first-key-01234567"), ask("later-key-01234567")), (401, 200));
+}
+
+#[test]
 fn what_counts_for_nothing_is_warned_of() {
     let dir = TempDir::new();
     let file = dir.file("environment", "PORT\nCERT_VALIDITY_DAYS=365\n").display().to_string();
