@@ -11,6 +11,7 @@
 # 16 MiB, no thread was added, the server answered afterwards, the log grew by less than 100 KB a second,
 # and everyone of a burst was answered. In the row "full log" the log is a pipe that is full and that
 # nobody reads.
+# Last it has one device renew its certificate as fast as it can, for 30 s, and counts what was made.
 # The rows under "RSA 4096" and "P-256" are over HTTPS with such a key: the probe makes a handshake
 # each time, and its second row, "(kept)", is for a connection that was there before.
 #   MPL_BIN       the program; else it is built
@@ -247,6 +248,78 @@ burst() {
     [ "$all" -eq "$times" ] || failed=1
 }
 
+# json FIELD: the value of a text field of what comes in.
+json() { sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
+
+# renew_on: renews until $end, for 32 keys in turn, and goes on with what it got.
+renew_on() {
+    key=0
+    number=0
+    cp "$work/d.crt" "$work/newest.crt"
+    while [ "$(date +%s)" -lt "$end" ]; do
+        number=$(((number + 1) % 32))
+        if ask "$url/renew" --cert "$work/newest.crt" --key "$work/key.$key" \
+            --data "@$work/csr.$number" >"$work/renewal" 2>/dev/null; then
+            json certificate <"$work/renewal" | sed 's/\\n/\n/g' >"$work/newest.crt"
+            key=$number
+            echo 200
+        else
+            echo no
+        fi
+    done
+}
+
+# renewals: one device renews as fast as it can: 15 s with the newest certificate each time, and 15 s with
+# the first, by three clients.
+renewals() {
+    # shellcheck disable=SC2194,SC2254 # it is a pattern
+    case renewals in $only) ;; *) return 0 ;; esac
+    certificate p256 ec -pkeyopt ec_paramgen_curve:P-256
+    setting=RENEW_REVOKES=true
+    start_server
+    url=https://127.0.0.1:$port/api/v1
+    number=0
+    : >"$work/renew"
+    while [ "$number" -lt 32 ]; do
+        openssl ecparam -genkey -noout -name prime256v1 -out "$work/key.$number"
+        csr=$(openssl req -new -key "$work/key.$number" -subj /CN=d -outform DER | openssl base64 -A)
+        printf '{"csr":"%s"}' "$csr" >"$work/csr.$number"
+        printf '%s\n' silent insecure http1.1 "url = $url/renew" "cert = $work/d.crt" \
+            "key = $work/key.0" 'header = "Content-Type: application/json"' \
+            "data = @$work/csr.$number" 'output = /dev/null' 'write-out = "%{http_code}\n"' next \
+            >>"$work/renew"
+        number=$((number + 1))
+    done
+    ask() { curl --silent --insecure --fail --header 'Content-Type: application/json' "$@"; }
+    token=$(ask "$url/onboarding" --data '{"device_id":"d"}' | json provisioning_token)
+    ask "$url/sign-csr" --header "Authorization: Bearer $token" --data "@$work/csr.0" |
+        json certificate | sed 's/\\n/\n/g' >"$work/d.crt"
+    before=$(wc -l <"$work/data/ca/index.txt")
+    written=$(sed -n 's/^write_bytes: //p' "/proc/$server/io")
+    end=$(($(date +%s) + 15))
+    renew_on >"$work/renewed.0"
+    end=$(($(date +%s) + 15))
+    clients=
+    for client in 1 2 3; do
+        while [ "$(date +%s)" -lt "$end" ]; do
+            curl --config "$work/renew" >>"$work/renewed.$client" 2>/dev/null || true
+        done &
+        clients="$clients $!"
+    done
+    # shellcheck disable=SC2086 # one word for each
+    wait $clients
+    made=$(($(wc -l <"$work/data/ca/index.txt") - before))
+    written=$((($(sed -n 's/^write_bytes: //p' "/proc/$server/io") - written) / 1024))
+    asked=$(cat "$work"/renewed.* | wc -l)
+    echo "renewals by one device in 30 s: $asked asked, $(cat "$work"/renewed.* | grep -c 200) answered, $made made, $written KiB written"
+    # Four an hour, each a file, a line and, when it is shown, a database of 800 KB and a CRL of 500.
+    { [ "$asked" -gt 100 ] && [ "$made" -le 4 ] && [ "$written" -le 8192 ]; } || failed=1
+    stop_servers
+    setting=
+    tls=
+}
+
+renewals
 for n in 1 8 64 256 1000; do
     burst "$n"
 done
