@@ -5,11 +5,17 @@ use std::ffi::OsStr;
 use super::variables as var;
 
 /// What the older service had and this one has not, and what to do instead.
-const OLDER: [(&str, &str); 4] = [
+const OLDER: [(&str, &str); 7] = [
     ("ALLOW_ONBOARDING_WITH_ACTIVE_CERT", "REENROLL=allow takes its place"),
     ("CERT_VALIDITY_DAYS", "DEVICE_CERT_VALIDITY_DAYS takes its place"),
     ("PROVISIONING_ENABLED", "provisioning is all that this program does, so stop it to end that"),
-    ("MQTT_TLS_CA_BASE64", "put the CA as root-ca.crt and root-ca.key into CA_STORAGE_PATH"),
+    ("MQTT_TLS_CA_BASE64", "put the CA as root-ca.crt into CA_STORAGE_PATH"),
+    ("MQTT_TLS_CA_KEY_BASE64", "put the CA's key as root-ca.key into CA_STORAGE_PATH"),
+    ("CERT_CN_PREFIX", "onboard a device under its whole name, the prefix included"),
+    (
+        "AUTH_SECRET",
+        "users are not known here, so set ONBOARDING_API_KEY and keep that check elsewhere",
+    ),
 ];
 
 /// Whoever sets a variable with such a name means this program.
@@ -121,6 +127,9 @@ mod tests {
         check("REDIS_SOMETHING", "x", "is ignored: --help lists those that count");
         check("ONBOARDING_KEY", "x", "is ignored: --help lists those that count");
         check("CERT_VALIDITY_DAYS", "365", "DEVICE_CERT_VALIDITY_DAYS takes its place");
+        for (older, instead) in OLDER {
+            check(older, "x", instead);
+        }
         check("ALLOW_ONBOARDING_WITH_ACTIVE_CERT", "true", "REENROLL=allow takes its place");
     }
 
