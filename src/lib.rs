@@ -34,6 +34,12 @@
 //! - *session*: one connection as the edge sees it, from its beginning to its end.
 //! - *place*: a connection's number among those that there may be; another has it later.
 //! - *ticket*: what the edge keeps of a request that it has handed on.
+//! - *mark*: says in Redis that a token is used or killed, and outlives the token.
+//! - *lease*: says in Redis which token holds a device, of which it is the only one.
+//! - *ledger*: what this process knows as used or killed, and which attempts are under way.
+//! - *carry-over*: telling Redis, when it returns, what it does not know.
+//! - *follow-up*: one thing of that, and what Redis has not confirmed.
+//! - *era*: the time from one full carry-over to the next.
 //!
 //! Invariants:
 //! - [`provisioner`] knows no HTTP, no Redis, no environment. Only `main` reads the environment;

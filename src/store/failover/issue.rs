@@ -4,7 +4,7 @@ use super::{Failover, State};
 use crate::clock::Now;
 use crate::jwt::{Claims, Token};
 use crate::store::memory::InRedis;
-use crate::store::{Answer, Dead, Kill, New, Outcome, StoreError};
+use crate::store::{Answer, Dead, Down, Kill, New, Outcome, StoreError};
 
 impl Failover {
     /// Until it has an answer from Redis, memory issues nothing for the same device.
@@ -36,19 +36,7 @@ impl Failover {
                 }
                 Ok(Outcome::Issued { instead, killed })
             }
-            Err(StoreError::Down(down)) => {
-                if let Some(dead) = &down.dying {
-                    self.mark_dead(state, dead, true, now);
-                }
-                if down.maybe_done {
-                    self.mark_dead(state, &Dead::of(token), true, now);
-                }
-                match (self.rules.required, down.maybe_done) {
-                    (true, _) => Err(StoreError::Undecided),
-                    (false, true) => self.issue_another(state, new, now),
-                    (false, false) => self.issue_from_memory(state, new, now),
-                }
-            }
+            Err(StoreError::Down(down)) => self.issue_cut_off(state, new, &down, now),
             Err(StoreError::Failed(why)) => {
                 // What was carried out of it would keep the device waiting for a token that nobody
                 // was given.
@@ -59,8 +47,22 @@ impl Failover {
         }
     }
 
-    /// The token may be in Redis, or get there yet. It is not handed out, but dead from now on; what
-    /// is handed out is a token that Redis has never heard of.
+    /// A token that may be in Redis, or get there yet, is not handed out, but dead from now on.
+    fn issue_cut_off(&self, state: &mut State, new: &New, down: &Down, now: Now) -> Answer {
+        if let Some(dead) = &down.dying {
+            self.mark_dead(state, dead, true, now);
+        }
+        if down.maybe_done {
+            self.mark_dead(state, &Dead::of(&new.token), true, now);
+        }
+        match (self.rules.required, down.maybe_done) {
+            (true, _) => Err(StoreError::Undecided),
+            (false, true) => self.issue_another(state, new, now),
+            (false, false) => self.issue_from_memory(state, new, now),
+        }
+    }
+
+    /// Issues a token that Redis has never heard of in place of this one.
     fn issue_another(&self, state: &mut State, new: &New, now: Now) -> Answer {
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|_| StoreError::Undecided)?;
