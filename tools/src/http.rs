@@ -2,9 +2,47 @@
 //! answer costs little on the processors that the server needs.
 
 use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::str;
+use std::sync::Arc;
+
+use rustls::crypto::ring;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use crate::Failure;
+
+/// A connection with TLS on it.
+pub type Tls = StreamOwned<ClientConnection, TcpStream>;
+
+/// A client certificate, with its chain, and its key.
+pub type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// TLS over `stream`, to a server of this name or address.
+pub fn tls(
+    stream: TcpStream,
+    name: &str,
+    roots: Arc<RootCertStore>,
+    identity: Option<Identity>,
+) -> Result<Tls, Failure> {
+    Ok(StreamOwned::new(tls_session(name, roots, identity)?, stream))
+}
+
+/// A session that has sent nothing yet.
+pub fn tls_session(
+    name: &str,
+    roots: Arc<RootCertStore>,
+    identity: Option<Identity>,
+) -> Result<ClientConnection, Failure> {
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots);
+    let config = match identity {
+        Some((chain, key)) => config.with_client_auth_cert(chain, key)?,
+        None => config.with_no_client_auth(),
+    };
+    Ok(ClientConnection::new(Arc::new(config), ServerName::try_from(name.to_owned())?)?)
+}
 
 /// A request without a body; `fields` are whole lines.
 pub fn get(path: &str, fields: &str) -> String {

@@ -18,7 +18,6 @@
 //! bounded, and nothing but 127.0.0.0/8 is ever asked. `burst` and `probe` exit 1 if an answer is
 //! missing.
 
-use std::error::Error;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::process::ExitCode;
@@ -29,10 +28,11 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{Timeout, set_socket_recv_buffer_size, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustls::crypto::ring;
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use tools::http::{Answer, Connection, Tls, get, tls, tls_session};
+use tools::{Failure, quantile_ms};
 
 const CONNECTIONS_MAX: u32 = 16_000;
 const TIMES_MAX: u32 = 1_000;
@@ -47,7 +47,6 @@ const SMALL_BUFFER: usize = 2_048;
 /// Requests that one reader sends at most.
 const PIPELINED_MAX: usize = 10_000;
 
-type Failure = Box<dyn Error>;
 /// What is done with a connection that was just opened.
 type Act = Box<dyn Fn(&mut TcpStream) -> io::Result<()>>;
 
@@ -91,7 +90,7 @@ fn hold(
         "body" => Box::new(|stream| send(stream, &most_of_a_body())),
         "hoard" => Box::new(|stream| send(stream, &most_of_a_hello())),
         "read" => {
-            let requests = request(path.unwrap_or(&"/api"), "").repeat(PIPELINED_MAX);
+            let requests = get(path.unwrap_or(&"/api"), "").repeat(PIPELINED_MAX);
             Box::new(move |stream| send(stream, requests.as_bytes()))
         }
         _ => return Err(format!("unknown mode {mode}").into()),
@@ -164,19 +163,21 @@ impl Seen {
 fn burst(server: &str, n: &str, times: &str, path: Option<&str>) -> Result<bool, Failure> {
     let (server, n) = (target(server)?, number(n, CONNECTIONS_MAX)?);
     let times = number(times, TIMES_MAX)?;
-    let request = request(path.unwrap_or("/health"), "Connection: close\r\n");
+    let request = get(path.unwrap_or("/health"), "Connection: close\r\n");
     raise_open_files(n + 100)?;
     let (mut answered, mut unopened, mut longest) = (0, 0, Duration::ZERO);
     for time in 0..times {
         let start = Instant::now();
         let crowd: Vec<_> = (0..n).map(|i| open(server, address(time * n + i), None)).collect();
-        let mut crowd: Vec<TcpStream> = crowd.into_iter().filter_map(Result::ok).collect();
+        let mut crowd: Vec<_> =
+            crowd.into_iter().filter_map(Result::ok).map(Connection::over).collect();
         unopened += n - u32::try_from(crowd.len())?;
-        for stream in &mut crowd {
+        for client in &mut crowd {
             // Whoever cannot write will read no answer either.
-            let _ = stream.write_all(request.as_bytes());
+            let _ = client.send(&request);
         }
-        answered += crowd.iter_mut().filter_map(|stream| read_answer(stream).ok()).count();
+        let good = crowd.iter_mut().filter_map(|client| client.receive().and_then(is_good).ok());
+        answered += good.count();
         longest = longest.max(start.elapsed());
     }
     let wanted = n as usize * times as usize;
@@ -195,7 +196,7 @@ fn replay(server: &str, n: &str, seconds: &str, per: Option<&&str>) -> Result<bo
     let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
     let per = per.map_or(Ok(PER_ADDRESS), |per| number(per, CONNECTIONS_MAX))?;
     let mut hello = Vec::new();
-    tls_client(RootCertStore::empty())?.write_tls(&mut hello)?;
+    tls_session("localhost", RootCertStore::empty().into(), None)?.write_tls(&mut hello)?;
     let act: Act = Box::new(move |stream| send(stream, &hello));
     raise_open_files(n + 100)?;
     let mut places: Vec<Option<TcpStream>> = (0..n).map(|_| None).collect();
@@ -275,26 +276,19 @@ fn read_answers(stream: &mut TcpStream, count: usize) -> io::Result<()> {
     Ok(())
 }
 
-fn tls_client(roots: RootCertStore) -> Result<ClientConnection, Failure> {
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(ClientConnection::new(Arc::new(config), ServerName::try_from("localhost")?)?)
-}
-
 /// Asks for `/health` over TLS: with a handshake of its own each time, and on one that is kept.
 fn probe_tls(server: &str, seconds: &str, cert: &str) -> Result<bool, Failure> {
     let server = target(server)?;
     let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(cert)?)?;
+    let roots = Arc::new(roots);
     // Each time another client, as far as the server can tell.
     let mut from = Ipv4Addr::new(127, 99, 0, 0).to_bits();
-    let mut open = || -> Result<Tls, Failure> {
+    let mut open = || -> Result<Connection<Tls>, Failure> {
         from += 1;
         let stream = open(server, Ipv4Addr::from_bits(from), None)?;
-        Ok(StreamOwned::new(tls_client(roots.clone())?, stream))
+        Ok(Connection::over(tls(stream, "localhost", Arc::clone(&roots), None)?))
     };
     let mut kept = open()?;
     ask(&mut kept)?;
@@ -310,20 +304,13 @@ fn probe_tls(server: &str, seconds: &str, cert: &str) -> Result<bool, Failure> {
     Ok(kept_times.are_good() && new_times.are_good())
 }
 
-type Tls = StreamOwned<ClientConnection, TcpStream>;
+/// One request on a connection that stays open.
+fn ask<S: Read + Write>(connection: &mut Connection<S>) -> Result<(), Failure> {
+    connection.exchange(&get("/health", "")).and_then(is_good)
+}
 
-/// One request on a connection that stays open; the answer ends with a brace.
-fn ask(stream: &mut Tls) -> Result<(), Failure> {
-    stream.write_all(request("/health", "").as_bytes())?;
-    let mut answer = Vec::new();
-    while !answer.ends_with(b"}") {
-        let mut piece = [0; 4096];
-        match stream.read(&mut piece)? {
-            0 => return Err("the connection ended".into()),
-            n => answer.extend_from_slice(piece.get(..n).unwrap_or_default()),
-        }
-    }
-    if answer.starts_with(b"HTTP/1.1 200 ") { Ok(()) } else { Err("not a 200".into()) }
+fn is_good(answer: Answer) -> Result<(), Failure> {
+    if answer.status == 200 { Ok(()) } else { Err(format!("a {}", answer.status).into()) }
 }
 
 /// How long answers took.
@@ -351,17 +338,13 @@ impl Times {
 
     fn print(&mut self, what: &str) {
         self.taken.sort();
-        let share = |percent: usize| {
-            let at = (self.taken.len() * percent / 100).min(self.taken.len().saturating_sub(1));
-            self.taken.get(at).map_or(f64::NAN, |time| time.as_secs_f64() * 1000.0)
-        };
         println!(
             "{what}: count {} failures {} p50 {:.2} p99 {:.2} max {:.2} ms",
             self.taken.len(),
             self.failures,
-            share(50),
-            share(99),
-            share(100)
+            quantile_ms(&self.taken, 0.5),
+            quantile_ms(&self.taken, 0.99),
+            quantile_ms(&self.taken, 1.0)
         );
     }
 }
@@ -371,39 +354,17 @@ fn probe(server: &str, seconds: &str, from: Option<&str>) -> Result<bool, Failur
     let server = target(server)?;
     let from = from.unwrap_or("127.99.99.99").parse()?;
     let end = Instant::now() + Duration::from_secs(number(seconds, SECONDS_MAX)?.into());
-    let request = request("/health", "Connection: close\r\n");
+    let request = get("/health", "Connection: close\r\n");
     let mut times = Times::default();
     while Instant::now() < end {
         let start = Instant::now();
         times.take(|| {
-            let mut stream = open(server, from, None)?;
-            stream.write_all(request.as_bytes())?;
-            Ok(read_answer(&mut stream)?)
+            Connection::over(open(server, from, None)?).exchange(&request).and_then(is_good)
         });
         thread::sleep(PROBE_EVERY.saturating_sub(start.elapsed()));
     }
     times.print("probe");
     Ok(times.are_good())
-}
-
-/// An answer is good if it is a whole 200.
-fn read_answer(stream: &mut TcpStream) -> io::Result<()> {
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let (head, body) = answer
-        .windows(4)
-        .position(|four| four == b"\r\n\r\n")
-        .map(|at| answer.split_at(at + 4))
-        .ok_or(ErrorKind::UnexpectedEof)?;
-    let head = String::from_utf8_lossy(head);
-    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
-    if !head.starts_with("HTTP/1.1 200 ") {
-        return Err(io::Error::other(head.lines().next().unwrap_or_default().to_owned()));
-    }
-    match length.and_then(|length| length.parse().ok()) {
-        Some(length) if body.len() == length => Ok(()),
-        _ => Err(ErrorKind::UnexpectedEof.into()),
-    }
 }
 
 /// A connection from `from`; `SO_SNDTIMEO` bounds connecting, too (socket(7)).
@@ -429,10 +390,6 @@ fn send(stream: &mut TcpStream, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn request(path: &str, fields: &str) -> String {
-    format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n")
 }
 
 fn most_of_a_body() -> Vec<u8> {

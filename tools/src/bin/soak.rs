@@ -20,11 +20,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rcgen::KeyPair;
+use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde_json::{Value, json};
-use tools::http::{self, Answer};
+use tools::http::{self, Answer, Identity};
 use tools::{Failure, quantile_ms};
 
 /// Each drives one connection to every server, and has its share of the rate.
@@ -407,9 +407,6 @@ struct Connection {
     used: usize,
 }
 
-/// A client certificate and its key.
-type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
-
 impl Connection {
     fn open(
         server: &Server,
@@ -423,16 +420,8 @@ impl Connection {
         if !server.tls {
             return Ok(Connection::over(Box::new(stream)));
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(Arc::clone(roots));
-        let config = match identity {
-            Some((chain, key)) => config.with_client_auth_cert(chain, key)?,
-            None => config.with_no_client_auth(),
-        };
-        let session = ClientConnection::new(Arc::new(config), server.address.ip().into())?;
-        Ok(Connection::over(Box::new(StreamOwned::new(session, stream))))
+        let name = server.address.ip().to_string();
+        Ok(Connection::over(Box::new(http::tls(stream, &name, Arc::clone(roots), identity)?)))
     }
 
     fn over(stream: Box<dyn Stream>) -> Self {
