@@ -234,7 +234,11 @@ impl Remote for RedisStore {
 
     fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError> {
         let mut commands = Commands::default();
-        Info::ask(&mut commands);
+        match run_id {
+            Some(_) => Info::ask(&mut commands),
+            // It may not be asked who it is; an answer is all there is to have.
+            None => commands.push(&self.context.layout.time()),
+        }
         while let Some(mut connection) = self.pool.take_idle(now) {
             let deadline = Instant::now() + self.timeout;
             let replies = connection.round_trip(&commands, deadline);
