@@ -1,0 +1,213 @@
+//! The domain: issue a token, redeem it for a certificate, renew that, revoke.
+//!
+//! It knows no HTTP and no Redis. What can be refused without the store is refused when a job is
+//! planned ([`plan`]); what is left is done in batches, which share their round trips to the store and
+//! their `fsync` ([`batch`]).
+
+mod batch;
+mod plan;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::ca::csr::Csr;
+use crate::ca::issuer::{Issuer, Leaf};
+use crate::ca::publisher::Publisher;
+use crate::ca::registry::Record;
+use crate::ca::{Ca, CaError};
+use crate::clock::Now;
+use crate::config::Reenroll;
+use crate::device::DeviceId;
+use crate::jwt::{Signer, Token, TokenHash};
+use crate::metrics::Metrics;
+use crate::problem::{Code, Problem};
+use crate::serial::Serial;
+use crate::store::ledger::Ledger;
+use crate::store::{Op, Status, StoreError, TokenStore};
+
+/// Issues tokens and redeems them.
+pub struct Provisioner {
+    store: Arc<dyn TokenStore>,
+    ledger: Arc<Ledger>,
+    publisher: Arc<Publisher>,
+    signer: Signer,
+    rules: Rules,
+    metrics: Arc<Metrics>,
+}
+
+/// What the configuration says of tokens and certificates.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Lifetime of a token in seconds.
+    pub token_ttl_s: u64,
+    /// May a device that has an active certificate onboard again?
+    pub reenroll: Reenroll,
+    /// Renewal revokes the certificate that it replaces.
+    pub renew_revokes: bool,
+    /// For how many days after its expiry a certificate can be renewed.
+    pub renew_after_expiry_days: u32,
+}
+
+/// A piece of work that has passed all checks that need no store.
+#[derive(Debug)]
+pub enum Job {
+    /// Issue a token.
+    Issue(Issue),
+    /// Redeem a token for a certificate.
+    Redeem(Box<Redeem>),
+    /// Sign another certificate for a device that has one.
+    Renew(Box<Renew>),
+    /// Revoke a device's certificates and kill its token.
+    Revoke(Revoke),
+    /// Count the live tokens.
+    Count,
+}
+
+/// A planned onboarding.
+#[derive(Debug)]
+pub struct Issue {
+    token: Token,
+    replace: bool,
+    client: IpAddr,
+}
+
+/// A planned redemption.
+#[derive(Debug)]
+pub struct Redeem {
+    token: Token,
+    csr: Csr,
+    serial: Serial,
+    user_id: Option<String>,
+    client: IpAddr,
+}
+
+/// A planned renewal.
+#[derive(Debug)]
+pub struct Renew {
+    /// The certificate that the device has shown.
+    old: Record,
+    csr: Csr,
+    serial: Serial,
+    client: IpAddr,
+}
+
+/// A planned revocation.
+#[derive(Debug)]
+pub struct Revoke {
+    device: DeviceId,
+    client: IpAddr,
+}
+
+/// What became of a [`Job`].
+#[derive(Debug)]
+pub enum Done {
+    /// A token was issued.
+    Issued(Token),
+    /// A certificate was signed and recorded.
+    Signed(Box<Signed>),
+    /// The device's certificates are revoked and its token is dead.
+    Revoked(DeviceId),
+    /// So many tokens are live.
+    Counted(u64),
+}
+
+/// A certificate and the CA that signed it.
+#[derive(Debug)]
+pub struct Signed {
+    /// The device's certificate.
+    pub leaf: Leaf,
+    /// The CA.
+    pub issuer: Arc<Issuer>,
+    /// It was signed when the device asked for it before.
+    again: bool,
+}
+
+/// A finished batch.
+#[derive(Debug)]
+pub struct Batch {
+    /// One for each job, in their order.
+    pub done: Vec<Result<Done, Problem>>,
+    /// To be run by [`Provisioner::clean_up`] after the answers were sent.
+    pub after: Vec<Op>,
+}
+
+impl Provisioner {
+    /// A provisioner over these parts.
+    pub fn new(
+        store: Arc<dyn TokenStore>,
+        ledger: Arc<Ledger>,
+        publisher: Arc<Publisher>,
+        signer: Signer,
+        rules: Rules,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Provisioner { store, ledger, publisher, signer, rules, metrics }
+    }
+
+    /// The CA and its record, for what is only read.
+    pub fn ca(&self) -> &Ca {
+        self.publisher.ca()
+    }
+
+    /// The lifetime of a new token in seconds.
+    pub fn token_ttl_s(&self) -> u64 {
+        self.rules.token_ttl_s
+    }
+
+    /// Which store answers.
+    pub fn store_status(&self) -> Status {
+        self.store.status()
+    }
+
+    /// Why tokens cannot be issued or certificates signed now; empty if they can.
+    pub fn obstacles(&self, now: Now) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if let Err(error) = self.issuer(now) {
+            reasons.push(error.to_string());
+        }
+        let trouble = self.ca().registry().trouble();
+        reasons.extend(trouble.map(|why| format!("the record cannot be written: {why}")));
+        reasons.extend(self.publisher.failure());
+        let status = self.store.status();
+        if status.full {
+            reasons.push(StoreError::Full.to_string());
+        }
+        if let Some(away) = status.away.filter(|_| status.redis_required) {
+            reasons.push(format!("Redis is away: {}", away.why));
+        }
+        if status.foreign_ca {
+            reasons.push("another CA than ours is entered in Redis".to_owned());
+        }
+        reasons
+    }
+
+    /// What is well today and will not be for long.
+    pub fn warnings(&self, now: Now) -> Vec<String> {
+        let status = self.store.status();
+        let lasting = status.away.filter(|away| away.lasting && !status.redis_required);
+        let lasting = lasting
+            .map(|away| format!("Redis is away and will not be back by itself: {}", away.why));
+        self.publisher.warning(now).into_iter().chain(lasting).collect()
+    }
+
+    fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {
+        self.ca().check_clock(now)?;
+        let issuer = self.ca().issuer().ok_or(CaError::ClockNotSet)?;
+        issuer.check_dates(now)?;
+        Ok(issuer)
+    }
+}
+
+/// For the log: which token was refused. The client is told nothing that it did not send.
+fn refused(problem: impl Into<Problem>, hash: &TokenHash, device: &DeviceId) -> Problem {
+    problem.into().log_more(format!("token {} of {device}", hash.short()))
+}
+
+/// The device has none, as far as is recorded here.
+pub fn no_certificate() -> Problem {
+    Problem::from(Code::CertificateNotFound).text("No certificate found for this device")
+}
+
+fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
+    problem.into().log_more(format!("device {device}"))
+}
