@@ -1,12 +1,12 @@
 //! The chunked transfer coding (RFC 9112, 7.1), decoded as the bytes come in.
 //!
-//! Strict: hexadecimal digits, CR LF and nothing else between the data, because whatever two
-//! readers of a message may read differently is a way to smuggle one. Extensions and trailers are
+//! Strict: hexadecimal digits, CR LF and nothing else between the data, because a message that two
+//! servers read differently can carry a second one past the first of them. Extensions and trailers are
 //! read past, under a bound of their own, and dropped. State is a few words; nothing is kept.
 
 use crate::problem::Code;
 
-/// Bytes of chunk extensions and of trailers in one message, each. Nobody we know sends either.
+/// Bytes of chunk extensions and of trailers in one message, each. No client that we know sends either.
 const EXTRAS_MAX: usize = 4096;
 /// Digits of a chunk's size; a size that fits `BODY_MAX` needs five, more can only be zeros.
 const DIGITS_MAX: u8 = 16;

@@ -85,7 +85,7 @@ pub struct Connections {
 }
 
 impl Connections {
-    /// No connection yet.
+    /// An empty table.
     pub fn new(settings: Settings, secure: Option<Secure>) -> Self {
         let size = settings.max_connections;
         Connections {
@@ -108,7 +108,7 @@ impl Connections {
         }
     }
 
-    /// Nobody is in.
+    /// Whether no connection is open.
     pub fn is_empty(&self) -> bool {
         self.free.len() == self.places.len()
     }

@@ -150,7 +150,7 @@ fn as_1_1(buf: &[u8]) -> Option<Vec<u8>> {
 /// Writes the length of a chunked body into the head that `whole` begins with.
 ///
 /// # Errors
-/// When there is no such place, which cannot be.
+/// `InternalError` if `head` is not the length of a head with that field, which [`read`] rules out.
 pub fn fill_length(whole: &mut [u8], head: usize, length: usize) -> Result<(), Code> {
     let place = head.checked_sub(4 + LENGTH_DIGITS).and_then(|at| whole.get_mut(at..head - 4));
     let mut left = length;

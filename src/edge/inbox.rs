@@ -1,13 +1,13 @@
-//! What other threads tell the edge. Whoever tells wakes it only if it sleeps: under load nobody makes
-//! a system call for it.
+//! Messages from other threads to the edge. A sender wakes the edge only if it sleeps, so under load
+//! no system call is made for a message.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::poll::Waker;
 
-/// Bytes of replies that may wait here; whoever has more to tell waits in its own thread. Without this
-/// a worker could make large replies faster than the edge counts them.
+/// Bytes of replies that may wait here. A sender that has more blocks: without this bound a worker could
+/// make large replies faster than the edge can count them.
 const BYTES_MAX: usize = 256 * 1024;
 
 /// The edge's end.
@@ -46,9 +46,9 @@ impl<T> Inbox<T> {
         Sender(Arc::clone(&self.0))
     }
 
-    /// Whether the edge may sleep: nothing is here, and whatever comes from now on will wake it.
+    /// Returns whether the edge may sleep: the inbox is empty, and the next message will wake the edge.
     pub fn may_sleep(&self) -> bool {
-        // Before the look: who sends after it sees that it has to wake the edge.
+        // Set before the inbox is looked at, so that a message sent after the look wakes the edge.
         self.0.asleep.store(true, Ordering::SeqCst);
         self.0.lock().mail.is_empty()
     }
@@ -58,7 +58,7 @@ impl<T> Inbox<T> {
         self.0.asleep.store(false, Ordering::SeqCst);
     }
 
-    /// All that is here, in the order in which it came.
+    /// Takes all messages, in the order in which they came.
     pub fn take(&self) -> Vec<T> {
         let mut state = self.0.lock();
         if state.bytes > 0 {

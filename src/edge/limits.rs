@@ -79,7 +79,7 @@ pub struct Budget {
 /// Bytes held, for one client or for all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
-    /// Whatever for.
+    /// All bytes, of requests and replies.
     pub all: usize,
     /// Of these, replies that are not taken yet, and what waits behind a request in work.
     pub replies: usize,
@@ -117,8 +117,8 @@ impl Budget {
         !self.fits(0)
     }
 
-    /// Replies hold more than half. They are the cheapest to ask for: whoever does not read them
-    /// sends a hundred bytes for each megabyte that we hold.
+    /// Replies hold more than half. They are the cheapest to ask for: a client that does not
+    /// read them sends a hundred bytes for each megabyte that we hold.
     pub fn replies_are_over(&self) -> bool {
         self.held.replies > self.max / 2
     }

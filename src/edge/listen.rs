@@ -1,4 +1,4 @@
-//! The listening socket: whatever `accept` says, accepting goes on.
+//! The listening socket. After any error of `accept`, accepting goes on.
 
 use std::io;
 use std::net::{IpAddr, TcpListener, TcpStream};
@@ -29,14 +29,14 @@ pub struct Listener {
 pub enum Arrival {
     /// A client.
     Client(TcpStream, IpAddr),
-    /// No descriptor or no memory is left; somebody should go.
+    /// No descriptor or no memory is left: some connection should be closed.
     Shortage,
 }
 
 impl Listener {
-    /// Takes the socket, from which nobody is let in before [`Listener::open`]; who comes earlier
-    /// waits in the system's queue. `places` is how many connections there may be: no more than a
-    /// quarter are taken in one go, so that nobody has to give way before it was first read.
+    /// Takes the socket. No client is let in before [`Listener::open`]; one that comes earlier waits in
+    /// the system's queue. `places` is how many connections there may be: no more than a quarter are
+    /// accepted at once, so that no connection has to give way before it was first read.
     ///
     /// # Errors
     /// When the system has nothing left.
@@ -64,7 +64,7 @@ impl Listener {
         self.paused_until_ms.is_some_and(|until| until <= now_ms)
     }
 
-    /// Takes whoever waits, up to the bound. True if more may wait.
+    /// Accepts the clients that wait, up to the bound. Returns true if more may wait.
     pub fn accept(&mut self, now_ms: u64, arrived: &mut dyn FnMut(Arrival)) -> bool {
         if self.is_due(now_ms) {
             self.paused_until_ms = None;

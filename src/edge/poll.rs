@@ -26,7 +26,7 @@ const BATCH: usize = 256;
 /// The key of what ends a wait.
 const WAKE: u64 = u64::MAX;
 
-/// What a socket waits for. Errors and a full hang-up are reported whatever it says.
+/// What a socket waits for. Errors and a full hang-up are always reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interest {
     /// Wake up when there is something to read.
@@ -100,7 +100,7 @@ impl Poll {
         };
         for event in events {
             match event.data.u64() {
-                // Whoever wakes us after this is seen the next time.
+                // A wake-up after this read is reported by the next wait.
                 WAKE => drop(rustix::io::read(&self.wake, &mut [0; 8])),
                 key => self.ready.push(ready(key, event)),
             }

@@ -1,8 +1,8 @@
 //! Who the client is when it comes through a reverse proxy.
 //!
 //! `X-Forwarded-For` is believed only from a trusted proxy, and only as far as trusted proxies
-//! wrote it: the rightmost address that is not itself a trusted proxy is the client. Whatever
-//! stands further left was sent by the client and may say anything.
+//! wrote it: the rightmost address that is not itself a trusted proxy is the client. What
+//! stands further left was sent by the client and proves nothing.
 
 use std::net::IpAddr;
 

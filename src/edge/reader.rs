@@ -1,4 +1,4 @@
-//! One client's bytes, turned into requests one at a time. No I/O: bytes in, steps out.
+//! One client's bytes, turned into requests one at a time. No I/O: bytes in, requests out.
 //!
 //! A request that arrives in one piece is read where it lies and costs no memory; only what is
 //! incomplete is copied. What a client sends behind a request waits, unread, until that request is
@@ -306,7 +306,7 @@ mod tests {
         }
     }
 
-    /// Whatever is sent, the outcome does not depend on how it is split, and memory is bounded.
+    /// The outcome does not depend on how the bytes are split, and memory is bounded, for any input.
     #[test]
     fn damaged_bytes_are_read_alike_however_they_are_split() {
         let (clean, mut refusals) = (sample(), 0);

@@ -1,7 +1,7 @@
 //! The loop: wait once, then readable clients, answers, new clients, deadlines.
 //!
-//! In that order, because whatever the clients of one wake-up ask is then written down each lane
-//! together, and what the answers let in goes down behind it.
+//! In that order, so that the requests of one wake-up are written to each lane together, and those that
+//! waited behind an answer follow in a second write.
 
 use std::error::Error;
 use std::fmt;
@@ -203,7 +203,7 @@ impl Edge {
         })
     }
 
-    /// Serves until [`Handle::shutdown`] and everyone is answered.
+    /// Serves until [`Handle::shutdown`] was called and all requests in progress are answered.
     ///
     /// # Errors
     /// When the readiness queue itself fails.
@@ -258,7 +258,7 @@ impl Edge {
         }
     }
 
-    /// Nobody but a worker that must not writes to a lane; or it has ended.
+    /// Gives up the lanes that have ended, or to which the worker's side has written.
     fn check_lanes(&mut self, now: Now) {
         for Ready { key, readable, .. } in self.poll.ready() {
             if let Some(lane) = self.lanes.by_key(key).filter(|_| readable)
@@ -307,7 +307,8 @@ impl Edge {
         listener.accept(now.mono_ms, &mut |found| connections.arrived(found, poll, first, now))
     }
 
-    /// The listener closes only when everyone who was let in by the system is let in here.
+    /// Stops accepting. Connections that the system has accepted already are taken over first, or they
+    /// would be reset.
     fn begin_drain(&mut self, buf: &mut [u8], now: Now) {
         if self.drained_by_ms.is_some() {
             return;

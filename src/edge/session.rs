@@ -236,7 +236,7 @@ impl Session {
         let head = match self.state {
             State::Working(ticket) => Some(ticket.head),
             State::Reading => self.reader.head(),
-            // There is a reply under way already, or nobody who could read one.
+            // A reply is under way already, or the client cannot read one.
             _ => return self.close(),
         };
         self.reader.stop();
@@ -254,7 +254,7 @@ impl Session {
 
     fn late(&mut self) -> Step {
         match (self.wait, self.reader.phase()) {
-            // Whoever said nothing is told nothing.
+            // A client that has sent nothing gets no answer.
             (Wait::Head, Phase::Idle) => self.close(),
             (Wait::Head | Wait::Body, _) => self.refuse(Code::RequestTimeout),
             (Wait::Work, _) => self.refuse(Code::ServiceUnavailable),

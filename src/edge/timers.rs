@@ -1,8 +1,8 @@
 //! Deadlines without a timer per connection: one list per kind of deadline.
 //!
-//! All deadlines of a kind are equally long, so whoever enters a list last is due last: each list
-//! is ordered by itself, entering and leaving are a few writes, and only the fronts are looked at.
-//! The front of a list is also the one that has waited longest, which is who gives way.
+//! All deadlines of a kind are equally long, so the connection that enters a list last is due last: each
+//! list is ordered by itself, entering and leaving are a few writes, and only the fronts are looked at.
+//! The front of a list is also the one that has waited longest, which is the one to give way.
 
 use super::settings::{Deadlines, Wait};
 
@@ -113,12 +113,12 @@ impl Timers {
         self.lists.remove(at);
     }
 
-    /// Who has waited longest for this.
+    /// The connection that has been waited for longest in this.
     pub fn longest(&self, wait: Wait) -> Option<usize> {
         self.lists.front(wait as usize)
     }
 
-    /// Everyone who waits for this.
+    /// All connections that are waited for in this.
     pub fn all(&self, wait: Wait) -> impl Iterator<Item = usize> + '_ {
         self.lists.iter(wait as usize)
     }

@@ -1,7 +1,7 @@
 //! What of a reply a client's socket did not take yet.
 //!
-//! In pieces of one size: each is given back as soon as it is out, so that whoever takes a reply
-//! slowly holds less and less, and what thousands of replies leave behind in the heap fits the next.
+//! In pieces of one size: each is given back as soon as it is out, so that a client that takes a
+//! reply slowly holds less and less, and what thousands of replies leave behind in the heap fits the next.
 
 use std::collections::VecDeque;
 
@@ -85,7 +85,7 @@ mod tests {
         }
         assert_eq!(unsent.held(), 0);
         assert!(out == reply);
-        // Whoever has taken all that there was may get more.
+        // After all is taken, more can be added.
         unsent.push(b"ab", 1);
         unsent.advance(2);
         unsent.push(b"c", 0);

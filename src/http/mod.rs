@@ -77,8 +77,8 @@ pub enum LaneKind {
     Plain,
     /// What signs a certificate and waits for the disk.
     Certificate,
-    /// What has a reply of hundreds of KiB. Whatever else went down the same lane would wait until
-    /// all of it is made.
+    /// What has a reply of hundreds of KiB. Other requests in the same lane would wait until all of
+    /// it is made.
     Bulk,
 }
 
@@ -94,7 +94,7 @@ pub struct Class {
 }
 
 impl Class {
-    /// What most requests are, and those that nobody knows.
+    /// The class of most requests, and of those to no endpoint.
     pub const PLAIN: Class =
         Class { lane: LaneKind::Plain, client_certificate: false, refuse: Reply::problem };
 }

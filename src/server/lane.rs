@@ -35,8 +35,8 @@ const SOCKET_PATH_MAX: usize = 107;
 const BATCH_BYTES: usize = 256 * 1024;
 /// Requests waiting in one lane; at 15 µs each, 1,024 are a wait of 15 ms.
 const MAX_WAITING: usize = 1024;
-/// Whoever has a request in work gives way to nobody, and what is large is long in work: those who
-/// wait for it may not take all the places.
+/// A connection with a request in work never gives way, and large replies take long: the clients that
+/// wait for one must not take all the places.
 const MAX_WAITING_BULK: usize = 16;
 /// However steadily requests come, a batch waits no longer than so many pauses.
 const PAUSES: u32 = 5;
@@ -81,7 +81,7 @@ pub fn open_lanes(dir: &Path, kinds: &[LaneKind]) -> Result<Vec<LaneServer>, Lan
 
 fn make_private(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    // SECURITY: whoever can connect to a lane speaks for any client.
+    // SECURITY: a process that can connect to a lane can speak for any client.
     fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
 }
 
@@ -235,7 +235,7 @@ pub struct Batch {
     pub requests: Vec<Request>,
     /// The number of each.
     numbers: Vec<u64>,
-    /// Outbox for which nobody needs to be asked.
+    /// Answers that are known without asking the API.
     known: Vec<(u64, Reply)>,
     outbox: Outbox,
 }
@@ -267,7 +267,7 @@ impl Batch {
                 self.requests.push(taken(&request, &who, body));
                 self.numbers.push(number);
             }
-            // A lane that broke: nobody acts on half a request.
+            // The lane broke: half a request is not acted on.
             (None, _) => self.known.push((number, unanswered())),
         }
         drop(request.into_writer());
@@ -307,8 +307,8 @@ fn read_body(request: &mut tiny_http::Request) -> Option<Vec<u8>> {
     (body.len() == length).then_some(body)
 }
 
-/// The request's number, and the client: its address, and its certificate where that is wanted. Nobody
-/// but the edge can connect; to what has no number nobody waits for an answer.
+/// The request's number, and the client: its address, and its certificate where that is wanted. Only the
+/// edge can connect, and always sends a number; an answer to number 0 has no effect.
 fn private(request: &tiny_http::Request) -> (u64, String) {
     let value = field(request, edge::PRIVATE_FIELD).unwrap_or_default();
     let (number, who) = value.split_once(' ').unwrap_or((&value, edge::NOBODY));
@@ -470,7 +470,7 @@ mod tests {
         staged.connect().write_all(get(7, "/x").as_bytes()).unwrap();
         staged.next_batch().answer(vec![reply("r")]);
         assert_eq!(staged.answered(), [(7, 200, "r".to_owned())]);
-        // A stale file, as after a crash, is in nobody's way.
+        // A stale file, as after a crash, is replaced.
         staged.lane.shared.server().take();
         fs::write(&staged.lane.address().path, "").unwrap();
         drop(open_lanes(&staged.dir, &[LaneKind::Plain]).unwrap());

@@ -1,8 +1,8 @@
 //! The edge, the lanes behind it with their workers, and the orderly stop.
 //!
-//! A worker takes the request that waits in its lane and whatever waits behind it, has the API
-//! answer them as one batch, and does what could wait after the replies. Alone, a request is a batch
-//! of one and waits for nobody.
+//! A worker takes the request that waits in its lane and those behind it, has the API answer them as
+//! one batch, and does what could wait after the replies. A request that is alone is a batch of one and
+//! waits for no other.
 
 mod lane;
 
@@ -25,7 +25,8 @@ use crate::stderr;
 
 pub use lane::{Batch, LaneError, LaneServer, Stopper, open_lanes};
 
-/// Most requests in one batch while the store is near. More would move all clients in one lump.
+/// Most requests in one batch while the store is near. More would answer all clients at once
+/// and make their next requests arrive at once.
 const BATCH: usize = 16;
 /// Most requests in one batch however far the store is.
 const BATCH_MOST: usize = 256;
@@ -183,9 +184,9 @@ fn serve(api: &Api, batch: Batch) {
 /// How many requests a batch takes, and for how long a pause in their coming it waits.
 ///
 /// A store that is far answers a batch in about the time of one request, so throughput is the batch
-/// over the round trip. And then whoever was answered together asks again together: a worker that
+/// over the round trip. And clients that were answered together ask again together: a worker that
 /// went on at once would find the first of them only, and the others would wait for that trip to
-/// end. Who comes alone waits for nobody.
+/// end. A request that comes alone waits for no other.
 fn pace(round_trip: Duration, last: usize) -> (usize, Duration) {
     if round_trip < FAR {
         return (BATCH, Duration::ZERO);

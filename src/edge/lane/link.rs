@@ -1,7 +1,7 @@
 //! A lane's Unix connection to its worker's server, which is opened, proven, used and lost.
 //!
-//! Only requests go through it. A byte that comes back was written by somebody who must not: the lane
-//! is lost then, as it is when the connection ends.
+//! Only requests go through it. The worker's side must not write to it: if a byte comes back the lane is
+//! given up, as it is when the connection ends.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -35,7 +35,7 @@ impl Link {
         matches!(self, Link::Up(_))
     }
 
-    /// An answer came: whatever came before it, the lane works. True if it was not known until now.
+    /// An answer came, so the lane works. Returns true if that was not known until now.
     pub fn proven(&mut self) -> bool {
         match std::mem::replace(self, Link::Down(0)) {
             Link::Proving(stream, _) => {
@@ -64,7 +64,7 @@ impl Link {
         Ok(n)
     }
 
-    /// Says why the connection is lost, when its socket is readable.
+    /// Returns why the connection is lost, if it is; for when its socket is readable.
     pub fn lost(&mut self) -> Option<String> {
         match (&**self.stream()?).read(&mut [0]) {
             Ok(0) => Some("closed by the worker's side".into()),

@@ -189,7 +189,7 @@ impl Lane {
         Ok(())
     }
 
-    /// Says why the lane is lost, when its socket is readable.
+    /// Returns why the lane is lost, if it is; for when its socket is readable.
     pub fn lost(&mut self) -> Option<String> {
         self.link.lost()
     }

@@ -1,8 +1,8 @@
 //! What waits in a lane: bytes to be written, and requests to be answered. No socket.
 //!
 //! Requests are appended and written together, once per wake-up, because a wake-up of the worker costs
-//! more than a system call. Answers are found by their request's number, in whatever order they come;
-//! one whose request waits no more has no effect.
+//! more than a system call. Answers are found by their request's number and may come in any order;
+//! an answer to a request that does not wait any more has no effect.
 
 use std::collections::VecDeque;
 
@@ -54,7 +54,7 @@ impl Queue {
         Some(self.waiting.front()?.since_ms.saturating_add(work_ms))
     }
 
-    /// Whether nobody has waited for long.
+    /// Returns whether no request has waited for long.
     pub fn is_quick(&self, now_ms: u64) -> bool {
         self.waiting.front().is_none_or(|first| now_ms.saturating_sub(first.since_ms) < QUICK_MS)
     }

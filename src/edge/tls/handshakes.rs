@@ -1,5 +1,5 @@
 //! Handshakes are computed on a thread beside the edge: a signature with RSA 4096 takes 5 ms on a PC
-//! and 100 ms on a slow ARM, and whoever replays a ClientHello gets one for nothing.
+//! and 100 ms on a slow ARM, and a client that replays a ClientHello gets one for nothing.
 //!
 //! The steps that wait are taken by client address in turn, see [`Turns`]; a crowd of replayers delays
 //! a newcomer by the one step that is being computed. What comes after the signature is cheap and

@@ -5,7 +5,7 @@
 //!
 //! A client is asked for a certificate. Here it is only seen that the client holds its key; a
 //! verifier that judged more would have to break the handshake, and the client would never learn
-//! why. Whoever needs to know who the client is must judge the certificate.
+//! why. Code that needs to know who the client is must judge the certificate itself.
 
 mod handshakes;
 mod stream;
@@ -79,7 +79,7 @@ fn server_config(shown: Arc<CertifiedKey>) -> Result<Arc<ServerConfig>, rustls::
     Ok(Arc::new(config))
 }
 
-/// Takes any certificate, or none, from whoever holds its key.
+/// Takes any certificate, or none, from a client that holds its key.
 #[derive(Debug)]
 struct AnyClient(WebPkiSupportedAlgorithms);
 

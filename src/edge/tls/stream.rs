@@ -1,7 +1,7 @@
 //! One connection's TLS, in buffers of our own: rustls holds no byte that is not counted here.
 //!
-//! rustls' other interface keeps what it has read, a record or a handshake message that is not whole,
-//! in a buffer that nobody can measure and that stays as large as it once was. Here such bytes are
+//! rustls' other interface keeps what it has read, a record or a handshake message that is not whole, in
+//! a buffer whose size cannot be asked for, and which does not shrink. Here such bytes are
 //! [`Stream::held`] and bounded by [`INPUT_MAX`], in the handshake and after it.
 
 use std::sync::Arc;

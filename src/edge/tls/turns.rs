@@ -7,8 +7,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 
-/// So many newcomers go before one of the others: an attacker with an address for every connection
-/// shuts out nobody who was known before.
+/// So many newcomers go before one of the others, so that an attacker with an address for every
+/// connection cannot shut out addresses that are known.
 const NEWCOMERS_FIRST: usize = 4;
 /// For how long an address that has had a turn is no newcomer.
 const KNOWN_MS: u64 = 10_000;
