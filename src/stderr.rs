@@ -1,9 +1,10 @@
 //! Standard error, where the log goes, and which may never stop the service.
 //!
-//! Whoever reads the log may be slow, or gone while its pipe is still open. Then a write would wait
-//! for it, and with it the worker that logs, and all others at their next line. So where a write can
-//! wait, there is a bound to it, and what is not taken in time is lost: it is counted, and said when
-//! the log flows again. Lines go out whole: what was begun is finished before anything else.
+//! The reader of the log may be slow, or hang while its pipe is still open. A write would then wait for
+//! the reader, and so would the worker that logs, and every other thread at its next line. So a write
+//! that can wait has a bound, and lines that are not taken in time are lost: they are counted, and
+//! their number is logged when the reader is back. Lines are never mixed: the rest of a line that was
+//! cut off is written before anything else.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
@@ -19,8 +20,7 @@ use rustix::fs::OFlags;
 use crate::clock;
 use crate::metrics::Counter;
 
-/// How long a line may wait until there is room for it. A reader that is merely out of its turn
-/// reads within this time.
+/// How long a line may wait until there is room for it. A reader that is alive reads within this time.
 const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How long no line waits after one has.
 const IMPATIENCE_MS: u64 = 1000;

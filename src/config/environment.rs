@@ -12,8 +12,8 @@ use std::str::Chars;
 use super::names;
 use super::vars::{BYTE_ORDER_MARK, ConfigError};
 
-/// Variables by their names.
-#[derive(Clone, Debug, Default)]
+/// Variables by their names. There is no `Debug`: some are secrets.
+#[derive(Clone, Default)]
 pub struct Environment {
     own: BTreeMap<String, OsString>,
     files: BTreeMap<String, OsString>,

@@ -18,13 +18,14 @@ const OLDER: [(&str, &str); 7] = [
     ),
 ];
 
-/// Whoever sets a variable with such a name means this program.
+/// A variable whose name begins so is meant for this program.
 const PREFIXES: [&str; 4] = ["REDIS_", "TLS_", "ONBOARDING_", "ADMIN_"];
 
 /// How many letters a name may differ from one of ours that is meant.
 const NEAR: usize = 3;
 
-/// What is to be said of a variable that is set to this; nothing of ours, and of strangers.
+/// Returns the warning for a variable with this name and value; none for our own variables, and for
+/// those that have nothing to do with this program.
 pub fn note(name: &str, value: &OsStr) -> Option<String> {
     if is_ours(name) || is_of_kubernetes(name, value) {
         return None;
