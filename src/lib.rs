@@ -8,7 +8,7 @@
 //!  device ──TCP/TLS──▶ edge ──whole, bounded requests──▶ lanes: tiny_http and a worker each (server)
 //!                                                                   │
 //!                      store (Redis ⇄ memory) ◀── provisioner ◀── api (routes, handlers)
-//!                                                     └──▶ ca (CSR, sign, record, CRL)
+//!                                  devices (rows) ◀──┘   └──▶ ca (CSR, sign, record, CRL)
 //! ```
 //!
 //! Each lane is for one kind of work, so that what signs and waits for the disk delays nothing else.
@@ -19,8 +19,8 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
-//! | 1 | [`store`], [`ca`] | layer 0; back ends also what `store` itself defines |
+//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
+//! | 1 | [`devices`], [`store`], [`ca`] | layer 0, [`devices`] (its plain types); back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
 //! | 3 | [`edge`] | layer 0 |
@@ -47,7 +47,7 @@
 //! - No lock is held across network I/O; only the record's writer lock is held across its own append
 //!   and `fsync`. No secret type has a revealing `Debug`.
 //! - A token consumed while degraded never becomes redeemable again. A certificate is on disk before
-//!   it is answered.
+//!   it is answered; so is a kill.
 //! - Nothing that a client sends can grow memory, threads, file descriptors or waiting time without
 //!   a bound, but the record of certificates, which is meant to grow.
 
@@ -59,6 +59,7 @@ pub mod subscriber;
 
 pub mod json;
 pub mod jwt;
+pub mod mac;
 pub mod problem;
 
 pub mod http;
@@ -68,6 +69,8 @@ pub mod metrics;
 pub mod config;
 pub mod files;
 pub mod stderr;
+
+pub mod devices;
 
 pub mod store;
 

@@ -31,6 +31,7 @@ use super::key::{self, Kind, PublicKey};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files;
+use crate::mac::MacKey;
 use crate::pem;
 use crate::serial::Serial;
 
@@ -113,6 +114,8 @@ pub struct Issuer {
     chain: Vec<Vec<u8>>,
     fingerprint: String,
     validity_days: u32,
+    /// Seals what instances of this CA leave for each other.
+    pub mac_key: MacKey,
     /// The CA's first second, since 1970.
     pub not_before: u64,
     /// The CA's last second, since 1970.
@@ -221,6 +224,7 @@ impl Issuer {
             return Err(refused("the subject is empty"));
         }
         let key_identifier = key_identifier(ours).map_err(refused)?;
+        let number = key::private_number(&key).map_err(|e| CaError::refused(&dir.join(KEY), e))?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.key_identifier_method = key_identifier.clone();
@@ -234,6 +238,7 @@ impl Issuer {
             subject: ours.subject().as_raw().to_vec(),
             fingerprint: fingerprint(chain.first().map_or(&[], Vec::as_slice)),
             validity_days,
+            mac_key: MacKey::derive(&number),
             not_before: second(ours.validity().not_before),
             not_after: second(ours.validity().not_after),
             certificate: certificate.clone(),

@@ -232,6 +232,33 @@ pub fn private_key(text: &str) -> Result<KeyPair, KeyError> {
     KeyPair::try_from(pkcs8.as_slice()).map_err(|_| KeyError::NotLoaded)
 }
 
+/// The number that only who has the private key knows: the scalar of an elliptic curve, the seed of
+/// Ed25519, the exponent `d` of RSA. Without leading zeros, so that it is the same number however the
+/// key's file was written.
+pub fn private_number(key: &KeyPair) -> Result<Vec<u8>, KeyError> {
+    let pkcs8 = key.serialize_der();
+    let read = || {
+        let wrapped = element(whole(&pkcs8, Tag::Sequence)?, 2, Tag::OctetString)?;
+        let number = match Any::from_der(wrapped).ok()?.1 {
+            seed if seed.tag() == Tag::OctetString => seed.data, // RFC 8410, 7
+            // RFC 5915, 3 and RFC 8017, A.1.2
+            numbers => element(numbers.data, 1, Tag::OctetString)
+                .or_else(|| element(numbers.data, 3, Tag::Integer))?,
+        };
+        Some(number.iter().copied().skip_while(|byte| *byte == 0).collect())
+    };
+    read().ok_or(KeyError::Malformed)
+}
+
+/// The content of the element after `skipped` others, if it is of this kind.
+fn element(mut der: &[u8], skipped: usize, tag: Tag) -> Option<&[u8]> {
+    for _ in 0..skipped {
+        der = Any::from_der(der).ok()?.0;
+    }
+    let (_, any) = Any::from_der(der).ok()?;
+    (any.tag() == tag).then_some(any.data)
+}
+
 /// AlgorithmIdentifier of rsaEncryption, with its NULL.
 const RSA: &[u8] = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00";
 /// AlgorithmIdentifier of id-ecPublicKey on prime256v1.
@@ -271,6 +298,8 @@ fn wrap(algorithm: &[u8], key: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::openssl::must;
+    use crate::files::test_dir::TestDir;
 
     #[test]
     fn rsa_sizes_are_counted_in_bits() {
@@ -304,6 +333,33 @@ mod tests {
         for exponent in [&[][..], &[0x81]] {
             assert_eq!(key(&modulus(2048), exponent), Err(KeyError::Malformed));
         }
+    }
+
+    #[test]
+    fn the_private_number_is_what_openssl_shows_however_the_key_is_written() {
+        let dir = TestDir::new();
+        for (make, older) in [
+            ("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256", "-traditional"),
+            ("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384", "-traditional"),
+            ("genpkey -algorithm ED25519", ""), // has no older form
+            ("genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048", "-traditional"),
+        ] {
+            must(&dir, &format!("{make} -out key"));
+            let text = must(&dir, "pkey -in key -noout -text");
+            let shown = text.lines().skip_while(|line| !line.contains("priv")).skip(1);
+            let shown: String = shown.take_while(|line| line.starts_with(' ')).collect();
+            let hex = shown.replace([':', ' '], "");
+            let expected = hex.trim_start_matches("00");
+            must(&dir, &format!("pkey -in key {older} -out old"));
+            for name in ["key", "old"] {
+                let key = private_key(&std::fs::read_to_string(dir.join(name)).unwrap()).unwrap();
+                let number = private_number(&key).unwrap();
+                let number: String = number.iter().map(|b| format!("{b:02x}")).collect();
+                assert!(number.len() > 60 && number == expected, "{make}, {name}");
+            }
+        }
+        let made = KeyPair::generate().unwrap();
+        assert!(private_number(&made).is_ok_and(|number| number.len() > 28));
     }
 
     #[test]

@@ -1,0 +1,501 @@
+//! The rows that this instance knows, each change on disk before anybody sees it.
+//!
+//! Whoever changes something puts it on a list and waits for the file. The first to get the file
+//! writes all that is on the list, with one `fsync`, and enters it; the others find theirs done. The
+//! rows have a lock of their own, which is never held while something is written that others wait
+//! for: reading never waits for the disk.
+//!
+//! A row is kept as bytes, its device's name before it, in one piece of memory: 10,000 registered
+//! devices take 1.4 MB, where a row as a structure would take three times that.
+
+use std::borrow::Borrow;
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+
+use super::codec;
+use super::file::{self, DevicesFile};
+use super::{Block, Bound, Instance, Row};
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::files::FilesError;
+
+/// Rows are dropped by a clock that has gone evenly for so long, in milliseconds. One that was set
+/// wrong meanwhile would drop what still matters.
+const CLOCK_IS_STEADY_MS: u64 = 86_400_000;
+/// How far two clocks may drift apart in that time without one having been set, in milliseconds.
+const DRIFT_MS: u64 = 3_600_000;
+
+/// The change is not on disk, so it was not made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotWritten(String);
+
+impl fmt::Display for NotWritten {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NotWritten {}
+
+/// The rows of all devices.
+#[derive(Debug)]
+pub struct Devices {
+    own: Instance,
+    rows: RwLock<BTreeSet<Packed>>,
+    /// Changes that wait for the file.
+    waiting: Mutex<Vec<Arc<Change>>>,
+    writer: Mutex<Writer>,
+}
+
+/// What only who writes needs.
+#[derive(Debug)]
+struct Writer {
+    file: DevicesFile,
+    /// Since when the wall clock has gone evenly.
+    steady_since: Now,
+}
+
+/// Changes that are made together, or not at all.
+#[derive(Debug)]
+struct Change {
+    /// The registers that are to be merged into each row.
+    news: Vec<(DeviceId, Row)>,
+    /// They were made here.
+    ours: bool,
+    outcome: OnceLock<Result<(), NotWritten>>,
+}
+
+/// Whether the file can be read, if there is one.
+///
+/// # Errors
+/// Why not.
+pub fn check(path: &Path) -> Result<(), FilesError> {
+    file::load(path, |_, _, _| ()).map(drop)
+}
+
+impl Devices {
+    /// Reads the file, or makes one.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn open(path: &Path, own: Instance, now: Now) -> Result<Self, FilesError> {
+        let mut rows = BTreeSet::new();
+        let file = DevicesFile::open(path, |device, news, writer| {
+            merge_into(&mut rows, &device, news, writer == Some(own));
+        })?;
+        let writer = Mutex::new(Writer { file, steady_since: now });
+        Ok(Devices { own, rows: RwLock::new(rows), waiting: Mutex::default(), writer })
+    }
+
+    /// How far the device's past is dead, and whether it is blocked.
+    pub fn bound(&self, device: &DeviceId) -> (Bound, Block) {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        rows.get(device.as_str().as_bytes()).map(Packed::bound).unwrap_or_default()
+    }
+
+    /// All that is known of the device.
+    pub fn row(&self, device: &DeviceId) -> Row {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        rows.get(device.as_str().as_bytes()).map(Packed::unpack).unwrap_or_default().row
+    }
+
+    /// Raises the bound of a device, never lowers it; on disk when it returns.
+    ///
+    /// # Errors
+    /// When it could not be written. It was then not raised.
+    pub fn raise(&self, device: &DeviceId, bound: Bound, now: Now) -> Result<(), NotWritten> {
+        self.enter(vec![(device.clone(), Row { bound, ..Row::default() })], true, now)
+    }
+
+    /// Merges rows into those known here, `ours` if the changes were made by this instance; on disk
+    /// when it returns. What no longer matters is not taken from elsewhere.
+    ///
+    /// # Errors
+    /// When they could not be written. Nothing was then changed.
+    pub fn enter(
+        &self,
+        rows: Vec<(DeviceId, Row)>,
+        ours: bool,
+        now: Now,
+    ) -> Result<(), NotWritten> {
+        let news = rows.into_iter().filter(|(_, row)| ours || row.matters(now.unix_s()));
+        let news = news.map(|(device, row)| {
+            let news = row.news_for(&self.row(&device));
+            (device, news)
+        });
+        let news: Vec<_> = news.filter(|(_, row)| *row != Row::default()).collect();
+        if news.is_empty() {
+            return Ok(());
+        }
+        let change = Arc::new(Change { news, ours, outcome: OnceLock::new() });
+        locked(&self.waiting).push(Arc::clone(&change));
+        let mut writer = locked(&self.writer);
+        if change.outcome.get().is_none() {
+            self.write(&mut writer, std::mem::take(&mut *locked(&self.waiting)), now);
+        }
+        drop(writer);
+        let lost = || Err(NotWritten("the change was lost".to_owned()));
+        change.outcome.get().cloned().unwrap_or_else(lost)
+    }
+
+    /// The devices whose rows Redis is to be told when it returns: those that this instance has
+    /// changed, and those whose bound may still meet a token.
+    pub fn to_be_told(&self, now: Now) -> Vec<DeviceId> {
+        let now_s = now.unix_s();
+        let recent = |row: &Packed| row.bound().0.is_recent(now_s);
+        let ours = |row: &Packed| row.ours() && row.unpack().row.matters(now_s);
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        rows.iter().filter(|row| recent(row) || ours(row)).filter_map(Packed::device).collect()
+    }
+
+    /// Writes all changes with one sync, and only then lets anybody see them.
+    fn write(&self, writer: &mut Writer, changes: Vec<Arc<Change>>, now: Now) {
+        let lines: String = changes.iter().map(|change| change.lines(self.own, now)).collect();
+        let outcome = writer.file.append(&lines).map_err(|error| NotWritten(error.to_string()));
+        if outcome.is_ok() {
+            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+            for change in &changes {
+                for (device, news) in &change.news {
+                    merge_into(&mut rows, device, news.clone(), change.ours);
+                }
+            }
+        }
+        for change in changes {
+            let _ = change.outcome.set(outcome.clone()); // it is set here only
+        }
+        if writer.file.has_doubled() {
+            self.rewrite(writer, now);
+        }
+    }
+
+    /// Drops what no longer matters, and writes the rest anew. Only who holds the writer changes the
+    /// rows, so the lock under which they are read here makes nobody wait.
+    fn rewrite(&self, writer: &mut Writer, now: Now) {
+        if writer.clock_is_steady(now) {
+            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+            rows.retain(|row| row.unpack().row.matters(now.unix_s()));
+        }
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let lines = rows.iter().filter_map(|packed| {
+            let Kept { row, ours } = packed.unpack();
+            Some(file::lines(&packed.device()?, &row, ours.then_some(self.own), now.unix_ms))
+        });
+        if let Err(error) = writer.file.rewrite(lines) {
+            log::warn!("{error}; it grows on until it can be rewritten");
+        }
+    }
+}
+
+impl Writer {
+    fn clock_is_steady(&mut self, now: Now) -> bool {
+        let since = self.steady_since;
+        let passed_ms = now.mono_ms.saturating_sub(since.mono_ms);
+        let due_ms = since.unix_ms.saturating_add(passed_ms);
+        if now.unix_ms.abs_diff(due_ms) > DRIFT_MS {
+            self.steady_since = now;
+            return false;
+        }
+        passed_ms >= CLOCK_IS_STEADY_MS
+    }
+}
+
+impl Change {
+    fn lines(&self, own: Instance, now: Now) -> String {
+        let writer = self.ours.then_some(own);
+        self.news
+            .iter()
+            .map(|(device, row)| file::lines(device, row, writer, now.unix_ms))
+            .collect()
+    }
+}
+
+fn merge_into(rows: &mut BTreeSet<Packed>, device: &DeviceId, news: Row, ours: bool) {
+    let known = rows.get(device.as_str().as_bytes()).map(Packed::unpack).unwrap_or_default();
+    let kept = Kept { row: known.row.merge(news), ours: known.ours || ours };
+    rows.replace(Packed::new(device, &kept));
+}
+
+/// A row, and whether this instance has changed it.
+#[derive(Debug, Default)]
+struct Kept {
+    row: Row,
+    ours: bool,
+}
+
+/// A device and its row in one piece: whether it is ours, the length of the name, the name, the row.
+/// Two are equal if they are of one device.
+#[derive(Debug)]
+struct Packed(Box<[u8]>);
+
+impl Packed {
+    fn new(device: &DeviceId, kept: &Kept) -> Self {
+        let name = device.as_str().as_bytes();
+        let mut bytes = vec![u8::from(kept.ours), name.len() as u8];
+        bytes.extend(name);
+        codec::encode(&kept.row, &mut bytes);
+        Packed(bytes.into())
+    }
+
+    fn ours(&self) -> bool {
+        self.0.first() == Some(&1)
+    }
+
+    /// The name and the row. They are there: nobody else makes or changes a piece.
+    fn parts(&self) -> (&[u8], &[u8]) {
+        let [_, length, rest @ ..] = &*self.0 else { return (&[], &[]) };
+        rest.split_at_checked(usize::from(*length)).unwrap_or_default()
+    }
+
+    fn device(&self) -> Option<DeviceId> {
+        DeviceId::parse(std::str::from_utf8(self.parts().0).ok()?)
+    }
+
+    fn bound(&self) -> (Bound, Block) {
+        codec::decode_bound(self.parts().1).unwrap_or_default()
+    }
+
+    fn unpack(&self) -> Kept {
+        Kept { row: codec::decode(self.parts().1).unwrap_or_default(), ours: self.ours() }
+    }
+}
+
+impl Borrow<[u8]> for Packed {
+    fn borrow(&self) -> &[u8] {
+        self.parts().0
+    }
+}
+
+impl Ord for Packed {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.parts().0.cmp(other.parts().0)
+    }
+}
+
+impl PartialOrd for Packed {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Packed {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Packed {}
+
+/// Locks, also after a panic elsewhere: every critical section here leaves its data whole.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::SecretHash;
+    use crate::devices::fixture::{block, bound, full, registered, spent};
+    use crate::files::test_dir::TestDir;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::Barrier;
+    use std::thread;
+
+    const OWN: Instance = Instance([1; 16]);
+    const T: u64 = 1_800_000_000;
+
+    fn at(s: u64) -> Now {
+        Now { unix_ms: (T + s) * 1000, mono_ms: s * 1000 }
+    }
+
+    fn device(n: u64) -> DeviceId {
+        DeviceId::parse(&format!("device-{n:05}")).unwrap()
+    }
+
+    fn open(dir: &Path) -> Devices {
+        Devices::open(&dir.join("devices.txt"), OWN, at(0)).unwrap()
+    }
+
+    fn lines(dir: &Path) -> usize {
+        fs::read_to_string(dir.join("devices.txt")).unwrap().lines().count() - 1
+    }
+
+    fn raise(devices: &Devices, n: u64, t: u64) {
+        devices.raise(&device(n), Bound { t, c: 0 }, at(0)).unwrap();
+    }
+
+    #[test]
+    fn a_bound_is_raised_never_lowered_and_survives() {
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        assert_eq!(devices.bound(&device(1)), Default::default());
+        raise(&devices, 1, T);
+        raise(&devices, 1, T - 1);
+        raise(&devices, 1, T);
+        assert_eq!(lines(&dir), 1, "a kill writes one line, and none where it is known");
+        devices.raise(&device(1), Bound { t: T - 1, c: 7 }, at(0)).unwrap();
+        let expected = Bound { t: T, c: 7 };
+        assert_eq!(devices.bound(&device(1)).0, expected);
+        assert_eq!(open(&dir).bound(&device(1)).0, expected);
+        assert_eq!(open(&dir).row(&device(1)), bound(T, 7));
+        assert_eq!(open(&dir).row(&device(2)), Row::default());
+        let mode = fs::metadata(dir.join("devices.txt")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn rows_from_elsewhere_are_merged_and_only_what_is_new_is_written() {
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        let old = bound(T - 90_000, 0);
+        devices.enter(vec![(device(1), full()), (device(2), old)], false, at(0)).unwrap();
+        assert_eq!((lines(&dir), devices.row(&device(2))), (5, Row::default()));
+        let more = full().merge(block(u64::MAX, 0)).merge(spent(7));
+        devices
+            .enter(vec![(device(1), more.clone()), (device(2), spent(1))], false, at(0))
+            .unwrap();
+        assert_eq!(lines(&dir), 8);
+        devices.enter(vec![(device(1), more.clone())], false, at(0)).unwrap();
+        assert_eq!(lines(&dir), 8);
+        let again = open(&dir);
+        assert_eq!((again.row(&device(1)), again.row(&device(2))), (more, spent(1)));
+        assert!(again.bound(&device(1)).1.stands());
+    }
+
+    #[test]
+    fn what_redis_is_told_when_it_returns() {
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        let rows = |n, row| vec![(device(n), row)];
+        devices.enter(rows(1, bound(T - 86_519, 0)), false, at(0)).unwrap();
+        devices.enter(rows(2, spent(1)), false, at(0)).unwrap();
+        devices.enter(rows(3, spent(1)), true, at(0)).unwrap();
+        devices.enter(rows(4, bound(T - 86_520, 0)), true, at(0)).unwrap();
+        for devices in [&devices, &open(&dir)] {
+            assert_eq!(devices.to_be_told(at(0)), [device(1), device(3)]);
+            assert_eq!(devices.to_be_told(at(1)), [device(3)]);
+        }
+        let clone = Devices::open(&dir.join("devices.txt"), Instance([2; 16]), at(0)).unwrap();
+        assert_eq!(clone.to_be_told(at(0)), [device(1)]);
+    }
+
+    #[test]
+    fn many_that_wait_share_one_sync_and_nobody_who_reads_waits() {
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        raise(&devices, 0, T);
+        thread::scope(|scope| {
+            let writer = locked(&devices.writer); // somebody's fsync takes its time
+            for n in 1..=8 {
+                let devices = &devices;
+                let kill = move || devices.raise(&device(n), Bound { t: T, c: 0 }, at(n)).unwrap();
+                scope.spawn(kill);
+            }
+            while locked(&devices.waiting).len() < 8 {
+                thread::yield_now();
+            }
+            assert_eq!(devices.bound(&device(0)).0.t, T);
+            assert_eq!(devices.bound(&device(8)).0.t, 0, "it is not on disk yet");
+            raise(&devices, 0, T - 1); // known, so there is nothing to wait for
+            drop(writer);
+        });
+        let text = fs::read_to_string(dir.join("devices.txt")).unwrap();
+        let times: BTreeSet<_> = text.lines().skip(2).map(|line| line.split('\t').nth(2)).collect();
+        assert_eq!((lines(&dir), times.len()), (9, 1), "they bear the time of who wrote them all");
+        assert!((0..=8).all(|n| open(&dir).bound(&device(n)).0.t == T));
+    }
+
+    #[test]
+    fn what_cannot_be_written_was_not_done() {
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        raise(&devices, 1, T);
+        let (path, away) = (dir.join("devices.txt"), dir.join("away"));
+        fs::rename(&path, &away).unwrap();
+        let error = devices.raise(&device(1), Bound { t: T + 9, c: 0 }, at(0)).unwrap_err();
+        assert!(error.to_string().contains("cannot write"), "{error}");
+        assert_eq!(devices.bound(&device(1)).0.t, T);
+        fs::rename(&away, &path).unwrap();
+        raise(&devices, 1, T + 9);
+        assert_eq!(open(&dir).bound(&device(1)).0.t, T + 9);
+    }
+
+    #[test]
+    fn a_copy_taken_while_it_is_written_knows_all_that_was_said_before() {
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        let begun = Barrier::new(2);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                begun.wait();
+                // Lines enough for several rewritings.
+                for t in 0..60 {
+                    let rows = (0..50).map(|n| (device(n), bound(T + t, 0))).collect();
+                    devices.enter(rows, true, at(0)).unwrap();
+                }
+            });
+            begun.wait();
+            for _ in 0..50 {
+                let said: Vec<u64> = (0..50).map(|n| devices.bound(&device(n)).0.t).collect();
+                let copy = TestDir::new();
+                fs::copy(dir.join("devices.txt"), copy.join("devices.txt")).unwrap();
+                let copy = open(&copy);
+                let kept = (0..50).all(|n| copy.bound(&device(n)).0.t >= said[n as usize]);
+                assert!(kept, "{said:?}");
+            }
+        });
+        let length = fs::metadata(dir.join("devices.txt")).unwrap().len();
+        assert!(length < 60 * 50 * 80, "{length}: it was never rewritten");
+        assert_eq!(open(&dir).bound(&device(49)).0.t, T + 59);
+    }
+
+    /// Only a clock that has gone evenly for a day drops anything.
+    #[test]
+    fn rows_that_no_longer_matter_go_when_the_file_is_rewritten() {
+        let day = |n: u64| Now { unix_ms: at(n * 86_400).unix_ms, mono_ms: n * 86_400_000 };
+        let step = |now: Now, by_ms| Now { unix_ms: now.unix_ms + by_ms, ..now };
+        for (now, dropped) in [
+            (day(2), true),
+            (step(day(2), 3_500_000), true),
+            (step(day(2), 3_700_000), false),
+            (Now { mono_ms: 86_399_999, ..day(2) }, false),
+        ] {
+            let dir = TestDir::new();
+            let devices = open(&dir);
+            raise(&devices, 1, T);
+            devices.enter(vec![(device(2), full())], true, at(0)).unwrap();
+            let mut writer = locked(&devices.writer);
+            devices.rewrite(&mut writer, now);
+            drop(writer);
+            let gone = devices.row(&device(1)) == Row::default();
+            assert_eq!((gone, lines(&dir)), (dropped, if dropped { 5 } else { 6 }), "{now:?}");
+            assert_eq!(devices.row(&device(2)), full());
+            assert!(open(&dir).to_be_told(at(0)).contains(&device(2)), "still ours");
+        }
+    }
+
+    #[test]
+    fn a_registered_device_takes_150_bytes() {
+        let count = 10_000;
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        let row = |n: u64| {
+            let mut row = registered(at(n).unix_ms, T + 7_776_000).merge(bound(T + n, 0));
+            let terms = row.registration.as_mut().and_then(|latest| latest.terms.as_mut()).unwrap();
+            (terms.note, terms.secret) = (None, terms.secret.map(|_| SecretHash([n as u8; 32])));
+            row
+        };
+        let rows = (0..count).map(|n| (device(n), row(n))).collect();
+        devices.enter(rows, true, at(0)).unwrap();
+        let rows = devices.rows.read().unwrap();
+        // Malloc rounds up to 16, with 8 of its own; a node of the tree is half full at worst.
+        let pieces: usize =
+            rows.iter().map(|packed| (packed.0.len() + 8).next_multiple_of(16)).sum();
+        let slots = rows.len() * 2 * size_of::<Packed>();
+        let each = (pieces + slots) / rows.len();
+        assert!(rows.len() as u64 == count && each <= 150, "{each}");
+    }
+}
