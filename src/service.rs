@@ -21,22 +21,27 @@ use crate::ca::publisher::Publisher;
 use crate::ca::{self, Ca};
 use crate::clock::{self, Now};
 use crate::config::{self, Config, ConfigError};
+use crate::device::DeviceId;
+use crate::devices::table::Devices;
+use crate::devices::{self, Instance, Row};
 use crate::files::{self, FolderLock};
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
 use crate::notify::Manager;
 use crate::provisioner::{Provisioner, Rules};
 use crate::server::Server;
-use crate::store::TokenStore;
-use crate::store::failover::{self, Failover, Remote as _};
+use crate::store::failover::{self, Failover, Hello, OurCa, Remote as _};
 use crate::store::ledger::Ledger;
 use crate::store::memory::Memory;
 use crate::store::redis::RedisStore;
+use crate::store::{Rows, TokenStore};
 
 /// The file below `DATA_DIR` that holds the secret by which tokens are signed, and its random bytes.
 const TOKEN_SECRET: (&str, usize) = ("jwt-secret", 32);
 /// The same for the name of this instance in Redis.
 const INSTANCE_ID: (&str, usize) = ("instance-id", 16);
+/// The file below `DATA_DIR` that holds the rows of devices.
+const DEVICES: &str = "devices.txt";
 /// Enough for the threads that wait most of the time.
 const SMALL_STACK_BYTES: usize = 256 * 1024;
 /// How often what ends is said again.
@@ -82,11 +87,15 @@ pub fn run(
     let signer = Signer::new(&token_secret(config)?);
     let ledger = Arc::new(load_ledger(config, &ca));
     let metrics = Arc::new(Metrics::new(api::endpoints()));
-    let store = open_store(config, &signer, &ledger, &metrics)?;
+    let instance = instance_id(config)?;
+    let devices = Devices::open(&config.data_dir.join(DEVICES), instance, clock::now());
+    let devices = Arc::new(devices.map_err(failed)?);
+    let store = open_store(config, instance, &signer, &ledger, &devices, &metrics)?;
     let publisher = publish(config, &ca, &metrics)?;
     let provisioner = Arc::new(Provisioner::new(
         Arc::clone(&store.tokens),
         ledger,
+        devices,
         Arc::clone(&publisher),
         signer,
         rules(config),
@@ -124,7 +133,7 @@ pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
         rehearsal.faults.extend(outcome.err().map(|why| format!("{name}: {why}")));
     };
     let folder = |dir| files::try_folder(dir).map_err(|e| e.to_string());
-    check("DATA_DIR", folder(&config.data_dir).and_then(|()| try_secrets(config)));
+    check("DATA_DIR", folder(&config.data_dir).and_then(|()| try_files(config)));
     let ca = || ca::check(&config.ca, clock::now()).map_err(|e| e.to_string());
     check("CA_STORAGE_PATH", folder(&config.ca.dir).and_then(|()| ca()));
     check("RUNTIME_DIRECTORY", folder(&config.run_dir));
@@ -132,12 +141,17 @@ pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
         check("CRL_HOOK", ca::hook::find(hook).map(drop).map_err(|e| e.to_string()));
     }
     if let Some(redis) = config.redis.as_ref().filter(|_| !offline) {
-        let eviction = try_redis(redis);
-        check("Redis", eviction.as_ref().map(drop).map_err(Clone::clone));
-        let policy = eviction.ok().flatten();
-        rehearsal.warnings.extend(policy.map(|policy| {
+        let hello = try_redis(redis);
+        check("Redis", hello.as_ref().map(drop).map_err(Clone::clone));
+        let hello = hello.unwrap_or_default();
+        rehearsal.warnings.extend(hello.eviction.map(|policy| {
             format!("maxmemory-policy of this Redis is {policy}: it may drop marks of used tokens")
         }));
+        rehearsal.warnings.extend(
+            hello
+                .rows_refused
+                .map(|why| format!("the rows of devices cannot be kept in this Redis: {why}")),
+        );
     }
     rehearsal
 }
@@ -152,21 +166,19 @@ pub struct Rehearsal {
 }
 
 /// The files that a first start makes, if they are there.
-fn try_secrets(config: &Config) -> Result<(), String> {
-    let made = [(TOKEN_SECRET, config.jwt_secret.is_none()), (INSTANCE_ID, config.redis.is_some())];
+fn try_files(config: &Config) -> Result<(), String> {
+    let made = [(TOKEN_SECRET, config.jwt_secret.is_none()), (INSTANCE_ID, true)];
     for ((name, bytes), _) in made.into_iter().filter(|(_, counts)| *counts) {
         files::read_secret(&config.data_dir.join(name), bytes).map_err(|e| e.to_string())?;
     }
-    Ok(())
+    devices::table::check(&config.data_dir.join(DEVICES)).map_err(|e| e.to_string())
 }
 
-/// Connects and logs in as a start does, and asks for every right that is needed. Returns a memory
-/// policy that may drop keys.
-fn try_redis(redis: &config::Redis) -> Result<Option<String>, String> {
+/// Connects and logs in as a start does, and asks for every right that is needed.
+fn try_redis(redis: &config::Redis) -> Result<Hello, String> {
     let metrics = Arc::new(Metrics::new(api::endpoints()));
     let store = RedisStore::new(redis, String::new(), Signer::new(b"none"), metrics);
-    let hello = store.and_then(|store| store.connect(None)).map_err(|e| e.to_string())?;
-    Ok(hello.eviction)
+    store.and_then(|store| store.connect(None)).map_err(|e| e.to_string())
 }
 
 fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
@@ -248,10 +260,34 @@ struct Stores {
     failover: Option<Arc<Failover>>,
 }
 
+fn instance_id(config: &Config) -> Result<Instance, RunError> {
+    let (name, bytes) = INSTANCE_ID;
+    let id = files::read_or_create_secret(&config.data_dir.join(name), bytes).map_err(failed)?;
+    Instance::from_hex(&id).ok_or_else(|| failed(format!("{name} is no id")))
+}
+
+impl Rows for Devices {
+    fn to_be_told(&self, now: Now) -> Vec<DeviceId> {
+        Devices::to_be_told(self, now)
+    }
+
+    fn row(&self, device: &DeviceId) -> Row {
+        Devices::row(self, device)
+    }
+
+    fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now) {
+        if let Err(error) = self.enter(rows, false, now) {
+            log::error!("what Redis says of devices was not kept: {error}");
+        }
+    }
+}
+
 fn open_store(
     config: &Config,
+    instance: Instance,
     signer: &Signer,
     ledger: &Arc<Ledger>,
+    devices: &Arc<Devices>,
     metrics: &Arc<Metrics>,
 ) -> Result<Stores, RunError> {
     let memory = Arc::new(Memory::new(config.memory_max_tokens, Arc::clone(ledger)));
@@ -263,14 +299,12 @@ fn open_store(
         return Ok(Stores { tokens, memory, failover: None });
     };
     log::info!("💾 Initializing Redis (Token Persistence)...");
-    let (name, bytes) = INSTANCE_ID;
-    let instance = files::read_or_create_secret(&config.data_dir.join(name), bytes);
-    let remote =
-        RedisStore::new(redis, instance.map_err(failed)?, signer.clone(), Arc::clone(metrics));
+    let remote = RedisStore::new(redis, instance.to_string(), signer.clone(), Arc::clone(metrics));
     let failover = Arc::new(Failover::new(
         Box::new(remote.map_err(failed)?),
         Arc::clone(&memory),
         Arc::clone(ledger),
+        Arc::clone(devices) as _,
         signer.clone(),
         failover::Rules {
             redeem: config.outage_redeem,
@@ -293,7 +327,8 @@ fn seek_redis(config: &Config, ca: &Ca, stores: &Stores) -> Result<(), RunError>
 
 fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
     if let (Some(failover), Some(issuer)) = (failover, ca.issuer()) {
-        failover.set_ca_fingerprint(issuer.fingerprint().to_owned());
+        let (fingerprint, mac_key) = (issuer.fingerprint().to_owned(), issuer.mac_key.clone());
+        failover.set_ca(OurCa { fingerprint, mac_key });
     }
 }
 

@@ -53,6 +53,7 @@ RULES = {
     "bounds": "a kill raises the device's bound: a token whose `iat` is not above it is dead",
     "bound on disk": "the bound is on the killer's disk before it is in Redis",
     "bound with margin": "the bound reaches five seconds past the killer's clock",
+    "bound past row": "it reaches past each `iat` that the bound before may have caused, too",
     "bound before look": "a replacement raises the bound, then looks for a running redemption",
     "born alive": "a token that would not be above the bound is issued anew above it",
     "bound for certificates": "a revocation's bound holds for certificates, by when they were paid",
@@ -74,7 +75,6 @@ RULES = {
 OPEN = {
     "own line": "an operation speaks only over connections of the time in which it began",
     "signed in time": "a redemption signs only while its mark is young",
-    "bound past row": "a kill raises the bound past each `iat` that the one before may have caused",
     "same run": "`none` enters a copy again into the run of Redis that gave no reply to its entry",
     "grace at start": "the grace is given at a start, too, unless the run id is the last one seen",
     "name first": "a process serves from Redis only under an instance id that is its own",

@@ -842,7 +842,7 @@ def _(s):
     27,
     "two kills in one second, and between them a token from memory, above the first bound",
     "the second kill does not reach it",
-    also=["bound past row"],
+    without=["bound past row"],
 )
 def _(s):
     above = T2._replace(iat=106)

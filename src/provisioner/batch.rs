@@ -1,12 +1,14 @@
-//! Running a batch of jobs, in fixed phases: the store, first round → under the record's lock: check,
+//! Running a batch of jobs, in fixed phases: if a device's past is to die, how far, on disk → the
+//! store, first round → under the record's lock: check,
 //! sign and enter one after the other, then make all durable at once → if anything was revoked, one
 //! new list → the store, second round: what must be given back before the answer. What can wait until
 //! after the answer is returned as [`Batch::after`].
 
+use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{
-    Batch, Done, Issue, Job, Provisioner, Redeem, Renew, Revoke, Signed, no_certificate,
+    Batch, Done, Issue, Job, Provisioner, Redeem, Renew, Replace, Revoke, Signed, no_certificate,
     not_issued, refused,
 };
 use crate::ca::identity::IdentityError;
@@ -14,6 +16,7 @@ use crate::ca::issuer::Leaf;
 use crate::ca::registry::{Entries, Origin, Redeemed, RegistryError, Renewal};
 use crate::clock::{self, Now};
 use crate::config::Reenroll;
+use crate::device::DeviceId;
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
@@ -23,11 +26,14 @@ use crate::store::{Answer, Dead, Kill, Killed, New, Op, Outcome, StoreError};
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
-        let ops: Vec<Op> = jobs.iter().filter_map(Job::op).collect();
+        let mut kills = self.raise_bounds(&jobs, now).into_iter();
+        let (ready, ops): (Vec<_>, Vec<_>) =
+            jobs.into_iter().map(|job| self.ready(job, &mut kills)).unzip();
+        let ops: Vec<Op> = ops.into_iter().flatten().collect();
         let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
         let mut answers = answers.into_iter();
         let mut follow_up = FollowUp::default();
-        let steps: Vec<Step> = jobs
+        let steps: Vec<Step> = ready
             .into_iter()
             .map(|job| self.decide(job, &mut answers, &mut follow_up, now))
             .collect();
@@ -40,6 +46,33 @@ impl Provisioner {
         Batch { done, after: follow_up.after }
     }
 
+    /// The job with what the store is asked for it, if it is asked and the job can be done.
+    fn ready(
+        &self,
+        job: Job,
+        kills: &mut impl Iterator<Item = Result<Kill, Problem>>,
+    ) -> (Result<Job, Problem>, Option<Op>) {
+        let mut kill = || kills.next().unwrap_or_else(|| Err(Code::InternalError.into()));
+        let new = |token, replaces, client: IpAddr| {
+            Some(Op::Issue(New { token, replaces, subscriber: client.into() }))
+        };
+        let op = match &job {
+            Job::Issue(Issue { token, client }) => Ok(new(token.clone(), None, *client)),
+            Job::Redeem(redeem) => Ok(Some(Op::Consume(redeem.token.clone(), redeem.serial))),
+            Job::Renew(_) => Ok(None),
+            Job::Count => Ok(Some(Op::Count)),
+            Job::Revoke(_) => kill().map(|kill| Some(Op::Kill(Box::new(kill)))),
+            Job::Replace(Replace { device, jti, client }) => kill().map(|kill| {
+                let iat = kill.row.bound.t.saturating_add(1);
+                new(self.token(device.clone(), iat, *jti), Some(Box::new(kill)), *client)
+            }),
+        };
+        match op {
+            Ok(op) => (Ok(job), op),
+            Err(problem) => (Err(problem), None),
+        }
+    }
+
     /// Runs what could wait until after the answers.
     pub fn clean_up(&self, after: &[Op]) {
         if !after.is_empty() {
@@ -50,15 +83,23 @@ impl Provisioner {
     /// Reads the store's answer; only what is to be signed has anything left to do.
     fn decide(
         &self,
-        job: Job,
+        job: Result<Job, Problem>,
         answers: &mut impl Iterator<Item = Answer>,
         follow_up: &mut FollowUp,
         now: Now,
     ) -> Step {
+        let job = match job {
+            Ok(job) => job,
+            Err(problem) => return Step::Done(Err(problem)),
+        };
         let mut answer = || answers.next().unwrap_or(Err(StoreError::Undecided));
         match job {
-            Job::Issue(issue) => {
-                Step::Done(self.issued(issue, answer(), &mut follow_up.give_back, now))
+            Job::Issue(Issue { token, client }) => {
+                let device = token.claims.device_id;
+                Step::Done(self.issued(device, client, answer(), &mut follow_up.give_back, now))
+            }
+            Job::Replace(Replace { device, client, .. }) => {
+                Step::Done(self.issued(device, client, answer(), &mut follow_up.give_back, now))
             }
             Job::Redeem(redeem) => match granted(&redeem, answer()) {
                 Ok(()) => Step::Granted(Grant::Token(redeem)),
@@ -75,28 +116,25 @@ impl Provisioner {
 
     fn issued(
         &self,
-        issue: Issue,
+        device: DeviceId,
+        client: IpAddr,
         answer: Answer,
         give_back: &mut Vec<Op>,
         now: Now,
     ) -> Result<Done, Problem> {
-        let Issue { token, client, .. } = issue;
-        let device = &token.claims.device_id;
-        let (instead, killed) = match answer {
-            Ok(Outcome::Issued { instead, killed }) => (instead, killed),
+        let (token, killed) = match answer {
+            Ok(Outcome::Issued { token, killed }) => (token, killed),
             Ok(Outcome::AlreadyActive { expires_at_ms }) => {
                 let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
-                return Err(not_issued(Code::TokenAlreadyActive, device)
+                return Err(not_issued(Code::TokenAlreadyActive, &device)
                     .field("expiresAt", clock::rfc3339(expires_at_ms))
                     .field("expiresInSeconds", left_s));
             }
             other => return Err(unexpected(other).log_more(format!("device {device}"))),
         };
-        let token = instead.unwrap_or(token);
-        let device = &token.claims.device_id;
         // The device may have redeemed another token between the first look and the claim.
-        if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(device, now) {
-            let problem = not_issued(Code::DeviceHasActiveCertificate, device);
+        if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(&device, now) {
+            let problem = not_issued(Code::DeviceHasActiveCertificate, &device);
             give_back.push(Op::TakeBack(token));
             return Err(problem);
         }
@@ -239,7 +277,8 @@ impl Provisioner {
 
     fn look_again(&self, redeem: &Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
         let token = &redeem.token;
-        if entries.knows_token(&token.hash) || self.ledger.knows_as_killed(&token.hash) {
+        let killed = self.ledger.knows_as_killed(&token.hash) || self.is_dead(token);
+        if killed || entries.knows_token(&token.hash) {
             return Err(Code::TokenAlreadyUsed);
         }
         let device = &token.claims.device_id;
@@ -311,23 +350,14 @@ struct FollowUp {
 }
 
 impl Job {
-    /// What the store is asked for it, if it is asked.
-    fn op(&self) -> Option<Op> {
-        Some(match self {
-            Job::Issue(Issue { token, replace, client }) => Op::Issue(New {
-                token: token.clone(),
-                replaces: *replace,
-                subscriber: (*client).into(),
-            }),
-            Job::Redeem(redeem) => Op::Consume(redeem.token.clone(), redeem.serial),
-            Job::Renew(_) => return None,
-            // Whatever its `iat` says: another instance's clock may be ahead.
-            Job::Revoke(Revoke { device, .. }) => {
-                let device = device.clone();
-                Op::Kill(Kill { device, issued_by_s: u64::MAX, spare: None, copies: Vec::new() })
+    /// The device whose past it kills, if it does.
+    pub(super) fn kills(&self) -> Option<&DeviceId> {
+        match self {
+            Job::Replace(Replace { device, .. }) | Job::Revoke(Revoke { device, .. }) => {
+                Some(device)
             }
-            Job::Count => Op::Count,
-        })
+            _ => None,
+        }
     }
 }
 
@@ -445,7 +475,7 @@ fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
 }
 
 /// What a store answers when it does not do what it was asked.
-fn unexpected(answer: Answer) -> Problem {
+pub(super) fn unexpected(answer: Answer) -> Problem {
     match answer {
         Err(StoreError::Full) => Code::StoreFull.into(),
         Err(error @ StoreError::ShareFull) => Problem::from(Code::RateLimited).log(error),
@@ -495,14 +525,15 @@ mod tests {
     use crate::ca::Ca;
     use crate::ca::publisher::Publisher;
     use crate::config;
-    use crate::device::DeviceId;
+    use crate::devices::Instance;
+    use crate::devices::table::Devices;
     use crate::files::test_dir::TestDir;
     use crate::jwt::Signer;
     use crate::metrics::Metrics;
     use crate::provisioner::Rules;
     use crate::store::ledger::Ledger;
     use crate::store::{Status, TokenStore};
-    use std::net::{IpAddr, Ipv4Addr};
+    use std::net::Ipv4Addr;
     use std::sync::Arc;
     use std::sync::mpsc;
     use std::thread;
@@ -514,7 +545,7 @@ mod tests {
     impl TokenStore for Willing {
         fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
             let answer = |op: &Op| match op {
-                Op::Issue(_) => Ok(Outcome::Issued { instead: None, killed: None }),
+                Op::Issue(new) => Ok(Outcome::Issued { token: new.token.clone(), killed: None }),
                 Op::Count => Ok(Outcome::Counted(1)),
                 _ => Err(StoreError::Undecided),
             };
@@ -545,6 +576,7 @@ mod tests {
         let provisioner = Provisioner::new(
             Arc::new(Willing),
             Arc::new(Ledger::new(10)),
+            Arc::new(Devices::open(&dir.join("devices.txt"), Instance([1; 16]), now).unwrap()),
             Arc::new(Publisher::new(
                 Arc::clone(&ca),
                 None,

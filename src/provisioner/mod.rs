@@ -2,9 +2,10 @@
 //!
 //! It knows no HTTP and no Redis. What can be refused without the store is refused when a job is
 //! planned ([`plan`]); what is left is done in batches, which share their round trips to the store and
-//! their `fsync` ([`batch`]).
+//! their `fsync` ([`batch`]). Before a device's past is killed, how far is put on disk ([`kill`]).
 
 mod batch;
+mod kill;
 mod plan;
 
 use std::net::IpAddr;
@@ -18,6 +19,7 @@ use crate::ca::{Ca, CaError};
 use crate::clock::Now;
 use crate::config::Reenroll;
 use crate::device::DeviceId;
+use crate::devices::table::Devices;
 use crate::jwt::{Signer, Token, TokenHash};
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
@@ -29,6 +31,7 @@ use crate::store::{Op, Status, StoreError, TokenStore};
 pub struct Provisioner {
     store: Arc<dyn TokenStore>,
     ledger: Arc<Ledger>,
+    devices: Arc<Devices>,
     publisher: Arc<Publisher>,
     signer: Signer,
     rules: Rules,
@@ -53,6 +56,8 @@ pub struct Rules {
 pub enum Job {
     /// Issue a token.
     Issue(Issue),
+    /// Issue a token in place of the one that the device may have.
+    Replace(Replace),
     /// Redeem a token for a certificate.
     Redeem(Box<Redeem>),
     /// Sign another certificate for a device that has one.
@@ -67,7 +72,14 @@ pub enum Job {
 #[derive(Debug)]
 pub struct Issue {
     token: Token,
-    replace: bool,
+    client: IpAddr,
+}
+
+/// A planned replacement. Its token is dated when the device's past is dead.
+#[derive(Debug)]
+pub struct Replace {
+    device: DeviceId,
+    jti: [u8; 16],
     client: IpAddr,
 }
 
@@ -136,12 +148,13 @@ impl Provisioner {
     pub fn new(
         store: Arc<dyn TokenStore>,
         ledger: Arc<Ledger>,
+        devices: Arc<Devices>,
         publisher: Arc<Publisher>,
         signer: Signer,
         rules: Rules,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Provisioner { store, ledger, publisher, signer, rules, metrics }
+        Provisioner { store, ledger, devices, publisher, signer, rules, metrics }
     }
 
     /// The CA and its record, for what is only read.

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Issue, Job, Provisioner, Redeem, Renew, Revoke, not_issued, refused};
+use super::{Issue, Job, Provisioner, Redeem, Renew, Replace, Revoke, not_issued, refused};
 use crate::ca::csr::Csr;
 use crate::ca::registry::Record;
 use crate::clock::Now;
@@ -30,10 +30,17 @@ impl Provisioner {
         }
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        let iat = now.unix_s();
-        let exp = iat + self.rules.token_ttl_s;
-        let token = self.signer.sign(Claims { device_id: device, iat, exp, jti: Some(jti) });
-        Ok(Job::Issue(Issue { token, replace, client }))
+        if replace {
+            return Ok(Job::Replace(Replace { device, jti, client }));
+        }
+        let dead_until = self.devices.bound(&device).0.t;
+        let token = self.token(device, now.unix_s().max(dead_until.saturating_add(1)), jti);
+        Ok(Job::Issue(Issue { token, client }))
+    }
+
+    pub(super) fn token(&self, device_id: DeviceId, iat: u64, jti: [u8; 16]) -> Token {
+        let exp = iat.saturating_add(self.rules.token_ttl_s);
+        self.signer.sign(Claims { device_id, iat, exp, jti: Some(jti) })
     }
 
     /// Checks a token as far as it says itself: signature, type, expiry.
@@ -84,7 +91,7 @@ impl Provisioner {
     /// most likely its own.
     fn look(&self, token: &Token, now: Now) -> Result<(), Code> {
         let look = self.ca().registry().look(&token.hash, &token.claims.device_id, now);
-        if look.recorded_token || self.ledger.knows_as_spent(&token.hash) {
+        if look.recorded_token || self.ledger.knows_as_spent(&token.hash) || self.is_dead(token) {
             return Err(Code::TokenAlreadyUsed);
         }
         if self.rules.reenroll == Reenroll::Deny && look.active_certificate {

@@ -15,7 +15,7 @@ use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::{Begin, Ledger};
 use crate::store::{
-    Answer, Dead, Kill, Killed, New, Op, Outcome, Status, StoreError, TokenStore, locked,
+    Answer, Dead, Kill, Killed, New, Op, Outcome, Seen, Status, StoreError, TokenStore, locked,
 };
 use crate::subscriber::Subscriber;
 
@@ -114,17 +114,19 @@ impl Memory {
         Memory { table: Mutex::default(), sooner: Condvar::new(), ledger, max }
     }
 
-    /// Stores the token unless the device has a live one.
+    /// Stores the token unless the device has a live one, after its past is dead if it is to die.
     ///
     /// # Errors
     /// `Full` at the bound, `ShareFull` before it; nothing is evicted.
     pub fn issue(&self, new: &New, now: Now) -> Answer {
+        let kill = |kill: &Kill| self.kill(&kill.device, kill.row.bound.t, now).into_iter().next();
+        let killed = new.replaces.as_deref().and_then(kill).map(|(dead, _)| dead);
         let mut table = locked(&self.table);
         if let Some(expires_at_ms) = self.lease(&table, &new.token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
         }
         self.insert(&mut table, new, InRedis::No, now)?;
-        Ok(Outcome::Issued { instead: None, killed: None })
+        Ok(Outcome::Issued { token: new.token.clone(), killed })
     }
 
     /// Stores a copy of what Redis has, over whatever lease there is. Without room it is left out:
@@ -143,36 +145,12 @@ impl Memory {
         let _no_room_is_fine = self.insert(&mut table, new, in_redis, now);
     }
 
-    /// Stores the token and kills the one that held the lease; returns which that was.
-    ///
-    /// # Errors
-    /// As of [`Memory::issue`]; the old token stays then.
-    pub fn replace(&self, new: &New, now: Now) -> Result<Option<Dead>, StoreError> {
-        let mut table = locked(&self.table);
-        let old = table.leases.get(&new.token.claims.device_id).copied();
-        let old = old.filter(|old| *old != new.token.hash && table.live(old, now).is_some());
-        let entry = old.and_then(|old| table.take(&old));
-        if let Err(full) = self.insert(&mut table, new, InRedis::No, now) {
-            if let Some((old, entry)) = old.zip(entry) {
-                table.put(old, entry);
-            }
-            return Err(full);
-        }
-        let dead = old.zip(entry).map(|(hash, entry)| Dead { hash, claims: entry.claims });
-        if let Some(dead) = &dead {
-            self.ledger.kill(dead.hash, dead.claims.clone(), now);
-        }
-        Ok(dead)
-    }
-
-    /// The live tokens of the device that `kill` means, also one that is being redeemed: its
-    /// certificate may not be signed yet. With what Redis has of each.
-    pub fn meant_by(&self, kill: &Kill, now: Now) -> Vec<(Dead, InRedis)> {
+    /// The live tokens of the device, also one that is being redeemed: its certificate may not be
+    /// signed yet. With what Redis has of each.
+    pub fn tokens_of(&self, device: &DeviceId, now: Now) -> Vec<(Dead, InRedis)> {
         let table = locked(&self.table);
         let meant = |(hash, entry): &(&TokenHash, &Entry)| {
-            entry.claims.device_id == kill.device
-                && entry.claims.iat <= kill.issued_by_s
-                && kill.spare != Some(**hash)
+            entry.claims.device_id == *device
                 && entry.ends_ms > now.mono_ms
                 && !self.ledger.knows_as_killed(hash)
         };
@@ -182,9 +160,16 @@ impl Memory {
         table.tokens.iter().filter(meant).map(copy).collect()
     }
 
-    /// Kills the tokens that `kill` means; returns which those were.
-    pub fn kill(&self, kill: &Kill, now: Now) -> Vec<(Dead, InRedis)> {
-        let killed = self.meant_by(kill, now);
+    /// What is here of the device.
+    pub fn look(&self, device: &DeviceId, now: Now) -> Seen {
+        let iats = self.tokens_of(device, now).into_iter().map(|(token, _)| token.claims.iat);
+        Seen { latest_iat: iats.max(), ..Seen::default() }
+    }
+
+    /// Kills the device's tokens that were issued at `until_s` or before; returns which those were.
+    pub fn kill(&self, device: &DeviceId, until_s: u64, now: Now) -> Vec<(Dead, InRedis)> {
+        let mut killed = self.tokens_of(device, now);
+        killed.retain(|(dead, _)| dead.claims.iat <= until_s);
         for (dead, _) in &killed {
             self.ledger.kill(dead.hash, dead.claims.clone(), now);
             self.remove(&dead.hash);
@@ -387,11 +372,8 @@ impl TokenStore for Memory {
 impl Memory {
     fn run_one(&self, op: &Op, now: Now) -> Answer {
         match op {
-            Op::Issue(new) if new.replaces => {
-                let killed = self.replace(new, now)?;
-                Ok(Outcome::Issued { instead: None, killed })
-            }
             Op::Issue(new) => self.issue(new, now),
+            Op::Look(look) => Ok(Outcome::Seen(Box::new(self.look(&look.device, now)))),
             Op::Consume(token, serial) => Ok(self.consume(token, *serial, now)),
             Op::GiveBack(token, serial) => {
                 self.ledger.release(&token.hash, *serial);
@@ -402,18 +384,20 @@ impl Memory {
                 Ok(Outcome::Done)
             }
             Op::Kill(kill) => {
-                let dead = self.kill(kill, now).into_iter().next().map(|(dead, _)| dead);
+                let killed = self.kill(&kill.device, kill.row.bound.t, now);
+                let dead = killed.into_iter().next().map(|(dead, _)| dead);
                 let known = self.ledger.known_of(&kill.device);
                 Ok(Outcome::Killed(Box::new(Killed { dead, known, ..Killed::default() })))
             }
             Op::Count => Ok(Outcome::Counted(self.count())),
+            Op::Tell(..) => Ok(Outcome::Done),
             Op::Mark(hash, ..) => {
                 self.remove(hash);
                 Ok(Outcome::Marked { ours: String::new(), other: None })
             }
             Op::Carry(token, _) => {
                 let (token, subscriber) = (token.clone(), Subscriber::default());
-                self.issue(&New { token, replaces: false, subscriber }, now)?;
+                self.issue(&New { token, replaces: None, subscriber }, now)?;
                 Ok(Outcome::Done)
             }
         }
@@ -435,6 +419,7 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::{Bound, Row};
     use crate::jwt::Signer;
     use crate::store::Mark;
 
@@ -464,24 +449,39 @@ mod tests {
     }
 
     fn issue(token: Token) -> Op {
-        Op::Issue(New { token, replaces: false, subscriber: Subscriber::default() })
+        Op::Issue(New { token, replaces: None, subscriber: Subscriber::default() })
     }
 
-    fn replace(token: Token) -> Op {
-        Op::Issue(New { token, replaces: true, subscriber: Subscriber::default() })
+    fn replace(token: Token, kill: Kill) -> Op {
+        let (replaces, subscriber) = (Some(Box::new(kill)), Subscriber::default());
+        Op::Issue(New { token, replaces, subscriber })
     }
 
-    const ISSUED: Answer = Ok(Outcome::Issued { instead: None, killed: None });
+    fn issued(token: &Token, killed: Option<&Token>) -> Answer {
+        let killed = killed.map(dead);
+        Ok(Outcome::Issued { token: token.clone(), killed })
+    }
+
+    fn dead(token: &Token) -> Dead {
+        Dead { hash: token.hash, claims: token.claims.clone() }
+    }
+
+    /// What kills the past of the token's device, up to that token and `seconds` more.
+    fn kill(token: &Token, seconds: u64) -> Kill {
+        let bound = Bound { t: token.claims.iat + seconds, c: 0 };
+        let row = Row { bound, ..Row::default() };
+        Kill { device: token.claims.device_id.clone(), row, seen: Seen::default() }
+    }
 
     #[test]
     fn one_live_token_a_device_until_it_ends() {
         let memory = memory(10);
-        assert_eq!(one(&memory, issue(token("d", 0)), at(0)), ISSUED);
+        assert_eq!(one(&memory, issue(token("d", 0)), at(0)), issued(&token("d", 0), None));
         let expires_at_ms = at(300).unix_ms;
         let active = Ok(Outcome::AlreadyActive { expires_at_ms });
         assert_eq!(one(&memory, issue(token("d", 1)), at(1)), active);
-        assert_eq!(one(&memory, issue(token("e", 1)), at(1)), ISSUED);
-        assert_eq!(one(&memory, issue(token("d", 200)), at(300)), ISSUED);
+        assert_eq!(one(&memory, issue(token("e", 1)), at(1)), issued(&token("e", 1), None));
+        assert_eq!(one(&memory, issue(token("d", 200)), at(300)), issued(&token("d", 200), None));
         assert_eq!(
             one(&memory, Op::Consume(token("d", 0), Serial::from([1; 16])), at(300)),
             Ok(Outcome::Unknown { lossless_run: None })
@@ -494,14 +494,14 @@ mod tests {
         let (t, first, second) = (token("d", 0), Serial::from([1; 16]), Serial::from([2; 16]));
         let consume = |serial| one(&memory, Op::Consume(t.clone(), serial), at(1));
         assert_eq!(consume(first), Ok(Outcome::Unknown { lossless_run: None }));
-        assert_eq!(one(&memory, issue(t.clone()), at(0)), ISSUED);
+        assert_eq!(one(&memory, issue(t.clone()), at(0)), issued(&t, None));
         assert_eq!(consume(first), Ok(Outcome::Granted));
         assert_eq!(consume(second), Ok(Outcome::AlreadyUsed));
         assert_eq!(one(&memory, Op::GiveBack(t.clone(), first), at(1)), Ok(Outcome::Done));
         assert_eq!(consume(second), Ok(Outcome::Granted));
         assert_eq!(one(&memory, Op::Finish(t.clone()), at(1)), Ok(Outcome::Done));
         assert_eq!(consume(first), Ok(Outcome::AlreadyUsed));
-        assert_eq!(one(&memory, issue(token("d", 2)), at(2)), ISSUED);
+        assert_eq!(one(&memory, issue(token("d", 2)), at(2)), issued(&token("d", 2), None));
     }
 
     #[test]
@@ -512,29 +512,27 @@ mod tests {
         let ops: Vec<Op> = [issue(t.clone())].into_iter().chain(attempts).collect();
         let answers = memory.run(&ops, at(0));
         let used = Ok(Outcome::AlreadyUsed);
-        assert_eq!(answers, [ISSUED, Ok(Outcome::Granted), used.clone(), used]);
+        assert_eq!(answers, [issued(&t, None), Ok(Outcome::Granted), used.clone(), used]);
     }
 
     #[test]
     fn replacing_and_revoking_kill_for_good() {
         let memory = memory(10);
-        let (old, new) = (token("d", 0), token("d", 1));
+        let (old, new) = (token("d", 0), token("d", 6));
         one(&memory, issue(old.clone()), at(0)).unwrap();
-        let dead = Dead { hash: old.hash, claims: old.claims.clone() };
-        let replaced = Ok(Outcome::Issued { instead: None, killed: Some(dead) });
-        assert_eq!(one(&memory, replace(new.clone()), at(1)), replaced);
+        let seen = memory.look(&old.claims.device_id, at(1));
+        assert_eq!(seen, Seen { latest_iat: Some(old.claims.iat), ..Seen::default() });
+        let replacing = replace(new.clone(), kill(&old, 5));
+        assert_eq!(one(&memory, replacing.clone(), at(1)), issued(&new, Some(&old)));
+        let expires_at_ms = new.claims.exp * 1000;
+        let active = Ok(Outcome::AlreadyActive { expires_at_ms });
+        assert_eq!(one(&memory, replacing, at(1)), active, "by another, at the same time");
         let used = Ok(Outcome::AlreadyUsed);
-        assert_eq!(one(&memory, Op::Consume(old, Serial::from([1; 16])), at(1)), used);
-        let revoke = |issued_by_s, spare| {
-            let (device, copies) = (new.claims.device_id.clone(), Vec::new());
-            killed(one(&memory, Op::Kill(Kill { device, issued_by_s, spare, copies }), at(2)))
-        };
-        let none = None;
-        assert_eq!(revoke(new.claims.iat - 1, None), none, "issued later");
-        assert_eq!(revoke(u64::MAX, Some(new.hash)), none, "spared");
-        let dead = Dead { hash: new.hash, claims: new.claims.clone() };
-        assert_eq!(revoke(u64::MAX, None), Some(dead));
-        assert_eq!(revoke(u64::MAX, None), none, "already dead");
+        assert_eq!(one(&memory, Op::Consume(old.clone(), Serial::from([1; 16])), at(1)), used);
+        let revoke = |kill| killed(one(&memory, Op::Kill(Box::new(kill)), at(2)));
+        assert_eq!(revoke(kill(&old, 5)), None, "issued later");
+        assert_eq!(revoke(kill(&new, 0)), Some(dead(&new)));
+        assert_eq!(revoke(kill(&new, 0)), None, "already dead");
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(one(&memory, Op::Consume(new, Serial::from([1; 16])), at(2)), used);
     }
@@ -546,11 +544,7 @@ mod tests {
         one(&memory, issue(t.clone()), at(0)).unwrap();
         let granted = one(&memory, Op::Consume(t.clone(), Serial::from([1; 16])), at(1));
         assert_eq!(granted, Ok(Outcome::Granted));
-        let device = t.claims.device_id.clone();
-        let copies = Vec::new();
-        let kill = Op::Kill(Kill { device, issued_by_s: u64::MAX, spare: None, copies });
-        let dead = Dead { hash: t.hash, claims: t.claims.clone() };
-        assert_eq!(killed(one(&memory, kill, at(1))), Some(dead));
+        assert_eq!(killed(one(&memory, Op::Kill(Box::new(kill(&t, 5))), at(1))), Some(dead(&t)));
         assert!(memory.ledger.knows_as_killed(&t.hash), "whoever signs looks at this last");
         one(&memory, Op::GiveBack(t.clone(), Serial::from([1; 16])), at(1)).unwrap();
         let again = one(&memory, Op::Consume(t, Serial::from([2; 16])), at(1));
@@ -564,11 +558,12 @@ mod tests {
         one(&memory, issue(token("b", 10)), at(10)).unwrap();
         assert!(memory.status().full);
         assert_eq!(one(&memory, issue(token("c", 10)), at(10)), Err(StoreError::Full));
-        assert_eq!(one(&memory, replace(token("c", 10)), at(10)), Err(StoreError::Full));
+        let replacing = replace(token("c", 10), kill(&token("c", 10), 0));
+        assert_eq!(one(&memory, replacing, at(10)), Err(StoreError::Full));
         assert_eq!(one(&memory, Op::Count, at(10)), Ok(Outcome::Counted(2)));
         assert_eq!(memory.reap(at(300)), Some(at(310).mono_ms));
         assert_eq!(one(&memory, Op::Count, at(300)), Ok(Outcome::Counted(1)));
-        assert_eq!(one(&memory, issue(token("c", 255)), at(300)), ISSUED);
+        assert_eq!(one(&memory, issue(token("c", 255)), at(300)), issued(&token("c", 255), None));
         assert_eq!(memory.reap(at(900)), None);
         assert_eq!(one(&memory, Op::Count, at(900)), Ok(Outcome::Counted(0)));
     }

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use crate::clock::Now;
 use crate::device::DeviceId;
+use crate::devices::Row;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 use crate::subscriber::Subscriber;
@@ -26,6 +27,8 @@ use ledger::Known;
 pub enum Op {
     /// Store a new token and lease its device to it.
     Issue(New),
+    /// Say what there is of this device, so that its past can be killed.
+    Look(Look),
     /// Remove a new token that was issued but not handed out, and its lease.
     TakeBack(Token),
     /// Take the token for the attempt that would sign under this serial: once, by one attempt.
@@ -34,10 +37,12 @@ pub enum Op {
     GiveBack(Token, Serial),
     /// The certificate is recorded: remove the token and its lease.
     Finish(Token),
-    /// Kill the token that holds the device's lease, and free it.
-    Kill(Kill),
+    /// Kill the device's past, and free its lease.
+    Kill(Box<Kill>),
     /// Count the live tokens.
     Count,
+    /// Carry-over: merge a device's row, and kill the leased token if the row says that it is dead.
+    Tell(DeviceId, Row),
     /// Carry-over: enter what is known here as used or killed, over whatever stands there.
     Mark(TokenHash, Mark, Claims),
     /// Carry-over: enter a live token for what is left of its time, and its lease if that is free.
@@ -49,23 +54,47 @@ pub enum Op {
 pub struct New {
     /// The token.
     pub token: Token,
-    /// Another token that holds the lease is killed; otherwise it stays, and this one is not issued.
-    pub replaces: bool,
+    /// The device's past is killed first; otherwise another token that holds the lease stays, and
+    /// this one is not issued.
+    pub replaces: Option<Box<Kill>>,
     /// Whose share of the memory it counts against: none may fill it for all.
     pub subscriber: Subscriber,
 }
 
-/// Which token of a device an [`Op::Kill`] means.
+/// A device of which something is asked.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// The device.
+    pub device: DeviceId,
+    /// Copies that this instance has of the device's tokens; filled in by `failover`.
+    pub copies: Vec<Dead>,
+}
+
+/// What a store has of a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Its row in Redis.
+    pub row: Row,
+    /// That row as it stands there, whoever wrote it; empty if there is none.
+    pub value: Vec<u8>,
+    /// The token that holds its lease in Redis.
+    pub leased: Option<Token>,
+    /// The latest `iat` of the tokens that are known, in seconds since 1970.
+    pub latest_iat: Option<u64>,
+    /// Tokens that other instances had redeemed, each with its mark, `<instance> <serial>`.
+    pub redeemed_elsewhere: Vec<(Dead, String)>,
+}
+
+/// A device whose past is to die: every token up to the bound in its row, which is on this
+/// instance's disk already.
 #[derive(Clone, Debug)]
 pub struct Kill {
     /// The device.
     pub device: DeviceId,
-    /// Only a token issued then or before, in seconds since 1970.
-    pub issued_by_s: u64,
-    /// Not this one: it is what the device was given instead.
-    pub spare: Option<TokenHash>,
-    /// Copies that this instance has of the device's tokens; filled in by `failover`.
-    pub copies: Vec<Dead>,
+    /// Its row.
+    pub row: Row,
+    /// What the store had of the device just before.
+    pub seen: Seen,
 }
 
 /// What a kill has done and found.
@@ -109,11 +138,14 @@ impl Dead {
 pub enum Outcome {
     /// `Issue`: the token is live and the device's only one.
     Issued {
-        /// Another token than the one that was to be issued: what became of that one is not known.
-        instead: Option<Token>,
+        /// The token; another than was asked for if that one would have been born dead, or if it is
+        /// not known what became of it.
+        token: Token,
         /// The token that was replaced, if there was one.
         killed: Option<Dead>,
     },
+    /// `Look`.
+    Seen(Box<Seen>),
     /// `Issue`: another token holds the lease.
     AlreadyActive {
         /// When that token ends, in milliseconds since 1970.
@@ -131,6 +163,8 @@ pub enum Outcome {
     },
     /// `Kill`: done.
     Killed(Box<Killed>),
+    /// `Tell`: the row that stands in Redis now, and what it has killed there.
+    Told(Box<(Row, Killed)>),
     /// `Count`: live tokens, which is also the number of devices that have one.
     Counted(u64),
     /// `Mark`: done.
@@ -170,8 +204,6 @@ pub struct Down {
     pub lasting: bool,
     /// A command was sent that may have been carried out, or may yet be.
     pub maybe_done: bool,
-    /// `Issue`: the token that was being replaced and must die, whatever became of the rest.
-    pub dying: Option<Box<Dead>>,
 }
 
 /// How a store does not serve.
@@ -193,9 +225,7 @@ impl StoreError {
         let why = self.to_string();
         match self {
             StoreError::Down(down) => down,
-            _ => {
-                Down { why, kind: DownKind::Refused, lasting: true, maybe_done: false, dying: None }
-            }
+            _ => Down { why, kind: DownKind::Refused, lasting: true, maybe_done: false },
         }
     }
 }
@@ -214,6 +244,18 @@ impl fmt::Display for StoreError {
 }
 
 impl std::error::Error for StoreError {}
+
+/// The rows on this instance's disk, as far as a store must know them.
+pub trait Rows: Send + Sync {
+    /// The devices whose rows Redis must know before it serves again.
+    fn to_be_told(&self, now: Now) -> Vec<DeviceId>;
+
+    /// What is known of a device.
+    fn row(&self, device: &DeviceId) -> Row;
+
+    /// Keeps what Redis has told.
+    fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now);
+}
 
 /// Which store answers at this moment.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]

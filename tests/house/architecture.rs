@@ -144,6 +144,16 @@ fn the_rooms_of_the_edge_know_only_those_that_stand_before_them() {
     }
 }
 
+/// Stores know what a row is, but not where the rows are kept.
+#[test]
+fn the_table_of_devices_is_named_above_its_layer_only() {
+    for source in sources() {
+        let above = !["store", "ca"].contains(&&*source.room());
+        let named = source.paths().iter().any(|path| is_within(path, "crate::devices::table"));
+        assert!(above || !named, "{} names the table of devices", source.name);
+    }
+}
+
 #[test]
 fn libraries_stay_in_their_rooms() {
     for source in sources().iter().filter(|source| !source.name.ends_with("/tests.rs")) {

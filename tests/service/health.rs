@@ -10,6 +10,8 @@ use mqtt_publisher_lite::ca::Ca;
 use mqtt_publisher_lite::ca::publisher::Publisher;
 use mqtt_publisher_lite::clock;
 use mqtt_publisher_lite::config::{self, Config};
+use mqtt_publisher_lite::devices::Instance;
+use mqtt_publisher_lite::devices::table::Devices;
 use mqtt_publisher_lite::http::Method;
 use mqtt_publisher_lite::jwt::Signer;
 use mqtt_publisher_lite::metrics::Metrics;
@@ -177,9 +179,11 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
         renew_after_expiry_days: config.renew_after_expiry_days,
     };
     let metrics = Arc::new(Metrics::new(api::endpoints()));
+    let devices = Devices::open(&dir.path().join("devices.txt"), Instance([0; 16]), clock::now());
     let provisioner = Provisioner::new(
         Arc::new(Memory::new(1, Arc::clone(&ledger))),
         ledger,
+        Arc::new(devices.unwrap()),
         Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
         Signer::new(b"a secret of the test"),
         rules,

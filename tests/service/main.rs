@@ -12,6 +12,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bounds;
 mod ca;
 mod clock;
 mod command_line;

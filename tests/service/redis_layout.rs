@@ -112,10 +112,12 @@ fn after_replacement() {
     let (old, new) = (issue(false), issue(true));
     let (mark, new_key) =
         (format!("mqtt-lite:{}", token::mark_of(&old)), format!("mqtt-lite:token:{new}"));
+    let row = format!("mqtt-lite:devices:{}", &token::sha256_hex(b"d")[..2]);
     wait_for_keys(
         &redis,
-        &["mqtt-lite:ca", "mqtt-lite:device:d", "mqtt-lite:live", &new_key, &mark],
+        &["mqtt-lite:ca", "mqtt-lite:device:d", &row, "mqtt-lite:live", &new_key, &mark],
     );
+    assert_eq!((redis.cli(&["HKEYS", &row]), redis.pttl(&row)), ("d".to_owned(), -1));
     assert_eq!(redis.cli(&["GET", "mqtt-lite:device:d"]), new);
     assert_eq!(
         redis.cli(&["GET", &mark]),

@@ -128,6 +128,14 @@ impl Setup {
         self
     }
 
+    /// A copy of all that `other` keeps in `DATA_DIR`, as a machine has it that was cloned.
+    pub fn copy_data(self, other: &Service) -> Self {
+        let data = self.data("");
+        let copied = Command::new("cp").arg("-a").arg(other.data("")).arg(&data).status();
+        assert!(copied.unwrap().success());
+        self
+    }
+
     /// The folder in which the program will run; `data/` is in it.
     pub fn dir(&self) -> &Path {
         self.dir.path()

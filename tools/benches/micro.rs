@@ -57,7 +57,7 @@ fn token(name: &str, now: Now) -> Token {
 }
 
 fn issue(token: Token) -> Op {
-    Op::Issue(New { token, replaces: false, subscriber: Subscriber::default() })
+    Op::Issue(New { token, replaces: None, subscriber: Subscriber::default() })
 }
 
 #[divan::bench]

@@ -52,7 +52,8 @@ impl Failover {
         let full = state.mode == Mode::Degraded || !is(&state.run_id);
         if full && !(state.noting && is(&state.listed_for)) {
             let now = clock::now();
-            state.follow_ups.list(self.ledger.marked(), self.memory.hashes(now));
+            let rows = self.rows.to_be_told(now);
+            state.follow_ups.list(rows, self.ledger.marked(), self.memory.hashes(now));
             state.run_id = None;
             state.listed_for.clone_from(&hello.run_id);
             state.era += 1;
@@ -76,13 +77,17 @@ impl Failover {
         let mut results = results.into_iter();
         let mut tally = Tally::default();
         let mut error = None;
+        let mut told = Vec::new();
         let mut state = locked(&self.state);
         for (follow_up, op) in follow_ups.into_iter().zip(ops) {
             let Some(op) = op else { continue };
             match results.next() {
                 Some(Ok(outcome)) => {
                     tally.add(&follow_up);
-                    self.carried(&state, follow_up, &op, &outcome);
+                    self.carried(&mut state, follow_up, &op, &outcome, now);
+                    if let (Op::Tell(device, _), Outcome::Told(answer)) = (op, outcome) {
+                        told.push((device, answer.0));
+                    }
                 }
                 Some(Err(StoreError::Failed(why))) => {
                     log::error!("could not be carried over to Redis: {follow_up:?}: {why}");
@@ -95,6 +100,8 @@ impl Failover {
                 None => state.follow_ups.put_back(follow_up),
             }
         }
+        drop(state);
+        self.rows.learn(told, now);
         error.map_or(Ok(tally), Err)
     }
 
@@ -123,13 +130,13 @@ impl Failover {
     /// The operation that does it, judged by what is true now.
     fn op_of(&self, follow_up: &FollowUp, now: Now) -> Option<Op> {
         match follow_up {
+            FollowUp::Row(device) => Some(Op::Tell(device.clone(), self.rows.row(device))),
             FollowUp::Mark(hash) => {
                 let (mark, claims) = self.ledger.mark_of(hash)?;
                 Some(Op::Mark(*hash, mark, claims))
             }
             FollowUp::Withdraw(token, serial) => Some(Op::GiveBack(token.clone(), *serial)),
             FollowUp::Remove(token) => Some(Op::Finish(token.clone())),
-            FollowUp::Kill(kill) => Some(Op::Kill(kill.clone())),
             FollowUp::Carry(hash) => {
                 let copy = self.memory.live(hash, now)?;
                 let fit = self.rules.redeem == OutageRedeem::Own || copy.in_redis == InRedis::No;
@@ -153,7 +160,14 @@ impl Failover {
         }
     }
 
-    fn carried(&self, state: &State, follow_up: FollowUp, op: &Op, outcome: &Outcome) {
+    fn carried(
+        &self,
+        state: &mut State,
+        follow_up: FollowUp,
+        op: &Op,
+        outcome: &Outcome,
+        now: Now,
+    ) {
         match (follow_up, op, outcome) {
             (FollowUp::Carry(hash), ..) => {
                 self.memory.note_in_redis(&hash, InRedis::Confirmed(state.era));
@@ -167,15 +181,17 @@ impl Failover {
             (_, Op::Mark(hash, _, claims), Outcome::Marked { ours, other: Some(other) }) => {
                 self.tell_twice(hash, claims, ours, other);
             }
-            (FollowUp::Kill(_), _, Outcome::Killed(killed)) => {
+            (FollowUp::Row(device), _, Outcome::Told(answer)) => {
+                let (row, killed) = &**answer;
                 let redeemed = killed.redeemed_elsewhere.iter().map(|(token, _)| token);
-                for dead in killed.dead.iter().chain(redeemed) {
-                    self.ledger.kill(dead.hash, dead.claims.clone(), clock::now());
-                    self.memory.remove(&dead.hash);
-                }
+                killed.dead.iter().chain(redeemed).for_each(|dead| {
+                    self.mark_dead(state, dead, false, now);
+                });
                 for (token, mark) in &killed.redeemed_elsewhere {
                     self.learn_elsewhere(&token.hash, &token.claims, Some(mark));
                 }
+                // Another instance may have killed more than is known here.
+                self.kill_copies(state, &device, row.bound.t, now);
             }
             _ => {}
         }
@@ -267,7 +283,7 @@ impl Tally {
         match follow_up {
             FollowUp::Carry(_) => self.tokens += 1,
             FollowUp::Mark(_) => self.marks += 1,
-            FollowUp::Withdraw(..) | FollowUp::Remove(_) | FollowUp::Kill(_) => self.others += 1,
+            FollowUp::Row(_) | FollowUp::Withdraw(..) | FollowUp::Remove(_) => self.others += 1,
         }
     }
 }
@@ -302,6 +318,12 @@ impl State {
             log::warn!(
                 "maxmemory-policy of this Redis is {policy}: it may drop the marks of used tokens, \
                  set it to noeviction"
+            );
+        }
+        if let Some(why) = &hello.rows_refused {
+            log::warn!(
+                "the rows of devices are not kept in this Redis, so a kill reaches only the tokens \
+                 that are known where it is made: {why}"
             );
         }
         if let Some(foreign) = &hello.foreign_ca {

@@ -1,33 +1,29 @@
 //! What Redis has yet to be told, in the order in which it must be told.
 //!
-//! Marks go first: a token must not come back before what is known against it (`docs/model`, row 12).
-//! Then what was not confirmed (give-backs, deletions, kills), then the live tokens and their leases.
+//! The rows of devices and the marks go first: a token must not come back before what is known
+//! against it (`docs/model`, row 12). Then what was not confirmed (give-backs, deletions), then the
+//! live tokens and their leases.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::jwt::{MAX_LIFETIME_S, Token, TokenHash};
+use crate::jwt::{Token, TokenHash};
 use crate::serial::Serial;
-use crate::store::Kill;
 
 /// Marks to withdraw that are remembered; more than one outage leaves under any sane load.
 const MOST_WITHDRAWALS: usize = 4096;
 
-/// With fewer kills it is not worth looking for those that have ended.
-const LEAST_KILLS: usize = 1024;
-
 /// One thing to tell; what exactly is sent is decided when it is sent.
 #[derive(Clone, Debug)]
 pub(super) enum FollowUp {
+    /// Merge the row of this device, whose past may be dead.
+    Row(DeviceId),
     /// Enter what the ledger knows of this token.
     Mark(TokenHash),
     /// Withdraw the mark of an attempt that came to nothing.
     Withdraw(Token, Serial),
     /// Remove a token that is used up or was never handed out.
     Remove(Token),
-    /// Kill what the lease of this device names.
-    Kill(Kill),
     /// Enter this live token.
     Carry(TokenHash),
 }
@@ -35,24 +31,25 @@ pub(super) enum FollowUp {
 /// The list.
 #[derive(Debug, Default)]
 pub(super) struct FollowUps {
+    rows: BTreeSet<DeviceId>,
     marks: Vec<TokenHash>,
     withdrawals: BTreeMap<(TokenHash, Serial), Token>,
     removals: BTreeMap<TokenHash, Token>,
-    kills: BTreeMap<DeviceId, Kill>,
-    /// With so many kills, those whose tokens have ended are dropped, so that looking for them is
-    /// paid once for many.
-    prune_kills_at: usize,
     carries: Vec<TokenHash>,
 }
 
 impl FollowUps {
     pub fn len(&self) -> usize {
-        let unconfirmed = self.withdrawals.len() + self.removals.len() + self.kills.len();
-        self.marks.len() + unconfirmed + self.carries.len()
+        let unconfirmed = self.withdrawals.len() + self.removals.len();
+        self.rows.len() + self.marks.len() + unconfirmed + self.carries.len()
     }
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    pub fn row(&mut self, device: DeviceId) {
+        self.rows.insert(device);
     }
 
     pub fn mark(&mut self, hash: TokenHash) {
@@ -80,27 +77,19 @@ impl FollowUps {
         }
     }
 
-    /// Notes a kill; of two for one device the later one covers both. What is issued from now on
-    /// is not meant.
-    pub fn note_kill(&mut self, kill: Kill, now: Now) {
-        let issued_by_s = kill.issued_by_s.min(now.unix_s());
-        let kill = Kill { issued_by_s, ..kill };
-        let oldest = now.unix_s().saturating_sub(MAX_LIFETIME_S);
-        self.kills.insert(kill.device.clone(), kill);
-        if self.kills.len() >= self.prune_kills_at.max(LEAST_KILLS) {
-            self.kills.retain(|_, kill| kill.issued_by_s >= oldest);
-            self.prune_kills_at = 2 * self.kills.len();
-        }
-    }
-
-    /// Everything is to be told again: replaces the lists of marks and tokens.
-    pub fn list(&mut self, marks: Vec<TokenHash>, carries: Vec<TokenHash>) {
+    /// Everything is to be told again: adds these rows, and replaces the lists of marks and tokens.
+    pub fn list(&mut self, rows: Vec<DeviceId>, marks: Vec<TokenHash>, carries: Vec<TokenHash>) {
+        self.rows.extend(rows);
         self.marks = marks;
         self.carries = carries;
     }
 
     /// Takes up to `most` follow-ups of one kind off the list, the kinds in their order.
     pub fn take(&mut self, most: usize) -> Vec<FollowUp> {
+        if !self.rows.is_empty() {
+            let taken = std::iter::from_fn(|| self.rows.pop_first()).take(most);
+            return taken.map(FollowUp::Row).collect();
+        }
         if !self.marks.is_empty() {
             return take_last(&mut self.marks, most).map(FollowUp::Mark).collect();
         }
@@ -112,22 +101,16 @@ impl FollowUps {
             let taken = std::iter::from_fn(|| self.removals.pop_first()).take(most);
             return taken.map(|(_, token)| FollowUp::Remove(token)).collect();
         }
-        if !self.kills.is_empty() {
-            let taken = std::iter::from_fn(|| self.kills.pop_first()).take(most);
-            return taken.map(|(_, kill)| FollowUp::Kill(kill)).collect();
-        }
         take_last(&mut self.carries, most).map(FollowUp::Carry).collect()
     }
 
     /// Not done after all.
     pub fn put_back(&mut self, follow_up: FollowUp) {
         match follow_up {
+            FollowUp::Row(device) => self.row(device),
             FollowUp::Mark(hash) => self.marks.push(hash),
             FollowUp::Withdraw(token, serial) => self.withdraw(&token, serial),
             FollowUp::Remove(token) => self.remove(token),
-            FollowUp::Kill(kill) => {
-                self.kills.entry(kill.device.clone()).or_insert(kill);
-            }
             FollowUp::Carry(hash) => self.carries.push(hash),
         }
     }

@@ -4,7 +4,7 @@ use super::{Failover, State};
 use crate::clock::Now;
 use crate::jwt::{Claims, Token};
 use crate::store::memory::InRedis;
-use crate::store::{Answer, Dead, Down, Kill, New, Outcome, StoreError};
+use crate::store::{Answer, Dead, Down, New, Outcome, StoreError};
 
 impl Failover {
     /// Until it has an answer from Redis, memory issues nothing for the same device.
@@ -22,44 +22,49 @@ impl Failover {
         late: bool,
         now: Now,
     ) -> Answer {
-        let token = &new.token;
-        end_issue(state, token);
+        end_issue(state, &new.token);
         match result {
-            Ok(Outcome::Issued { instead, killed }) => {
+            Ok(Outcome::Issued { token, killed }) => {
+                let copy = self.kill_replaced(state, new, late, now);
                 if let Some(dead) = &killed {
                     self.mark_dead(state, dead, late, now);
                 }
                 let in_redis = if late { InRedis::Maybe } else { InRedis::Confirmed(state.era) };
-                self.memory.copy(new, in_redis, now);
+                self.memory.copy(&New { token: token.clone(), ..new.clone() }, in_redis, now);
                 if late {
                     state.note_carry(token.hash);
                 }
-                Ok(Outcome::Issued { instead, killed })
+                Ok(Outcome::Issued { token, killed: killed.or(copy) })
             }
             Err(StoreError::Down(down)) => self.issue_cut_off(state, new, &down, now),
             Err(StoreError::Failed(why)) => {
                 // What was carried out of it would keep the device waiting for a token that nobody
                 // was given.
-                state.follow_ups.remove(token.clone());
+                state.follow_ups.remove(new.token.clone());
+                self.kill_replaced(state, new, true, now);
                 Err(StoreError::Failed(why))
             }
+            Err(StoreError::Undecided) => self.refuse_issue(state, new, now),
             other => other,
         }
     }
 
     /// A token that may be in Redis, or get there yet, is not handed out, but dead from now on.
     fn issue_cut_off(&self, state: &mut State, new: &New, down: &Down, now: Now) -> Answer {
-        if let Some(dead) = &down.dying {
-            self.mark_dead(state, dead, true, now);
-        }
         if down.maybe_done {
             self.mark_dead(state, &Dead::of(&new.token), true, now);
         }
         match (self.rules.required, down.maybe_done) {
-            (true, _) => Err(StoreError::Undecided),
+            (true, _) => self.refuse_issue(state, new, now),
             (false, true) => self.issue_another(state, new, now),
             (false, false) => self.issue_from_memory(state, new, now),
         }
+    }
+
+    /// Nothing is issued without Redis; what is on disk already, Redis is told when it is back.
+    pub(super) fn refuse_issue(&self, state: &mut State, new: &New, now: Now) -> Answer {
+        self.kill_replaced(state, new, true, now);
+        Err(StoreError::Undecided)
     }
 
     /// Issues a token that Redis has never heard of in place of this one.
@@ -67,46 +72,34 @@ impl Failover {
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|_| StoreError::Undecided)?;
         let token = self.signer.sign(Claims { jti: Some(jti), ..new.token.claims.clone() });
-        let another = New { token, ..new.clone() };
-        match self.issue_from_memory(state, &another, now)? {
-            Outcome::Issued { killed, .. } => {
-                Ok(Outcome::Issued { instead: Some(another.token), killed })
-            }
-            other => Ok(other),
-        }
+        self.issue_from_memory(state, &New { token, ..new.clone() }, now)
     }
 
     /// Stores the token, of which Redis has never heard, here.
     pub(super) fn issue_from_memory(&self, state: &mut State, new: &New, now: Now) -> Answer {
+        let replaced = self.kill_replaced(state, new, true, now);
         let token = &new.token;
-        let answer = if new.replaces {
-            self.replace_in_memory(state, new, now)
-        } else if state.issuing.contains_key(&token.claims.device_id) {
-            // Redis is being asked for another token of this device.
-            Ok(Outcome::AlreadyActive { expires_at_ms: token.claims.exp * 1000 })
-        } else {
-            self.memory.issue(new, now)
-        };
-        if matches!(answer, Ok(Outcome::Issued { .. })) {
+        // Redis is being asked for another token of this device.
+        let asked = state.issuing.contains_key(&token.claims.device_id);
+        if asked && new.replaces.is_none() {
+            return Ok(Outcome::AlreadyActive { expires_at_ms: token.claims.exp * 1000 });
+        }
+        let answer = self.memory.issue(new, now);
+        if let Ok(Outcome::Issued { token, .. }) = answer {
             state.note_carry(token.hash);
+            return Ok(Outcome::Issued { token, killed: replaced });
         }
         answer
     }
 
-    fn replace_in_memory(&self, state: &mut State, new: &New, now: Now) -> Answer {
-        let killed = self.memory.replace(new, now)?;
-        let token = &new.token;
-        if let Some(dead) = &killed {
-            state.note_mark(dead.hash);
+    /// Replacing kills what memory has of the device, too. `again`: Redis may not know of it yet.
+    fn kill_replaced(&self, state: &mut State, new: &New, again: bool, now: Now) -> Option<Dead> {
+        let kill = new.replaces.as_deref()?;
+        if again {
+            state.follow_ups.row(kill.device.clone());
         }
-        let kill = Kill {
-            device: token.claims.device_id.clone(),
-            issued_by_s: token.claims.iat,
-            spare: Some(token.hash),
-            copies: Vec::new(),
-        };
-        state.follow_ups.note_kill(kill, now);
-        Ok(Outcome::Issued { instead: None, killed })
+        let killed = self.kill_copies(state, &kill.device, kill.row.bound.t, now);
+        killed.into_iter().next().map(|(dead, _)| dead)
     }
 }
 

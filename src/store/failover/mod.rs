@@ -28,10 +28,11 @@ use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
 use crate::device::DeviceId;
 use crate::jwt::{Signer, TokenHash};
+use crate::mac::MacKey;
 use crate::store::ledger::Ledger;
 use crate::store::memory::Memory;
 use crate::store::{
-    Answer, Away, Down, DownKind, Op, Outcome, Status, StoreError, TokenStore, locked,
+    Answer, Away, Down, DownKind, Op, Outcome, Rows, Status, StoreError, TokenStore, locked,
 };
 
 mod carry;
@@ -46,12 +47,12 @@ use follow_up::FollowUps;
 /// A store somewhere else, which can be lost and found again.
 pub trait Remote: TokenStore {
     /// Drops all connections, makes new ones (looking the name up again) and proves that the server
-    /// can be written to. Enters `ca_fingerprint` unless there is one. Blocks; only the supervisor
+    /// can be written to. Enters the CA's fingerprint unless there is one. Blocks; only the supervisor
     /// calls it.
     ///
     /// # Errors
     /// Why the server cannot be used.
-    fn connect(&self, ca_fingerprint: Option<&str>) -> Result<Hello, StoreError>;
+    fn connect(&self, ca: Option<&OurCa>) -> Result<Hello, StoreError>;
 
     /// Drops all connections.
     fn disconnect(&self);
@@ -67,6 +68,15 @@ pub trait Remote: TokenStore {
     fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError>;
 }
 
+/// What instances of one CA know each other by.
+#[derive(Clone, Debug)]
+pub struct OurCa {
+    /// SHA-256 of the CA's certificate.
+    pub fingerprint: String,
+    /// Seals the rows of devices.
+    pub mac_key: MacKey,
+}
+
 /// What a server says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hello {
@@ -76,6 +86,8 @@ pub struct Hello {
     pub eviction: Option<String>,
     /// The fingerprint of another CA, entered by another instance.
     pub foreign_ca: Option<String>,
+    /// Why the rows of devices cannot be read or written there.
+    pub rows_refused: Option<String>,
 }
 
 /// The store of a service with Redis.
@@ -83,6 +95,7 @@ pub struct Failover {
     remote: Box<dyn Remote>,
     memory: Arc<Memory>,
     ledger: Arc<Ledger>,
+    rows: Arc<dyn Rows>,
     signer: Signer,
     rules: Rules,
     /// How many operations a batch of the carry-over holds: as many as the line can bear.
@@ -147,7 +160,7 @@ struct State {
     attempts: u64,
     /// Redis has served before.
     has_served: bool,
-    ca_fingerprint: Option<String>,
+    ca: Option<OurCa>,
     foreign_ca: bool,
     /// Why Redis does not serve, once that is decided.
     away: Option<Away>,
@@ -160,6 +173,7 @@ impl Failover {
         remote: Box<dyn Remote>,
         memory: Arc<Memory>,
         ledger: Arc<Ledger>,
+        rows: Arc<dyn Rows>,
         signer: Signer,
         rules: Rules,
     ) -> Self {
@@ -177,23 +191,23 @@ impl Failover {
             grace_until_ms: 0,
             attempts: 0,
             has_served: false,
-            ca_fingerprint: None,
+            ca: None,
             foreign_ca: false,
             away: None,
             stopped: false,
         };
         let (state, changed) = (Mutex::new(state), Condvar::new());
         let carry_size = AtomicUsize::new(carry::BATCH);
-        Failover { remote, memory, ledger, signer, rules, carry_size, state, changed }
+        Failover { remote, memory, ledger, rows, signer, rules, carry_size, state, changed }
     }
 
-    /// Enters our CA's fingerprint in Redis, now or with the next connection.
-    pub fn set_ca_fingerprint(&self, fingerprint: String) {
+    /// Enters our CA in Redis, now or with the next connection.
+    pub fn set_ca(&self, ca: OurCa) {
         let mut state = locked(&self.state);
-        if state.mode == Mode::Primary && state.ca_fingerprint.is_none() {
+        if state.mode == Mode::Primary && state.ca.is_none() {
             self.suspect(&mut state, "the CA was made");
         }
-        state.ca_fingerprint = Some(fingerprint);
+        state.ca = Some(ca);
     }
 
     /// Waits until the first attempt to connect has ended, at most `longest`; for a Redis that is
@@ -337,6 +351,7 @@ impl Failover {
     fn answered(&self, state: &mut State, op: &Op, result: Answer, late: bool, now: Now) -> Answer {
         match op {
             Op::Issue(new) => self.issue_answered(state, new, result, late, now),
+            Op::Look(look) => self.look_answered(&look.device, result, now),
             Op::Consume(token, serial) => {
                 self.consume_answered(state, token, *serial, result, late, now)
             }
@@ -353,15 +368,17 @@ impl Failover {
                 Ok(Outcome::Done)
             }
             Op::Count => result.or_else(|_| Ok(Outcome::Counted(self.memory.count()))),
-            Op::Mark(..) | Op::Carry(..) => result,
+            Op::Tell(..) | Op::Mark(..) | Op::Carry(..) => result,
         }
     }
 
     /// The answer to one operation while Redis does not serve.
     fn answer_from_memory(&self, state: &mut State, op: &Op, now: Now) -> Answer {
         match op {
-            Op::Issue(_) | Op::Consume(..) if self.rules.required => Err(StoreError::Undecided),
+            Op::Issue(new) if self.rules.required => self.refuse_issue(state, new, now),
+            Op::Consume(..) if self.rules.required => Err(StoreError::Undecided),
             Op::Issue(new) => self.issue_from_memory(state, new, now),
+            Op::Look(look) => Ok(Outcome::Seen(Box::new(self.memory.look(&look.device, now)))),
             Op::Consume(token, serial) => self.consume_from_memory(state, token, *serial, now),
             Op::Kill(kill) => self.kill_from_memory(state, kill, now),
             Op::GiveBack(token, serial) => self.given_back(state, token, *serial, false, now),
@@ -375,7 +392,7 @@ impl Failover {
                 Ok(Outcome::Done)
             }
             Op::Count => Ok(Outcome::Counted(self.memory.count())),
-            Op::Mark(..) | Op::Carry(..) => Err(StoreError::Undecided),
+            Op::Tell(..) | Op::Mark(..) | Op::Carry(..) => Err(StoreError::Undecided),
         }
     }
 

@@ -66,8 +66,8 @@ impl Failover {
 
     /// Connects, carries over, and switches back.
     fn bring_back(&self) -> Result<(), StoreError> {
-        let ca = locked(&self.state).ca_fingerprint.clone();
-        let hello = self.remote.connect(ca.as_deref())?;
+        let ca = locked(&self.state).ca.clone();
+        let hello = self.remote.connect(ca.as_ref())?;
         self.carry_over(&hello)
     }
 

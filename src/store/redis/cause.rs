@@ -33,7 +33,7 @@ impl Server {
     /// It cannot be used, or not any more; nothing more is read from the connection.
     pub fn lost(&self, why: impl fmt::Display, maybe_done: bool) -> Down {
         let why = format!("{}: {why}", self.name).replace(['\n', '\r'], " ");
-        Down { why, kind: DownKind::Lost, lasting: false, maybe_done, dying: None }
+        Down { why, kind: DownKind::Lost, lasting: false, maybe_done }
     }
 
     /// Reading, writing, or what comes before them, has failed.

@@ -22,10 +22,19 @@ impl Command {
     }
 
     /// One word made of pieces.
-    pub fn joined(mut self, pieces: &[&str]) -> Self {
-        let length: usize = pieces.iter().map(|piece| piece.len()).sum();
+    pub fn joined(self, pieces: &[&str]) -> Self {
+        self.word(pieces.iter().map(|piece| piece.as_bytes()))
+    }
+
+    /// A word that need not be text.
+    pub fn bytes(self, word: &[u8]) -> Self {
+        self.word([word].into_iter())
+    }
+
+    fn word<'a>(mut self, pieces: impl Iterator<Item = &'a [u8]> + Clone) -> Self {
+        let length: usize = pieces.clone().map(<[u8]>::len).sum();
         push_counted(b'$', length as u64, &mut self.packed);
-        pieces.iter().for_each(|piece| self.packed.extend_from_slice(piece.as_bytes()));
+        pieces.for_each(|piece| self.packed.extend_from_slice(piece));
         self.packed.extend_from_slice(b"\r\n");
         self.words += 1;
         self

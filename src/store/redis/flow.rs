@@ -8,30 +8,30 @@
 //! A line is a round trip; `CAS` is compare-and-set, `CAD` compare-and-delete.
 //!
 //! ```text
-//! Issue ──── SET token · SET lease NX · GET lease · ZADD live
+//! Issue ──── SET token · SET lease NX · GET lease · ZADD live · HGET row
 //!   │ ours ───────────▶ Issued
+//!   │ it is born dead ▶ Reissue ── CAD lease · DEL token · ZREM live · as Issue, for a later token
 //!   └ another's ─▶ Contest ── DEL token · ZREM live · EXISTS other · GET, PTTL its mark · PTTL lease
 //!       │ it is alive ─▶ AlreadyActive
 //!       └ it is stale ─▶ TakeOver ── SET token · ZADD live · CAS lease · SET lease NX · GET lease
 //!           │ ours ───────▶ Issued
 //!           └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
 //!
-//! Replace ── SET token · ZADD live · SET lease NX · GET lease
+//! Replace ── Raise (see `rows`) ─▶ Supplant
+//! Supplant ─ SET its mark killed · DEL its token · ZREM live      (of the token that held the lease)
+//!   │        · SET token · ZADD live · CAS lease · SET lease NX · GET lease
 //!   │ ours ───────────▶ Issued
-//!   └ another's ─▶ Supplant ── CAS lease · SET lease NX · GET lease     (again, if it has changed)
-//!       │ ours ───────▶ KillOld ── SET its mark killed · DEL its token · ZREM live ─▶ Issued
-//!       └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
+//!   └ another's ─▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
 //!
-//! Consume ── SET mark NX · EXISTS token · GET mark
+//! Consume ── SET mark NX · EXISTS token · HGET row · GET mark
 //!   │ ours, the token is there ─▶ Granted
+//!   │ ours, it is dead by the row ─▶ Withdraw ── CAD mark ─▶ AlreadyUsed
 //!   │ ours, it is not ─▶ Missing ── CAD mark · INFO ─▶ Unknown
-//!   │ of a dead attempt of this instance ─▶ TakeMarkOver ── CAS mark · EXISTS token · GET mark
+//!   │ of a dead attempt of this instance ─▶ TakeMarkOver ── CAS mark, and the rest
 //!   │                                         └─▶ as above
 //!   └ another's ─▶ AlreadyUsed
 //!
-//! Kill ───── GET lease · GET the marks of the copies known here
-//!   │ none leased ────▶ Killed
-//!   └ a token ────▶ KillLeased ── GET, SET its mark killed · DEL token · ZREM live · CAD lease ─▶ Killed
+//! Look, Kill, Tell (see `rows`)
 //! GiveBack ─ CAD mark
 //! Finish ─── CAD lease · DEL token · ZREM live      (TakeBack too)
 //! Mark ───── GET mark · SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
@@ -40,23 +40,23 @@
 //! Prune ──── ZREM live · ZRANGEBYSCORE live     (with every some issues)
 //! ```
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use super::command::Commands;
 use super::layout::Layout;
-use super::reply::{Info, Replies, Reply, maybe_done};
+use super::reply::{Info, Replies, Reply, maybe_done, unexpected};
+use super::rows::{Killing, LookAgain, LookOnce, Then};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
+use crate::mac::MacKey;
 use crate::serial::Serial;
 use crate::store::ledger::lasts_ms;
-use crate::store::{Answer, Dead, Kill, Killed, Mark, New, Op, Outcome, StoreError, locked};
+use crate::store::{Answer, Dead, Kill, Mark, New, Op, Outcome, Seen, StoreError, locked};
 
 /// A lease whose token has been marked for this long is not waited for.
 const MARKED_LONG_MS: u64 = 30_000;
-/// How often a replacement tries to take over a lease that others keep changing.
-const REPLACE_TRIES: u8 = 3;
 /// Entries of the set of live tokens are kept this long after their end.
 const PRUNE_AFTER_MS: u64 = 3_600_000;
 
@@ -65,6 +65,8 @@ const PRUNE_AFTER_MS: u64 = 3_600_000;
 pub(super) struct Context {
     pub layout: Layout,
     pub signer: Signer,
+    /// Seals and opens rows; there is none before there is a CA.
+    pub mac_key: OnceLock<MacKey>,
     /// `REDIS_TIMEOUT_MS`: an issue that is still under way is not older than twice this.
     pub patience_ms: u64,
     pub clock: RedisClock,
@@ -94,11 +96,11 @@ impl RedisClock {
 impl Context {
     pub fn new(layout: Layout, signer: Signer, patience_ms: u64) -> Self {
         let (clock, ended) = (RedisClock::default(), Mutex::default());
-        Context { layout, signer, patience_ms, clock, ended }
+        Context { layout, signer, mac_key: OnceLock::new(), patience_ms, clock, ended }
     }
 
     /// The claims of a token found in Redis; of one that is not ours, the little that is known.
-    fn claims_of(&self, compact: &str, device: &DeviceId) -> Claims {
+    pub fn claims_of(&self, compact: &str, device: &DeviceId) -> Claims {
         self.signer.verify_signature(compact).unwrap_or_else(|_| Claims {
             device_id: device.clone(),
             iat: 0,
@@ -115,11 +117,6 @@ pub(super) trait Flow {
 
     /// Reads its replies, one for each command.
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next;
-
-    /// The token that this trip replaces: it must die even if the trip fails.
-    fn dying(&self, _: &Context) -> Option<Box<Dead>> {
-        None
-    }
 }
 
 /// What comes after a round trip.
@@ -129,15 +126,15 @@ pub(super) enum Next {
 }
 
 impl Next {
-    fn trip(flow: impl Flow + 'static) -> Result<Next, StoreError> {
+    pub fn trip(flow: impl Flow + 'static) -> Result<Next, StoreError> {
         Ok(Next::Trip(Box::new(flow)))
     }
 
-    fn done(outcome: Outcome) -> Result<Next, StoreError> {
+    pub fn done(outcome: Outcome) -> Result<Next, StoreError> {
         Ok(Next::Done(Ok(outcome)))
     }
 
-    fn of(result: Result<Next, StoreError>) -> Next {
+    pub fn of(result: Result<Next, StoreError>) -> Next {
         result.unwrap_or_else(|error| Next::Done(Err(error)))
     }
 }
@@ -147,17 +144,35 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
     match op {
         Op::Issue(New { token, replaces, .. }) => {
             let issue = Issue::new(token.clone(), context, now);
-            if *replaces { Box::new(Replace(issue)) } else { Box::new(issue) }
+            match replaces.as_deref() {
+                Some(kill) => {
+                    Killing::new(Kill::clone(kill), Then::Replace(issue), now).raise(context)
+                }
+                None => Box::new(issue),
+            }
         }
         Op::TakeBack(token) | Op::Finish(token) => {
             Box::new(Remove { token: token.clone(), then: Outcome::Done })
         }
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
-        Op::GiveBack(token, serial) => Box::new(Withdraw { hash: token.hash, serial: *serial }),
-        Op::Kill(kill) => Box::new(FindLease(kill.clone())),
+        Op::GiveBack(token, serial) => {
+            Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
+        }
+        Op::Look(look) => Box::new(LookOnce(look.clone())),
+        Op::Kill(kill) => Killing::new(Kill::clone(kill), Then::Kill, now).raise(context),
+        Op::Tell(device, row) => {
+            let kill = Kill { device: device.clone(), row: row.clone(), seen: Seen::default() };
+            Box::new(LookAgain(Killing::new(kill, Then::Tell, now)))
+        }
         Op::Count => Box::new(Count { now, by_redis_ms: context.clock.at(now) }),
         Op::Mark(hash, mark, claims) => {
-            Box::new(Enter::new(*hash, *mark, claims.clone(), &context.signer))
+            let token = Some(context.signer.sign(claims.clone()));
+            Box::new(Enter {
+                hash: *hash,
+                mark: *mark,
+                claims: claims.clone(),
+                token: token.filter(|token| token.hash == *hash),
+            })
         }
         Op::Carry(token, left_ms) => {
             let left_ms = (*left_ms).max(1);
@@ -168,8 +183,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
 }
 
 /// Issuing, first trip: token, lease if it is free, and then whose the lease is.
-#[derive(Clone)]
-struct Issue {
+pub(super) struct Issue {
     token: Token,
     left_ms: u64,
     /// By the clock of Redis.
@@ -182,6 +196,17 @@ impl Issue {
         let left_ms = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms).max(1);
         let ends_ms = context.clock.at(now).saturating_add(left_ms);
         Issue { token, left_ms, ends_ms, now }
+    }
+
+    /// The same token, issued later.
+    fn dated(&self, iat: u64, context: &Context) -> Self {
+        let claims = self.token.claims.clone();
+        let exp = iat.saturating_add(claims.lifetime_s());
+        Issue::new(context.signer.sign(Claims { iat, exp, ..claims }), context, self.now)
+    }
+
+    fn issued(self, killed: Option<Dead>) -> Result<Next, StoreError> {
+        Next::done(Outcome::Issued { token: self.token, killed })
     }
 
     fn already_active(&self, context: &Context, other: &str, lease_left: i64) -> Outcome {
@@ -197,21 +222,50 @@ impl Flow for Issue {
         out.push(&layout.lease_if_free(&self.token, self.left_ms));
         out.push(&layout.get_lease(&self.token.claims.device_id));
         out.push(&layout.add_live(&self.token.hash, self.ends_ms));
+        out.push(&layout.get_row(&self.token.claims.device_id));
     }
 
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
+        let row = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             replies.skip();
             replies.skip();
-            match replies.text()? {
-                Some(holder) if *holder == *self.token.compact => {
-                    Next::done(Outcome::Issued { instead: None, killed: None })
-                }
+            let holder = replies.text()?;
+            let row = context.row_of(&self.token.claims.device_id, row);
+            let t = row.map_err(|error| maybe_done(error, true))?.0.bound.t;
+            if self.token.claims.iat <= t {
+                let later = self.dated(t.saturating_add(1), context);
+                return Next::trip(Reissue { dead: self.token, later });
+            }
+            match holder {
+                Some(holder) if *holder == *self.token.compact => self.issued(None),
                 // An older lease ended between the two commands, just now.
                 None => Next::trip(*self),
-                Some(other) => Next::trip(Contest { issue: *self, other }),
+                Some(other) => Next::trip(Contest { issue: *self, other, t }),
             }
         }))
+    }
+}
+
+/// Issuing, second trip: the device's past was killed by an instance whose word did not reach us. The
+/// token that was born dead is taken back, and one is issued that is not.
+struct Reissue {
+    dead: Token,
+    later: Issue,
+}
+
+impl Flow for Reissue {
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
+        push_removal(layout, out, &self.dead);
+        self.later.send(layout, now, out);
+    }
+
+    fn receive(self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
+        let rest = replies.split_off(replies.len().min(3));
+        Next::of(
+            Replies::all_or_error(replies)
+                .map(|_removed| Box::new(self.later).receive(context, rest)),
+        )
     }
 }
 
@@ -219,6 +273,8 @@ impl Flow for Issue {
 struct Contest {
     issue: Issue,
     other: String,
+    /// Every token of the device that was issued then or before is dead.
+    t: u64,
 }
 
 impl Flow for Contest {
@@ -247,9 +303,10 @@ impl Flow for Contest {
             let ended =
                 verified.is_ok_and(|c| c.exp.saturating_mul(1000) <= self.issue.now.unix_ms);
             let age = age_ms(claims.lifetime_s() * 1000, lease_left);
-            let whole = lasts_ms(&claims, self.issue.now);
-            let marked_long = marked && age_ms(whole, mark_left) > MARKED_LONG_MS;
-            let stale = ended || age > 2 * context.patience_ms && (gone || marked_long);
+            let marked_long =
+                marked && age_ms(lasts_ms(&claims, self.issue.now), mark_left) > MARKED_LONG_MS;
+            let killed = (1..=self.t).contains(&claims.iat);
+            let stale = ended || killed || age > 2 * context.patience_ms && (gone || marked_long);
             if !stale {
                 let outcome = self.issue.already_active(context, &self.other, lease_left);
                 return Next::done(outcome);
@@ -261,7 +318,7 @@ impl Flow for Contest {
 
 /// How old a key is that was set to live for `whole` and has `left` (a reply of `PTTL`). One that is
 /// gone or never ends is as old as can be.
-fn age_ms(whole: u64, left: i64) -> u64 {
+pub(super) fn age_ms(whole: u64, left: i64) -> u64 {
     u64::try_from(left).map_or(u64::MAX, |left| whole.saturating_sub(left))
 }
 
@@ -286,9 +343,7 @@ impl Flow for TakeOver {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             (0..4).for_each(|_| replies.skip());
             match replies.text()? {
-                Some(holder) if *holder == *self.issue.token.compact => {
-                    Next::done(Outcome::Issued { instead: None, killed: None })
-                }
+                Some(holder) if *holder == *self.issue.token.compact => self.issue.issued(None),
                 holder => Next::trip(Yield { issue: self.issue, holder }),
             }
         }))
@@ -315,168 +370,47 @@ impl Flow for Yield {
     }
 }
 
-/// Replacing, first trip: the new token stands before the lease names it.
-struct Replace(Issue);
-
-impl Flow for Replace {
-    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
-        out.push(&layout.set_token(&self.0.token, self.0.left_ms));
-        out.push(&layout.add_live(&self.0.token.hash, self.0.ends_ms));
-        out.push(&layout.lease_if_free(&self.0.token, self.0.left_ms));
-        out.push(&layout.get_lease(&self.0.token.claims.device_id));
-    }
-
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
-            (0..3).for_each(|_| replies.skip());
-            match replies.text()? {
-                Some(holder) if *holder == *self.0.token.compact => {
-                    Next::done(Outcome::Issued { instead: None, killed: None })
-                }
-                None => Next::trip(*self),
-                Some(old) => Next::trip(Supplant { issue: self.0, old, tries: REPLACE_TRIES }),
-            }
-        }))
-    }
-}
-
-/// Replacing, second trip: take the lease over from the token that holds it.
-struct Supplant {
-    issue: Issue,
-    old: String,
-    tries: u8,
+/// Replacing, second trip: the token that held the lease dies, then the new one stands, then it takes
+/// the lease over.
+pub(super) struct Supplant {
+    pub issue: Issue,
+    /// The token that held the lease when it was looked at.
+    pub old: Option<Token>,
 }
 
 impl Flow for Supplant {
-    fn dying(&self, context: &Context) -> Option<Box<Dead>> {
-        let claims = context.claims_of(&self.old, &self.issue.token.claims.device_id);
-        Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims }))
-    }
-
-    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
-        let Issue { token, left_ms, .. } = &self.issue;
-        out.push(&layout.take_lease_over(&self.old, token, *left_ms));
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
+        let Issue { token, left_ms, ends_ms, .. } = &self.issue;
+        if let Some(old) = &self.old {
+            push_kill(layout, out, old, now);
+        }
+        out.push(&layout.set_token(token, *left_ms));
+        out.push(&layout.add_live(&token.hash, *ends_ms));
+        if let Some(old) = &self.old {
+            out.push(&layout.take_lease_over(&old.compact, token, *left_ms));
+        }
         out.push(&layout.lease_if_free(token, *left_ms));
         out.push(&layout.get_lease(&token.claims.device_id));
     }
 
-    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
-            let taken = replies.number()? == 1;
-            replies.skip();
-            let holder = replies.text()?;
-            let Supplant { issue, old, tries } = *self;
-            if taken || holder.as_deref() == Some(&issue.token.compact) {
-                let claims = context.claims_of(&old, &issue.token.claims.device_id);
-                return Next::trip(KillOld { old, claims });
-            }
-            match holder {
-                Some(old) if tries > 1 => Next::trip(Supplant { issue, old, tries: tries - 1 }),
-                holder => Next::trip(Yield { issue, holder }),
+    fn receive(self: Box<Self>, _: &Context, mut replies: Vec<Reply>) -> Next {
+        let lease = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
+        Next::of(Replies::all_or_error(replies).and_then(|_| {
+            let killed = self.old.map(|old| Dead { hash: old.hash, claims: old.claims });
+            match Replies::new(vec![lease]).text()? {
+                Some(holder) if *holder == *self.issue.token.compact => self.issue.issued(killed),
+                holder => Next::trip(Yield { issue: self.issue, holder }),
             }
         }))
-    }
-}
-
-/// Replacing, third trip: the old token dies, and never without a mark.
-struct KillOld {
-    old: String,
-    claims: Claims,
-}
-
-impl Flow for KillOld {
-    fn dying(&self, _: &Context) -> Option<Box<Dead>> {
-        Some(Box::new(Dead { hash: TokenHash::of(&self.old), claims: self.claims.clone() }))
-    }
-
-    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
-        push_kill(layout, now, out, &self.old, &self.claims);
-    }
-
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        let killed = Dead { hash: TokenHash::of(&self.old), claims: self.claims };
-        Next::of(
-            Replies::all_or_error(replies)
-                .and_then(|_| Next::done(Outcome::Issued { instead: None, killed: Some(killed) })),
-        )
     }
 }
 
 /// Mark first: an instance that holds a copy might carry the token over (`docs/model`, row 1).
-fn push_kill(layout: &Layout, now: Now, out: &mut Commands, compact: &str, claims: &Claims) {
-    let hash = TokenHash::of(compact);
-    out.push(&layout.set_mark(&hash, &layout.mark(Mark::Killed), lasts_ms(claims, now)));
-    out.push(&layout.delete_token(compact));
-    out.push(&layout.remove_live(&hash));
-}
-
-/// Killing, first trip: which token holds the lease? And who has redeemed those that are known here:
-/// their marks say so for as long as nothing is written over them.
-struct FindLease(Kill);
-
-impl Flow for FindLease {
-    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
-        out.push(&layout.get_lease(&self.0.device));
-        self.0.copies.iter().for_each(|copy| out.push(&layout.get_mark(&copy.hash)));
-    }
-
-    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
-            let lease = replies.text()?;
-            let mut killed = Killed::default();
-            for copy in &self.0.copies {
-                note_redeemed(&mut killed, copy, replies.text()?, context);
-            }
-            let leased = lease.map(|compact| {
-                let claims = context.claims_of(&compact, &self.0.device);
-                (Dead { hash: TokenHash::of(&compact), claims }, compact)
-            });
-            match leased {
-                Some((token, compact))
-                    if self.0.spare != Some(token.hash)
-                        && token.claims.iat <= self.0.issued_by_s =>
-                {
-                    Next::trip(KillLeased { device: self.0.device, token, compact, killed })
-                }
-                _ => Next::done(Outcome::Killed(Box::new(killed))),
-            }
-        }))
-    }
-}
-
-fn note_redeemed(killed: &mut Killed, token: &Dead, mark: Option<String>, context: &Context) {
-    let mark = mark.filter(|mark| context.layout.is_anothers_attempt(mark));
-    let noted = killed.redeemed_elsewhere.iter().any(|(noted, _)| noted.hash == token.hash);
-    if let Some(mark) = mark.filter(|_| !noted) {
-        killed.redeemed_elsewhere.push((token.clone(), mark));
-    }
-}
-
-/// Killing, second trip: the token dies, then the lease is freed. Who had redeemed it is read first.
-struct KillLeased {
-    device: DeviceId,
-    token: Dead,
-    compact: String,
-    killed: Killed,
-}
-
-impl Flow for KillLeased {
-    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
-        out.push(&layout.get_mark(&self.token.hash));
-        push_kill(layout, now, out, &self.compact, &self.token.claims);
-        out.push(&layout.free_lease(&self.device, &self.compact));
-    }
-
-    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
-            let KillLeased { token, mut killed, .. } = *self;
-            note_redeemed(&mut killed, &token, replies.text()?, context);
-            replies.skip();
-            let was_live = replies.number()? == 1;
-            killed.dead = was_live.then_some(token);
-            Next::done(Outcome::Killed(Box::new(killed)))
-        }))
-    }
+pub(super) fn push_kill(layout: &Layout, out: &mut Commands, token: &Token, now: Now) {
+    let mark = layout.mark(Mark::Killed);
+    out.push(&layout.set_mark(&token.hash, &mark, lasts_ms(&token.claims, now)));
+    out.push(&layout.delete_token(&token.compact));
+    out.push(&layout.remove_live(&token.hash));
 }
 
 /// Consuming, first trip: our mark if there is none, the token, and then whose the mark is
@@ -488,20 +422,17 @@ struct Consume {
 
 impl Flow for Consume {
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
-        let Token { compact, hash, claims } = &self.token;
+        let Token { hash, claims, .. } = &self.token;
         let mark = layout.mark(Mark::Serial(self.serial));
         out.push(&layout.mark_if_free(hash, &mark, lasts_ms(claims, now)));
-        out.push(&layout.exists_token(compact));
-        out.push(&layout.get_mark(hash));
+        push_judgement(layout, out, &self.token);
     }
 
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(marked_or_not(replies).and_then(|mut replies| {
-            replies.skip();
-            let there = replies.number()? == 1;
-            let Some(mark) = replies.text()? else { return Err(StoreError::Undecided) };
+        Next::of(judgement(context, &self.token, replies).and_then(|(fate, mark)| {
+            let Some(mark) = mark else { return Err(StoreError::Undecided) };
             if mark == context.layout.mark(Mark::Serial(self.serial)) {
-                return self.marked(there);
+                return self.marked(fate);
             }
             if context.layout.is_own_attempt(&mark) {
                 return Next::trip(TakeMarkOver { attempt: *self, dead: mark });
@@ -512,14 +443,55 @@ impl Flow for Consume {
 }
 
 impl Consume {
-    /// Our mark stands. Without the token it is withdrawn: an instance that still has to carry the
-    /// token over would find it burnt.
-    fn marked(self, there: bool) -> Result<Next, StoreError> {
-        if there {
-            return Next::done(Outcome::Granted);
+    /// Our mark stands. Where it is good for nothing it is withdrawn: an instance that still has to
+    /// carry the token over would find it burnt.
+    fn marked(self, fate: Fate) -> Result<Next, StoreError> {
+        let (hash, serial) = (self.token.hash, self.serial);
+        match fate {
+            Fate::Live => Next::done(Outcome::Granted),
+            Fate::Dead => Next::trip(Withdraw { hash, serial, then: Outcome::AlreadyUsed }),
+            Fate::Missing => Next::trip(Missing { hash, serial }),
         }
-        Next::trip(Missing { hash: self.token.hash, serial: self.serial })
     }
+}
+
+/// How it is with a token, whatever its mark says.
+enum Fate {
+    Live,
+    /// By the row of its device.
+    Dead,
+    Missing,
+}
+
+/// What decides about a token. The mark comes last.
+fn push_judgement(layout: &Layout, out: &mut Commands, token: &Token) {
+    out.push(&layout.exists_token(&token.compact));
+    out.push(&layout.get_row(&token.claims.device_id));
+    out.push(&layout.get_mark(&token.hash));
+}
+
+/// The replies to a mark that was set and to [`push_judgement`]: the token's fate, and its mark. An
+/// error says whether our mark may stand although there was one.
+fn judgement(
+    context: &Context,
+    token: &Token,
+    mut replies: Vec<Reply>,
+) -> Result<(Fate, Option<String>), StoreError> {
+    let maybe_marked = replies.first().is_some_and(Result::is_ok);
+    let row = if replies.len() > 2 { replies.remove(2) } else { Err(unexpected("no reply")) };
+    let judge = || {
+        let (row, _) = context.row_of(&token.claims.device_id, row)?;
+        let mut replies = Replies::all_or_error(replies)?;
+        replies.skip();
+        let there = replies.number()? == 1;
+        let fate = match (token.claims.iat <= row.bound.t, there) {
+            (true, _) => Fate::Dead,
+            (false, true) => Fate::Live,
+            (false, false) => Fate::Missing,
+        };
+        Ok((fate, replies.text()?))
+    };
+    judge().map_err(|error| maybe_done(error, maybe_marked))
 }
 
 /// Consuming, last trip where the token is not there: our mark is withdrawn, and the server is asked
@@ -546,12 +518,6 @@ impl Flow for Missing {
     }
 }
 
-/// The replies; or the error, and whether our mark may stand although there was one.
-fn marked_or_not(replies: Vec<Reply>) -> Result<Replies, StoreError> {
-    let maybe_marked = replies.first().is_some_and(Result::is_ok);
-    Replies::all_or_error(replies).map_err(|error| maybe_done(error, maybe_marked))
-}
-
 /// Consuming, second trip: the mark is of an older attempt of this instance, of which no certificate
 /// came and which no longer runs (both known to the caller): it is dead and taken over (`docs/model`,
 /// row 5, row 21).
@@ -562,20 +528,17 @@ struct TakeMarkOver {
 
 impl Flow for TakeMarkOver {
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
-        let Token { compact, hash, claims } = &self.attempt.token;
-        let mark = layout.mark(Mark::Serial(self.attempt.serial));
-        out.push(&layout.take_mark_over(hash, &self.dead, &mark, lasts_ms(claims, now)));
-        out.push(&layout.exists_token(compact));
-        out.push(&layout.get_mark(hash));
+        let Consume { token, serial } = &self.attempt;
+        let (mark, lasts_ms) = (layout.mark(Mark::Serial(*serial)), lasts_ms(&token.claims, now));
+        out.push(&layout.take_mark_over(&token.hash, &self.dead, &mark, lasts_ms));
+        push_judgement(layout, out, token);
     }
 
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(marked_or_not(replies).and_then(|mut replies| {
-            replies.skip();
-            let there = replies.number()? == 1;
-            match replies.text()? {
+        Next::of(judgement(context, &self.attempt.token, replies).and_then(|(fate, mark)| {
+            match mark {
                 Some(mark) if mark == context.layout.mark(Mark::Serial(self.attempt.serial)) => {
-                    self.attempt.marked(there)
+                    self.attempt.marked(fate)
                 }
                 // Ours was taken over in its turn, by a kill or by a mark carried over.
                 Some(_) => Next::done(Outcome::AlreadyUsed),
@@ -590,6 +553,7 @@ impl Flow for TakeMarkOver {
 struct Withdraw {
     hash: TokenHash,
     serial: Serial,
+    then: Outcome,
 }
 
 impl Flow for Withdraw {
@@ -600,7 +564,7 @@ impl Flow for Withdraw {
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         // A refusal leaves the mark where it is.
         let withdrawn = Replies::new(replies).number().map_err(|error| maybe_done(error, true));
-        Next::of(withdrawn.and_then(|_| Next::done(Outcome::Done)))
+        Next::of(withdrawn.and_then(|_| Next::done(self.then)))
     }
 }
 
@@ -612,15 +576,18 @@ struct Remove {
 
 impl Flow for Remove {
     fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
-        let Token { compact, hash, claims } = &self.token;
-        out.push(&layout.free_lease(&claims.device_id, compact));
-        out.push(&layout.delete_token(compact));
-        out.push(&layout.remove_live(hash));
+        push_removal(layout, out, &self.token);
     }
 
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(self.then)))
     }
+}
+
+fn push_removal(layout: &Layout, out: &mut Commands, token: &Token) {
+    out.push(&layout.free_lease(&token.claims.device_id, &token.compact));
+    out.push(&layout.delete_token(&token.compact));
+    out.push(&layout.remove_live(&token.hash));
 }
 
 /// Counting: by score, so expired entries need no pruning to be left out.
@@ -656,21 +623,11 @@ struct Enter {
     token: Option<Token>,
 }
 
-impl Enter {
-    fn new(hash: TokenHash, mark: Mark, claims: Claims, signer: &Signer) -> Self {
-        let token = Some(signer.sign(claims.clone())).filter(|token| token.hash == hash);
-        Enter { hash, mark, claims, token }
-    }
-}
-
 impl Flow for Enter {
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
+        let (mark, lasts_ms) = (layout.mark(self.mark), lasts_ms(&self.claims, now));
         out.push(&layout.get_mark(&self.hash));
-        out.push(&layout.set_mark(
-            &self.hash,
-            &layout.mark(self.mark),
-            lasts_ms(&self.claims, now),
-        ));
+        out.push(&layout.set_mark(&self.hash, &mark, lasts_ms));
         out.push(&layout.remove_live(&self.hash));
         out.push(&layout.get_lease(&self.claims.device_id));
         if let Some(token) = &self.token {
@@ -806,15 +763,20 @@ mod tests {
     fn a_taken_over_mark_must_still_be_ours_when_the_token_was_seen() {
         let take_over = || TakeMarkOver { attempt: attempt(), dead: "a 00".to_owned() };
         let ours = context().layout.mark(Mark::Serial(Serial::from([1; 16])));
-        let replies = |taken, mark| vec![Ok(Value::Int(taken)), Ok(Value::Int(1)), text(mark)];
+        let there = || [Ok(Value::Int(1)), Ok(Value::Nil)];
+        let replies = |taken, mark| {
+            [Ok(Value::Int(taken))].into_iter().chain(there()).chain([text(mark)]).collect()
+        };
         assert_eq!(end(take_over(), replies(1, &ours)), Ok(Outcome::Granted));
         assert_eq!(end(take_over(), replies(1, "b 02")), Ok(Outcome::AlreadyUsed));
         assert_eq!(end(take_over(), replies(0, "b 02")), Ok(Outcome::AlreadyUsed));
-        let withdrawn = vec![Ok(Value::Int(0)), Ok(Value::Int(1)), Ok(Value::Nil)];
+        let withdrawn =
+            [Ok(Value::Int(0))].into_iter().chain(there()).chain([Ok(Value::Nil)]).collect();
         assert_eq!(end(take_over(), withdrawn), Err(StoreError::Undecided), "nobody used it");
         let mut commands = Commands::default();
         let now = Now { unix_ms: 1000, mono_ms: 0 };
         take_over().send(&context().layout, now, &mut commands);
-        assert_eq!(commands.count(), 3, "the mark is read, last");
+        assert_eq!(commands.count(), 4);
+        assert_eq!(commands.name(3), "GET", "the mark is read, last");
     }
 }

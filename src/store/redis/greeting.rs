@@ -6,7 +6,7 @@ use super::command::Commands;
 use super::connection::Connection;
 use super::flow::Context;
 use super::layout::Layout;
-use super::reply::{Info, Replies};
+use super::reply::{Info, Replies, Reply};
 use crate::clock;
 use crate::store::StoreError;
 use crate::store::failover::Hello;
@@ -25,6 +25,7 @@ pub(super) fn greet(
     Info::ask(&mut commands);
     commands.push(&layout.time());
     let rights = push_every_kind(layout, &mut commands);
+    let about_rows = push_about_rows(layout, &mut commands);
     if let Some(ca) = ca {
         commands.push(&layout.enter_ca(ca));
     }
@@ -35,6 +36,8 @@ pub(super) fn greet(
     let server = first.info();
     context.clock.set(first.time_ms()?, clock::now());
     replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), Err)?;
+    let about_rows: Vec<Reply> = replies.by_ref().take(about_rows).collect();
+    let rows_refused = about_rows.into_iter().find_map(Result::err);
     let mut replies = Replies::new(replies.collect());
     if ca.is_some() {
         replies.text()?;
@@ -45,7 +48,17 @@ pub(super) fn greet(
         run_id: server.run_id,
         eviction: server.policy.filter(|_| !keeps_all),
         foreign_ca: entered.filter(|entered| ca.is_some_and(|ca| ca != entered)),
+        rows_refused: rows_refused.map(|error| error.to_string()),
     })
+}
+
+/// The same for the rows of devices, which are left out where a right for them is missing.
+fn push_about_rows(layout: &Layout, commands: &mut Commands) -> usize {
+    const ANY: &str = "devices:00";
+    let before = commands.count();
+    commands.push(&layout.on("HGET", ANY, "").arg(""));
+    commands.push(&layout.compare_and_set_field(ANY, "", b"never there", b""));
+    commands.count() - before
 }
 
 /// Every command that is used, on every kind of key, in a form that changes nothing: a right that

@@ -2,6 +2,7 @@
 
 use super::command::{Command, decimal};
 use crate::device::DeviceId;
+use crate::devices::codec;
 use crate::jwt::{Token, TokenHash};
 use crate::store::Mark;
 use base64::Engine as _;
@@ -13,6 +14,10 @@ const COMPARE_AND_SET: &str = "if redis.call('GET',KEYS[1])==ARGV[1] then \
 /// Compare-and-delete: 1 if the key held the expected value and is gone.
 const COMPARE_AND_DELETE: &str =
     "if redis.call('GET',KEYS[1])==ARGV[1] then return redis.call('DEL',KEYS[1]) else return 0 end";
+
+/// The same for one field of a hash; one that is not there holds the empty value.
+const COMPARE_AND_SET_FIELD: &str = "if (redis.call('HGET',KEYS[1],ARGV[1]) or '')==ARGV[2] then \
+    redis.call('HSET',KEYS[1],ARGV[1],ARGV[3]) return 1 else return 0 end";
 
 /// Names, values and times of the keys of one instance.
 #[derive(Debug)]
@@ -138,6 +143,15 @@ impl Layout {
             .number(most)
     }
 
+    pub fn get_row(&self, device: &DeviceId) -> Command {
+        self.on("HGET", &codec::bucket(device), "").arg(device.as_str())
+    }
+
+    /// Sets the row of a device if it still stands as it was seen.
+    pub fn merge_row(&self, device: &DeviceId, seen: &[u8], row: &[u8]) -> Command {
+        self.compare_and_set_field(&codec::bucket(device), device.as_str(), seen, row)
+    }
+
     /// `<instance> <serial>` or `<instance> killed`.
     pub fn mark(&self, mark: Mark) -> String {
         match mark {
@@ -178,6 +192,16 @@ impl Layout {
 
     pub fn compare_and_delete(&self, kind: &str, name: &str, value: &str) -> Command {
         self.eval(COMPARE_AND_DELETE, kind, name).arg(value)
+    }
+
+    pub fn compare_and_set_field(
+        &self,
+        hash: &str,
+        field: &str,
+        from: &[u8],
+        to: &[u8],
+    ) -> Command {
+        self.eval(COMPARE_AND_SET_FIELD, hash, "").arg(field).bytes(from).bytes(to)
     }
 
     /// A script with one key.

@@ -6,6 +6,7 @@
 //! | `device:<id>`, the lease | the token | the same |
 //! | `used:<sha256 of the token>`, the mark | `<instance> <serial>` or `<instance> killed` | the token's whole lifetime and a minute |
 //! | `live` | sorted set: hash, expiry in ms | entries pruned |
+//! | `devices:<hh>`, by the id's SHA-256 | hash: device id, its row | for good |
 //! | `ca` | SHA-256 of the CA certificate | for good |
 //!
 //! Decisions are read from values, never from the reply of `NX`: a reply may be lost, a value stays.
@@ -21,6 +22,7 @@ mod greeting;
 mod layout;
 mod pool;
 mod reply;
+mod rows;
 mod stream;
 
 use std::sync::Arc;
@@ -31,7 +33,7 @@ use crate::clock::{self, Now};
 use crate::config;
 use crate::jwt::Signer;
 use crate::metrics::Metrics;
-use crate::store::failover::{Hello, Remote};
+use crate::store::failover::{Hello, OurCa, Remote};
 use crate::store::{Answer, Down, Op, Status, StoreError, TokenStore};
 
 use command::Commands;
@@ -110,7 +112,7 @@ impl TokenStore for RedisStore {
         let deadline = Instant::now() + self.timeout;
         if let Err(broken) = self.run_flows(&mut flows, deadline, now) {
             self.metrics.redis_failures.add(1);
-            flows.iter_mut().for_each(|flow| flow.fail(&self.context, &broken));
+            flows.iter_mut().for_each(|flow| flow.fail(&broken));
         }
         flows.truncate(ops.len());
         flows.into_iter().map(Running::into_answer).collect()
@@ -191,20 +193,15 @@ impl Running {
             return;
         }
         let Running::Waiting(flow) = std::mem::replace(self, Running::UNDECIDED) else { return };
-        let dying = flow.dying(context);
         *self = match flow.receive(context, replies) {
             Next::Trip(flow) => Running::Waiting(flow),
-            Next::Done(Err(StoreError::Down(down))) => {
-                Running::Answered(Err(StoreError::Down(Down { dying, ..down })))
-            }
             Next::Done(answer) => Running::Answered(answer),
         };
     }
 
-    fn fail(&mut self, context: &Context, broken: &Down) {
-        if let Running::Waiting(flow) = self {
-            let down = Down { dying: flow.dying(context), ..broken.clone() };
-            *self = Running::Answered(Err(StoreError::Down(down)));
+    fn fail(&mut self, broken: &Down) {
+        if self.is_waiting() {
+            *self = Running::Answered(Err(StoreError::Down(broken.clone())));
         }
     }
 
@@ -217,9 +214,13 @@ impl Running {
 }
 
 impl Remote for RedisStore {
-    fn connect(&self, ca_fingerprint: Option<&str>) -> Result<Hello, StoreError> {
+    fn connect(&self, ca: Option<&OurCa>) -> Result<Hello, StoreError> {
+        if let Some(ca) = ca {
+            self.context.mac_key.get_or_init(|| ca.mac_key.clone());
+        }
+        let fingerprint = ca.map(|ca| &*ca.fingerprint);
         let greet = |connection: &mut Connection, deadline| {
-            greeting::greet(&self.context, connection, ca_fingerprint, deadline)
+            greeting::greet(&self.context, connection, fingerprint, deadline)
         };
         self.pool.reopen(greet, clock::now())
     }

@@ -112,6 +112,12 @@ fn info(text: &str, name: &str) -> Option<String> {
     Some(value.trim().to_owned())
 }
 
+/// The user lacks a right, for a command, a key, or within a script.
+pub(super) fn is_denied(error: &StoreError) -> bool {
+    let why = error.to_string();
+    ["NOPERM", "ACL failure in script", "can't run this command"].iter().any(|s| why.contains(s))
+}
+
 /// The same error, with whether a command of the trip may have been carried out all the same.
 pub(super) fn maybe_done(error: StoreError, maybe_done: bool) -> StoreError {
     match error {

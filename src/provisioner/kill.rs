@@ -1,0 +1,62 @@
+//! Killing a device's past: how far it is dead is on this instance's disk before any store hears of it.
+
+use super::batch::unexpected;
+use super::{Job, Provisioner, not_issued};
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::devices::{self, Bound, Row};
+use crate::jwt::Token;
+use crate::problem::{Code, Problem};
+use crate::store::{Answer, Kill, Look, Op, Outcome};
+
+impl Provisioner {
+    /// The device's past was killed after the token was issued, as far as is known here.
+    pub(super) fn is_dead(&self, token: &Token) -> bool {
+        token.claims.iat <= self.devices.bound(&token.claims.device_id).0.t
+    }
+
+    /// Raises the bounds of the devices whose past is to die, on disk, with one sync for all. One
+    /// result for each job that kills, in their order.
+    pub(super) fn raise_bounds(&self, jobs: &[Job], now: Now) -> Vec<Result<Kill, Problem>> {
+        let look =
+            |device: &DeviceId| Op::Look(Look { device: device.clone(), copies: Vec::new() });
+        let looks: Vec<Op> = jobs.iter().filter_map(Job::kills).map(look).collect();
+        if looks.is_empty() {
+            return Vec::new();
+        }
+        let killing = jobs.iter().filter(|job| job.kills().is_some());
+        let seen = self.store.run(&looks, now);
+        let kills: Vec<_> =
+            killing.zip(seen).map(|(job, seen)| self.kill(job, seen, now)).collect();
+        let rows = kills.iter().flatten().map(|kill| (kill.device.clone(), kill.row.clone()));
+        match self.devices.enter(rows.collect(), true, now) {
+            Ok(()) => kills,
+            Err(error) => {
+                log::error!("nothing was killed: {error}");
+                let problem = Problem::from(Code::ServiceUnavailable).log(error);
+                kills.into_iter().map(|kill| kill.and(Err(problem.clone()))).collect()
+            }
+        }
+    }
+
+    /// How far the past of a job's device is to die, by what the store has of it.
+    fn kill(&self, job: &Job, seen: Answer, now: Now) -> Result<Kill, Problem> {
+        let device = job.kills().ok_or(Code::InternalError)?.clone();
+        let seen = match seen {
+            Ok(Outcome::Seen(seen)) => *seen,
+            other => return Err(unexpected(other).log_more(format!("device {device}"))),
+        };
+        let known = self.devices.row(&device).merge(seen.row.clone());
+        // Past the tokens that the last bound may have caused, too: they are dated just after it
+        // (`docs/model`, row 27).
+        let t = devices::kill_time(now, seen.latest_iat).max(known.bound.t.saturating_add(1));
+        let revokes = matches!(job, Job::Revoke(_));
+        if let Some(wait_s) = devices::too_far_ahead(t, now).filter(|_| !revokes) {
+            let problem = not_issued(Code::RateLimited, &device);
+            return Err(Problem { retry_after_s: Some(wait_s), ..problem });
+        }
+        let bound = Bound { t, c: if revokes { t } else { 0 } };
+        let row = known.merge(Row { bound, ..Row::default() });
+        Ok(Kill { device, row, seen })
+    }
+}
