@@ -8,8 +8,8 @@ use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal as _, Write};
 use std::os::unix::fs::MetadataExt as _;
 
-use env_filter::{Builder, Filter};
-use log::{Level, LevelFilter, Metadata, Record, SetLoggerError};
+use env_logger::{Builder, Target};
+use log::{Level, LevelFilter, Record, SetLoggerError};
 
 use crate::clock;
 use crate::config::{Log, LogFormat};
@@ -25,7 +25,13 @@ const OTHERS: LevelFilter = LevelFilter::Warn;
 /// # Errors
 /// When there is a logger already.
 pub fn init(log: &Log, variable: impl Fn(&str) -> Option<OsString>) -> Result<(), SetLoggerError> {
-    let filter = filter(log);
+    let mut builder = Builder::new();
+    match &log.filter {
+        Some(filter) => builder.parse_filters(filter),
+        None => builder
+            .filter_level(OTHERS.min(log.level))
+            .filter_module(env!("CARGO_CRATE_NAME"), log.level),
+    };
     let stream = variable("JOURNAL_STREAM");
     let journal = stream.is_some_and(|stream| stream.to_str().is_some_and(is_stderr));
     let style = match (log.format, journal) {
@@ -36,39 +42,24 @@ pub fn init(log: &Log, variable: impl Fn(&str) -> Option<OsString>) -> Result<()
         }
     };
     stderr::init(move |lost| style.lost(lost));
-    log::set_max_level(filter.filter());
-    log::set_boxed_logger(Box::new(Logger { filter, style }))
+    builder
+        .format(move |out, record| style.write(out, record))
+        .target(Target::Pipe(Box::new(Lines)))
+        .try_init()
 }
 
-fn filter(log: &Log) -> Filter {
-    let mut builder = Builder::new();
-    match &log.filter {
-        Some(filter) => builder.parse(filter),
-        None => builder
-            .filter_level(OTHERS.min(log.level))
-            .filter_module(env!("CARGO_CRATE_NAME"), log.level),
-    };
-    builder.build()
-}
+/// What the crate writes to: it makes each record one write, and `stderr` sees to the rest.
+struct Lines;
 
-/// Writes each record that the filter lets through as a line.
-struct Logger {
-    filter: Filter,
-    style: Style,
-}
-
-impl log::Log for Logger {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        self.filter.enabled(metadata)
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        stderr::write_line(line);
+        Ok(line.len())
     }
 
-    fn log(&self, record: &Record<'_>) {
-        if self.filter.matches(record) {
-            stderr::write_line(&self.style.line(record));
-        }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
-
-    fn flush(&self) {}
 }
 
 /// How a line looks.
@@ -80,25 +71,26 @@ enum Style {
 }
 
 impl Style {
-    fn line(self, record: &Record<'_>) -> Vec<u8> {
-        let mut line = Vec::with_capacity(256);
+    fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         let unix_ms = clock::now().unix_ms;
-        let written = match self {
-            Style::Json => json(&mut line, record, unix_ms),
-            Style::Journal => journal_text(&mut line, record),
-            Style::Text { colours } => text(&mut line, record, unix_ms, colours),
-        };
-        // A vector takes everything; only a message could fail to be written.
-        written.map_or_else(|_| Vec::new(), |()| line)
+        match self {
+            Style::Json => json(out, record, unix_ms),
+            Style::Journal => journal_text(out, record),
+            Style::Text { colours } => text(out, record, unix_ms, colours),
+        }
     }
 
     /// That lines were lost, as a line.
     fn lost(self, lost: u64) -> Vec<u8> {
-        let record = |message| {
-            let level = Level::Warn;
-            self.line(&Record::builder().level(level).target(module_path!()).args(message).build())
+        let mut line = Vec::new();
+        let mut say = |message| {
+            let mut record = Record::builder();
+            let record = record.level(Level::Warn).target(module_path!()).args(message).build();
+            self.write(&mut line, &record)
         };
-        record(format_args!("{lost} lines of the log were lost: nobody took them in time"))
+        // A vector takes everything.
+        let _ = say(format_args!("{lost} lines of the log were lost: nobody took them in time"));
+        line
     }
 }
 

@@ -30,7 +30,8 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),
     ("rcgen", &["src/ca"], "only the CA signs"),
-    ("env_filter", &["src/logging.rs", "src/config/mod.rs"], "everyone else uses `log`"),
+    ("env_logger", &["src/logging.rs"], "everyone else uses `log`"),
+    ("env_filter", &["src/config/mod.rs"], "it checks RUST_LOG, once"),
     ("signal_hook", &["src/service.rs"], "only the process as a whole is signalled"),
 ];
 
