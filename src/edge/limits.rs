@@ -53,7 +53,7 @@ impl PerAddress {
         }
     }
 
-    /// So many addresses more have `count` connections.
+    /// Adds `more` to the number of addresses that have `count` connections.
     fn change(&mut self, count: usize, more: isize) {
         let entry = count.checked_sub(1).and_then(|at| self.addresses.get_mut(at));
         if let Some(entry) = entry {
@@ -107,7 +107,7 @@ impl Budget {
         self.held.all
     }
 
-    /// So many bytes more, held elsewhere, may be held besides.
+    /// Returns whether `more` bytes, held outside this budget, would still fit.
     pub fn fits(&self, more: usize) -> bool {
         self.held.all.saturating_add(more) <= self.max
     }

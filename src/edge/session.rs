@@ -19,7 +19,7 @@ const LINGER_BYTES: usize = 1024 * 1024;
 pub struct Session {
     reader: Reader,
     state: State,
-    /// What the client is waited for.
+    /// Which deadline runs.
     wait: Wait,
     /// No request after the present one.
     is_last: bool,
@@ -47,7 +47,7 @@ pub enum Event<'a> {
     Secured,
     /// What was to be TLS is none; the client has been told.
     Insecure,
-    /// Bytes came in; none, if those that came before are to be looked at.
+    /// Bytes came in. Empty: what is buffered already is to be parsed.
     Bytes(&'a [u8]),
     /// The client will send no more.
     End,
@@ -99,7 +99,7 @@ pub enum Action {
 pub struct Step {
     /// What is to be done.
     pub action: Action,
-    /// The deadline that begins now; without one the present goes on.
+    /// The deadline that begins now. `None`: the one that runs is kept.
     pub begins: Option<Wait>,
 }
 

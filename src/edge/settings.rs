@@ -21,7 +21,7 @@ pub const BODY_MAX: usize = 64 * 1024;
 /// The field that carries `<request number> <client address>` to the worker; where it is wanted, also
 /// the client's certificate, DER in base64.
 pub const PRIVATE_FIELD: &str = "X-Edge";
-/// Stands there for the client where the edge itself asks, whether the lane works.
+/// Stands there in place of a client's address when the edge itself asks whether the lane works.
 pub const NOBODY: &str = "-";
 
 /// Where a lane's worker listens, and for which kind of work.

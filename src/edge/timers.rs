@@ -113,7 +113,7 @@ impl Timers {
         self.lists.remove(at);
     }
 
-    /// The connection that has been waited for longest in this.
+    /// The connection whose deadline of this kind is due first.
     pub fn longest(&self, wait: Wait) -> Option<usize> {
         self.lists.front(wait as usize)
     }

@@ -273,7 +273,7 @@ impl Batch {
         drop(request.into_writer());
     }
 
-    /// Outbox the requests in their order with these.
+    /// Answers the requests with these, in order.
     pub fn answer(mut self, replies: Vec<Reply>) {
         self.send(replies);
     }

@@ -91,7 +91,8 @@ pub(super) fn torn_revocation(line: &[u8]) -> Option<String> {
 }
 
 /// Copies the database with these certificates revoked, each at its time; all else stays as it is to the letter, also
-/// what `openssl ca` has done meanwhile. Answers one that has no line, if there is one.
+/// what `openssl ca` has done meanwhile. Returns a serial that has no
+/// line, if there is one.
 pub(super) fn copy_revoked(
     mut old: impl BufRead,
     mut new: impl io::Write,
