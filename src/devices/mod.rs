@@ -4,7 +4,7 @@
 //! how it may enrol ([`Registration`]) and which secrets are used up. Each register has its own merge
 //! ([`merge`]), so that no order of messages, no loss or repetition, and no older copy of a file or of
 //! Redis can make two instances disagree for good. [`table`] holds the rows of this instance, each
-//! change on disk ([`file`]) before it counts; [`codec`] is a row as bytes, in memory and in Redis.
+//! change on disk ([`mod@file`]) before it counts; [`codec`] is a row as bytes, in memory and in Redis.
 
 pub mod codec;
 mod file;
