@@ -68,7 +68,7 @@ fn message_format_and_request_line() {
         ("9110 2.5 later minor", "GET /x HTTP/1.2\r\nHost: a\r\n\r\n", &[200]),
         (
             "9110 2.5 later minor",
-            "\r\nPOST /x HTTP/1.9\r\nHost: a\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\nGET /y HTTP/1.3\r\nHost: a\r\n\r\n",
+            "\r\nPOST /x HTTP/1.9\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\nGET /y HTTP/1.3\r\nHost: a\r\n\r\n",
             &[200, 200],
         ),
         ("9110 2.5 needs Host", "GET /smuggled HTTP/1.2\r\n\r\n", &[400]),
