@@ -49,7 +49,7 @@ systemd-analyze security --no-pager --offline=true --threshold=$threshold \
     "$units/mqtt-publisher-lite.service" >"$work/security" || fail "$(tail -1 "$work/security")"
 ok "$(tail -1 "$work/security" | sed 's/^[^O]*//; s/ [^ ]*$//')"
 
-# --- The installation as the README and docs/upgrade.md give it, into a folder instead of /: each
+# --- The installation as docs/operations.md and docs/upgrade.md give it, into a folder instead of /: each
 # command is the real one, but for paths and names of users, which are those of that folder.
 sysroot=$work/sysroot
 mkdir -p "$sysroot/usr/local/bin" "$sysroot/usr/lib/sysusers.d" "$sysroot/etc/systemd/system" "$work/shims" "$work/source"
@@ -86,10 +86,10 @@ chmod 755 "$work/shims"/*
 # The blocks of a page that are marked as run by this.
 blocks_of() { awk '/^ *```sh by \.ci\/check-contrib\.sh/ { on = 1; next } /^ *```/ { on = 0 } on' "$root/$1"; }
 installed() { [ "$(stat -c '%a %g' "$sysroot$1")" = "$2" ] || fail "$1 has $(stat -c '%a %g' "$sysroot$1"), not $2"; }
-blocks_of README.md >"$work/install.sh"
-[ "$(grep -c ^install "$work/install.sh")" -ge 5 ] || fail "the README does not say how to install"
+blocks_of docs/operations.md >"$work/install.sh"
+[ "$(grep -c ^install "$work/install.sh")" -ge 5 ] || fail "docs/operations.md does not say how to install"
 (cd "$work/source" && PATH=$work/shims:$PATH sh -eu "$work/install.sh" >"$work/installed" 2>&1) ||
-    fail "the README's installation: $(cat "$work/installed")"
+    fail "the page's installation: $(cat "$work/installed")"
 id=$(sed -n 's/^mqtt-lite:[^:]*:\([0-9]*\):.*/\1/p' "$sysroot/etc/group")
 [ -n "$id" ] || fail "sysusers made no group"
 grep -q '^mqtt-lite:' "$sysroot/etc/passwd" || fail "sysusers made no user"
@@ -100,7 +100,7 @@ for unit in mqtt-publisher-lite.service mosquitto-crl.path; do
     [ -L "$sysroot/etc/systemd/system/multi-user.target.wants/$unit" ] || fail "$unit is not enabled"
 done
 "$sysroot/usr/local/bin/mqtt-publisher-lite" --version >"$work/version" || fail "what was installed does not run"
-ok "the README's installation: $(cat "$work/version"), user $id, two units enabled"
+ok "the page's installation: $(cat "$work/version"), user $id, two units enabled"
 openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=old -days 30 -keyout "$work/old.key" \
     -addext keyUsage=critical,keyCertSign,cRLSign -out "$work/old.crt" 2>/dev/null
 blocks_of docs/upgrade.md >"$work/upgrade.sh"

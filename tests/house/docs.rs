@@ -18,8 +18,17 @@ const OLDER: &[&str] = &[
 ];
 
 /// Variables that are not in the table, and words in capitals that are none.
-const OTHERS: &[&str] =
-    &["CRL", "NOPERM", "RUNTIME_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "READONLY", "OOM"];
+const OTHERS: &[&str] = &[
+    "CRL",
+    "NOPERM",
+    "NOTIFY_SOCKET",
+    "NO_COLOR",
+    "OOM",
+    "READONLY",
+    "REDIS_SERVICE_HOST",
+    "RUNTIME_DIRECTORY",
+    "WATCHDOG_USEC",
+];
 
 #[test]
 fn every_log_line_of_the_failure_table_is_in_the_source() {
@@ -48,11 +57,14 @@ fn every_name_in_the_documents_exists() {
     names.extend(names.clone().into_iter().map(|name| format!("{name}_FILE")));
     names.extend(Code::ALL.iter().map(|code| code.row().1.to_owned()));
     names.extend(OTHERS.iter().chain(OLDER).map(|other| (*other).to_owned()));
-    for document in ["security", "failures", "upgrade", "managed-redis"] {
+    for document in
+        ["security", "failures", "upgrade", "redis", "api", "configuration", "operations"]
+    {
         let text = read(&format!("docs/{document}.md"));
         for quoted in text.split('`').skip(1).step_by(2) {
             for name in quoted.split(|c: char| !c.is_ascii_uppercase() && c != '_') {
-                let is_name = name.len() > 3 && name.contains('_') && !name.starts_with('_');
+                let whole = !name.starts_with('_') && !name.ends_with('_');
+                let is_name = name.len() > 3 && name.contains('_') && whole;
                 assert!(!is_name || names.iter().any(|n| n == name), "{document}: {name}");
             }
         }
@@ -80,9 +92,43 @@ fn every_file_that_is_named_exists() {
     assert!(named > 100, "{named}");
 }
 
+/// The front page is read in one sitting; what is longer has a page of its own.
+#[test]
+fn the_front_page_stays_short() {
+    assert!(read("README.md").len() <= 10_240);
+}
+
+/// Links between the pages lead to a page that is there, and to a heading in it.
+#[test]
+fn every_link_between_the_pages_leads_somewhere() {
+    let mut links = 0;
+    for (page, text) in pages() {
+        let dir = if page == "README.md" { root() } else { root().join("docs") };
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { root().join(named(&page)) } else { dir.join(file) };
+            assert!(target.exists(), "{page} links {link}");
+            if !heading.is_empty() {
+                let headings = fs::read_to_string(&target).unwrap();
+                let mut headings = headings.lines().filter(|line| line.starts_with('#'));
+                assert!(headings.any(|line| anchor(line) == heading), "{page} links {link}");
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 30, "{links}");
+}
+
+/// What a forge makes of a heading.
+fn anchor(heading: &str) -> String {
+    let kept = |c: &char| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_');
+    let text = heading.trim_start_matches('#').trim();
+    text.chars().filter(kept).collect::<String>().to_lowercase().replace(' ', "-")
+}
+
 /// Pages, and the first line of commands there that neither CI nor a test runs: (page, line, why).
 const BY_HAND: &[(&str, &str, &str)] = &[
-    ("README.md", "scripts/build-static.sh", "minutes, and compilers that are fetched"),
+    ("operations.md", "scripts/build-static.sh", "minutes, and compilers that are fetched"),
     ("quickstart.md", "apt-get update", "it changes the machine; scripts/test.sh does the like"),
     ("quickstart.md", "git clone", "CI has the source, and compiles it in other ways"),
 ];

@@ -1,5 +1,5 @@
 //! What the program writes to its disk, which on a gateway is flash: nothing for a token, and for a
-//! certificate two small writes, whose size is printed here and stands in the README.
+//! certificate two small writes, whose size is printed here and stands in docs/operations.md.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -228,11 +228,11 @@ fn a_user_who_may_only_do_what_is_needed() {
     wait::for_true("it is cleaned up", || !redis.exists(&format!("mqtt-lite:token:{compact}")));
 }
 
-/// The line of the README, with and without the right of which it says that it may be left out.
+/// The line of docs/redis.md, with and without the right of which it says that it may be left out.
 #[test]
-fn the_rights_in_the_readme_are_enough() {
-    let readme = include_str!("../../README.md").replace("\\\n", " ").replace('\'', "");
-    let line = readme.lines().find_map(|l| l.strip_prefix("redis-cli ACL SETUSER ")).unwrap();
+fn the_rights_that_the_page_names_are_enough() {
+    let page = include_str!("../../docs/redis.md").replace("\\\n", " ").replace('\'', "");
+    let line = page.lines().find_map(|l| l.strip_prefix("redis-cli ACL SETUSER ")).unwrap();
     let words: Vec<&str> = line.split_whitespace().collect();
     let ["mqtt-lite", "on", ">PASSWORD", rules @ ..] = &words[..] else { panic!("{line}") };
     assert!(rules.contains(&"+info"), "{rules:?}");

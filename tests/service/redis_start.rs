@@ -128,7 +128,7 @@ fn what_keeps_it_out_is_said() {
     check(&[("REDIS_URL", &none)], &at(&locked), "it wants a password: NOAUTH ");
     let restricted = Redis::with_acl("device", "a-password", "~mqtt-lite:* +@all -eval");
     let user = format!("redis://device:a-password@{}", at(&restricted));
-    let cause = "EVAL is not allowed, the README has the rights that its user needs: NOPERM ";
+    let cause = "EVAL is not allowed, docs/redis.md has the rights that its user needs: NOPERM ";
     check(&[("REDIS_URL", &user)], &at(&restricted), cause);
 
     let plain = Redis::start(&["--maxclients", "3"]);

@@ -88,7 +88,9 @@ fn refusal_cause(said: &str, command: &str) -> String {
     } else if said.starts_with("NOAUTH") {
         format!("it wants a password: {said}")
     } else if said.starts_with("NOPERM") {
-        format!("{command} is not allowed, the README has the rights that its user needs: {said}")
+        format!(
+            "{command} is not allowed, docs/redis.md has the rights that its user needs: {said}"
+        )
     } else {
         said.to_owned()
     }
