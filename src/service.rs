@@ -218,7 +218,7 @@ fn token_secret(config: &Config) -> Result<Vec<u8>, RunError> {
 fn load_ledger(config: &Config, ca: &Ca) -> Ledger {
     let ledger = Ledger::new(config.memory_max_tokens);
     let now = clock::now();
-    for spent in ca.registry().spent_tokens() {
+    for spent in ca.record().spent_tokens() {
         let (iat, exp) = (spent.token.iat, spent.token.exp);
         let claims = Claims { device_id: spent.device, iat, exp, jti: None };
         ledger.load(spent.token.hash, spent.serial, claims, now);

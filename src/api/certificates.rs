@@ -3,7 +3,7 @@
 use percent_encoding::percent_decode_str;
 
 use super::{Api, Asked, Plan};
-use crate::ca::registry::{Record, Registry, RegistryError};
+use crate::ca::record::{Certificate, Record, RecordError};
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::http::{Json, Reply};
@@ -18,25 +18,24 @@ const PEM: &str = "application/x-pem-file";
 
 /// `GET /api/v1/certificates/{device_id}/status`
 pub(super) fn status(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
-    let registry = api.provisioner.ca().registry();
-    let record = device(asked.name)
-        .and_then(|device| registry.newest(&device))
-        .ok_or_else(no_certificate)?;
+    let record = api.provisioner.ca().record();
+    let certificate =
+        device(asked.name).and_then(|device| record.newest(&device)).ok_or_else(no_certificate)?;
     // What only its own file tells is not known without that.
-    let stored = match registry.stored(&record.serial) {
-        Err(RegistryError::Absent(_)) => None,
+    let stored = match record.stored(&certificate.serial) {
+        Err(RecordError::Absent(_)) => None,
         stored => Some(stored?),
     };
     let created_at = stored.as_ref().map(|s| clock::rfc3339(s.created_at * 1000));
     let mut json = Json::new();
     json.field("success", true)
-        .field("device_id", record.device.as_str())
-        .field("status", record.status(now).as_str())
-        .field("serial_number", record.serial.to_string())
+        .field("device_id", certificate.device.as_str())
+        .field("status", certificate.status(now).as_str())
+        .field("serial_number", certificate.serial.to_string())
         .field("fingerprint", stored.map(|s| s.fingerprint))
         .field("created_at", created_at)
-        .field("expires_at", clock::rfc3339(record.expires_at * 1000));
-    if let Some(revoked_at) = record.revoked_at {
+        .field("expires_at", clock::rfc3339(certificate.expires_at * 1000));
+    if let Some(revoked_at) = certificate.revoked_at {
         json.field("revoked_at", clock::rfc3339(revoked_at * 1000));
     }
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
@@ -45,24 +44,24 @@ pub(super) fn status(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
 /// `GET /api/v1/certificates/{id}/download`, by serial or device id
 pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let ca = api.provisioner.ca();
-    let record = find(ca.registry(), asked.name).ok_or(Code::CertificateNotFound)?;
-    let stored = ca.registry().stored(&record.serial)?;
+    let certificate = find(ca.record(), asked.name).ok_or(Code::CertificateNotFound)?;
+    let stored = ca.record().stored(&certificate.serial)?;
     let issuer = ca.issuer().ok_or(Code::ClockNotSet)?;
     let ca_pem = issuer.chain_pem();
     if asked.request.asks_for_format("pem") || asked.request.accepts(PEM) {
         return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + &ca_pem)));
     }
-    let mut certificate = Json::new();
-    certificate
+    let mut content = Json::new();
+    content
         .field("content", stored.pem)
-        .field("filename", format!("device-{}.crt", record.device))
-        .field("expires_at", clock::rfc3339(record.expires_at * 1000));
+        .field("filename", format!("device-{}.crt", certificate.device))
+        .field("expires_at", clock::rfc3339(certificate.expires_at * 1000));
     let mut ca_certificate = Json::new();
     ca_certificate.field("content", ca_pem).field("filename", "root-ca.crt");
     let mut json = Json::new();
     json.field("success", true)
-        .field("device_id", record.device.as_str())
-        .object("certificate", &mut certificate)
+        .field("device_id", certificate.device.as_str())
+        .object("certificate", &mut content)
         .object("ca_certificate", &mut ca_certificate);
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
@@ -104,9 +103,9 @@ fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 }
 
 /// A serial wins over a device id.
-fn find(registry: &Registry, name: &str) -> Option<Record> {
-    let by_serial = Serial::from_hex(name).and_then(|serial| registry.by_serial(&serial));
-    by_serial.or_else(|| registry.newest(&device(name)?))
+fn find(record: &Record, name: &str) -> Option<Certificate> {
+    let by_serial = Serial::from_hex(name).and_then(|serial| record.by_serial(&serial));
+    by_serial.or_else(|| record.newest(&device(name)?))
 }
 
 /// The device that a path segment names; its `:` may be percent-encoded.

@@ -7,7 +7,7 @@
 use serde_json::{Map, Value};
 
 use super::{Api, Plan, Request, certificates, onboarding, operations, renew, sign_csr};
-use crate::ca::registry::Record;
+use crate::ca::record::Certificate;
 use crate::clock::Now;
 use crate::http::{Class, LaneKind, Method, Reply};
 use crate::problem::{Code, Problem};
@@ -50,7 +50,7 @@ pub(super) enum Caller {
     /// The key.
     Keyed,
     /// This certificate.
-    Certified(Record),
+    Certified(Certificate),
 }
 
 /// A request with what its route says of it.

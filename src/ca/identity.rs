@@ -9,7 +9,7 @@ use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
 use super::Ca;
-use super::registry::Record;
+use super::record::Certificate;
 use crate::clock::Now;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
@@ -57,7 +57,12 @@ impl Ca {
     /// # Errors
     /// What speaks against it. That it is not ours comes first, since only of our own can the rest
     /// be known; then that it is revoked, which is for good.
-    pub fn identify(&self, der: &[u8], late_days: u32, now: Now) -> Result<Record, IdentityError> {
+    pub fn identify(
+        &self,
+        der: &[u8],
+        late_days: u32,
+        now: Now,
+    ) -> Result<Certificate, IdentityError> {
         let not_ours = IdentityError::NotOurs;
         let (rest, certificate) =
             X509Certificate::from_der(der).map_err(|_| not_ours("cannot be read"))?;
@@ -66,10 +71,10 @@ impl Ca {
             return Err(not_ours("signed by another CA"));
         }
         let serial = Serial::from_der(certificate.raw_serial());
-        let record = serial.and_then(|serial| self.registry().by_serial(&serial));
-        let record = record.ok_or(not_ours("not in the record of devices"))?;
-        self.still_counts(&record, late_days, now)?;
-        Ok(record)
+        let certificate = serial.and_then(|serial| self.record().by_serial(&serial));
+        let certificate = certificate.ok_or(not_ours("not in the record of devices"))?;
+        self.still_counts(&certificate, late_days, now)?;
+        Ok(certificate)
     }
 
     /// Whether a certificate in the record may be renewed now.
@@ -79,17 +84,17 @@ impl Ca {
     /// one must be no way around a revocation.
     pub fn still_counts(
         &self,
-        record: &Record,
+        certificate: &Certificate,
         late_days: u32,
         now: Now,
     ) -> Result<(), IdentityError> {
-        let newest = self.registry().newest(&record.device);
+        let newest = self.record().newest(&certificate.device);
         if newest.as_ref().is_none_or(|newest| newest.revoked_at.is_some())
-            || record.revoked_at.is_some()
+            || certificate.revoked_at.is_some()
         {
             return Err(IdentityError::Revoked);
         }
-        let last = record.expires_at.saturating_add(u64::from(late_days) * DAY_S);
+        let last = certificate.expires_at.saturating_add(u64::from(late_days) * DAY_S);
         if now.unix_s() > last { Err(IdentityError::Expired) } else { Ok(()) }
     }
 }

@@ -1,5 +1,5 @@
 //! The certificate authority: who signs ([`issuer`]), what may be signed ([`csr`]), what has been
-//! signed ([`registry`]), who shows it ([`identity`]) and what of it no longer counts ([`crl`], which
+//! signed ([`record`]), who shows it ([`identity`]) and what of it no longer counts ([`crl`], which
 //! [`publisher`] keeps fresh and [`hook`] tells the broker of).
 //!
 //! A clock that is not set decides nothing. So a CA is loaded at start, but made or judged by its
@@ -15,7 +15,7 @@ mod key;
 #[cfg(test)]
 mod openssl;
 pub mod publisher;
-pub mod registry;
+pub mod record;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ use crate::files::{self, FilesError};
 use crate::problem::{Code, Problem};
 use crl::Crl;
 use issuer::Issuer;
-use registry::{Registry, RegistryError};
+use record::{Record, RecordError};
 
 /// Why the CA cannot start or sign.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ pub enum CaError {
     /// A server's name is neither a DNS name nor an IP address.
     BadName(String),
     /// The record of certificates could not be read or written.
-    Registry(RegistryError),
+    Record(RecordError),
     /// The library that signs refused.
     Signing(String),
 }
@@ -104,7 +104,7 @@ impl fmt::Display for CaError {
             CaError::BadName(name) => {
                 write!(f, "{name:?} is neither a DNS name nor an IP address")
             }
-            CaError::Registry(e) => e.fmt(f),
+            CaError::Record(e) => e.fmt(f),
             CaError::Signing(why) => write!(f, "cannot sign: {why}"),
         }
     }
@@ -118,9 +118,9 @@ impl From<FilesError> for CaError {
     }
 }
 
-impl From<RegistryError> for CaError {
-    fn from(error: RegistryError) -> Self {
-        CaError::Registry(error)
+impl From<RecordError> for CaError {
+    fn from(error: RecordError) -> Self {
+        CaError::Record(error)
     }
 }
 
@@ -143,7 +143,7 @@ pub struct Ca {
     crl: RwLock<Option<Arc<Crl>>>,
     /// Held while the CA or its CRL is made: one at a time.
     making: Mutex<()>,
-    registry: Registry,
+    record: Record,
 }
 
 impl Ca {
@@ -157,8 +157,8 @@ impl Ca {
         Issuer::finish(dir)?;
         let issuer = Issuer::load(dir, settings.device_validity_days)?.map(Arc::new);
         let plausible = check_clock(issuer.as_deref(), now).is_ok();
-        let registry = Registry::open(dir, issuer.as_deref(), plausible.then_some(now))?;
-        if issuer.is_none() && !registry.is_empty() {
+        let record = Record::open(dir, issuer.as_deref(), plausible.then_some(now))?;
+        if issuer.is_none() && !record.is_empty() {
             return Err(lost(dir));
         }
         let loaded = OnceLock::new();
@@ -170,7 +170,7 @@ impl Ca {
             issuer: loaded,
             crl: RwLock::default(),
             making: Mutex::default(),
-            registry,
+            record,
         };
         ca.settle(now)?;
         Ok(ca)
@@ -213,7 +213,7 @@ impl Ca {
         let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = &self.settings.dir;
         let last = self.crl().map_or_else(|| crl::last_number(dir), |c| c.number);
-        let made = Arc::new(Crl::sign(issuer, &self.registry.revoked(now), last, now)?);
+        let made = Arc::new(Crl::sign(issuer, &self.record.revoked(now), last, now)?);
         made.write(dir)?;
         *self.crl.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&made));
         Ok(made)
@@ -223,7 +223,7 @@ impl Ca {
     pub fn find_crl(&self, now: Now) -> Option<Arc<Crl>> {
         let issuer = self.issuer.get()?;
         let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = crl::current(&self.settings.dir, issuer, &self.registry.revoked(now), now)?;
+        let found = crl::current(&self.settings.dir, issuer, &self.record.revoked(now), now)?;
         let found = Arc::new(found);
         *self.crl.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&found));
         Some(found)
@@ -259,8 +259,8 @@ impl Ca {
     }
 
     /// The record of certificates.
-    pub fn registry(&self) -> &Registry {
-        &self.registry
+    pub fn record(&self) -> &Record {
+        &self.record
     }
 }
 
@@ -270,7 +270,7 @@ impl Ca {
 /// What it would stumble over.
 pub fn check(settings: &config::Ca, now: Now) -> Result<(), CaError> {
     let issuer = Issuer::load(&settings.dir, settings.device_validity_days)?;
-    let is_empty = Registry::check(&settings.dir)?;
+    let is_empty = Record::check(&settings.dir)?;
     match issuer {
         None if is_empty => Ok(()),
         None => Err(lost(&settings.dir)),

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::crl::Crl;
-use super::registry::Record;
+use super::record::Certificate;
 use super::{Ca, CaError, crl, hook};
 use crate::clock::{self, Now};
 use crate::metrics::Metrics;
@@ -138,11 +138,11 @@ impl Publisher {
 
     /// Names the certificates that a clock which was ahead has dated.
     fn warn_of_later(&self, now: Now) {
-        let later = self.ca.registry().begin_later(now);
+        let later = self.ca.record().begin_later(now);
         if later.is_empty() {
             return;
         }
-        let name = |record: &Record| format!("{} of {}", record.serial, record.device);
+        let name = |c: &Certificate| format!("{} of {}", c.serial, c.device);
         let named: Vec<String> = later.iter().take(NAMED).map(name).collect();
         log::warn!(
             "the clock was ahead when {} certificates were signed, which nobody takes until then: \
@@ -181,7 +181,7 @@ impl Publisher {
     /// Tries the record, at the start; it is tried again until it can be written.
     pub fn try_record(&self, now: Now) {
         // What went wrong is logged and kept there.
-        let _ = self.ca.registry().try_out();
+        let _ = self.ca.record().try_out();
         self.lock().trial_at = None;
         self.watch_record(now);
     }
@@ -189,7 +189,7 @@ impl Publisher {
     /// To be called after requests that had to be recorded: if they could not be, the record is tried
     /// again until it can be written.
     pub fn watch_record(&self, now: Now) {
-        if self.ca.registry().trouble().is_none() {
+        if self.ca.record().trouble().is_none() {
             return;
         }
         let mut state = self.lock();
@@ -201,10 +201,10 @@ impl Publisher {
 
     /// Finds the renewals whose old certificate is still to be revoked, at the start.
     pub fn load_superseded(&self, now: Now) {
-        let registry = self.ca.registry();
-        for (old, new, renewed_at) in registry.recent_renewals(now) {
+        let record = self.ca.record();
+        for (old, new, renewed_at) in record.recent_renewals(now) {
             let waited_s = now.unix_s().saturating_sub(renewed_at).min(SUPERSEDED_AFTER_S);
-            if registry.by_serial(&old).is_some_and(|old| old.revoked_at.is_none()) {
+            if record.by_serial(&old).is_some_and(|old| old.revoked_at.is_none()) {
                 let due_ms = now.mono_ms + (SUPERSEDED_AFTER_S - waited_s) * 1000;
                 self.lock().superseded.push(Superseded { old, new, due_ms });
             }
@@ -238,7 +238,7 @@ impl Publisher {
         let due: Vec<Superseded> = self.lock().superseded.extract_if(.., is_due).collect();
         let old: Vec<Serial> = due.iter().map(|superseded| superseded.old).collect();
         let revoked = match self.ca.check_clock(now) {
-            Ok(()) => self.ca.registry().revoke_these(&old, now).map_err(CaError::from),
+            Ok(()) => self.ca.record().revoke_these(&old, now).map_err(CaError::from),
             Err(error) => Err(error),
         };
         match revoked {

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::ca::identity::IdentityError;
 use crate::ca::issuer::Leaf;
-use crate::ca::registry::{Entries, Origin, Redeemed, RegistryError, Renewal};
+use crate::ca::record::{Entries, Origin, RecordError, Redeemed, Renewal};
 use crate::clock::{self, Now};
 use crate::config::Reenroll;
 use crate::device::DeviceId;
@@ -133,7 +133,7 @@ impl Provisioner {
             other => return Err(unexpected(other).log_more(format!("device {device}"))),
         };
         // The device may have redeemed another token between the first look and the claim.
-        if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(&device, now) {
+        if self.rules.reenroll == Reenroll::Deny && self.ca().record().has_active(&device, now) {
             let problem = not_issued(Code::DeviceHasActiveCertificate, &device);
             give_back.push(Op::TakeBack(token));
             return Err(problem);
@@ -159,14 +159,14 @@ impl Provisioner {
             Ok(Outcome::Killed(killed)) => *killed,
             other => return Err(unexpected(other)),
         };
-        let registry = self.ca().registry();
+        let record = self.ca().record();
         // One whose certificate is recorded was used up; its keys were about to go.
-        let dead = dead.filter(|dead| !registry.knows_token(&dead.hash));
+        let dead = dead.filter(|dead| !record.knows_token(&dead.hash));
         if let Some(dead) = &dead {
             self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, by {client}", dead.hash.short());
         }
-        let serials = registry.revoke(&device, clock::now())?;
+        let serials = record.revoke(&device, clock::now())?;
         follow_up.revoked |= !serials.is_empty();
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
@@ -175,7 +175,7 @@ impl Provisioner {
         if !known.redeemed_elsewhere.is_empty() || known.unsure {
             return Err(not_everywhere(&known, &serials, dead.as_ref()));
         }
-        if known.any || dead.is_some() || registry.knows_device(&device) {
+        if known.any || dead.is_some() || record.knows_device(&device) {
             return Ok(Done::Revoked(device));
         }
         let status = self.store.status();
@@ -210,7 +210,7 @@ impl Provisioner {
     ) -> Vec<Result<Done, Problem>> {
         let mut committed = Vec::new();
         if steps.iter().any(|step| matches!(step, Step::Granted(_))) {
-            let mut entries = self.ca().registry().begin();
+            let mut entries = self.ca().record().begin();
             let enter = |step| self.enter(step, &mut entries, follow_up, now);
             steps = steps.into_iter().map(enter).collect();
             committed = entries.commit();
@@ -290,9 +290,9 @@ impl Provisioner {
 
     /// It may have been revoked since it was shown; not any more while the record is locked.
     fn judge_again(&self, renew: &Renew, now: Now) -> Result<(), IdentityError> {
-        let record = self.ca().registry().by_serial(&renew.old.serial);
-        let record = record.ok_or(IdentityError::NotOurs("gone from the record"))?;
-        self.ca().still_counts(&record, self.rules.renew_after_expiry_days, now)
+        let old = self.ca().record().by_serial(&renew.old.serial);
+        let old = old.ok_or(IdentityError::NotOurs("gone from the record"))?;
+        self.ca().still_counts(&old, self.rules.renew_after_expiry_days, now)
     }
 
     fn count(&self, grant: &Grant) {
@@ -309,7 +309,7 @@ impl Provisioner {
         &self,
         grant: Grant,
         signed: Signed,
-        result: Result<(), RegistryError>,
+        result: Result<(), RecordError>,
         follow_up: &mut FollowUp,
     ) -> Result<Done, Problem> {
         match result {
@@ -488,8 +488,8 @@ pub(super) fn unexpected(answer: Answer) -> Problem {
     }
 }
 
-fn not_committed() -> RegistryError {
-    RegistryError::NotWritten { why: "no result".to_owned(), left_behind: true }
+fn not_committed() -> RecordError {
+    RecordError::NotWritten { why: "no result".to_owned(), left_behind: true }
 }
 
 /// Why a revocation is not done: another instance has, or may have, a certificate of the device. With
@@ -587,7 +587,7 @@ mod tests {
             Arc::new(Metrics::new(std::iter::empty())),
         );
         // As while another worker's certificates are written.
-        let _writing = ca.registry().begin();
+        let _writing = ca.record().begin();
         let (sender, done) = mpsc::channel();
         thread::spawn(move || {
             let device = DeviceId::parse("d").unwrap();

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf};
 use crate::ca::publisher::Publisher;
-use crate::ca::registry::Record;
+use crate::ca::record::Certificate;
 use crate::ca::{Ca, CaError};
 use crate::clock::Now;
 use crate::config::Reenroll;
@@ -97,7 +97,7 @@ pub struct Redeem {
 #[derive(Debug)]
 pub struct Renew {
     /// The certificate that the device has shown.
-    old: Record,
+    old: Certificate,
     csr: Csr,
     serial: Serial,
     client: IpAddr,
@@ -178,7 +178,7 @@ impl Provisioner {
         if let Err(error) = self.issuer(now) {
             reasons.push(error.to_string());
         }
-        let trouble = self.ca().registry().trouble();
+        let trouble = self.ca().record().trouble();
         reasons.extend(trouble.map(|why| format!("the record cannot be written: {why}")));
         reasons.extend(self.publisher.failure());
         let status = self.store.status();

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::{Issue, Job, Provisioner, Redeem, Renew, Replace, Revoke, not_issued, refused};
 use crate::ca::csr::Csr;
-use crate::ca::registry::Record;
+use crate::ca::record::Certificate;
 use crate::clock::Now;
 use crate::config::Reenroll;
 use crate::device::DeviceId;
@@ -25,7 +25,7 @@ impl Provisioner {
         now: Now,
     ) -> Result<Job, Problem> {
         self.issuer(now)?;
-        if self.rules.reenroll == Reenroll::Deny && self.ca().registry().has_active(&device, now) {
+        if self.rules.reenroll == Reenroll::Deny && self.ca().record().has_active(&device, now) {
             return Err(not_issued(Code::DeviceHasActiveCertificate, &device));
         }
         let mut jti = [0; 16];
@@ -90,7 +90,7 @@ impl Provisioner {
     /// A token that this instance knows as spent is refused before an active certificate, which is
     /// most likely its own.
     fn look(&self, token: &Token, now: Now) -> Result<(), Code> {
-        let look = self.ca().registry().look(&token.hash, &token.claims.device_id, now);
+        let look = self.ca().record().look(&token.hash, &token.claims.device_id, now);
         if look.recorded_token || self.ledger.knows_as_spent(&token.hash) || self.is_dead(token) {
             return Err(Code::TokenAlreadyUsed);
         }
@@ -104,19 +104,19 @@ impl Provisioner {
     ///
     /// # Errors
     /// When there is none, it is not one of ours, or it no longer counts.
-    pub fn check_certificate(&self, der: Option<&[u8]>, now: Now) -> Result<Record, Problem> {
+    pub fn check_certificate(&self, der: Option<&[u8]>, now: Now) -> Result<Certificate, Problem> {
         let der = der.ok_or(Code::ClientCertificateRequired)?;
         self.issuer(now)?;
-        let record = self.ca().identify(der, self.rules.renew_after_expiry_days, now)?;
-        self.publisher.is_shown(&record.serial);
-        Ok(record)
+        let shown = self.ca().identify(der, self.rules.renew_after_expiry_days, now)?;
+        self.publisher.is_shown(&shown.serial);
+        Ok(shown)
     }
 
     /// Plans the renewal of the checked certificate `old` for the key in `csr`.
     ///
     /// # Errors
     /// When the CSR is refused or is not the device's.
-    pub fn plan_renew(&self, old: Record, csr: &str, client: IpAddr) -> Result<Job, Problem> {
+    pub fn plan_renew(&self, old: Certificate, csr: &str, client: IpAddr) -> Result<Job, Problem> {
         let csr = Csr::parse(csr).map_err(|error| not_issued(error, &old.device))?;
         csr.belongs_to(&old.device).map_err(|error| not_issued(error, &old.device))?;
         let serial = Serial::random();

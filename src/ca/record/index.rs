@@ -138,7 +138,7 @@ fn read_time(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::registry::fixture::device;
+    use crate::ca::record::fixture::device;
     use crate::clock::Now;
 
     #[test]
@@ -206,7 +206,7 @@ mod tests {
         for (name, hex) in [("short", "01"), ("negative", "-7fee")] {
             assert!(rows.has_active(&device(name), now));
             assert_eq!(
-                rows.by_serial(&serial(hex)).unwrap().record().unwrap().device,
+                rows.by_serial(&serial(hex)).unwrap().certificate().unwrap().device,
                 device(name)
             );
         }

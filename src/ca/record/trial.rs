@@ -8,7 +8,7 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{CERTS, INDEX, Registry, RegistryError, repair};
+use super::{CERTS, INDEX, Record, RecordError, repair};
 use crate::files;
 
 /// Why the record cannot be written; nothing if the last attempt worked.
@@ -17,7 +17,7 @@ pub(super) struct Trial(Mutex<Option<String>>);
 
 impl Trial {
     /// Remembers the outcome of an attempt to write, and passes it on.
-    pub(super) fn note(&self, outcome: Result<(), RegistryError>) -> Result<(), RegistryError> {
+    pub(super) fn note(&self, outcome: Result<(), RecordError>) -> Result<(), RecordError> {
         let mut trouble = self.lock();
         match (&outcome, trouble.is_some()) {
             (Ok(()), true) => log::info!("the record of certificates can be written again"),
@@ -35,14 +35,14 @@ impl Trial {
     }
 }
 
-impl Registry {
+impl Record {
     /// Checks that the record in `dir` can be read and written, and changes nothing. Returns whether
     /// nothing is recorded there.
     ///
     /// # Errors
-    /// What [`Registry::open`], or the first certificate, would stumble over.
-    pub fn check(dir: &Path) -> Result<bool, RegistryError> {
-        files::try_folder(&dir.join(CERTS)).map_err(RegistryError::not_written)?;
+    /// What [`Record::open`], or the first certificate, would stumble over.
+    pub fn check(dir: &Path) -> Result<bool, RecordError> {
+        files::try_folder(&dir.join(CERTS)).map_err(RecordError::not_written)?;
         let index = repair::read_index(&dir.join(INDEX))?;
         Ok(index.is_none_or(|(rows, _)| rows.is_empty()))
     }
@@ -57,14 +57,14 @@ impl Registry {
     ///
     /// # Errors
     /// When it cannot.
-    pub fn try_out(&self) -> Result<(), RegistryError> {
+    pub fn try_out(&self) -> Result<(), RecordError> {
         let index = self.dir.join(INDEX);
         let attempt = files::try_writing(&self.dir.join(CERTS))
             .and_then(|()| files::try_writing(&self.dir))
-            .map_err(RegistryError::not_written)
+            .map_err(RecordError::not_written)
             .and_then(|()| match OpenOptions::new().append(true).open(&index) {
                 Ok(_) => Ok(()),
-                Err(e) => Err(RegistryError::not_written(self.index_says(e))),
+                Err(e) => Err(RecordError::not_written(self.index_says(e))),
             });
         self.trial.note(attempt)
     }

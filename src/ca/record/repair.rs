@@ -15,7 +15,7 @@ use x509_parser::certificate::X509Certificate;
 
 use super::index::{self, Index};
 use super::rows::{Row, Rows};
-use super::{CERTS, CLOCK_SLACK_S, INDEX, Origin, Record, Registry, RegistryError, Stored};
+use super::{CERTS, CLOCK_SLACK_S, Certificate, INDEX, Origin, Record, RecordError, Stored};
 use crate::ca::crl;
 use crate::ca::issuer::{BACKDATE_S, Issuer};
 use crate::clock::Now;
@@ -46,9 +46,9 @@ pub(super) struct Tail {
 }
 
 /// Reads `index.txt`; `None` if it is missing.
-pub(super) fn read_index(path: &Path) -> Result<Option<(Rows, Tail)>, RegistryError> {
+pub(super) fn read_index(path: &Path) -> Result<Option<(Rows, Tail)>, RecordError> {
     let Some(bytes) = files::read(path)? else { return Ok(None) };
-    let garbled = |(line, why)| RegistryError::Garbled { path: path.to_owned(), line, why };
+    let garbled = |(line, why)| RecordError::Garbled { path: path.to_owned(), line, why };
     let Index { rows, unended, whole } = index::read_index(&bytes).map_err(garbled)?;
     let tail = bytes.get(whole..).unwrap_or_default().to_vec();
     Ok(Some((rows, Tail { row: unended, bytes: tail, at: whole })))
@@ -60,7 +60,7 @@ struct Stray {
     stored: Stored,
 }
 
-impl Registry {
+impl Record {
     /// Puts the record in order: cuts off a torn line, ends one that an editor has left without an
     /// end, enters certificates without a line, and revokes what `crl.pem` lists.
     ///
@@ -72,7 +72,7 @@ impl Registry {
         tail: Tail,
         is_missing: bool,
         ca: Option<&Issuer>,
-    ) -> Result<(), RegistryError> {
+    ) -> Result<(), RecordError> {
         if is_missing {
             return self.begin_index();
         }
@@ -96,12 +96,12 @@ impl Registry {
         self.revoke_listed(&listed)
     }
 
-    fn begin_index(&self) -> Result<(), RegistryError> {
+    fn begin_index(&self) -> Result<(), RecordError> {
         let (index, strays) = (self.dir.join(INDEX), self.strays()?);
         if strays.is_empty() {
             return Ok(files::write_atomic(&index, b"", 0o644)?);
         }
-        Err(RegistryError::Unreadable(format!(
+        Err(RecordError::Unreadable(format!(
             "{} is missing, but {CERTS}/ has {} certificates: restore it, or make an empty one to have \
              them entered again, revoked if crl.pem lists them",
             index.display(),
@@ -110,11 +110,10 @@ impl Registry {
     }
 
     /// The serial numbers by which files in `certs/` are named that have no line.
-    fn strays(&self) -> Result<Vec<Serial>, RegistryError> {
+    fn strays(&self) -> Result<Vec<Serial>, RecordError> {
         let certs = self.dir.join(CERTS);
-        let unreadable = |e: io::Error| {
-            RegistryError::Unreadable(format!("cannot read {}: {e}", certs.display()))
-        };
+        let unreadable =
+            |e: io::Error| RecordError::Unreadable(format!("cannot read {}: {e}", certs.display()));
         let rows = self.read();
         let mut strays = Vec::new();
         for entry in certs.read_dir().map_err(unreadable)? {
@@ -131,16 +130,16 @@ impl Registry {
         &self,
         serial: &Serial,
         ca: &Issuer,
-    ) -> Result<Option<Stray>, RegistryError> {
+    ) -> Result<Option<Stray>, RecordError> {
         match self.stored(serial) {
-            Err(RegistryError::Absent(_)) => Ok(None),
+            Err(RecordError::Absent(_)) => Ok(None),
             other => Ok(stray(serial, other?, ca)),
         }
     }
 
     /// Sees to the last line if it has no end. Either an editor has taken that, or the power went while
     /// the line was written; then the certificate is there, which tells all that the line would.
-    fn mend_tail(&self, tail: Tail, ca: Option<&Issuer>) -> Result<(), RegistryError> {
+    fn mend_tail(&self, tail: Tail, ca: Option<&Issuer>) -> Result<(), RecordError> {
         let Some(row) = tail.row else { return self.cut_off(&tail.bytes, tail.at) };
         let told = match ca {
             Some(ca) => self.device_certificate(&row.serial, ca)?,
@@ -156,12 +155,12 @@ impl Registry {
             file.write_all(b"\n")?;
             file.sync_all()
         };
-        end().map_err(|e| RegistryError::not_written(self.index_says(e)))?;
+        end().map_err(|e| RecordError::not_written(self.index_says(e)))?;
         self.write().insert(row);
         Ok(())
     }
 
-    fn cut_off(&self, torn: &[u8], at: usize) -> Result<(), RegistryError> {
+    fn cut_off(&self, torn: &[u8], at: usize) -> Result<(), RecordError> {
         if torn.is_empty() {
             return Ok(());
         }
@@ -180,11 +179,11 @@ impl Registry {
             file.set_len(at as u64)?;
             file.sync_all()
         };
-        cut().map_err(|e| RegistryError::not_written(self.index_says(e)))
+        cut().map_err(|e| RecordError::not_written(self.index_says(e)))
     }
 
     /// What it is to somebody nobody knows, so it is not deleted.
-    fn move_aside(&self, serial: &Serial) -> Result<(), RegistryError> {
+    fn move_aside(&self, serial: &Serial) -> Result<(), RecordError> {
         let path = self.pem_path(serial);
         let aside = files::move_into(&path, &self.dir.join(ASIDE))?;
         log::warn!(
@@ -196,7 +195,7 @@ impl Registry {
     }
 
     /// Enters certificates that have no line, the oldest first, in one append.
-    fn enter_strays(&self, mut strays: Vec<Stray>) -> Result<(), RegistryError> {
+    fn enter_strays(&self, mut strays: Vec<Stray>) -> Result<(), RecordError> {
         if strays.is_empty() {
             return Ok(());
         }
@@ -220,7 +219,7 @@ impl Registry {
     }
 
     /// What `crl.pem` lists is revoked, also if `index.txt` is an older copy.
-    fn revoke_listed(&self, listed: &HashMap<Serial, u64>) -> Result<(), RegistryError> {
+    fn revoke_listed(&self, listed: &HashMap<Serial, u64>) -> Result<(), RecordError> {
         let rows = self.read();
         let valid = |serial: &Serial| rows.by_serial(serial).is_some_and(|r| r.revoked().is_none());
         let missed: HashMap<Serial, u64> =
@@ -259,11 +258,11 @@ impl Registry {
 
     /// The certificates that begin in the future: a clock that was ahead has dated them, and nobody
     /// takes them yet. The newest first.
-    pub fn begin_later(&self, now: Now) -> Vec<Record> {
+    pub fn begin_later(&self, now: Now) -> Vec<Certificate> {
         let mut later = Vec::new();
         self.read_newest(|_, row, stored| {
             let is_later = stored.created_at > now.unix_s().saturating_add(BACKDATE_S);
-            later.extend(row.record().filter(|_| is_later));
+            later.extend(row.certificate().filter(|_| is_later));
             is_later
         });
         later
@@ -326,7 +325,7 @@ mod tests {
     use crate::ca::crl::Crl;
     use crate::ca::issuer::Leaf;
     use crate::ca::openssl::{must, run_program};
-    use crate::ca::registry::fixture::{Fixture, device, enter, token};
+    use crate::ca::record::fixture::{Fixture, device, enter, token};
     use crate::clock;
     use crate::files::test_dir::TestDir;
     use crate::jwt::TokenHash;
@@ -335,12 +334,12 @@ mod tests {
     #[test]
     fn what_a_power_cut_or_an_editor_leaves() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let leaves = [fixture.leaf("device-1"), fixture.leaf("device-2")];
         let spent = token("t", clock::now().unix_s() + 100);
-        enter(&registry, &leaves[0], None).unwrap();
+        enter(&record, &leaves[0], None).unwrap();
         let whole = fixture.index();
-        enter(&registry, &leaves[1], Some(spent)).unwrap();
+        enter(&record, &leaves[1], Some(spent)).unwrap();
         let both = fixture.index();
         let zeros = [format!("{whole}V\t\0\0\0\n"), format!("{whole}\0\0"), format!("{both}\0\0")];
         let cuts = (whole.len()..=both.len()).map(|end| both[..end].to_owned());
@@ -367,13 +366,13 @@ mod tests {
         assert_eq!(fixture.index(), format!("{both}{foreign}\n"));
 
         // A certificate without its file is still a record.
-        fs::remove_file(registry.pem_path(&leaves[0].serial)).unwrap();
+        fs::remove_file(record.pem_path(&leaves[0].serial)).unwrap();
         let again = fixture.open();
         assert!(again.has_active(&device("device-1"), clock::now()));
         let error = again.stored(&leaves[0].serial).unwrap_err();
         assert_eq!(
             error,
-            RegistryError::Absent(format!(
+            RecordError::Absent(format!(
                 "{}: missing",
                 again.pem_path(&leaves[0].serial).display()
             ))
@@ -383,13 +382,13 @@ mod tests {
     #[test]
     fn certificates_without_a_line() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let names = ["device-1", "device-2", "device-3"];
         let leaves = names.map(|name| fixture.leaf(name));
         let now = clock::now();
         let ends_at = now.unix_s() + 100;
         for (leaf, name) in leaves.iter().zip(names) {
-            enter(&registry, leaf, Some(token(name, ends_at))).unwrap();
+            enter(&record, leaf, Some(token(name, ends_at))).unwrap();
         }
         let index = fixture.index();
         let listed = [(leaves[1].serial, now.unix_s() - 5)];
@@ -429,10 +428,10 @@ mod tests {
     #[test]
     fn what_is_no_certificate_of_a_device_by_this_ca_is_moved_aside() {
         let (fixture, other) = (Fixture::new(), Fixture::new());
-        let registry = fixture.open();
+        let record = fixture.open();
         let [ours, wrongly_named] = ["device-1", "device-2"].map(|name| fixture.leaf(name));
         let foreign = other.leaf("device-1");
-        enter(&registry, &ours, None).unwrap();
+        enter(&record, &ours, None).unwrap();
         let index = fixture.index();
         let server = fixture.issuer().server_certificate(&["broker"], 9, clock::now()).unwrap();
         let ca = fixture.issuer().chain_pem();
@@ -447,7 +446,7 @@ mod tests {
             (serial(5), ""),
             (serial(6), "a text"),
         ] {
-            let path = registry.pem_path(&serial);
+            let path = record.pem_path(&serial);
             fs::write(&path, text).unwrap();
             fixture.open();
             let aside = fixture.dir.join(ASIDE).join(path.file_name().unwrap());
@@ -469,7 +468,7 @@ mod tests {
         let path = dir.join(INDEX);
         let garbled = [line(0x41), line(0x41), line(0x43)].concat();
         fs::write(&path, &garbled).unwrap();
-        let error = Registry::open(&dir, None, None).unwrap_err().to_string();
+        let error = Record::open(&dir, None, None).unwrap_err().to_string();
         let twice = format!("{} line 2: the serial number stands twice", path.display());
         assert_eq!((error, fs::read_to_string(&path).unwrap()), (twice, garbled));
     }
@@ -490,14 +489,14 @@ mod tests {
     fn only_the_last_days_tokens_are_read_whatever_the_clock_says() {
         const DAY: i64 = 86_400;
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let now = clock::now();
         let enter_dated = |name: &str, age_s: i64| {
             let ended = now.unix_s().saturating_add_signed(300 - age_s);
-            enter(&registry, &dated(&fixture, name, age_s), Some(token(name, ended))).unwrap();
+            enter(&record, &dated(&fixture, name, age_s), Some(token(name, ended))).unwrap();
         };
         let known = |now: Option<Now>, name: &str| {
-            let again = Registry::open(&fixture.dir, Some(fixture.issuer()), now).unwrap();
+            let again = Record::open(&fixture.dir, Some(fixture.issuer()), now).unwrap();
             again.knows_token(&TokenHash::of(name))
         };
         let at = |days: i64| {
@@ -507,7 +506,7 @@ mod tests {
         let between = dated(&fixture, "between", DAY + 7200);
         for _ in 0..PATIENCE {
             let serial = Serial::random().unwrap();
-            enter(&registry, &Leaf { serial, ..between.clone() }, None).unwrap();
+            enter(&record, &Leaf { serial, ..between.clone() }, None).unwrap();
         }
         enter_dated("new", 1000);
         for clock in [at(0), None, at(3)] {

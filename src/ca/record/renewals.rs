@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use super::entries::Entry;
 use super::rows::Row;
-use super::{Entries, Origin, Record};
+use super::{Certificate, Entries, Origin};
 use crate::ca::issuer::Leaf;
 use crate::ca::key::PublicKey;
 use crate::clock::Now;
@@ -39,7 +39,7 @@ pub enum Renewal {
 
 impl Entries<'_> {
     /// Judges the renewal of `old` for `key`.
-    pub fn judge_renewal(&self, old: &Record, key: &PublicKey, now: Now) -> Renewal {
+    pub fn judge_renewal(&self, old: &Certificate, key: &PublicKey, now: Now) -> Renewal {
         let renews = Some(Origin::Renewal(old.serial));
         if self.added.iter().any(|e| e.origin == renews) {
             return Renewal::UnderWay;
@@ -60,13 +60,13 @@ impl Entries<'_> {
     }
 
     /// The certificate that `old` was renewed to, for the same key, if it still counts.
-    fn successor(&self, old: &Record, key: &PublicKey, now: Now) -> Option<Leaf> {
-        let rows = self.registry.read();
+    fn successor(&self, old: &Certificate, key: &PublicKey, now: Now) -> Option<Leaf> {
+        let rows = self.record.read();
         let newer = rows.of_device(&old.device).take_while(|row| row.serial != old.serial);
         let newer: Vec<Row> = newer.filter(|row| row.is_active(now)).cloned().collect();
         drop(rows);
         newer.into_iter().find_map(|row| {
-            let stored = self.registry.stored(&row.serial).ok()?;
+            let stored = self.record.stored(&row.serial).ok()?;
             let renews = stored.origin == Some(Origin::Renewal(old.serial));
             Leaf::read(stored.pem, old.device.clone()).filter(|leaf| renews && leaf.is_for(key))
         })
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
     use crate::ca::csr::Csr;
     use crate::ca::openssl::must;
-    use crate::ca::registry::fixture::{Fixture, device, enter};
+    use crate::ca::record::fixture::{Fixture, device, enter};
     use crate::clock;
     use std::fs;
 
@@ -142,11 +142,11 @@ mod tests {
     #[test]
     fn asked_again_with_the_same_key() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let now = clock::now();
         let old = fixture.leaf("d");
-        enter(&registry, &old, None).unwrap();
-        let old = registry.by_serial(&old.serial).unwrap();
+        enter(&record, &old, None).unwrap();
+        let old = record.by_serial(&old.serial).unwrap();
         let key = |how: &str| {
             must(&fixture.dir, &format!("{how} -out other.pem"));
             must(&fixture.dir, "req -new -key other.pem -subj /CN=d -out other.csr");
@@ -160,28 +160,28 @@ mod tests {
                 Renewal::TooMany(_) => "too many".to_owned(),
                 Renewal::UnderWay => "under way".to_owned(),
             };
-        let mut entries = registry.begin();
+        let mut entries = record.begin();
         assert_eq!(judge(&entries, &same), "new");
         let new = fixture.leaf("d");
         entries.add(&new, Some(Origin::Renewal(old.serial)), now);
         assert_eq!(judge(&entries, &same), "under way");
         assert_eq!(entries.commit(), [Ok(())]);
         // It is the renewal of this certificate: of the new one there is none yet.
-        let newest = registry.by_serial(&new.serial).unwrap();
-        for registry in [&registry, &fixture.open()] {
-            let entries = registry.begin();
+        let newest = record.by_serial(&new.serial).unwrap();
+        for record in [&record, &fixture.open()] {
+            let entries = record.begin();
             assert_eq!(judge(&entries, &same), new.serial.to_string());
             assert_eq!(judge(&entries, &other), "new");
             assert!(matches!(entries.judge_renewal(&newest, same.key(), now), Renewal::New));
         }
-        registry.revoke_these(&[new.serial], now).unwrap();
-        assert_eq!(judge(&registry.begin(), &same), "new", "it does not count any more");
+        record.revoke_these(&[new.serial], now).unwrap();
+        assert_eq!(judge(&record.begin(), &same), "new", "it does not count any more");
         for _ in 0..3 {
-            let mut entries = registry.begin();
+            let mut entries = record.begin();
             entries.add(&fixture.leaf("d"), Some(Origin::Renewal(old.serial)), now);
             assert_eq!(entries.commit(), [Ok(())]);
         }
-        assert_eq!(judge(&registry.begin(), &other), "too many", "revoked or not");
-        assert_ne!(judge(&registry.begin(), &same), "too many", "what is there costs nothing");
+        assert_eq!(judge(&record.begin(), &other), "too many", "revoked or not");
+        assert_ne!(judge(&record.begin(), &same), "too many", "what is there costs nothing");
     }
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::{CLOCK_SLACK_S, Record, Redeemed, Spent};
+use super::{CLOCK_SLACK_S, Certificate, Redeemed, Spent};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::TokenHash;
@@ -74,9 +74,9 @@ impl Row {
     }
 
     /// What is known of a device's certificate.
-    pub(super) fn record(&self) -> Option<Record> {
+    pub(super) fn certificate(&self) -> Option<Certificate> {
         let Row { serial, device, expires_at, .. } = self.clone();
-        Some(Record { serial, device: device?, expires_at, revoked_at: self.revoked() })
+        Some(Certificate { serial, device: device?, expires_at, revoked_at: self.revoked() })
     }
 }
 
@@ -184,7 +184,7 @@ impl Rows {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::registry::fixture::{device, token};
+    use crate::ca::record::fixture::{device, token};
 
     #[test]
     fn tokens_that_have_ended_are_dropped() {

@@ -62,7 +62,7 @@ const CLOCK_SLACK_S: u64 = 3600;
 
 /// Why the record could not be read or written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RegistryError {
+pub enum RecordError {
     /// A file cannot be read.
     Unreadable(String),
     /// A certificate's own file is not there, or is no certificate; why.
@@ -85,48 +85,48 @@ pub enum RegistryError {
     },
 }
 
-impl RegistryError {
+impl RecordError {
     /// Whether something of what was to be recorded may be on disk. If not, the token that paid for
     /// the certificate may be given back.
     pub fn left_behind(&self) -> bool {
-        matches!(self, RegistryError::NotWritten { left_behind: true, .. })
+        matches!(self, RecordError::NotWritten { left_behind: true, .. })
     }
 
     fn not_written(why: impl fmt::Display) -> Self {
-        RegistryError::NotWritten { why: why.to_string(), left_behind: false }
+        RecordError::NotWritten { why: why.to_string(), left_behind: false }
     }
 }
 
-impl fmt::Display for RegistryError {
+impl fmt::Display for RecordError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            RegistryError::Unreadable(why) | RegistryError::Absent(why) => f.write_str(why),
-            RegistryError::Garbled { path, line, why } => {
+            RecordError::Unreadable(why) | RecordError::Absent(why) => f.write_str(why),
+            RecordError::Garbled { path, line, why } => {
                 write!(f, "{} line {line}: {why}", path.display())
             }
-            RegistryError::NotWritten { why, left_behind: false } => f.write_str(why),
-            RegistryError::NotWritten { why, left_behind: true } => {
+            RecordError::NotWritten { why, left_behind: false } => f.write_str(why),
+            RecordError::NotWritten { why, left_behind: true } => {
                 write!(f, "{why}; part of it may be on disk")
             }
         }
     }
 }
 
-impl std::error::Error for RegistryError {}
+impl std::error::Error for RecordError {}
 
-impl From<FilesError> for RegistryError {
+impl From<FilesError> for RecordError {
     fn from(error: FilesError) -> Self {
-        RegistryError::Unreadable(error.to_string())
+        RecordError::Unreadable(error.to_string())
     }
 }
 
-impl From<RegistryError> for Problem {
-    fn from(error: RegistryError) -> Self {
+impl From<RecordError> for Problem {
+    fn from(error: RecordError) -> Self {
         // What cannot be read now will not be readable in a second.
         let code = match &error {
-            RegistryError::Unreadable(_) | RegistryError::Garbled { .. } => Code::InternalError,
-            RegistryError::NotWritten { .. } => Code::ServiceUnavailable,
-            RegistryError::Absent(_) => Code::CertificateNotFound,
+            RecordError::Unreadable(_) | RecordError::Garbled { .. } => Code::InternalError,
+            RecordError::NotWritten { .. } => Code::ServiceUnavailable,
+            RecordError::Absent(_) => Code::CertificateNotFound,
         };
         Problem::from(code).log(error)
     }
@@ -156,7 +156,7 @@ impl Status {
 
 /// What memory holds of a certificate. Times are in seconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct Certificate {
     /// Its serial number.
     pub serial: Serial,
     /// Whose it is.
@@ -167,7 +167,7 @@ pub struct Record {
     pub revoked_at: Option<u64>,
 }
 
-impl Record {
+impl Certificate {
     /// Of what use the certificate is now.
     pub fn status(&self, now: Now) -> Status {
         match self.revoked_at {
@@ -251,7 +251,7 @@ pub struct Spent {
     pub device: DeviceId,
 }
 
-/// What [`Registry::look`] saw, all at one moment.
+/// What [`Record::look`] saw, all at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Look {
     /// A certificate is recorded for the token.
@@ -262,7 +262,7 @@ pub struct Look {
 
 /// The record of one CA. Every method may be called from any thread.
 #[derive(Debug)]
-pub struct Registry {
+pub struct Record {
     dir: PathBuf,
     rows: RwLock<Rows>,
     writer: Mutex<Writer>,
@@ -277,13 +277,13 @@ struct Writer {
     renewals: Renewals,
 }
 
-impl Registry {
+impl Record {
     /// Reads the record of `ca` in `dir`, puts in order what a power cut or a copy may have left, and
     /// loads the tokens of the last day; by its own dates if the clock is not set (`None`).
     ///
     /// # Errors
     /// When a file cannot be read, or `index.txt` has a line that is none.
-    pub fn open(dir: &Path, ca: Option<&Issuer>, now: Option<Now>) -> Result<Self, RegistryError> {
+    pub fn open(dir: &Path, ca: Option<&Issuer>, now: Option<Now>) -> Result<Self, RecordError> {
         files::make_dir(&dir.join(CERTS), 0o755)?;
         let attributes = dir.join(ATTRIBUTES.0);
         if files::read(&attributes)?.as_deref() != Some(ATTRIBUTES.1.as_bytes()) {
@@ -299,15 +299,15 @@ impl Registry {
                 index.display()
             );
         }
-        let registry = Registry {
+        let record = Record {
             dir: dir.to_owned(),
             rows: RwLock::new(rows),
             writer: Mutex::default(),
             trial: Trial::default(),
         };
-        registry.put_in_order(tail, is_missing, ca)?;
-        registry.load_tokens(now.map(|n| n.unix_s()));
-        Ok(registry)
+        record.put_in_order(tail, is_missing, ca)?;
+        record.load_tokens(now.map(|n| n.unix_s()));
+        Ok(record)
     }
 
     /// Whether nothing is recorded.
@@ -316,14 +316,14 @@ impl Registry {
     }
 
     /// The device's newest certificate.
-    pub fn newest(&self, device: &DeviceId) -> Option<Record> {
+    pub fn newest(&self, device: &DeviceId) -> Option<Certificate> {
         let rows = self.read();
-        rows.of_device(device).next().and_then(Row::record)
+        rows.of_device(device).next().and_then(Row::certificate)
     }
 
     /// The certificate with this serial number.
-    pub fn by_serial(&self, serial: &Serial) -> Option<Record> {
-        self.read().by_serial(serial).and_then(Row::record)
+    pub fn by_serial(&self, serial: &Serial) -> Option<Certificate> {
+        self.read().by_serial(serial).and_then(Row::certificate)
     }
 
     /// Whether the device has a certificate that is neither expired nor revoked.
@@ -341,7 +341,7 @@ impl Registry {
         self.read().knows_token(token)
     }
 
-    /// [`Registry::knows_token`] and [`Registry::has_active`] of one moment.
+    /// [`Record::knows_token`] and [`Record::has_active`] of one moment.
     pub fn look(&self, token: &TokenHash, device: &DeviceId, now: Now) -> Look {
         let rows = self.read();
         Look {
@@ -364,10 +364,10 @@ impl Registry {
     /// taken while certificates were written may lack it, and another program's may lie elsewhere.
     ///
     /// # Errors
-    /// [`RegistryError::Absent`] when it is not there, or is no certificate.
-    pub fn stored(&self, serial: &Serial) -> Result<Stored, RegistryError> {
+    /// [`RecordError::Absent`] when it is not there, or is no certificate.
+    pub fn stored(&self, serial: &Serial) -> Result<Stored, RecordError> {
         let path = self.pem_path(serial);
-        let absent = |why: &str| RegistryError::Absent(format!("{}: {why}", path.display()));
+        let absent = |why: &str| RecordError::Absent(format!("{}: {why}", path.display()));
         let bytes = files::read(&path)?.ok_or_else(|| absent("missing"))?;
         let text = String::from_utf8(bytes).map_err(|_| absent("not a text"))?;
         read_stored(&text).ok_or_else(|| absent("not a PEM certificate"))
@@ -389,7 +389,7 @@ impl Registry {
     /// # Errors
     /// When `index.txt` cannot be read or written; memory then still has them unrevoked, and trying
     /// again is safe.
-    pub fn revoke(&self, device: &DeviceId, now: Now) -> Result<Vec<Serial>, RegistryError> {
+    pub fn revoke(&self, device: &DeviceId, now: Now) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
         let valid = |row: &&Row| row.revoked().is_none();
         let serials: Vec<Serial> =
@@ -403,8 +403,8 @@ impl Registry {
     /// disk when it returns.
     ///
     /// # Errors
-    /// As [`Registry::revoke`].
-    pub fn revoke_these(&self, these: &[Serial], now: Now) -> Result<Vec<Serial>, RegistryError> {
+    /// As [`Record::revoke`].
+    pub fn revoke_these(&self, these: &[Serial], now: Now) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
         let rows = self.read();
         let active = |s: &&Serial| rows.by_serial(s).is_some_and(|row| row.is_active(now));
@@ -420,7 +420,7 @@ impl Registry {
         &self,
         writer: &mut Writer,
         revoked: HashMap<Serial, u64>,
-    ) -> Result<(), RegistryError> {
+    ) -> Result<(), RecordError> {
         if revoked.is_empty() {
             return Ok(());
         }
@@ -438,7 +438,7 @@ impl Registry {
             index::copy_revoked(old, new, missing)?.map_or(Ok(()), |serial| Err(lost(serial)))
         };
         files::write_atomic_by(&path, 0o644, copy)
-            .map_err(|e| RegistryError::NotWritten { why: e.to_string(), left_behind: true })?;
+            .map_err(|e| RecordError::NotWritten { why: e.to_string(), left_behind: true })?;
         let mut rows = self.write();
         revoked.iter().for_each(|(serial, at)| rows.set_revoked(serial, *at));
         Ok(())
@@ -498,43 +498,43 @@ mod tests {
     #[test]
     fn what_is_committed_is_read_back_by_the_next_process() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let now = clock::now();
         let (first, second) = (fixture.leaf("device-1"), fixture.leaf("device-1"));
         let other = fixture.leaf("device-2");
         let (live, ended) = (token("live", now.unix_s() + 100), token("ended", now.unix_s() - 1));
 
-        let mut entries = registry.begin();
+        let mut entries = record.begin();
         assert!(!entries.has_active(&device("device-1"), now) && !entries.knows_token(&live.hash));
         entries.add(&first, Some(Origin::Token(live)), now);
         assert!(entries.has_active(&device("device-1"), now) && entries.knows_token(&live.hash));
-        assert!(!registry.knows_token(&live.hash), "not before the commit");
+        assert!(!record.knows_token(&live.hash), "not before the commit");
         entries.add(&other, Some(Origin::Token(ended)), now);
         entries.add(&second, None, now);
         assert_eq!(entries.commit(), [Ok(()), Ok(()), Ok(())]);
 
-        let check = |registry: &Registry| {
-            assert!(!registry.is_empty());
-            let newest = registry.newest(&device("device-1")).unwrap();
+        let check = |record: &Record| {
+            assert!(!record.is_empty());
+            let newest = record.newest(&device("device-1")).unwrap();
             assert_eq!((newest.serial, newest.expires_at), (second.serial, second.not_after));
             assert_eq!(newest.status(now), Status::Active);
             let later = Now { unix_ms: (second.not_after + 1) * 1000, ..now };
             assert_eq!(newest.status(later), Status::Expired);
-            assert!(!registry.has_active(&device("device-1"), later));
-            assert_eq!(registry.by_serial(&first.serial).unwrap().device, device("device-1"));
-            assert_eq!(registry.newest(&device("device-3")), None);
-            let look = registry.look(&live.hash, &device("device-3"), now);
+            assert!(!record.has_active(&device("device-1"), later));
+            assert_eq!(record.by_serial(&first.serial).unwrap().device, device("device-1"));
+            assert_eq!(record.newest(&device("device-3")), None);
+            let look = record.look(&live.hash, &device("device-3"), now);
             assert_eq!(look, Look { recorded_token: true, active_certificate: false });
-            let stored = registry.stored(&first.serial).unwrap();
+            let stored = record.stored(&first.serial).unwrap();
             assert_eq!(
                 (stored.pem, stored.fingerprint),
                 (first.pem.clone(), first.fingerprint.clone())
             );
             let origin = Some(Origin::Token(live));
             assert_eq!((stored.created_at, stored.origin), (first.not_before + 300, origin));
-            assert_eq!(registry.stored(&second.serial).unwrap().origin, None);
+            assert_eq!(record.stored(&second.serial).unwrap().origin, None);
         };
-        check(&registry);
+        check(&record);
         let again = fixture.open();
         check(&again);
         let mut spent = again.spent_tokens();
@@ -542,7 +542,7 @@ mod tests {
         let expected = [(ended, other.serial, "device-2"), (live, first.serial, "device-1")]
             .map(|(token, serial, name)| Spent { token, serial, device: device(name) });
         assert_eq!(spent, expected, "an ended one may not have, if the clock is ahead");
-        let no_clock = Registry::open(&fixture.dir, None, None).unwrap();
+        let no_clock = Record::open(&fixture.dir, None, None).unwrap();
         assert!(no_clock.knows_token(&ended.hash), "without a clock none has ended");
         must(&fixture.dir, &format!("verify -CAfile root-ca.crt certs/{:X}.pem", first.serial));
     }
@@ -550,49 +550,49 @@ mod tests {
     #[test]
     fn revoked_and_read_back() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let leaves =
             [fixture.leaf("device-1"), fixture.leaf("device-1"), fixture.leaf("device-10")];
-        leaves.iter().for_each(|leaf| enter(&registry, leaf, None).unwrap());
+        leaves.iter().for_each(|leaf| enter(&record, leaf, None).unwrap());
         let now = clock::now();
-        let mut revoked = registry.revoke(&device("device-1"), now).unwrap();
+        let mut revoked = record.revoke(&device("device-1"), now).unwrap();
         revoked.sort();
         let mut expected = [leaves[0].serial, leaves[1].serial];
         expected.sort();
         assert_eq!(revoked, expected);
-        assert_eq!(registry.revoke(&device("device-1"), now), Ok(vec![]));
-        assert_eq!(registry.revoke(&device("nobody"), now), Ok(vec![]));
-        for registry in [&registry, &fixture.open()] {
-            assert!(!registry.has_active(&device("device-1"), now));
-            assert!(registry.has_active(&device("device-10"), now));
-            let newest = registry.newest(&device("device-1")).unwrap();
+        assert_eq!(record.revoke(&device("device-1"), now), Ok(vec![]));
+        assert_eq!(record.revoke(&device("nobody"), now), Ok(vec![]));
+        for record in [&record, &fixture.open()] {
+            assert!(!record.has_active(&device("device-1"), now));
+            assert!(record.has_active(&device("device-10"), now));
+            let newest = record.newest(&device("device-1")).unwrap();
             assert_eq!(newest.revoked_at, Some(now.unix_s()));
             assert_eq!(newest.status(now), Status::Revoked);
-            assert_eq!(registry.revoked(now).len(), 2);
+            assert_eq!(record.revoked(now).len(), 2);
             let later = Now { unix_ms: (leaves[1].not_after + 1) * 1000, ..now };
-            assert_eq!(registry.revoked(later), []);
+            assert_eq!(record.revoked(later), []);
         }
         fs::write(fixture.dir.join(INDEX), "").unwrap();
-        let error = registry.revoke(&device("device-10"), now).unwrap_err();
+        let error = record.revoke(&device("device-10"), now).unwrap_err();
         assert!(error.to_string().contains("index.txt has lost a line of device-10"), "{error}");
-        assert!(registry.has_active(&device("device-10"), now));
+        assert!(record.has_active(&device("device-10"), now));
     }
 
     #[test]
     fn single_certificates_are_revoked() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let leaves = [(); 3].map(|()| fixture.leaf("device-1"));
-        leaves.iter().for_each(|leaf| enter(&registry, leaf, None).unwrap());
+        leaves.iter().for_each(|leaf| enter(&record, leaf, None).unwrap());
         let [first, second, third] = leaves.map(|leaf| leaf.serial);
         let (now, stranger) = (clock::now(), Serial::from([0x41; 16]));
-        assert_eq!(registry.revoke_these(&[second, stranger], now), Ok(vec![second]));
-        assert_eq!(registry.revoke_these(&[second], now), Ok(vec![]), "once is enough");
-        assert_eq!(registry.revoke_these(&[], now), Ok(vec![]));
-        for registry in [&registry, &fixture.open()] {
-            let revoked = |s| registry.by_serial(&s).unwrap().revoked_at.is_some();
+        assert_eq!(record.revoke_these(&[second, stranger], now), Ok(vec![second]));
+        assert_eq!(record.revoke_these(&[second], now), Ok(vec![]), "once is enough");
+        assert_eq!(record.revoke_these(&[], now), Ok(vec![]));
+        for record in [&record, &fixture.open()] {
+            let revoked = |s| record.by_serial(&s).unwrap().revoked_at.is_some();
             assert_eq!([first, second, third].map(revoked), [false, true, false]);
-            assert_eq!(registry.count_active(&device("device-1"), now), 2);
+            assert_eq!(record.count_active(&device("device-1"), now), 2);
         }
     }
 
@@ -600,10 +600,10 @@ mod tests {
     fn openssl_ca_works_on_it() {
         let fixture = Fixture::new();
         let dir = &fixture.dir;
-        let registry = fixture.open();
+        let record = fixture.open();
         let leaves = [fixture.leaf("device-1"), fixture.leaf("device-1"), fixture.leaf("device-2")];
-        leaves.iter().for_each(|leaf| enter(&registry, leaf, None).unwrap());
-        registry.revoke(&device("device-2"), clock::now()).unwrap();
+        leaves.iter().for_each(|leaf| enter(&record, leaf, None).unwrap());
+        record.revoke(&device("device-2"), clock::now()).unwrap();
         let config = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/openssl-ca.cnf");
         let ca = |line: &str| run(dir, &format!("ca -config {config} {line}"));
         let status = |leaf: &Leaf| ca(&format!("-status {:X}", leaf.serial)).unwrap_or_else(|e| e);
@@ -636,22 +636,22 @@ mod tests {
     #[test]
     fn many_threads_write_and_read() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let leaves: Vec<Leaf> =
             (0..12).map(|n| fixture.leaf(&format!("device-{}", n % 3))).collect();
         std::thread::scope(|scope| {
             for pair in leaves.chunks(2) {
-                let registry = &registry;
+                let record = &record;
                 scope.spawn(move || {
-                    let mut entries = registry.begin();
+                    let mut entries = record.begin();
                     pair.iter().for_each(|leaf| entries.add(leaf, None, clock::now()));
                     assert_eq!(entries.commit(), [Ok(()), Ok(())]);
-                    assert!(pair.iter().all(|leaf| registry.by_serial(&leaf.serial).is_some()));
+                    assert!(pair.iter().all(|leaf| record.by_serial(&leaf.serial).is_some()));
                 });
             }
         });
         assert_eq!((fixture.index().lines().count(), fixture.pems()), (12, 12));
-        let count = |r: &Registry| r.read().of_device(&device("device-0")).count();
-        assert_eq!((count(&registry), count(&fixture.open())), (4, 4));
+        let count = |r: &Record| r.read().of_device(&device("device-0")).count();
+        assert_eq!((count(&record), count(&fixture.open())), (4, 4));
     }
 }

@@ -7,7 +7,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::MutexGuard;
 
 use super::rows::Row;
-use super::{CERTS, INDEX, Origin, Registry, RegistryError, Writer};
+use super::{CERTS, INDEX, Origin, Record, RecordError, Writer};
 use crate::ca::issuer::Leaf;
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -20,7 +20,7 @@ const SYNCED_TOGETHER: usize = 4;
 /// A batch of entries that are recorded together, or not at all if dropped.
 #[derive(Debug)]
 pub struct Entries<'a> {
-    pub(super) registry: &'a Registry,
+    pub(super) record: &'a Record,
     pub(super) writer: MutexGuard<'a, Writer>,
     pub(super) added: Vec<Entry>,
 }
@@ -35,26 +35,26 @@ pub(super) struct Entry {
 
 impl<'a> Entries<'a> {
     /// Waits until no other writer is in.
-    pub(super) fn begin(registry: &'a Registry) -> Self {
-        Entries { registry, writer: registry.lock_writer(), added: Vec::new() }
+    pub(super) fn begin(record: &'a Record) -> Self {
+        Entries { record, writer: record.lock_writer(), added: Vec::new() }
     }
 
-    /// As [`Registry::knows_token`], in this batch too.
+    /// As [`Record::knows_token`], in this batch too.
     pub fn knows_token(&self, token: &TokenHash) -> bool {
         let same = |e: &Entry| e.origin.and_then(Origin::token).is_some_and(|t| t.hash == *token);
-        self.added.iter().any(same) || self.registry.knows_token(token)
+        self.added.iter().any(same) || self.record.knows_token(token)
     }
 
-    /// As [`Registry::has_active`], in this batch too.
+    /// As [`Record::has_active`], in this batch too.
     pub fn has_active(&self, device: &DeviceId, now: Now) -> bool {
         let active = |e: &Entry| e.row.is_of(device) && e.row.is_active(now);
-        self.added.iter().any(active) || self.registry.has_active(device, now)
+        self.added.iter().any(active) || self.record.has_active(device, now)
     }
 
-    /// As [`Registry::count_active`], in this batch too.
+    /// As [`Record::count_active`], in this batch too.
     pub fn count_active(&self, device: &DeviceId, now: Now) -> usize {
         let active = |e: &&Entry| e.row.is_of(device) && e.row.is_active(now);
-        self.added.iter().filter(active).count() + self.registry.count_active(device, now)
+        self.added.iter().filter(active).count() + self.record.count_active(device, now)
     }
 
     /// Adds a certificate and what it was signed for.
@@ -68,14 +68,14 @@ impl<'a> Entries<'a> {
     }
 
     /// Writes all that was added and answers for each, in the order of adding. What is `Ok` is on
-    /// disk and seen by the readers; of what is not, [`RegistryError::left_behind`] tells.
-    pub fn commit(mut self) -> Vec<Result<(), RegistryError>> {
+    /// disk and seen by the readers; of what is not, [`RecordError::left_behind`] tells.
+    pub fn commit(mut self) -> Vec<Result<(), RecordError>> {
         let results = self.write();
         let failed = results.iter().find(|result| result.is_err());
         if !results.is_empty() {
-            let _ = self.registry.trial.note(failed.cloned().unwrap_or(Ok(())));
+            let _ = self.record.trial.note(failed.cloned().unwrap_or(Ok(())));
         }
-        let mut rows = self.registry.write();
+        let mut rows = self.record.write();
         for (entry, result) in self.added.into_iter().zip(&results) {
             if result.is_err() {
                 continue;
@@ -90,8 +90,8 @@ impl<'a> Entries<'a> {
         results
     }
 
-    fn write(&mut self) -> Vec<Result<(), RegistryError>> {
-        let certs = self.registry.dir.join(CERTS);
+    fn write(&mut self) -> Vec<Result<(), RecordError>> {
+        let certs = self.record.dir.join(CERTS);
         let many = self.added.len() >= SYNCED_TOGETHER;
         let together = many.then(|| Synced::of(&certs)).flatten();
         let write = |e| self.write_pem(e, together.is_some());
@@ -104,11 +104,11 @@ impl<'a> Entries<'a> {
         let lines: String = written.iter().map(|e| e.row.line()).collect();
         let outcome = together
             .map_or_else(|| files::sync_dir(&certs), |all| all.sync())
-            .map_err(RegistryError::not_written)
-            .and_then(|()| self.registry.append(&mut self.writer, lines));
+            .map_err(RecordError::not_written)
+            .and_then(|()| self.record.append(&mut self.writer, lines));
         let Err(mut error) = outcome else { return results };
         // A line that may have stayed needs its certificate; without one the latter must go.
-        if let RegistryError::NotWritten { left_behind: left @ false, .. } = &mut error {
+        if let RecordError::NotWritten { left_behind: left @ false, .. } = &mut error {
             let removed: Vec<bool> = written.iter().map(|e| self.remove_pem(e)).collect();
             *left = removed.contains(&false);
         }
@@ -117,26 +117,26 @@ impl<'a> Entries<'a> {
     }
 
     /// `together`: it is synced later, with others.
-    fn write_pem(&self, entry: &Entry, together: bool) -> Result<(), RegistryError> {
-        let path = self.registry.pem_path(&entry.row.serial);
+    fn write_pem(&self, entry: &Entry, together: bool) -> Result<(), RecordError> {
+        let path = self.record.pem_path(&entry.row.serial);
         let create = if together { files::create_new } else { files::create_new_synced };
         create(&path, entry.file.as_bytes(), 0o644).map_err(|e| {
             let taken = e.kind() == Some(io::ErrorKind::AlreadyExists); // another's, let it be
             let left_behind = !taken && !self.remove_pem(entry);
-            RegistryError::NotWritten { why: e.to_string(), left_behind }
+            RecordError::NotWritten { why: e.to_string(), left_behind }
         })
     }
 
     /// Whether the certificate's file is gone.
     fn remove_pem(&self, entry: &Entry) -> bool {
-        files::remove_if_there(&self.registry.pem_path(&entry.row.serial)).is_ok()
+        files::remove_if_there(&self.record.pem_path(&entry.row.serial)).is_ok()
     }
 }
 
 // How lines come into `index.txt`.
-impl Registry {
+impl Record {
     /// Appends lines and syncs them, or cuts the file back to what it was.
-    pub(super) fn append(&self, writer: &mut Writer, lines: String) -> Result<(), RegistryError> {
+    pub(super) fn append(&self, writer: &mut Writer, lines: String) -> Result<(), RecordError> {
         self.take_back(writer)?;
         let (mut file, before) = self.open_index()?;
         let added = file.write_all(lines.as_bytes()).and_then(|()| file.sync_all());
@@ -146,15 +146,15 @@ impl Registry {
         if cut.is_err() {
             writer.undo = Some((before, lines));
         }
-        Err(RegistryError::NotWritten { why, left_behind: cut.is_err() })
+        Err(RecordError::NotWritten { why, left_behind: cut.is_err() })
     }
 
     /// Cuts off what an earlier append left and could not take back. Only that: if something else
     /// stands there, somebody else has written the file since.
-    pub(super) fn take_back(&self, writer: &mut Writer) -> Result<(), RegistryError> {
+    pub(super) fn take_back(&self, writer: &mut Writer) -> Result<(), RecordError> {
         let Some((before, lines)) = &writer.undo else { return Ok(()) };
         let (mut file, length) = self.open_index()?;
-        let io = |e| RegistryError::not_written(self.index_says(e));
+        let io = |e| RecordError::not_written(self.index_says(e));
         if length > *before && is_rest(&mut file, *before, lines).map_err(io)? {
             file.set_len(*before).and_then(|()| file.sync_all()).map_err(io)?;
         }
@@ -162,13 +162,13 @@ impl Registry {
         Ok(())
     }
 
-    fn open_index(&self) -> Result<(File, u64), RegistryError> {
+    fn open_index(&self) -> Result<(File, u64), RecordError> {
         let open = || {
             let file = OpenOptions::new().read(true).append(true).open(self.dir.join(INDEX))?;
             let length = file.metadata()?.len();
             Ok((file, length))
         };
-        open().map_err(|e| RegistryError::not_written(self.index_says(e)))
+        open().map_err(|e| RecordError::not_written(self.index_says(e)))
     }
 
     pub(super) fn index_says(&self, e: io::Error) -> String {
@@ -188,7 +188,7 @@ fn is_rest(file: &mut File, at: u64, lines: &str) -> io::Result<bool> {
 mod tests {
     use super::*;
     use crate::ca::openssl::run_program;
-    use crate::ca::registry::fixture::{Fixture, device, enter, token};
+    use crate::ca::record::fixture::{Fixture, device, enter, token};
     use crate::clock;
     use crate::files::test_dir::TestDir;
     use crate::serial::Serial;
@@ -198,33 +198,33 @@ mod tests {
     #[test]
     fn a_serial_number_is_never_written_twice() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
+        let record = fixture.open();
         let leaf = fixture.leaf("device-1");
-        enter(&registry, &leaf, None).unwrap();
-        let before = (fixture.index(), fs::read(registry.pem_path(&leaf.serial)).unwrap());
-        let mut entries = registry.begin();
+        enter(&record, &leaf, None).unwrap();
+        let before = (fixture.index(), fs::read(record.pem_path(&leaf.serial)).unwrap());
+        let mut entries = record.begin();
         entries.add(&leaf, None, clock::now());
         entries.add(&fixture.leaf("device-2"), None, clock::now());
         let results = entries.commit();
         assert!(!results[0].as_ref().unwrap_err().left_behind());
         assert_eq!(results[1], Ok(()), "one's failure is not another's");
         assert!(fixture.index().starts_with(&before.0));
-        assert_eq!(fs::read(registry.pem_path(&leaf.serial)).unwrap(), before.1);
-        drop(registry.begin());
+        assert_eq!(fs::read(record.pem_path(&leaf.serial)).unwrap(), before.1);
+        drop(record.begin());
     }
 
     #[test]
     fn a_failed_append_leaves_nothing_or_says_so() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
-        enter(&registry, &fixture.leaf("device-1"), None).unwrap();
+        let record = fixture.open();
+        enter(&record, &fixture.leaf("device-1"), None).unwrap();
         let index = fixture.dir.join(INDEX);
         let (before, aside) = (fixture.index(), fixture.dir.join("aside"));
 
         // No file: nothing could be written.
         fs::rename(&index, &aside).unwrap();
         let leaf = fixture.leaf("device-2");
-        let error = enter(&registry, &leaf, Some(token("t", u64::MAX))).unwrap_err();
+        let error = enter(&record, &leaf, Some(token("t", u64::MAX))).unwrap_err();
         assert!(
             !error.left_behind() && error.to_string().contains("index.txt: No such"),
             "{error}"
@@ -233,33 +233,33 @@ mod tests {
 
         // A file that takes nothing and cannot be cut either.
         std::os::unix::fs::symlink("/dev/full", &index).unwrap();
-        let error = enter(&registry, &leaf, Some(token("t", u64::MAX))).unwrap_err();
+        let error = enter(&record, &leaf, Some(token("t", u64::MAX))).unwrap_err();
         assert!(error.left_behind() && error.to_string().contains("No space left"), "{error}");
         assert_eq!(fixture.pems(), 2, "a line that may have stayed needs its certificate");
-        assert!(!registry.knows_token(&TokenHash::of("t")));
-        let error = enter(&registry, &fixture.leaf("device-3"), None).unwrap_err();
+        assert!(!record.knows_token(&TokenHash::of("t")));
+        let error = enter(&record, &fixture.leaf("device-3"), None).unwrap_err();
         assert!(error.to_string().contains("index.txt"), "{error}");
 
         // The true file is back: what stands there is not what failed, so it is left alone.
         fs::remove_file(&index).unwrap();
         fs::rename(&aside, &index).unwrap();
-        enter(&registry, &fixture.leaf("device-4"), None).unwrap();
+        enter(&record, &fixture.leaf("device-4"), None).unwrap();
         assert!(fixture.index().starts_with(&before) && fixture.index().lines().count() == 2);
     }
 
     #[test]
     fn what_could_not_be_taken_back_is_taken_back_later() {
         let fixture = Fixture::new();
-        let registry = fixture.open();
-        enter(&registry, &fixture.leaf("device-1"), None).unwrap();
+        let record = fixture.open();
+        enter(&record, &fixture.leaf("device-1"), None).unwrap();
         let before = fixture.index();
         let lines = Row::new(Serial::from([0x41; 16]), device("d"), 1, None).line();
         for (stays, expected) in [("", &before), (&lines[..20], &before), (&lines, &before)] {
             fs::write(fixture.dir.join(INDEX), format!("{before}{stays}")).unwrap();
             let undo = Some((before.len() as u64, lines.clone()));
-            let mut writer = registry.lock_writer();
+            let mut writer = record.lock_writer();
             writer.undo = undo;
-            registry.take_back(&mut writer).unwrap();
+            record.take_back(&mut writer).unwrap();
             assert_eq!((&fixture.index(), &writer.undo), (expected, &None));
         }
     }
@@ -288,7 +288,7 @@ mod tests {
         let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1, None).line();
         let seed: String = (1..=(4096 / line(1).len()) as u8).map(line).collect();
         fs::write(dir.join(INDEX), &seed).unwrap();
-        let registry = Registry::open(&dir, None, Some(clock::now())).unwrap();
+        let record = Record::open(&dir, None, Some(clock::now())).unwrap();
         let index = || fs::read_to_string(dir.join(INDEX)).unwrap();
         let fill = |room: u64| {
             let mut file = File::create(dir.join("filler")).unwrap();
@@ -299,7 +299,7 @@ mod tests {
         let leaves = [(); 3].map(|()| fixture.leaf("device-2"));
         for room in 0..4 {
             fill(room);
-            let mut entries = registry.begin();
+            let mut entries = record.begin();
             leaves.iter().for_each(|leaf| {
                 entries.add(leaf, Some(Origin::Token(token("t", u64::MAX))), clock::now())
             });
@@ -312,23 +312,21 @@ mod tests {
                 (seed.clone(), 0)
             );
             assert!(
-                !registry
-                    .look(&TokenHash::of("t"), &device("device-2"), clock::now())
-                    .recorded_token
+                !record.look(&TokenHash::of("t"), &device("device-2"), clock::now()).recorded_token
             );
             fs::remove_file(dir.join("filler")).unwrap();
         }
         // Room again: the same process goes on. With room for the lines and two of them, two are.
-        enter(&registry, &fixture.leaf("device-2"), None).unwrap();
+        enter(&record, &fixture.leaf("device-2"), None).unwrap();
         fill(2);
-        let mut entries = registry.begin();
+        let mut entries = record.begin();
         leaves.iter().for_each(|leaf| entries.add(leaf, None, clock::now()));
         assert_eq!(entries.commit().iter().filter(|r| r.is_ok()).count(), 2);
         let before = index();
-        assert!(registry.revoke(&device("device-2"), clock::now()).is_err());
-        assert!(registry.has_active(&device("device-2"), clock::now()) && index() == before);
+        assert!(record.revoke(&device("device-2"), clock::now()).is_err());
+        assert!(record.has_active(&device("device-2"), clock::now()) && index() == before);
         fs::remove_file(dir.join("filler")).unwrap();
-        assert_eq!(registry.revoke(&device("device-2"), clock::now()).map(|s| s.len()), Ok(3));
-        assert_eq!(Registry::open(&dir, None, None).unwrap().revoked(clock::now()).len(), 3);
+        assert_eq!(record.revoke(&device("device-2"), clock::now()).map(|s| s.len()), Ok(3));
+        assert_eq!(Record::open(&dir, None, None).unwrap().revoked(clock::now()).len(), 3);
     }
 }

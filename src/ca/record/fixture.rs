@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::{CERTS, INDEX, Origin, Redeemed, Registry, RegistryError};
+use super::{CERTS, INDEX, Origin, Record, RecordError, Redeemed};
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf};
 use crate::ca::openssl::must;
@@ -26,12 +26,12 @@ impl Fixture {
         Fixture { dir, issuer }
     }
 
-    pub(super) fn open(&self) -> Registry {
+    pub(super) fn open(&self) -> Record {
         self.try_open().unwrap()
     }
 
-    pub(super) fn try_open(&self) -> Result<Registry, RegistryError> {
-        Registry::open(&self.dir, Some(&self.issuer), Some(clock::now()))
+    pub(super) fn try_open(&self) -> Result<Record, RecordError> {
+        Record::open(&self.dir, Some(&self.issuer), Some(clock::now()))
     }
 
     pub(super) fn issuer(&self) -> &Issuer {
@@ -66,11 +66,11 @@ pub(super) fn token(name: &str, exp: u64) -> Redeemed {
 }
 
 pub(super) fn enter(
-    registry: &Registry,
+    record: &Record,
     leaf: &Leaf,
     token: Option<Redeemed>,
-) -> Result<(), RegistryError> {
-    let mut entries = registry.begin();
+) -> Result<(), RecordError> {
+    let mut entries = record.begin();
     entries.add(leaf, token.map(Origin::Token), clock::now());
     entries.commit().remove(0)
 }
