@@ -19,9 +19,7 @@ use crate::config::Reenroll;
 use crate::device::DeviceId;
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
-use crate::serial::Serial;
-use crate::store::ledger::Known;
-use crate::store::{Answer, Dead, Kill, Killed, New, Op, Outcome, StoreError};
+use crate::store::{Answer, Kill, New, Op, Outcome, StoreError};
 
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
@@ -147,7 +145,6 @@ impl Provisioner {
         Ok(Done::Issued(token))
     }
 
-    /// What can be done here is done first, and an error says so beside what it is about.
     fn revoked(
         &self,
         revoke: Revoke,
@@ -155,8 +152,8 @@ impl Provisioner {
         follow_up: &mut FollowUp,
     ) -> Result<Done, Problem> {
         let Revoke { device, client } = revoke;
-        let Killed { dead, known, .. } = match answer {
-            Ok(Outcome::Killed(killed)) => *killed,
+        let dead = match answer {
+            Ok(Outcome::Killed(dead)) => dead,
             other => return Err(unexpected(other)),
         };
         let record = self.ca().record();
@@ -172,10 +169,7 @@ impl Provisioner {
         for serial in &serials {
             log::info!("certificate {serial} of {device} revoked, by {client}");
         }
-        if !known.redeemed_elsewhere.is_empty() || known.unsure {
-            return Err(not_everywhere(&known, &serials, dead.as_ref()));
-        }
-        if known.any || dead.is_some() || record.knows_device(&device) {
+        if self.ledger.knows_device(&device) || record.knows_device(&device) {
             return Ok(Done::Revoked(device));
         }
         let status = self.store.status();
@@ -490,33 +484,6 @@ pub(super) fn unexpected(answer: Answer) -> Problem {
 
 fn not_committed() -> RecordError {
     RecordError::NotWritten { why: "no result".to_owned(), left_behind: true }
-}
-
-/// Why a revocation is not done: another instance has, or may have, a certificate of the device. With
-/// what was done all the same.
-fn not_everywhere(known: &Known, revoked: &[Serial], dead: Option<&Dead>) -> Problem {
-    let mut text: String = known
-        .redeemed_elsewhere
-        .iter()
-        .filter_map(|mark| mark.split_once(' '))
-        .map(|(instance, serial)| {
-            format!(
-                "Not revoked: instance {instance} has redeemed a token of this device for \
-                 certificate {serial}, which only that instance can revoke. "
-            )
-        })
-        .collect();
-    if known.unsure {
-        text += "Not known while Redis is away: whether another instance has redeemed a token of \
-                 this device. ";
-    }
-    let serials: Vec<String> = revoked.iter().map(|s| format!("certificate {s} revoked")).collect();
-    let serials =
-        if serials.is_empty() { "no certificate revoked".to_owned() } else { serials.join(", ") };
-    let token =
-        dead.map_or("no token killed".to_owned(), |d| format!("token {} killed", d.hash.short()));
-    let problem = Problem::from(Code::ServiceUnavailable).log(&text);
-    problem.text(format!("{text}Done here: {serials}, {token}."))
 }
 
 #[cfg(test)]

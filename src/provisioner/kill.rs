@@ -3,11 +3,10 @@
 use super::batch::unexpected;
 use super::{Job, Provisioner, not_issued};
 use crate::clock::Now;
-use crate::device::DeviceId;
 use crate::devices::{self, Bound, Row};
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
-use crate::store::{Answer, Kill, Look, Op, Outcome};
+use crate::store::{Answer, Kill, Op, Outcome};
 
 impl Provisioner {
     /// The device's past was killed after the token was issued, as far as is known here.
@@ -18,9 +17,7 @@ impl Provisioner {
     /// Raises the bounds of the devices whose past is to die, on disk, with one sync for all. One
     /// result for each job that kills, in their order.
     pub(super) fn raise_bounds(&self, jobs: &[Job], now: Now) -> Vec<Result<Kill, Problem>> {
-        let look =
-            |device: &DeviceId| Op::Look(Look { device: device.clone(), copies: Vec::new() });
-        let looks: Vec<Op> = jobs.iter().filter_map(Job::kills).map(look).collect();
+        let looks: Vec<Op> = jobs.iter().filter_map(Job::kills).cloned().map(Op::Look).collect();
         if looks.is_empty() {
             return Vec::new();
         }

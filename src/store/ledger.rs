@@ -44,31 +44,8 @@ enum State {
 struct Entry {
     state: State,
     claims: Claims,
-    elsewhere: Elsewhere,
     /// When nobody needs to know any more, by [`Now::mono_ms`].
     ends_ms: u64,
-}
-
-/// Whether another instance had redeemed a token before it was killed here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Elsewhere {
-    /// None had, as far as is known.
-    No,
-    /// Redis, which knows, was away.
-    Unknown,
-    /// One had; its mark, `<instance> <serial>`.
-    Redeemed(String),
-}
-
-/// What is known of a device's tokens.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Known {
-    /// There is or was one here.
-    pub any: bool,
-    /// Marks of other instances, [`Elsewhere::Redeemed`].
-    pub redeemed_elsewhere: Vec<String>,
-    /// Of one it is [`Elsewhere::Unknown`].
-    pub unsure: bool,
 }
 
 /// What [`Ledger::begin`] says to a new attempt.
@@ -144,39 +121,10 @@ impl Ledger {
         self.put(hash, State::Killed, claims, now);
     }
 
-    /// Notes what Redis says of a token that is used or killed here: the mark of the instance that
-    /// had redeemed it, or that none had. Returns whether that is news. Once known it stays, since the
-    /// mark in Redis is written over by the kill.
-    pub fn note_elsewhere(&self, hash: &TokenHash, mark: Option<&str>) -> bool {
-        let mut entries = locked(&self.entries);
-        let Some(entry) = entries.get_mut(hash) else { return false };
-        match (&entry.elsewhere, mark) {
-            (Elsewhere::Redeemed(_), _) => return false,
-            (_, Some(mark)) => entry.elsewhere = Elsewhere::Redeemed(mark.to_owned()),
-            (_, None) => entry.elsewhere = Elsewhere::No,
-        }
-        mark.is_some()
-    }
-
-    /// Redis, which knows whether another instance had redeemed this killed token, is away.
-    pub fn note_unsure(&self, hash: &TokenHash) {
-        if let Some(entry) = locked(&self.entries).get_mut(hash) {
-            entry.elsewhere = Elsewhere::Unknown;
-        }
-    }
-
-    /// What is known of the device's tokens. Looks at every entry: for what is seldom asked.
-    pub fn known_of(&self, device: &DeviceId) -> Known {
-        let mut known = Known::default();
-        for entry in locked(&self.entries).values().filter(|e| e.claims.device_id == *device) {
-            known.any = true;
-            match &entry.elsewhere {
-                Elsewhere::No => {}
-                Elsewhere::Unknown => known.unsure = true,
-                Elsewhere::Redeemed(mark) => known.redeemed_elsewhere.push(mark.clone()),
-            }
-        }
-        known
+    /// Whether a token of the device is or was used or killed here. Looks at every entry: for what is
+    /// seldom asked.
+    pub fn knows_device(&self, device: &DeviceId) -> bool {
+        locked(&self.entries).values().any(|entry| entry.claims.device_id == *device)
     }
 
     /// Somebody has deleted the token from Redis; final.
@@ -249,7 +197,7 @@ impl Ledger {
 
 fn entry(state: State, claims: Claims, now: Now) -> Entry {
     let ends_ms = now.mono_ms.saturating_add(lasts_ms(&claims, now));
-    Entry { state, claims, elsewhere: Elsewhere::No, ends_ms }
+    Entry { state, claims, ends_ms }
 }
 
 fn mark(state: State) -> Option<Mark> {
@@ -344,24 +292,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_of_a_device() {
+    fn a_device_is_known_until_its_tokens_are_forgotten() {
         let ledger = Ledger::new(100);
         let [one, two] = ["d", "e"].map(|name| token(name, 300));
-        let known = |name| ledger.known_of(&DeviceId::parse(name).unwrap());
-        assert_eq!(known("d"), Known::default());
+        let known = |name| ledger.knows_device(&DeviceId::parse(name).unwrap());
+        assert!(!known("d"));
         ledger.kill(one.hash, one.claims.clone(), at(0));
         ledger.begin(&two, serial(1), false, at(0));
-        assert_eq!((known("d"), known("f").any), (Known { any: true, ..Known::default() }, false));
-        ledger.note_unsure(&one.hash);
-        assert!(known("d").unsure && !known("e").unsure && known("e").any);
-        assert!(!ledger.note_elsewhere(&one.hash, None) && !known("d").unsure);
-        assert!(ledger.note_elsewhere(&one.hash, Some("i 01")));
-        for mark in [None, Some("j 02"), Some("i 01")] {
-            assert!(!ledger.note_elsewhere(&one.hash, mark), "known already");
-            assert_eq!(known("d").redeemed_elsewhere, ["i 01"]);
-        }
+        assert_eq!(["d", "e", "f"].map(known), [true, true, false]);
         ledger.reap(at(1000));
-        assert_eq!(known("d"), Known::default());
+        assert!(!known("d"));
     }
 
     #[test]

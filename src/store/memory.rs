@@ -15,7 +15,7 @@ use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::{Begin, Ledger};
 use crate::store::{
-    Answer, Dead, Kill, Killed, New, Op, Outcome, Seen, Status, StoreError, TokenStore, locked,
+    Answer, Dead, Kill, New, Op, Outcome, Seen, Status, StoreError, TokenStore, locked,
 };
 use crate::subscriber::Subscriber;
 
@@ -120,7 +120,7 @@ impl Memory {
     /// `Full` at the bound, `ShareFull` before it; nothing is evicted.
     pub fn issue(&self, new: &New, now: Now) -> Answer {
         let kill = |kill: &Kill| self.kill(&kill.device, kill.row.bound.t, now).into_iter().next();
-        let killed = new.replaces.as_deref().and_then(kill).map(|(dead, _)| dead);
+        let killed = new.replaces.as_deref().and_then(kill);
         let mut table = locked(&self.table);
         if let Some(expires_at_ms) = self.lease(&table, &new.token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
@@ -146,31 +146,32 @@ impl Memory {
     }
 
     /// The live tokens of the device, also one that is being redeemed: its certificate may not be
-    /// signed yet. With what Redis has of each.
-    pub fn tokens_of(&self, device: &DeviceId, now: Now) -> Vec<(Dead, InRedis)> {
+    /// signed yet.
+    fn tokens_of(&self, device: &DeviceId, now: Now) -> Vec<Dead> {
         let table = locked(&self.table);
         let meant = |(hash, entry): &(&TokenHash, &Entry)| {
             entry.claims.device_id == *device
                 && entry.ends_ms > now.mono_ms
                 && !self.ledger.knows_as_killed(hash)
         };
-        let copy = |(hash, entry): (&TokenHash, &Entry)| {
-            (Dead { hash: *hash, claims: entry.claims.clone() }, entry.in_redis)
+        let copy = |(hash, entry): (&TokenHash, &Entry)| Dead {
+            hash: *hash,
+            claims: entry.claims.clone(),
         };
         table.tokens.iter().filter(meant).map(copy).collect()
     }
 
     /// What is here of the device.
     pub fn look(&self, device: &DeviceId, now: Now) -> Seen {
-        let iats = self.tokens_of(device, now).into_iter().map(|(token, _)| token.claims.iat);
+        let iats = self.tokens_of(device, now).into_iter().map(|token| token.claims.iat);
         Seen { latest_iat: iats.max(), ..Seen::default() }
     }
 
     /// Kills the device's tokens that were issued at `until_s` or before; returns which those were.
-    pub fn kill(&self, device: &DeviceId, until_s: u64, now: Now) -> Vec<(Dead, InRedis)> {
+    pub fn kill(&self, device: &DeviceId, until_s: u64, now: Now) -> Vec<Dead> {
         let mut killed = self.tokens_of(device, now);
-        killed.retain(|(dead, _)| dead.claims.iat <= until_s);
-        for (dead, _) in &killed {
+        killed.retain(|dead| dead.claims.iat <= until_s);
+        for dead in &killed {
             self.ledger.kill(dead.hash, dead.claims.clone(), now);
             self.remove(&dead.hash);
         }
@@ -373,7 +374,7 @@ impl Memory {
     fn run_one(&self, op: &Op, now: Now) -> Answer {
         match op {
             Op::Issue(new) => self.issue(new, now),
-            Op::Look(look) => Ok(Outcome::Seen(Box::new(self.look(&look.device, now)))),
+            Op::Look(device) => Ok(Outcome::Seen(Box::new(self.look(device, now)))),
             Op::Consume(token, serial) => Ok(self.consume(token, *serial, now)),
             Op::GiveBack(token, serial) => {
                 self.ledger.release(&token.hash, *serial);
@@ -385,15 +386,13 @@ impl Memory {
             }
             Op::Kill(kill) => {
                 let killed = self.kill(&kill.device, kill.row.bound.t, now);
-                let dead = killed.into_iter().next().map(|(dead, _)| dead);
-                let known = self.ledger.known_of(&kill.device);
-                Ok(Outcome::Killed(Box::new(Killed { dead, known, ..Killed::default() })))
+                Ok(Outcome::Killed(killed.into_iter().next()))
             }
             Op::Count => Ok(Outcome::Counted(self.count())),
             Op::Tell(..) => Ok(Outcome::Done),
             Op::Mark(hash, ..) => {
                 self.remove(hash);
-                Ok(Outcome::Marked { ours: String::new(), other: None })
+                Ok(Outcome::Done)
             }
             Op::Carry(token, _) => {
                 let (token, subscriber) = (token.clone(), Subscriber::default());
@@ -439,9 +438,8 @@ mod tests {
     }
 
     fn killed(answer: Answer) -> Option<Dead> {
-        let Ok(Outcome::Killed(killed)) = answer else { panic!("{answer:?}") };
-        assert!(killed.known.any && killed.redeemed_elsewhere.is_empty());
-        killed.dead
+        let Ok(Outcome::Killed(dead)) = answer else { panic!("{answer:?}") };
+        dead
     }
 
     fn one(memory: &Memory, op: Op, now: Now) -> Answer {
@@ -583,10 +581,7 @@ mod tests {
         let t = token("d", 0);
         assert_eq!(one(&memory, Op::Carry(t.clone(), 1000), at(0)), Ok(Outcome::Done));
         let mark = Op::Mark(t.hash, Mark::Killed, t.claims.clone());
-        assert_eq!(
-            one(&memory, mark, at(0)),
-            Ok(Outcome::Marked { ours: String::new(), other: None })
-        );
+        assert_eq!(one(&memory, mark, at(0)), Ok(Outcome::Done));
         assert_eq!(memory.live(&t.hash, at(0)), None);
     }
 

@@ -20,7 +20,6 @@ use crate::devices::Row;
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::serial::Serial;
 use crate::subscriber::Subscriber;
-use ledger::Known;
 
 /// One thing to do with one token or device.
 #[derive(Clone, Debug)]
@@ -28,7 +27,7 @@ pub enum Op {
     /// Store a new token and lease its device to it.
     Issue(New),
     /// Say what there is of this device, so that its past can be killed.
-    Look(Look),
+    Look(DeviceId),
     /// Remove a new token that was issued but not handed out, and its lease.
     TakeBack(Token),
     /// Take the token for the attempt that would sign under this serial: once, by one attempt.
@@ -61,15 +60,6 @@ pub struct New {
     pub subscriber: Subscriber,
 }
 
-/// A device of which something is asked.
-#[derive(Clone, Debug)]
-pub struct Look {
-    /// The device.
-    pub device: DeviceId,
-    /// Copies that this instance has of the device's tokens; filled in by `failover`.
-    pub copies: Vec<Dead>,
-}
-
 /// What a store has of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
@@ -81,8 +71,6 @@ pub struct Seen {
     pub leased: Option<Token>,
     /// The latest `iat` of the tokens that are known, in seconds since 1970.
     pub latest_iat: Option<u64>,
-    /// Tokens that other instances had redeemed, each with its mark, `<instance> <serial>`.
-    pub redeemed_elsewhere: Vec<(Dead, String)>,
 }
 
 /// A device whose past is to die: every token up to the bound in its row, which is on this
@@ -95,17 +83,6 @@ pub struct Kill {
     pub row: Row,
     /// What the store had of the device just before.
     pub seen: Seen,
-}
-
-/// What a kill has done and found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Killed {
-    /// The token that was live, if there was one.
-    pub dead: Option<Dead>,
-    /// Tokens that other instances had redeemed, each with its mark, `<instance> <serial>`.
-    pub redeemed_elsewhere: Vec<(Dead, String)>,
-    /// What is known here of the device's tokens, this kill included; filled in by `failover`.
-    pub known: Known,
 }
 
 /// Why a token is dead.
@@ -161,19 +138,12 @@ pub enum Outcome {
         /// and lacks, somebody has deleted.
         lossless_run: Option<String>,
     },
-    /// `Kill`: done.
-    Killed(Box<Killed>),
-    /// `Tell`: the row that stands in Redis now, and what it has killed there.
-    Told(Box<(Row, Killed)>),
+    /// `Kill`: done. The token that was live, if there was one.
+    Killed(Option<Dead>),
+    /// `Tell`: the row that stands in Redis now, and the live token that it has killed there.
+    Told(Box<(Row, Option<Dead>)>),
     /// `Count`: live tokens, which is also the number of devices that have one.
     Counted(u64),
-    /// `Mark`: done.
-    Marked {
-        /// Our mark, as it stands there now: `<instance> <serial>` or `<instance> killed`.
-        ours: String,
-        /// That of another instance which had redeemed the token, and whose mark stood there.
-        other: Option<String>,
-    },
     /// The others: done, or noted to be done when Redis is back.
     Done,
 }

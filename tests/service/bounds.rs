@@ -155,11 +155,7 @@ fn a_kill_in_an_outage_survives_a_restart() {
         redis.save();
         redis.kill9();
         notice_loss(&one);
-        // A revocation is 503: nobody can say whether another instance has redeemed the token. What
-        // is said to be done is done.
-        let answer = kill.1(&one, &d);
-        let said = answer.status == 200 || answer.text().contains("killed");
-        assert!(said, "{}: {}", kill.0, answer.text());
+        killed(&one, &d, kill);
         one.kill9();
         one.restart();
         redis.start_again();
@@ -296,7 +292,7 @@ fn a_row_that_nobody_of_us_has_sealed_counts_as_absent() {
     }
     wait::for_true("the last is cleaned up", || !redis.exists(&instance::claim_key(&e)));
     killed(&two, &e, KILLS[0]);
-    assert_eq!(revoke(&two, &e).status, 503, "its certificates are elsewhere");
+    assert_eq!(revoke(&two, &e).status, 200, "over what was planted");
     let next = token(&one, &e);
     assert!(jwt::claims_of(&next)["iat"].as_u64().unwrap() > now_s() + 3, "the row is ours again");
     certificate(&two, &next, &e);

@@ -93,11 +93,11 @@ fn what_the_other_redeemed_leaves_no_phantom() {
     token(other, &d);
 }
 
-/// The price of `own`: once by each, no more, and the log says so.
+/// The price of `own`: once by each, no more.
 #[test]
-fn own_may_redeem_a_token_that_the_other_redeemed_and_reports_it() {
+fn own_may_redeem_a_token_that_the_other_redeemed() {
     for lonely_is_first in [true, false] {
-        let mut pair = pair("own");
+        let pair = pair("own");
         let Pair { lonely, other, .. } = &pair;
         let d = Device::new("d");
         let compact = token(lonely, &d);
@@ -106,31 +106,13 @@ fn own_may_redeem_a_token_that_the_other_redeemed_and_reports_it() {
         if !lonely_is_first {
             order.reverse();
         }
-        let serials = order.map(|service| certificate(service, &compact, &d));
+        for service in order {
+            certificate(service, &compact, &d);
+        }
         refused_as_used(&[lonely, other], &compact, &d);
         pair.reconnect();
         refused_as_used(&[lonely, other], &compact, &d);
         assert_eq!(certificates(&[lonely, other]), 2);
-        let log = lonely.wait_for_log("redeemed twice");
-        let line = log.lines().find(|line| line.contains("redeemed twice")).unwrap();
-        for (service, serial) in order.iter().zip(&serials) {
-            assert!(line.contains(&mark(service, serial)), "{line}");
-        }
-        assert!(line.contains("ERROR") && line.contains("device d "), "{line}");
-        assert!(!line.contains(&compact), "never the token itself: {line}");
-        // Each return puts one's own mark in the place of the other's.
-        let Pair { redis, lonely, other, .. } = &mut pair;
-        for _ in 0..3 {
-            redis.restart(true);
-            for service in [&*lonely, &*other] {
-                service.health();
-                service.wait_for_storage("redis");
-            }
-        }
-        for service in [lonely, other] {
-            let said = service.log().matches("redeemed twice").count();
-            assert!(said <= 1, "{said} times\n{}", service.log());
-        }
     }
 }
 

@@ -9,9 +9,8 @@ use super::follow_up::FollowUp;
 use super::{Failover, Hello, Mode, State};
 use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
-use crate::jwt::{Claims, TokenHash};
 use crate::store::memory::InRedis;
-use crate::store::{Answer, Down, Mark, Op, Outcome, StoreError, locked};
+use crate::store::{Answer, Down, Op, Outcome, StoreError, locked};
 
 /// After an outage other instances may still be carrying their tokens over: so long an unknown
 /// token is answered with 503.
@@ -84,7 +83,7 @@ impl Failover {
             match results.next() {
                 Some(Ok(outcome)) => {
                     tally.add(&follow_up);
-                    self.carried(&mut state, follow_up, &op, &outcome, now);
+                    self.carried(&mut state, follow_up, &outcome, now);
                     if let (Op::Tell(device, _), Outcome::Told(answer)) = (op, outcome) {
                         told.push((device, answer.0));
                     }
@@ -160,64 +159,23 @@ impl Failover {
         }
     }
 
-    fn carried(
-        &self,
-        state: &mut State,
-        follow_up: FollowUp,
-        op: &Op,
-        outcome: &Outcome,
-        now: Now,
-    ) {
-        match (follow_up, op, outcome) {
-            (FollowUp::Carry(hash), ..) => {
+    fn carried(&self, state: &mut State, follow_up: FollowUp, outcome: &Outcome, now: Now) {
+        match (follow_up, outcome) {
+            (FollowUp::Carry(hash), _) => {
                 self.memory.note_in_redis(&hash, InRedis::Confirmed(state.era));
             }
-            (FollowUp::Withdraw(token, serial), ..) => {
+            (FollowUp::Withdraw(token, serial), _) => {
                 self.ledger.release_unknown(&token.hash, serial)
             }
-            (_, Op::Mark(hash, Mark::Killed, claims), Outcome::Marked { other, .. }) => {
-                self.learn_elsewhere(hash, claims, other.as_deref());
-            }
-            (_, Op::Mark(hash, _, claims), Outcome::Marked { ours, other: Some(other) }) => {
-                self.tell_twice(hash, claims, ours, other);
-            }
-            (FollowUp::Row(device), _, Outcome::Told(answer)) => {
+            (FollowUp::Row(device), Outcome::Told(answer)) => {
                 let (row, killed) = &**answer;
-                let redeemed = killed.redeemed_elsewhere.iter().map(|(token, _)| token);
-                killed.dead.iter().chain(redeemed).for_each(|dead| {
+                if let Some(dead) = killed {
                     self.mark_dead(state, dead, false, now);
-                });
-                for (token, mark) in &killed.redeemed_elsewhere {
-                    self.learn_elsewhere(&token.hash, &token.claims, Some(mark));
                 }
                 // Another instance may have killed more than is known here.
                 self.kill_copies(state, &device, row.bound.t, now);
             }
             _ => {}
-        }
-    }
-
-    /// Once: each return may find the other's mark again, which the other's own return has written.
-    fn tell_twice(&self, hash: &TokenHash, claims: &Claims, ours: &str, other: &str) {
-        if self.ledger.note_elsewhere(hash, Some(other)) {
-            log::error!(
-                "token {} of device {} was redeemed twice, as instance and serial: {ours} and {other}",
-                hash.short(),
-                claims.device_id
-            );
-        }
-    }
-
-    /// A token that was killed here while Redis was away may have had its certificate before.
-    fn learn_elsewhere(&self, hash: &TokenHash, claims: &Claims, mark: Option<&str>) {
-        let is_news = self.ledger.note_elsewhere(hash, mark);
-        if let Some((instance, serial)) = mark.filter(|_| is_news).and_then(|m| m.split_once(' ')) {
-            log::warn!(
-                "token {} of device {} was killed here, but instance {instance} has redeemed it for \
-                 certificate {serial}: to revoke that, ask there",
-                hash.short(),
-                claims.device_id
-            );
         }
     }
 

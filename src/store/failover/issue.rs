@@ -99,7 +99,7 @@ impl Failover {
             state.follow_ups.row(kill.device.clone());
         }
         let killed = self.kill_copies(state, &kill.device, kill.row.bound.t, now);
-        killed.into_iter().next().map(|(dead, _)| dead)
+        killed.into_iter().next()
     }
 }
 

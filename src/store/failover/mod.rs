@@ -245,7 +245,6 @@ struct Sent<'a> {
 
 impl TokenStore for Failover {
     fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
-        let ops = &*self.with_copies(ops, now);
         let mut answers: Vec<Option<Answer>> = ops.iter().map(|_| None).collect();
         let (sent, epoch) = self.begin(ops, now, &mut answers);
         if !sent.is_empty() {
@@ -351,7 +350,7 @@ impl Failover {
     fn answered(&self, state: &mut State, op: &Op, result: Answer, late: bool, now: Now) -> Answer {
         match op {
             Op::Issue(new) => self.issue_answered(state, new, result, late, now),
-            Op::Look(look) => self.look_answered(&look.device, result, now),
+            Op::Look(device) => self.look_answered(device, result, now),
             Op::Consume(token, serial) => {
                 self.consume_answered(state, token, *serial, result, late, now)
             }
@@ -378,7 +377,7 @@ impl Failover {
             Op::Issue(new) if self.rules.required => self.refuse_issue(state, new, now),
             Op::Consume(..) if self.rules.required => Err(StoreError::Undecided),
             Op::Issue(new) => self.issue_from_memory(state, new, now),
-            Op::Look(look) => Ok(Outcome::Seen(Box::new(self.memory.look(&look.device, now)))),
+            Op::Look(device) => Ok(Outcome::Seen(Box::new(self.memory.look(device, now)))),
             Op::Consume(token, serial) => self.consume_from_memory(state, token, *serial, now),
             Op::Kill(kill) => self.kill_from_memory(state, kill, now),
             Op::GiveBack(token, serial) => self.given_back(state, token, *serial, false, now),

@@ -34,7 +34,7 @@
 //! Look, Kill, Tell (see `rows`)
 //! GiveBack ─ CAD mark
 //! Finish ─── CAD lease · DEL token · ZREM live      (TakeBack too)
-//! Mark ───── GET mark · SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
+//! Mark ───── SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
 //! Carry ──── SET token · GET mark ─▶ unmarked ── ZADD live · SET lease NX
 //! Count ──── ZCOUNT live · TIME
 //! Prune ──── ZREM live · ZRANGEBYSCORE live     (with every some issues)
@@ -151,14 +151,12 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
                 None => Box::new(issue),
             }
         }
-        Op::TakeBack(token) | Op::Finish(token) => {
-            Box::new(Remove { token: token.clone(), then: Outcome::Done })
-        }
+        Op::TakeBack(token) | Op::Finish(token) => Box::new(Remove { token: token.clone() }),
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
         Op::GiveBack(token, serial) => {
             Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
         }
-        Op::Look(look) => Box::new(LookOnce(look.clone())),
+        Op::Look(device) => Box::new(LookOnce(device.clone())),
         Op::Kill(kill) => Killing::new(Kill::clone(kill), Then::Kill, now).raise(context),
         Op::Tell(device, row) => {
             let kill = Kill { device: device.clone(), row: row.clone(), seen: Seen::default() };
@@ -571,7 +569,6 @@ impl Flow for Withdraw {
 /// The token is used up, or was never handed out: lease, token and count go.
 struct Remove {
     token: Token,
-    then: Outcome,
 }
 
 impl Flow for Remove {
@@ -580,7 +577,7 @@ impl Flow for Remove {
     }
 
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(self.then)))
+        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(Outcome::Done)))
     }
 }
 
@@ -611,9 +608,8 @@ impl Flow for Count {
     }
 }
 
-/// Carry-over of what is known here as used or killed: who has marked it meanwhile, then our mark
-/// without `NX` (a foreign one may be tentative and withdrawn), then the token goes (`docs/model`,
-/// row 20).
+/// Carry-over of what is known here as used or killed: our mark without `NX` (a foreign one may be
+/// tentative and withdrawn), then the token goes (`docs/model`, row 20).
 struct Enter {
     hash: TokenHash,
     mark: Mark,
@@ -626,7 +622,6 @@ struct Enter {
 impl Flow for Enter {
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         let (mark, lasts_ms) = (layout.mark(self.mark), lasts_ms(&self.claims, now));
-        out.push(&layout.get_mark(&self.hash));
         out.push(&layout.set_mark(&self.hash, &mark, lasts_ms));
         out.push(&layout.remove_live(&self.hash));
         out.push(&layout.get_lease(&self.claims.device_id));
@@ -635,19 +630,17 @@ impl Flow for Enter {
         }
     }
 
-    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
-            let other = replies.text()?.filter(|mark| context.layout.is_anothers_attempt(mark));
-            let marked = Outcome::Marked { ours: context.layout.mark(self.mark), other };
             replies.skip();
             replies.skip();
             match replies.text()?.filter(|lease| TokenHash::of(lease) == self.hash) {
                 Some(compact) => {
                     let token =
                         Token { compact: compact.into(), hash: self.hash, claims: self.claims };
-                    Next::trip(Remove { token, then: marked })
+                    Next::trip(Remove { token })
                 }
-                None => Next::done(marked),
+                None => Next::done(Outcome::Done),
             }
         }))
     }

@@ -160,11 +160,6 @@ impl Layout {
         }
     }
 
-    /// A mark of another instance that names a serial: it has redeemed the token, or is about to.
-    pub fn is_anothers_attempt(&self, mark: &str) -> bool {
-        !mark.ends_with(" killed") && !self.is_own_attempt(mark)
-    }
-
     /// A mark of this instance that names a serial. It is dead if no certificate came of it.
     pub fn is_own_attempt(&self, mark: &str) -> bool {
         mark.split_once(' ')

@@ -1,9 +1,9 @@
 //! The rows of devices in Redis, and how a device's past is killed there.
 //!
 //! ```text
-//! Look ────── GET lease · GET the marks of the copies known here · HGET row ─▶ Seen
+//! Look ────── GET lease · HGET row ─▶ Seen
 //! Raise ───── CAS row · then, in the same trip:
-//!   │ Kill, Tell: GET, SET mark killed · DEL token · ZREM live · CAD lease ─▶ Killed, Told
+//!   │ Kill, Tell: SET mark killed · DEL token · ZREM live · CAD lease ─▶ Killed, Told
 //!   │ Replace:    GET mark · PTTL mark      (of the leased token)
 //!   │   │ it is being redeemed ─▶ AlreadyActive
 //!   │   └ else ─▶ Supplant (see `flow`)
@@ -25,7 +25,7 @@ use crate::device::DeviceId;
 use crate::devices::{Row, codec};
 use crate::jwt::{Token, TokenHash};
 use crate::store::ledger::lasts_ms;
-use crate::store::{Dead, Kill, Killed, Look, Outcome, Seen, StoreError};
+use crate::store::{Dead, Kill, Outcome, Seen, StoreError};
 
 /// How often a row is read again because others change it at the same time.
 const TRIES: u8 = 2;
@@ -46,40 +46,27 @@ impl Context {
     }
 
     /// What is there of the device, by the replies to [`push_look`].
-    fn seen(&self, look: &Look, mut replies: Vec<Reply>) -> Result<Seen, StoreError> {
+    fn seen(&self, device: &DeviceId, mut replies: Vec<Reply>) -> Result<Seen, StoreError> {
         let row = replies.pop().unwrap_or(Ok(Value::Nil));
-        let mut replies = Replies::all_or_error(replies)?;
-        let lease = replies.text()?;
-        let mut redeemed_elsewhere = Vec::new();
-        for copy in &look.copies {
-            let mark = self.redeemed_elsewhere(replies.text()?);
-            redeemed_elsewhere.extend(mark.map(|mark| (copy.clone(), mark)));
-        }
-        let (row, value) = self.row_of(&look.device, row)?;
+        let lease = Replies::all_or_error(replies)?.text()?;
+        let (row, value) = self.row_of(device, row)?;
         let leased = lease.map(|compact| Token {
             hash: TokenHash::of(&compact),
-            claims: self.claims_of(&compact, &look.device),
+            claims: self.claims_of(&compact, device),
             compact: compact.into(),
         });
         let latest_iat = leased.as_ref().map(|token| token.claims.iat);
-        Ok(Seen { row, value, leased, latest_iat, redeemed_elsewhere })
-    }
-
-    /// The mark of another instance that has redeemed the token, or is about to.
-    fn redeemed_elsewhere(&self, mark: Option<String>) -> Option<String> {
-        mark.filter(|mark| self.layout.is_anothers_attempt(mark))
+        Ok(Seen { row, value, leased, latest_iat })
     }
 }
 
-fn push_look(look: &Look, layout: &Layout, out: &mut Commands) {
-    out.push(&layout.get_lease(&look.device));
-    look.copies.iter().for_each(|copy| out.push(&layout.get_mark(&copy.hash)));
-    out.push(&layout.get_row(&look.device));
+fn push_look(device: &DeviceId, layout: &Layout, out: &mut Commands) {
+    out.push(&layout.get_lease(device));
+    out.push(&layout.get_row(device));
 }
 
-/// What is there of the device? And who has redeemed the tokens that are known here: their marks say
-/// so for as long as nothing is written over them.
-pub(super) struct LookOnce(pub Look);
+/// What is there of the device?
+pub(super) struct LookOnce(pub DeviceId);
 
 impl Flow for LookOnce {
     fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
@@ -124,20 +111,14 @@ impl Killing {
     }
 
     /// The row stands; how was it with the leased token?
-    fn raised(self, context: &Context, replies: Vec<Reply>) -> Result<Next, StoreError> {
+    fn raised(self, replies: Vec<Reply>) -> Result<Next, StoreError> {
         let replies = Replies::all_or_error(replies)?;
         let dead = self.dead().cloned();
         let Killing { kill, then, now, .. } = self;
         match then {
             Then::Replace(issue) => replaced(issue, dead, now, replies),
-            Then::Kill => {
-                let killed = killed(kill.seen, dead, replies, context)?;
-                Next::done(Outcome::Killed(Box::new(killed)))
-            }
-            Then::Tell => {
-                let killed = killed(kill.seen, dead, replies, context)?;
-                Next::done(Outcome::Told(Box::new((kill.row, killed))))
-            }
+            Then::Kill => Next::done(Outcome::Killed(killed(dead, replies)?)),
+            Then::Tell => Next::done(Outcome::Told(Box::new((kill.row, killed(dead, replies)?)))),
         }
     }
 }
@@ -159,23 +140,11 @@ fn replaced(
     Next::trip(Supplant { issue, old: Some(old) })
 }
 
-/// What is known of a device's past now that it is dead.
-fn killed(
-    seen: Seen,
-    dead: Option<Token>,
-    mut replies: Replies,
-    context: &Context,
-) -> Result<Killed, StoreError> {
-    let mut killed = Killed { redeemed_elsewhere: seen.redeemed_elsewhere, ..Killed::default() };
-    let Some(Token { hash, claims, .. }) = dead else { return Ok(killed) };
-    let dead = Dead { hash, claims };
-    let noted = killed.redeemed_elsewhere.iter().any(|(noted, _)| noted.hash == dead.hash);
-    if let Some(mark) = context.redeemed_elsewhere(replies.text()?).filter(|_| !noted) {
-        killed.redeemed_elsewhere.push((dead.clone(), mark));
-    }
+/// The leased token that has died, if it was live.
+fn killed(dead: Option<Token>, mut replies: Replies) -> Result<Option<Dead>, StoreError> {
+    let Some(Token { hash, claims, .. }) = dead else { return Ok(None) };
     replies.skip();
-    killed.dead = (replies.number()? == 1).then_some(dead);
-    Ok(killed)
+    Ok((replies.number()? == 1).then_some(Dead { hash, claims }))
 }
 
 /// The row is merged into the one that was seen, and what it kills dies.
@@ -202,8 +171,8 @@ impl Flow for Raise {
             out.push(&layout.merge_row(&kill.device, &kill.seen.value, news));
         }
         let Some(dead) = self.killing.dead() else { return };
-        out.push(&layout.get_mark(&dead.hash));
         if let Then::Replace(_) = then {
+            out.push(&layout.get_mark(&dead.hash));
             out.push(&layout.mark_left(&dead.hash));
         } else {
             push_kill(layout, out, dead, now);
@@ -211,7 +180,7 @@ impl Flow for Raise {
         }
     }
 
-    fn receive(self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
+    fn receive(self: Box<Self>, _: &Context, mut replies: Vec<Reply>) -> Next {
         let Raise { mut killing, news } = *self;
         let merged = match news {
             Some(_) => replies.drain(..1).next().map_or(Ok(true), stands),
@@ -219,7 +188,7 @@ impl Flow for Raise {
         };
         Next::of(merged.and_then(|merged| {
             if merged {
-                return killing.raised(context, replies);
+                return killing.raised(replies);
             }
             killing.tries = killing.tries.checked_sub(1).ok_or(StoreError::Undecided)?;
             Next::trip(LookAgain(killing))
@@ -240,26 +209,18 @@ fn stands(reply: Reply) -> Result<bool, StoreError> {
 /// Another instance has changed the row meanwhile; or, with a carry-over, it was not looked at yet.
 pub(super) struct LookAgain(pub Killing);
 
-impl LookAgain {
-    /// Who has redeemed the copies was seen the first time.
-    fn look(&self) -> Look {
-        Look { device: self.0.kill.device.clone(), copies: Vec::new() }
-    }
-}
-
 impl Flow for LookAgain {
     fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
-        push_look(&self.look(), layout, out);
+        push_look(&self.0.kill.device, layout, out);
     }
 
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(context.seen(&self.look(), replies).and_then(|seen| {
+        Next::of(context.seen(&self.0.kill.device, replies).and_then(|seen| {
             let mut killing = self.0;
-            let before = std::mem::take(&mut killing.kill.seen.redeemed_elsewhere);
-            killing.kill.seen = Seen { redeemed_elsewhere: before, ..seen };
+            killing.kill.seen = seen;
             let raise = Raise::new(killing, context);
             if raise.news.is_none() && raise.killing.dead().is_none() {
-                return raise.killing.raised(context, Vec::new());
+                return raise.killing.raised(Vec::new());
             }
             Next::trip(raise)
         }))
