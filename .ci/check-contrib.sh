@@ -49,6 +49,11 @@ systemd-analyze security --no-pager --offline=true --threshold=$threshold \
     "$units/mqtt-publisher-lite.service" >"$work/security" || fail "$(tail -1 "$work/security")"
 ok "$(tail -1 "$work/security" | sed 's/^[^O]*//; s/ [^ ]*$//')"
 
+tools promtool
+promtool check rules "$contrib/alerts.yml" >"$work/rules" 2>&1 || fail "alerts.yml: $(cat "$work/rules")"
+python3 -m json.tool "$contrib/grafana.json" >/dev/null || fail "grafana.json is no JSON"
+ok "alerts.yml and grafana.json"
+
 # --- The installation as docs/operations.md and docs/upgrade.md give it, into a folder instead of /: each
 # command is the real one, but for paths and names of users, which are those of that folder.
 sysroot=$work/sysroot

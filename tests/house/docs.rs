@@ -126,6 +126,22 @@ fn anchor(heading: &str) -> String {
     text.chars().filter(kept).collect::<String>().to_lowercase().replace(' ', "-")
 }
 
+/// Whoever watches by these watches something.
+#[test]
+fn every_metric_that_is_watched_exists() {
+    let page = read("docs/metrics.md");
+    for file in ["contrib/alerts.yml", "contrib/grafana.json"] {
+        let text = read(file);
+        let words = text.split(|c: char| !c.is_ascii_lowercase() && c != '_');
+        let families: Vec<&str> = words.filter(|word| word.starts_with("mqtt_lite_")).collect();
+        assert!(families.len() > 8, "{file}");
+        for family in families {
+            let family = family.trim_end_matches("_bucket");
+            assert!(page.contains(&format!("`{family}")), "{file}: {family}");
+        }
+    }
+}
+
 /// Pages, and the first line of commands there that neither CI nor a test runs: (page, line, why).
 const BY_HAND: &[(&str, &str, &str)] = &[
     ("operations.md", "scripts/build-static.sh", "minutes, and compilers that are fetched"),
@@ -140,7 +156,7 @@ fn every_block_of_commands_is_run_by_somebody() {
     let ci = read(".ci/run");
     let mut by_hand = 0;
     for (page, text) in pages() {
-        let called = ci.lines().any(|l| l.starts_with("for page in ") && l.contains(&page));
+        let called = ci.lines().any(|l| l.trim().starts_with("for page in ") && l.contains(&page));
         let called =
             called || page == "mosquitto.md" && read("tests/service/mosquitto.rs").contains(&page);
         let mut lines = text.lines().map(str::trim);
