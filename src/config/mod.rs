@@ -166,6 +166,17 @@ pub enum Reenroll {
     Allow,
 }
 
+/// Who may onboard a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Enrolment {
+    /// Anyone who reaches the port.
+    Open,
+    /// Who has the API key.
+    Key,
+    /// Devices that were registered, each by its own secret.
+    Registered,
+}
+
 /// Which tokens are redeemed while Redis is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutageRedeem {

@@ -5,10 +5,13 @@
 //! ([`merge`]), so that no order of messages, no loss or repetition, and no older copy of a file or of
 //! Redis can make two instances disagree for good. [`table`] holds the rows of this instance, each
 //! change on disk ([`mod@file`]) before it counts; [`codec`] is a row as bytes, in memory and in Redis.
+//! Who may enrol by a row, and how rows are changed, is in [`enrol`]; a device's secret in [`secret`].
 
 pub mod codec;
+pub mod enrol;
 mod file;
 mod merge;
+pub mod secret;
 pub mod table;
 
 use std::collections::BTreeSet;
@@ -71,9 +74,9 @@ pub struct Registration {
     pub version: u64,
     /// The instance on which it was made.
     pub instance: Instance,
-    /// When it was made, in seconds since 1970.
+    /// When it was begun, in seconds since 1970: what is changed later leaves that as it is.
     pub made_at: u64,
-    /// The name of the key with which it was made.
+    /// The name of the key with which it was begun, or changed last.
     pub made_by: Option<Text>,
     /// What it permits; `None` if it was forgotten.
     pub terms: Option<Terms>,

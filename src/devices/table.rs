@@ -90,6 +90,11 @@ impl Devices {
         Ok(Devices { own, rows: RwLock::new(rows), waiting: Mutex::default(), writer })
     }
 
+    /// The instance whose rows these are.
+    pub fn own(&self) -> Instance {
+        self.own
+    }
+
     /// How far the device's past is dead, and whether it is blocked.
     pub fn bound(&self, device: &DeviceId) -> (Bound, Block) {
         let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);

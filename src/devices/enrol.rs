@@ -1,0 +1,423 @@
+//! Who may enrol, and how registrations and blocks are made. Pure: a row, what is asked, the time.
+//!
+//! A change is made as news for the row that was seen: the caller merges and writes them. A version is
+//! later than whatever was seen of the device, so that a change made here wins over all that who made
+//! it could know of, however far the clocks of two instances are apart.
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Block, Instance, LONGEST_REGISTRATION_S, Registration, Row, SecretHash, Terms, Text};
+use crate::clock::{DAY_S, Now};
+use crate::config::Enrolment;
+
+/// How long a registration lives if nothing else is said: devices lie on shelves for months.
+const REGISTERED_FOR_S: u64 = 90 * DAY_S;
+
+/// What somebody who wants to enrol a device has shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// Nothing.
+    Nothing,
+    /// `ONBOARDING_API_KEY`.
+    Key,
+    /// A secret.
+    Secret(SecretHash),
+    /// Something else.
+    Wrong,
+}
+
+/// Why a device may not enrol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The API key is wanted.
+    KeyRequired,
+    /// The secret of the device's registration is wanted.
+    SecretInvalid,
+    /// The device is blocked.
+    Blocked,
+    /// It has no registration that lives.
+    NotRegistered,
+}
+
+/// How it is with the registration of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// There is none.
+    None,
+    /// It permits to enrol.
+    Open,
+    /// It was used.
+    Spent,
+    /// Its time is over.
+    Ended,
+}
+
+impl Stage {
+    /// Its name in answers.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Stage::None => "none",
+            Stage::Open => "open",
+            Stage::Spent => "spent",
+            Stage::Ended => "ended",
+        }
+    }
+}
+
+/// What is to be changed of a device. What is `None` stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Edit {
+    /// Begins a registration, with this secret or without; one that there is ends.
+    pub register: Option<Option<SecretHash>>,
+    /// It ends so many seconds from now.
+    pub expires_in_s: Option<u64>,
+    /// Lifetime of the certificate.
+    pub cert_days: Option<u32>,
+    /// The note, or that there is none any more.
+    pub note: Option<Option<Text>>,
+    /// Whether the device is blocked.
+    pub blocked: Option<bool>,
+}
+
+/// There is no registration that could be changed so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoRegistration;
+
+/// Who changes something, where and when.
+#[derive(Clone, Debug)]
+pub struct Maker {
+    /// The name of the key that was shown.
+    pub name: Option<Text>,
+    /// This instance.
+    pub instance: Instance,
+    /// When.
+    pub now: Now,
+}
+
+impl Edit {
+    /// The longest life of a registration, in seconds.
+    pub const LONGEST_S: u64 = LONGEST_REGISTRATION_S;
+
+    fn concerns_registration(&self) -> bool {
+        self.expires_in_s.is_some() || self.cert_days.is_some() || self.note.is_some()
+    }
+}
+
+impl Row {
+    /// Whether the device may enrol by this rule with what was shown. Whether it has a certificate is
+    /// not looked at.
+    ///
+    /// # Errors
+    /// Why not; who has shown nothing that counts learns nothing of the device.
+    pub fn may_enrol(&self, rule: Enrolment, shown: &Shown, now_s: u64) -> Result<(), Refusal> {
+        let living = self.living(now_s);
+        let secret = living.and_then(|terms| terms.secret);
+        let entitled = *shown == Shown::Key || fits(secret, shown);
+        match rule {
+            Enrolment::Key if *shown != Shown::Key => return Err(Refusal::KeyRequired),
+            Enrolment::Registered if !entitled => return Err(Refusal::SecretInvalid),
+            Enrolment::Open if secret.is_some() && !entitled => return Err(Refusal::SecretInvalid),
+            _ => {}
+        }
+        match () {
+            () if self.block.stands() => Err(Refusal::Blocked),
+            () if rule == Enrolment::Registered && living.is_none() => Err(Refusal::NotRegistered),
+            () => Ok(()),
+        }
+    }
+
+    /// Whether the secret of the device's registration was shown.
+    pub fn has_shown_secret(&self, shown: &Shown, now_s: u64) -> bool {
+        fits(self.living(now_s).and_then(|terms| terms.secret), shown)
+    }
+
+    /// What the registration permits, while it lives.
+    pub fn living(&self, now_s: u64) -> Option<&Terms> {
+        self.registration.as_ref()?.terms.as_ref().filter(|_| self.stage(now_s) == Stage::Open)
+    }
+
+    /// How it is with the registration.
+    pub fn stage(&self, now_s: u64) -> Stage {
+        let latest = self.registration.as_ref();
+        let Some((latest, terms)) = latest.and_then(|r| Some((r, r.terms.as_ref()?))) else {
+            return Stage::None;
+        };
+        match () {
+            () if self.spent.contains(&latest.ticket(terms)) => Stage::Spent,
+            () if terms.end <= now_s => Stage::Ended,
+            () => Stage::Open,
+        }
+    }
+
+    /// The news that the registration is used up; `None` if there is none that lives.
+    pub fn spend(&self, now_s: u64) -> Option<Row> {
+        let terms = self.living(now_s)?;
+        let ticket = self.registration.as_ref()?.ticket(terms);
+        Some(Row { spent: [ticket].into(), ..Row::default() })
+    }
+
+    /// The news of an edit. Whoever begins a registration has to raise the bound, too.
+    ///
+    /// # Errors
+    /// When it would change a registration that there is not. One whose time is over is not brought
+    /// back by a later end: that would be another.
+    pub fn edited(&self, edit: &Edit, maker: &Maker) -> Result<Row, NoRegistration> {
+        let version = self.next_version(maker.now);
+        let registration = match edit.register {
+            Some(secret) => Some(self.begun(secret, edit, version, maker)),
+            None if edit.concerns_registration() => Some(self.changed(edit, version, maker)?),
+            None => None,
+        };
+        let Block { blocked, lifted } = self.block;
+        let block = match edit.blocked {
+            Some(true) => Block { blocked: version, lifted },
+            Some(false) => Block { blocked, lifted: blocked },
+            None => Block::default(),
+        };
+        Ok(Row { registration, block, ..Row::default() })
+    }
+
+    /// The news that the registration is forgotten. The block stays.
+    pub fn forgotten(&self, maker: &Maker) -> Row {
+        let latest = Registration {
+            version: self.next_version(maker.now),
+            instance: maker.instance,
+            made_at: self.next_made_at(maker.now),
+            made_by: maker.name.clone(),
+            terms: None,
+        };
+        Row { registration: Some(latest), ..Row::default() }
+    }
+
+    fn begun(
+        &self,
+        secret: Option<SecretHash>,
+        edit: &Edit,
+        version: u64,
+        maker: &Maker,
+    ) -> Registration {
+        let lives_s = edit.expires_in_s.unwrap_or(REGISTERED_FOR_S);
+        let terms = Terms {
+            secret,
+            end: maker.now.unix_s().saturating_add(lives_s),
+            cert_days: edit.cert_days,
+            note: edit.note.clone().flatten(),
+        };
+        Registration {
+            version,
+            instance: maker.instance,
+            made_at: self.next_made_at(maker.now),
+            made_by: maker.name.clone(),
+            terms: Some(terms),
+        }
+    }
+
+    fn changed(
+        &self,
+        edit: &Edit,
+        version: u64,
+        maker: &Maker,
+    ) -> Result<Registration, NoRegistration> {
+        let now_s = maker.now.unix_s();
+        let latest = self.registration.clone().ok_or(NoRegistration)?;
+        let mut terms = latest.terms.ok_or(NoRegistration)?;
+        if let Some(lives_s) = edit.expires_in_s {
+            if terms.end <= now_s {
+                return Err(NoRegistration);
+            }
+            terms.end = now_s.saturating_add(lives_s);
+        }
+        terms.cert_days = edit.cert_days.or(terms.cert_days);
+        terms.note = edit.note.clone().unwrap_or(terms.note);
+        let (instance, made_by) = (maker.instance, maker.name.clone());
+        Ok(Registration { version, instance, made_by, terms: Some(terms), ..latest })
+    }
+
+    fn next_version(&self, now: Now) -> u64 {
+        let registered = self.registration.as_ref().map_or(0, |latest| latest.version);
+        let highest = registered.max(self.block.blocked).max(self.block.lifted);
+        now.unix_ms.max(highest.saturating_add(1))
+    }
+
+    /// Later than that of the registration before: by it the two are told apart when one is spent.
+    fn next_made_at(&self, now: Now) -> u64 {
+        let before = self.registration.as_ref().map_or(0, |latest| latest.made_at);
+        now.unix_s().max(before.saturating_add(1))
+    }
+}
+
+impl Registration {
+    /// What stands for it among what is spent: its secret, or when it was begun, which no change of it
+    /// alters.
+    fn ticket(&self, terms: &Terms) -> SecretHash {
+        let begun = || format!("a registration without a secret, begun at {}", self.made_at);
+        terms.secret.unwrap_or_else(|| SecretHash(Sha256::digest(begun().as_bytes()).into()))
+    }
+}
+
+/// Whether the secret was shown. Where there is none, what was shown is compared all the same, so that
+/// the time tells nobody.
+fn fits(secret: Option<SecretHash>, shown: &Shown) -> bool {
+    const DUMMY: SecretHash = SecretHash([0; 32]);
+    let Shown::Secret(shown) = shown else { return false };
+    shown.matches(&secret.unwrap_or(DUMMY)) & secret.is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::fixture::{block, forgotten, registered, registration};
+    use Refusal::{Blocked, KeyRequired, NotRegistered, SecretInvalid};
+
+    const T: u64 = 1_800_000_000;
+    const SECRET: SecretHash = SecretHash([9; 32]);
+    const OTHER: SecretHash = SecretHash([8; 32]);
+
+    fn maker(s: u64) -> Maker {
+        let now = Now { unix_ms: (T + s) * 1000, mono_ms: 0 };
+        Maker { name: Text::parse("anna"), instance: Instance([1; 16]), now }
+    }
+
+    fn edit(row: &Row, edit: &Edit, s: u64) -> Row {
+        row.clone().merge(row.edited(edit, &maker(s)).unwrap())
+    }
+
+    fn register(secret: Option<SecretHash>) -> Edit {
+        Edit { register: Some(secret), ..Edit::default() }
+    }
+
+    fn without_secret(row: Row) -> Row {
+        let mut row = row;
+        row.registration.as_mut().unwrap().terms.as_mut().unwrap().secret = None;
+        row
+    }
+
+    #[test]
+    fn who_may_enrol() {
+        let unknown = Row::default();
+        let lives = registered(1, T + 1);
+        let plain = without_secret(lives.clone());
+        let ended = registered(1, T);
+        let spent = lives.clone().merge(lives.spend(T).unwrap());
+        let barred = lives.clone().merge(block(7, 0));
+        let gone = lives.clone().merge(forgotten(2));
+        let (nothing, key, right, wrong) =
+            (Shown::Nothing, Shown::Key, Shown::Secret(SECRET), Shown::Secret(OTHER));
+        let (open, keyed, closed) = (Enrolment::Open, Enrolment::Key, Enrolment::Registered);
+        let none = Shown::Secret(SecretHash([0; 32]));
+        for (row, rule, shown, expected) in [
+            (&unknown, open, nothing, Ok(())),
+            (&unknown, open, Shown::Wrong, Ok(())),
+            (&unknown, open, right, Ok(())),
+            (&plain, open, nothing, Ok(())),
+            (&lives, open, nothing, Err(SecretInvalid)),
+            (&lives, open, wrong, Err(SecretInvalid)),
+            (&lives, open, right, Ok(())),
+            (&lives, open, key, Ok(())),
+            (&ended, open, nothing, Ok(())),
+            (&spent, open, nothing, Ok(())),
+            (&barred, open, nothing, Err(SecretInvalid)),
+            (&barred, open, right, Err(Blocked)),
+            (&unknown, keyed, nothing, Err(KeyRequired)),
+            (&lives, keyed, right, Err(KeyRequired)),
+            (&lives, keyed, key, Ok(())),
+            (&barred, keyed, key, Err(Blocked)),
+            (&barred, keyed, nothing, Err(KeyRequired)),
+            (&unknown, closed, nothing, Err(SecretInvalid)),
+            (&unknown, closed, none, Err(SecretInvalid)),
+            (&unknown, closed, key, Err(NotRegistered)),
+            (&lives, closed, right, Ok(())),
+            (&lives, closed, wrong, Err(SecretInvalid)),
+            (&lives, closed, Shown::Wrong, Err(SecretInvalid)),
+            (&lives, closed, key, Ok(())),
+            (&plain, closed, key, Ok(())),
+            (&plain, closed, none, Err(SecretInvalid)),
+            (&ended, closed, right, Err(SecretInvalid)),
+            (&ended, closed, key, Err(NotRegistered)),
+            (&spent, closed, right, Err(SecretInvalid)),
+            (&gone, closed, right, Err(SecretInvalid)),
+            (&barred, closed, wrong, Err(SecretInvalid)),
+            (&barred, closed, right, Err(Blocked)),
+        ] {
+            assert_eq!(row.may_enrol(rule, &shown, T), expected, "{rule:?} {shown:?} {row:?}");
+        }
+        for (row, shown, has) in [
+            (&lives, right, true),
+            (&lives, wrong, false),
+            (&plain, none, false),
+            (&ended, right, false),
+            (&spent, right, false),
+            (&barred, right, true),
+            (&lives, key, false),
+        ] {
+            assert_eq!(row.has_shown_secret(&shown, T), has, "{shown:?} {row:?}");
+        }
+    }
+
+    #[test]
+    fn a_registration_permits_one_enrolment() {
+        for secret in [Some(SECRET), None] {
+            let row = edit(&Row::default(), &register(secret), 0);
+            assert_eq!(row.stage(T), Stage::Open);
+            let spent = row.clone().merge(row.spend(T).unwrap());
+            assert_eq!((spent.stage(T), spent.spend(T)), (Stage::Spent, None));
+            let note = Edit { note: Some(Text::parse("x")), ..Edit::default() };
+            assert_eq!(edit(&spent, &note, 1).stage(T), Stage::Spent, "a note undoes nothing");
+            // The note was made where the spend was not known yet.
+            let parted = edit(&row, &note, 1).merge(row.spend(T).unwrap());
+            assert_eq!(parted.stage(T), Stage::Spent);
+            let again = edit(&spent, &register(secret), 0);
+            let expected = if secret.is_some() { Stage::Spent } else { Stage::Open };
+            assert_eq!(again.stage(T), expected, "the same secret stays spent");
+            assert_eq!(edit(&spent, &register(Some(OTHER)), 0).stage(T), Stage::Open);
+        }
+        assert_eq!(Row::default().spend(T), None);
+        assert_eq!(registered(1, T).spend(T), None);
+    }
+
+    #[test]
+    fn what_a_registration_says() {
+        let asked = Edit {
+            expires_in_s: Some(60),
+            cert_days: Some(7),
+            note: Some(Text::parse("Halle 3")),
+            ..register(Some(SECRET))
+        };
+        let row = edit(&Row::default(), &asked, 0);
+        let latest = row.registration.clone().unwrap();
+        let terms = latest.terms.clone().unwrap();
+        assert_eq!((latest.version, latest.made_at), (T * 1000, T));
+        assert_eq!(latest.made_by, Text::parse("anna"));
+        assert_eq!((terms.end, terms.cert_days), (T + 60, Some(7)));
+        let plain = edit(&Row::default(), &register(None), 0);
+        assert_eq!(plain.living(T).unwrap().end, T + 90 * 86_400);
+
+        let longer = Edit { expires_in_s: Some(90), note: Some(None), ..Edit::default() };
+        let changed = edit(&row, &longer, 10).registration.unwrap();
+        assert_eq!((changed.version, changed.made_at), ((T + 10) * 1000, T));
+        let expected = Terms { end: T + 100, note: None, ..terms };
+        assert_eq!(changed.terms, Some(expected));
+        assert_eq!(row.edited(&longer, &maker(60)), Err(NoRegistration), "it has ended");
+        assert_eq!(Row::default().edited(&longer, &maker(0)), Err(NoRegistration));
+        assert_eq!(forgotten(1).edited(&longer, &maker(0)), Err(NoRegistration));
+        assert_eq!(Row::default().edited(&Edit::default(), &maker(0)), Ok(Row::default()));
+        let gone = row.clone().merge(row.forgotten(&maker(0)));
+        assert_eq!((gone.stage(T), gone.living(T)), (Stage::None, None));
+        assert!(gone.registration > row.registration);
+    }
+
+    #[test]
+    fn a_change_wins_over_all_that_was_seen_whatever_the_clock() {
+        let ahead = (T + 3_600) * 1000;
+        let seen = Row { registration: Some(registration(ahead, T + 9)), ..block(ahead + 5, 0) };
+        let changed = edit(&seen, &register(None), 0);
+        assert_eq!(changed.registration.as_ref().unwrap().version, ahead + 6);
+        let (barred, lifted) = (Some(true), Some(false));
+        let again = edit(&seen, &Edit { blocked: barred, ..Edit::default() }, 0);
+        assert_eq!(again.block, Block { blocked: ahead + 6, lifted: 0 });
+        let free = edit(&seen, &Edit { blocked: lifted, ..Edit::default() }, 0);
+        assert_eq!(free.block, Block { blocked: ahead + 5, lifted: ahead + 5 });
+        assert!(!free.block.stands() && again.block.stands());
+        assert!(again.merge(free).block.stands(), "nobody lifts a block that he had not seen");
+    }
+}
