@@ -140,7 +140,8 @@ accept() {
     done <"$work/settings"
     echo 0123456789abcdef >"$work/etc/redis-password"
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=x \
-        -keyout "$work/etc/key" -out "$work/etc/redis-ca.crt" 2>/dev/null
+        -keyout "$work/etc/redis-client.key" -out "$work/etc/redis-client.crt" 2>/dev/null
+    cp "$work/etc/redis-client.crt" "$work/etc/redis-ca.crt"
     sed "s|=/etc/mqtt-publisher-lite/|=$work/etc/|" "$work/settings" >"$work/settings.here"
     # shellcheck disable=SC2046 # one word for each setting; none has spaces
     env -i $(cat "$work/settings.here") "$bin" check-config --offline

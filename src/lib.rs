@@ -19,7 +19,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`stderr`] | layer 0 |
+//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`socket`] [`stderr`] | layer 0 |
 //! | 1 | [`devices`], [`store`], [`ca`] | layer 0, [`devices`] (its plain types); back ends also what `store` itself defines |
 //! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
@@ -68,6 +68,7 @@ pub mod metrics;
 
 pub mod config;
 pub mod files;
+pub mod socket;
 pub mod stderr;
 
 pub mod devices;

@@ -178,7 +178,7 @@ fn try_files(config: &Config) -> Result<(), String> {
 fn try_redis(redis: &config::Redis) -> Result<Hello, String> {
     let metrics = Arc::new(Metrics::new(api::endpoints()));
     let store = RedisStore::new(redis, String::new(), Signer::new(b"none"), metrics);
-    store.and_then(|store| store.connect(None)).map_err(|e| e.to_string())
+    store.connect(None).map_err(|e| e.to_string())
 }
 
 fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
@@ -301,7 +301,7 @@ fn open_store(
     log::info!("💾 Initializing Redis (Token Persistence)...");
     let remote = RedisStore::new(redis, instance.to_string(), signer.clone(), Arc::clone(metrics));
     let failover = Arc::new(Failover::new(
-        Box::new(remote.map_err(failed)?),
+        Box::new(remote),
         Arc::clone(&memory),
         Arc::clone(ledger),
         Arc::clone(devices) as _,

@@ -17,6 +17,6 @@ pub(super) fn run(given: &Given, offline: bool) -> ExitCode {
     let warnings = config.warnings.iter().chain(&rehearsal.warnings);
     warnings.for_each(|warning| tell(format_args!("warning: {warning}")));
     rehearsal.faults.iter().for_each(tell);
-    let printed = print(&(config.describe().join("\n") + "\n"));
+    let printed = print(&(config.shown.join("\n") + "\n"));
     if rehearsal.faults.is_empty() { printed } else { ExitCode::from(BAD_CONFIG) }
 }

@@ -6,7 +6,6 @@
 //! [`variables`].
 
 mod cidr;
-mod describe;
 mod environment;
 mod names;
 mod redis;
@@ -30,7 +29,7 @@ use rustls::sign::CertifiedKey;
 
 pub use self::cidr::Cidr;
 pub use self::environment::Environment;
-pub use self::redis::{PemFile, Redis};
+pub use self::redis::{HostPort, Login, Place, Redis, RedisTls, Sentinels};
 pub use self::secret::Secret;
 pub use self::supervision::Supervision;
 pub use self::tls::{TlsFault, certificates, certified_key};
@@ -88,6 +87,9 @@ pub struct Config {
     pub supervision: Supervision,
     /// What the operator should know although it does not stop the start: one line each.
     pub warnings: Vec<String>,
+    /// What counts, for `check-config`: a line `NAME=value` for each setting, of a secret only
+    /// whether it is set. Without Redis `REDIS_ENABLED=false` is the only line about it.
+    pub shown: Vec<String>,
 }
 
 /// The door to the network.
@@ -199,8 +201,9 @@ impl Config {
         let mut warnings = Vec::new();
         let data_dir = vars.path(&var::DATA_DIR)?;
         let http = Http::from_vars(&vars)?;
+        let read = |files| tls::read(&vars, &var::TLS_CERT, &var::TLS_KEY, files);
         let mut config = Config {
-            tls: http.tls.as_ref().map(|files| tls::read(&vars, files)).transpose()?,
+            tls: http.tls.as_ref().map(read).transpose()?,
             http,
             log: Log::from_vars(&vars)?,
             run_dir: run_dir(&vars, &data_dir)?,
@@ -210,16 +213,19 @@ impl Config {
             jwt_secret: jwt_secret(&vars, &mut warnings)?,
             onboarding_api_key: api_key(&vars, &var::ONBOARDING_API_KEY)?,
             admin_api_key: api_key(&vars, &var::ADMIN_API_KEY)?,
-            reenroll: vars.choice(&var::REENROLL, Reenroll::parse)?,
+            reenroll: vars.choice(&var::REENROLL, &[Reenroll::Deny, Reenroll::Allow])?,
             redis: Redis::from_vars(&vars, &mut warnings)?,
-            outage_redeem: vars.choice(&var::OUTAGE_REDEEM, OutageRedeem::parse)?,
+            outage_redeem: vars
+                .choice(&var::OUTAGE_REDEEM, &[OutageRedeem::Own, OutageRedeem::None])?,
             memory_max_tokens: vars.number(&var::MEMORY_MAX_TOKENS)?,
             crl_hook: vars.optional_path(&var::CRL_HOOK)?,
             renew_revokes: vars.flag(&var::RENEW_REVOKES)?,
             renew_after_expiry_days: vars.number(&var::RENEW_AFTER_EXPIRY_DAYS)?,
             supervision: Supervision::from_vars(&vars)?,
             warnings,
+            shown: Vec::new(),
         };
+        config.show(&vars);
         config.warn();
         Ok(config)
     }
@@ -240,9 +246,9 @@ impl Config {
     /// The variables that are otherwise in `later`, which was read anew, and that a running server
     /// cannot change.
     pub fn fixed_changes(&self, later: &Config) -> Vec<String> {
-        let (before, after) = (self.describe(), later.describe());
+        let (before, after) = (&self.shown, &later.shown);
         let differs = |line: &&String| !before.contains(line) || !after.contains(line);
-        let shown = before.iter().chain(&after).filter(differs);
+        let shown = before.iter().chain(after).filter(differs);
         let mut names: Vec<String> =
             shown.filter_map(|line| Some(line.split_once('=')?.0.to_owned())).collect();
         names.retain(|name| !self.is_taken_up(name, later));
@@ -259,22 +265,35 @@ impl Config {
         is_key || (is_tls && self.tls.is_some() == later.tls.is_some())
     }
 
-    /// Those of which [`Config::describe`] shows no more than that they are set.
+    /// Those of which [`Config::shown`] says no more than that they are set.
     fn changed_contents(&self, later: &Config) -> impl Iterator<Item = &'static str> {
         let password = |config: &Config| {
             // What stands in a file is read again for each connection.
-            let redis = config.redis.as_ref().filter(|redis| redis.password_file.is_none())?;
-            redis.password.as_ref().map(|password| password.reveal().clone())
+            let login = &config.redis.as_ref()?.login;
+            let password = login.password.as_ref().filter(|_| login.password_file.is_none());
+            password.map(|password| password.reveal().clone())
         };
-        let roots =
-            |config: &Config| config.redis.as_ref()?.tls_ca.as_ref().map(|file| file.pem.clone());
         let secret = |config: &Config| config.jwt_secret.as_ref().map(|s| s.reveal().clone());
         let changed = [
             (var::JWT_SECRET.name, secret(self) != secret(later)),
             (var::REDIS_PASSWORD.name, password(self) != password(later)),
-            (var::REDIS_TLS_CA.name, roots(self) != roots(later)),
         ];
         changed.into_iter().filter(|(_, changed)| *changed).map(|(name, _)| name)
+    }
+
+    /// Keeps what counts of all that was read.
+    fn show(&mut self, vars: &Vars<'_>) {
+        vars.hide(&var::PROVISIONING_JWT_SECRET);
+        vars.show(&var::JWT_SECRET, if self.jwt_secret.is_some() { "(set)" } else { "(unset)" });
+        match &self.redis {
+            Some(redis) => redis.show(vars),
+            None => {
+                let of_redis = |variable: &&Variable| variable.name.starts_with("REDIS_");
+                var::ALL.iter().filter(of_redis).for_each(|variable| vars.hide(variable));
+                vars.show(&var::REDIS_ENABLED, false);
+            }
+        }
+        self.shown = vars.shown();
     }
 
     /// Adds what is allowed but unwise in combination.
@@ -345,10 +364,12 @@ impl Http {
     }
 
     fn from_vars(vars: &Vars<'_>) -> Result<Http, ConfigError> {
+        let host = vars.parsed(&var::HTTP_HOST, listen_address)?;
+        vars.show(&var::HTTP_HOST, host);
         Ok(Http {
-            host: vars.parsed(&var::HTTP_HOST, listen_address)?,
+            host,
             port: port(vars)?,
-            tls: tls_files(vars)?,
+            tls: tls::files(vars, &var::TLS_CERT, &var::TLS_KEY)?,
             workers: vars.number(&var::WORKERS)?,
             max_connections: vars.number(&var::MAX_CONNECTIONS)?,
             max_connections_per_ip: vars.number(&var::MAX_CONNECTIONS_PER_IP)?,
@@ -363,14 +384,13 @@ impl Http {
 
 impl Log {
     fn from_vars(vars: &Vars<'_>) -> Result<Log, ConfigError> {
+        use LevelFilter::{Debug, Error, Info, Trace, Warn};
         let is_filter = |text: &str| env_filter::Builder::new().try_parse(text).is_ok();
         Ok(Log {
-            level: vars.choice(&var::LOG_LEVEL, |text| {
-                text.parse().ok().filter(|l| *l != LevelFilter::Off)
-            })?,
+            level: vars.choice(&var::LOG_LEVEL, &[Error, Warn, Info, Debug, Trace])?,
             filter: vars
                 .optional(&var::RUST_LOG, |text| is_filter(text).then(|| text.to_owned()))?,
-            format: vars.choice(&var::LOG_FORMAT, LogFormat::parse)?,
+            format: vars.choice(&var::LOG_FORMAT, &[LogFormat::Text, LogFormat::Json])?,
         })
     }
 }
@@ -387,41 +407,13 @@ impl Ca {
 
     fn from_vars(vars: &Vars<'_>, data_dir: &Path) -> Result<Ca, ConfigError> {
         let dir = vars.optional_path(&var::CA_STORAGE_PATH)?;
+        let dir = dir.unwrap_or_else(|| data_dir.join("ca"));
+        vars.show(&var::CA_STORAGE_PATH, dir.display());
         Ok(Ca {
-            dir: dir.unwrap_or_else(|| data_dir.join("ca")),
+            dir,
             root_validity_years: vars.number(&var::ROOT_CA_VALIDITY_YEARS)?,
             device_validity_days: vars.number(&var::DEVICE_CERT_VALIDITY_DAYS)?,
         })
-    }
-}
-
-impl LogFormat {
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "text" => Some(LogFormat::Text),
-            "json" => Some(LogFormat::Json),
-            _ => None,
-        }
-    }
-}
-
-impl Reenroll {
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "deny" => Some(Reenroll::Deny),
-            "allow" => Some(Reenroll::Allow),
-            _ => None,
-        }
-    }
-}
-
-impl OutageRedeem {
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "own" => Some(OutageRedeem::Own),
-            "none" => Some(OutageRedeem::None),
-            _ => None,
-        }
     }
 }
 
@@ -439,20 +431,11 @@ fn listen_address(text: &str) -> Option<IpAddr> {
 }
 
 fn port(vars: &Vars<'_>) -> Result<u16, ConfigError> {
-    match vars.given(var::PORT.name)? {
-        Some(_) => vars.number(&var::PORT),
-        None => vars.number(&var::HTTP_PORT),
-    }
-}
-
-fn tls_files(vars: &Vars<'_>) -> Result<Option<TlsFiles>, ConfigError> {
-    let (cert, key) = (vars.optional_path(&var::TLS_CERT)?, vars.optional_path(&var::TLS_KEY)?);
-    match (cert, key) {
-        (Some(cert), Some(key)) => Ok(Some(TlsFiles { cert, key })),
-        (None, None) => Ok(None),
-        (Some(_), None) => Err(ConfigError::bare("TLS_KEY", "must be set when TLS_CERT is set")),
-        (None, Some(_)) => Err(ConfigError::bare("TLS_CERT", "must be set when TLS_KEY is set")),
-    }
+    let is_given = vars.given(var::PORT.name)?.is_some();
+    let port = vars.number(if is_given { &var::PORT } else { &var::HTTP_PORT })?;
+    vars.hide(&var::HTTP_PORT);
+    vars.show(&var::PORT, port);
+    Ok(port)
 }
 
 fn cidrs(text: &str) -> Option<Vec<Cidr>> {

@@ -48,8 +48,7 @@ pub fn note(name: &str, value: &OsStr) -> Option<String> {
 }
 
 fn is_ours(name: &str) -> bool {
-    let of_secret = |v: &var::Variable| v.is_secret() && name.strip_suffix("_FILE") == Some(v.name);
-    var::ALL.iter().any(|variable| variable.name == name || of_secret(variable))
+    var::ALL.iter().flat_map(var::Variable::names).any(|ours| ours == name)
 }
 
 /// What Kubernetes sets for each service that it has, in the style of Docker's links, such as
@@ -65,11 +64,7 @@ pub fn is_of_kubernetes(name: &str, value: &OsStr) -> bool {
 /// Of our names the one that is most like this, and by how many letters it differs.
 fn nearest(name: &str) -> Option<(usize, String)> {
     let upper = name.to_ascii_uppercase();
-    let of = |variable: &var::Variable| {
-        let file = variable.is_secret().then(|| format!("{}_FILE", variable.name));
-        [Some(variable.name.to_owned()), file].into_iter().flatten()
-    };
-    let all = var::ALL.iter().flat_map(of);
+    let all = var::ALL.iter().flat_map(var::Variable::names);
     all.map(|ours| (distance(&upper, &ours), ours)).min_by_key(|(distance, _)| *distance)
 }
 

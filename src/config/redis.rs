@@ -1,41 +1,40 @@
 //! Where Redis is and how it is used: from a URL, or from its parts.
 
+use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
 use rustls::RootCertStore;
+use rustls::sign::CertifiedKey;
 
 use super::secret::{self, Secret};
-use super::tls::certificates;
+use super::tls::{self, certificates, certified_key};
 use super::variables as var;
 use super::variables::Variable;
 use super::vars::{ConfigError, Vars};
+use super::{TlsFault, TlsFiles};
 
 const NEEDS_TLS: &str = "needs REDIS_TLS=true or a rediss:// URL";
+const REDIS_PORT: u16 = 6379;
+const SENTINEL_PORT: u16 = 26379;
+/// Longest path of a Unix socket: `sun_path` holds 107 bytes and an end.
+const MAX_SOCKET_BYTES: usize = 107;
 
 /// Where Redis is and how it is used.
 #[derive(Clone, Debug)]
 pub struct Redis {
-    /// Host name or IP address, without brackets.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
-    /// ACL user; `None` with a password: `AUTH <password>`, as servers without ACLs need it.
-    pub username: Option<String>,
-    /// Password, as it was at the start.
-    pub password: Option<Secret>,
-    /// Where it stands, to be read again for each connection: passwords are changed.
-    pub password_file: Option<PathBuf>,
+    /// Where it is.
+    pub at: Place,
+    /// Who we are there.
+    pub login: Login,
     /// Number of the database.
     pub db: i64,
     /// Speak TLS.
-    pub tls: bool,
-    /// The only roots to trust; `None`: the built-in public ones.
-    pub tls_ca: Option<PemFile>,
-    /// The name that the server's certificate must bear, if it is not the host.
-    pub tls_server_name: Option<String>,
+    pub tls: Option<RedisTls>,
     /// No memory: while Redis is away nothing is issued or redeemed.
     pub required: bool,
     /// What all our keys start with.
@@ -48,47 +47,129 @@ pub struct Redis {
     pub pool_size: usize,
 }
 
-/// A PEM file as it was read at start.
+/// Where Redis is.
 #[derive(Clone, Debug)]
-pub struct PemFile {
-    /// Where it lies.
-    pub path: PathBuf,
-    /// What it held.
-    pub pem: Vec<u8>,
+pub enum Place {
+    /// At a TCP port.
+    Host(HostPort),
+    /// At a Unix socket.
+    Socket(PathBuf),
+    /// Where sentinels say that it is.
+    Sentinels(Sentinels),
+}
+
+/// A host and a TCP port there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPort {
+    /// Name or IP address, without brackets.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+}
+
+/// Who knows where Redis is.
+#[derive(Clone, Debug)]
+pub struct Sentinels {
+    /// At least one; the others are learnt from it.
+    pub known: Vec<HostPort>,
+    /// What they call the servers that they watch for us.
+    pub master: String,
+    /// Who we are to them.
+    pub login: Login,
+}
+
+/// Who we are to a server; nobody by default.
+#[derive(Clone, Debug, Default)]
+pub struct Login {
+    /// ACL user; `None` with a password: `AUTH <password>`, as servers without ACLs need it.
+    pub username: Option<String>,
+    /// Password, as it was at the start.
+    pub password: Option<Secret>,
+    /// Where it stands, to be read again for each connection: passwords are changed.
+    pub password_file: Option<PathBuf>,
+}
+
+/// How TLS is spoken. The files are read again for new connections: certificates are replaced.
+#[derive(Clone, Debug)]
+pub struct RedisTls {
+    /// The only roots to trust; `None`: the built-in public ones.
+    pub ca: Option<PathBuf>,
+    /// What we show of ourselves.
+    pub own: Option<TlsFiles>,
+    /// The name that the server's certificate must bear, if it is not the host.
+    pub server_name: Option<String>,
 }
 
 impl Redis {
-    /// Reads all `REDIS_…` variables; `None` if Redis is not to be used.
+    /// Reads all `REDIS_…` variables; `None` if Redis is not to be used. Each is read also when it is
+    /// not needed, so that a bad value shows at once.
     pub(super) fn from_vars(
         vars: &Vars<'_>,
         warnings: &mut Vec<String>,
     ) -> Result<Option<Redis>, ConfigError> {
         let enabled = vars.flag(&var::REDIS_ENABLED)?;
-        let mut server = match url(vars)? {
-            Some((variable, url)) => {
-                warnings.extend(ignored_parts(vars, variable)?);
-                Some(Server::from_url(variable, url.reveal())?)
-            }
-            None => Server::from_parts(vars)?,
-        };
+        let server = Server::from_vars(vars, warnings)?;
+        let is_a_redis = enabled && server.is_some();
         // The URL may only add TLS: whoever asks for it must not be sent into the clear.
-        let tls = vars.flag(&var::REDIS_TLS)?;
-        if let Some(server) = &mut server {
-            server.tls |= tls;
-        }
-        let settings = Settings::from_vars(vars)?;
-        if !enabled {
-            return Ok(None);
-        }
-        let Some(server) = server else {
-            if settings.required {
-                let reason = "needs REDIS_URL or REDIS_HOST";
+        let spoken = vars.flag(&var::REDIS_TLS)? || server.as_ref().is_some_and(|s| s.tls);
+        let tls = tls(vars, spoken, is_a_redis)?;
+        let required = vars.flag(&var::REDIS_REQUIRED)?;
+        let key_prefix = key_prefix(vars)?;
+        let timeout = Duration::from_millis(vars.number(&var::REDIS_TIMEOUT_MS)?);
+        let connect_timeout = Duration::from_millis(vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?);
+        let pool_size = vars.number(&var::REDIS_POOL_SIZE)?;
+        let Some(Server { at, login, db, .. }) = server.filter(|_| enabled) else {
+            if enabled && required {
+                let reason = "needs REDIS_URL, REDIS_HOST or REDIS_SENTINELS";
                 return Err(ConfigError::new(&var::REDIS_REQUIRED, "true", reason));
             }
-            warnings.extend(parts_without_host(vars)?);
+            if enabled {
+                warnings.extend(parts_without_host(vars)?);
+            }
             return Ok(None);
         };
-        settings.with(server).map(Some)
+        if tls.is_some() && matches!(at, Place::Socket(_)) {
+            let reason = "must be false for a Unix socket, over which Redis speaks no TLS";
+            return Err(ConfigError::bare(var::REDIS_TLS.name, reason));
+        }
+        Ok(Some(Redis {
+            at,
+            login,
+            db,
+            tls,
+            required,
+            key_prefix,
+            timeout,
+            connect_timeout,
+            pool_size,
+        }))
+    }
+
+    /// What counts, where the URL or a default has said it.
+    pub(super) fn show(&self, vars: &Vars<'_>) {
+        vars.show(&var::REDIS_TLS, self.tls.is_some());
+        vars.show(&var::REDIS_DB, self.db);
+        let set = if self.login.password.is_some() { "(set)" } else { "(unset)" };
+        vars.show(&var::REDIS_PASSWORD, set);
+        let username = self.login.username.as_deref();
+        vars.show(&var::REDIS_USERNAME, username.unwrap_or(var::REDIS_USERNAME.default));
+        match &self.at {
+            Place::Host(at) => {
+                vars.show(&var::REDIS_HOST, &at.host);
+                vars.show(&var::REDIS_PORT, at.port);
+            }
+            Place::Socket(path) => vars.show(&var::REDIS_HOST, path.display()),
+            Place::Sentinels(_) => {}
+        }
+    }
+}
+
+impl Login {
+    fn from_vars(vars: &Vars<'_>, user: &Variable, word: &Variable) -> Result<Self, ConfigError> {
+        let password = vars.secret_text(word)?;
+        let username = vars.optional(user, |name| username(name, password.is_some()))?.flatten();
+        let password_file = vars.given(&format!("{}_FILE", word.name))?.map(PathBuf::from);
+        Ok(Login { username, password, password_file })
     }
 
     /// The password as it is now.
@@ -97,106 +178,127 @@ impl Redis {
     /// When its file cannot be read.
     pub fn current_password(&self) -> Result<Option<Secret>, String> {
         let Some(path) = &self.password_file else { return Ok(self.password.clone()) };
-        let failed = |why: String| format!("REDIS_PASSWORD_FILE {}: {why}", path.display());
-        let bytes = fs::read(path).map_err(|error| failed(error.to_string()))?;
-        let password = String::from_utf8(secret::of_file(bytes));
-        Ok(Some(Secret::new(password.map_err(|_| failed("not UTF-8".to_owned()))?)))
+        let password = String::from_utf8(secret::of_file(read(path)?));
+        let not_text = |_| format!("{}: the password in it is not UTF-8", path.display());
+        Ok(Some(Secret::new(password.map_err(not_text)?)))
+    }
+}
+
+impl RedisTls {
+    /// The roots to trust, if they are not the public ones.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or one of its certificates.
+    pub fn read_roots(&self) -> Result<Option<RootCertStore>, String> {
+        let Some(path) = &self.ca else { return Ok(None) };
+        roots(&read(path)?).map(Some).map_err(|why| format!("REDIS_TLS_CA={path:?}: {why}"))
+    }
+
+    /// What we show of ourselves.
+    ///
+    /// # Errors
+    /// When the files cannot be read or used.
+    pub fn read_certificate(&self) -> Result<Option<Arc<CertifiedKey>>, String> {
+        let Some(TlsFiles { cert, key }) = &self.own else { return Ok(None) };
+        let own = certified_key(&read(cert)?, &read(key)?).map_err(|fault| match fault {
+            TlsFault::Certificate(why) => format!("REDIS_TLS_CERT={cert:?}: {why}"),
+            TlsFault::Key(why) => format!("REDIS_TLS_KEY={key:?}: {why}"),
+        });
+        own.map(Some)
+    }
+}
+
+impl Sentinels {
+    fn from_vars(vars: &Vars<'_>) -> Result<Option<Self>, ConfigError> {
+        let list = |text: &str| {
+            text.split(',').map(|item| HostPort::parse(item.trim(), SENTINEL_PORT)).collect()
+        };
+        let known: Option<Vec<HostPort>> = vars.optional(&var::REDIS_SENTINELS, list)?;
+        let is_name = |name: &str| !name.contains(char::is_whitespace);
+        let master = vars
+            .parsed(&var::REDIS_SENTINEL_MASTER, |name| is_name(name).then(|| name.to_owned()))?;
+        let (user, word) = (&var::REDIS_SENTINEL_USERNAME, &var::REDIS_SENTINEL_PASSWORD);
+        let login = Login::from_vars(vars, user, word)?;
+        Ok(known.map(|known| Sentinels { known, master, login }))
+    }
+}
+
+impl HostPort {
+    /// `host`, `host:port`, or an IPv6 address in brackets with a port or without.
+    fn parse(text: &str, default_port: u16) -> Option<Self> {
+        let (name, port) = match text.rsplit_once(':') {
+            // An IPv6 address without brackets has no port.
+            Some((name, port)) if !name.contains(':') || name.ends_with(']') => (name, Some(port)),
+            _ => (text, None),
+        };
+        let port = port.map_or(Some(default_port), |port| port.parse().ok().filter(|p| *p != 0))?;
+        Some(HostPort { host: host(name)?, port })
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
     }
 }
 
 /// What a URL can say: where Redis is and who we are there.
 struct Server {
-    host: String,
-    port: u16,
-    username: Option<String>,
-    password: Option<Secret>,
-    password_file: Option<PathBuf>,
+    at: Place,
+    login: Login,
     db: i64,
     tls: bool,
 }
 
-/// Everything that no URL says, read also when it is not needed, so that a bad value shows at once.
-struct Settings {
-    tls_ca: Option<PemFile>,
-    tls_server_name: Option<String>,
-    required: bool,
-    key_prefix: String,
-    timeout_ms: u64,
-    connect_timeout_ms: u64,
-    pool_size: usize,
-}
-
-impl Settings {
-    fn from_vars(vars: &Vars<'_>) -> Result<Self, ConfigError> {
-        Ok(Settings {
-            tls_ca: tls_ca(vars)?,
-            tls_server_name: vars.optional(&var::REDIS_TLS_SERVER_NAME, host)?,
-            required: vars.flag(&var::REDIS_REQUIRED)?,
-            key_prefix: key_prefix(vars)?,
-            timeout_ms: vars.number(&var::REDIS_TIMEOUT_MS)?,
-            connect_timeout_ms: vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?,
-            pool_size: vars.number(&var::REDIS_POOL_SIZE)?,
-        })
-    }
-
-    fn with(self, server: Server) -> Result<Redis, ConfigError> {
-        if let Some(ca) = self.tls_ca.as_ref().filter(|_| !server.tls) {
-            return Err(ConfigError::new(
-                &var::REDIS_TLS_CA,
-                &ca.path.to_string_lossy(),
-                NEEDS_TLS,
-            ));
-        }
-        if let Some(name) = self.tls_server_name.as_ref().filter(|_| !server.tls) {
-            return Err(ConfigError::new(&var::REDIS_TLS_SERVER_NAME, name, NEEDS_TLS));
-        }
-        Ok(Redis {
-            host: server.host,
-            port: server.port,
-            username: server.username,
-            password: server.password,
-            password_file: server.password_file,
-            db: server.db,
-            tls: server.tls,
-            tls_ca: self.tls_ca,
-            tls_server_name: self.tls_server_name,
-            required: self.required,
-            key_prefix: self.key_prefix,
-            timeout: Duration::from_millis(self.timeout_ms),
-            connect_timeout: Duration::from_millis(self.connect_timeout_ms),
-            pool_size: self.pool_size,
-        })
-    }
-}
-
 impl Server {
+    fn from_vars(vars: &Vars<'_>, warnings: &mut Vec<String>) -> Result<Option<Self>, ConfigError> {
+        let sentinels = Sentinels::from_vars(vars)?;
+        let Some((variable, url)) = url(vars)? else { return Server::from_parts(vars, sentinels) };
+        if sentinels.is_some() {
+            return Err(beside_sentinels(variable));
+        }
+        warnings.extend(ignored_parts(vars, variable)?);
+        Server::from_url(variable, url.reveal()).map(Some)
+    }
+
     /// Nothing of `text` goes into an error: a password may stand anywhere in a URL that is wrong.
     fn from_url(variable: &Variable, text: &str) -> Result<Self, ConfigError> {
         let url = Url::read(text);
         let url = url.ok_or_else(|| ConfigError::new(variable, text, variable.allowed))?;
         let password = Some(url.password).filter(|password| !password.is_empty());
-        let username = user(&url.username, password.is_some());
+        let username = username(&url.username, password.is_some());
         // Mostly it is a password in the wrong place; it must not be shown as a user's name.
         let alone = "names a user without a password; a password alone is redis://:password@host";
         let username = username.ok_or_else(|| ConfigError::new(variable, text, alone))?;
-        let password = password.map(Secret::new);
-        let Url { host, port, db, tls, .. } = url;
-        Ok(Server { host, port, username, password, password_file: None, db, tls })
+        let login = Login { username, password: password.map(Secret::new), password_file: None };
+        Ok(Server { at: url.at, login, db: url.db, tls: url.tls })
     }
 
-    fn from_parts(vars: &Vars<'_>) -> Result<Option<Self>, ConfigError> {
-        let host = vars.optional(&var::REDIS_HOST, host)?;
+    fn from_parts(
+        vars: &Vars<'_>,
+        sentinels: Option<Sentinels>,
+    ) -> Result<Option<Self>, ConfigError> {
         let port = vars.number(&var::REDIS_PORT)?;
-        let password = vars.secret_text(&var::REDIS_PASSWORD)?;
-        let username =
-            vars.optional(&var::REDIS_USERNAME, |name| user(name, password.is_some()))?.flatten();
+        let named = vars.optional(&var::REDIS_HOST, |text| match text.starts_with('/') {
+            true => socket(text),
+            false => Some(Place::Host(HostPort { host: host(text)?, port })),
+        })?;
+        let login = Login::from_vars(vars, &var::REDIS_USERNAME, &var::REDIS_PASSWORD)?;
         let db = vars.number::<u32>(&var::REDIS_DB)?.into();
-        let file = format!("{}_FILE", var::REDIS_PASSWORD.name);
-        let password_file = vars.given(&file)?.map(PathBuf::from);
-        let server =
-            |host| Server { host, port, username, password, password_file, db, tls: false };
-        Ok(host.map(server))
+        if named.is_some() && sentinels.is_some() {
+            return Err(beside_sentinels(&var::REDIS_HOST));
+        }
+        let at = named.or(sentinels.map(Place::Sentinels));
+        Ok(at.map(|at| Server { at, login, db, tls: false }))
     }
+}
+
+fn beside_sentinels(variable: &Variable) -> ConfigError {
+    let reason = format!("must be unset when {} is set", variable.name);
+    ConfigError::bare(var::REDIS_SENTINELS.name, reason)
 }
 
 /// The URL and the variable that holds it.
@@ -228,6 +330,7 @@ fn parts_without_host(vars: &Vars<'_>) -> Result<Option<String>, ConfigError> {
         var::REDIS_DB,
         var::REDIS_TLS,
         var::REDIS_TLS_CA,
+        var::REDIS_TLS_CERT,
         var::REDIS_TLS_SERVER_NAME,
     ];
     let list = given_of(vars, &parts)?;
@@ -242,12 +345,9 @@ fn parts_without_host(vars: &Vars<'_>) -> Result<Option<String>, ConfigError> {
 /// Names those of the variables that are set, or whose `<NAME>_FILE` is.
 fn given_of(vars: &Vars<'_>, variables: &[Variable]) -> Result<String, ConfigError> {
     let mut given = Vec::new();
-    for variable in variables {
-        let file = variable.is_secret().then(|| format!("{}_FILE", variable.name));
-        for name in [Some(variable.name.to_owned()), file].into_iter().flatten() {
-            if vars.given(&name)?.is_some() {
-                given.push(name);
-            }
+    for name in variables.iter().flat_map(Variable::names) {
+        if vars.given(&name)?.is_some() {
+            given.push(name);
         }
     }
     Ok(given.join(", "))
@@ -255,9 +355,8 @@ fn given_of(vars: &Vars<'_>, variables: &[Variable]) -> Result<String, ConfigErr
 
 /// The parts of a URL, decoded; what is not there is empty or the default.
 struct Url {
+    at: Place,
     tls: bool,
-    host: String,
-    port: u16,
     username: String,
     password: String,
     db: i64,
@@ -267,34 +366,70 @@ impl Url {
     /// `None` if anything in it is not understood.
     fn read(text: &str) -> Option<Url> {
         let url = redis::parse_redis_url(text)?;
-        let tls = match url.scheme() {
-            "redis" => false,
-            "rediss" => true,
-            _ => return None,
-        };
         // SECURITY: elsewhere `#insecure` is leave not to check the server's name.
-        if url.query().is_some() || url.fragment().is_some() {
+        if url.fragment().is_some() {
             return None;
         }
-        let decoded = |text| Some(percent_decode_str(text).decode_utf8().ok()?.into_owned());
+        let tls = match url.scheme() {
+            "redis" | "valkey" => false,
+            "rediss" | "valkeys" => true,
+            "unix" | "redis+unix" => {
+                let no_host = url.host_str().unwrap_or_default().is_empty();
+                let query = url.query().unwrap_or_default();
+                return no_host.then(|| Url::of_socket(url.path(), query)).flatten();
+            }
+            _ => return None,
+        };
+        if url.query().is_some() {
+            return None;
+        }
+        let port = Some(url.port().unwrap_or(REDIS_PORT)).filter(|port| *port != 0)?;
         Some(Url {
+            at: Place::Host(HostPort { host: host(url.host_str()?)?, port }),
             tls,
-            host: host(url.host_str()?)?,
-            port: Some(url.port().unwrap_or(6379)).filter(|port| *port != 0)?,
             username: decoded(url.username())?,
             password: decoded(url.password().unwrap_or_default())?,
             db: match url.path().trim_matches('/') {
                 "" => 0,
-                number => number.parse::<i32>().ok().filter(|db| *db >= 0)?.into(),
+                number => database(number)?,
             },
         })
     }
+
+    fn of_socket(path: &str, query: &str) -> Option<Url> {
+        let at = socket(&decoded(path)?)?;
+        let (username, password) = (String::new(), String::new());
+        let mut url = Url { at, tls: false, username, password, db: 0 };
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=')? {
+                ("db", number) => url.db = database(number)?,
+                ("user", name) => url.username = decoded(name)?,
+                ("pass", word) => url.password = decoded(word)?,
+                _ => return None,
+            }
+        }
+        Some(url)
+    }
+}
+
+fn decoded(text: &str) -> Option<String> {
+    Some(percent_decode_str(text).decode_utf8().ok()?.into_owned())
+}
+
+fn database(text: &str) -> Option<i64> {
+    text.parse::<i32>().ok().filter(|db| *db >= 0).map(i64::from)
+}
+
+/// The path of a Unix socket.
+fn socket(path: &str) -> Option<Place> {
+    let fits = path.starts_with('/') && path.len() <= MAX_SOCKET_BYTES && !path.contains('\0');
+    fits.then(|| Place::Socket(PathBuf::from(path)))
 }
 
 /// A host name or an IP address; IPv6 may stand in brackets, which are taken off.
 fn host(text: &str) -> Option<String> {
     let inner = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
-    if let Ok(address) = inner.parse::<std::net::IpAddr>() {
+    if let Ok(address) = inner.parse::<IpAddr>() {
         return (!address.is_unspecified()).then(|| inner.to_owned());
     }
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-._".contains(&b);
@@ -306,7 +441,7 @@ fn host(text: &str) -> Option<String> {
 ///
 /// Where none is given, none is named: `AUTH <password>` means the user `default` where there are
 /// ACLs, and is all that Redis 5 understands.
-fn user(name: &str, has_password: bool) -> Option<Option<String>> {
+fn username(name: &str, has_password: bool) -> Option<Option<String>> {
     match (name, has_password) {
         ("", _) | ("default", false) => Some(None),
         (_, true) => Some(Some(name.to_owned())),
@@ -320,22 +455,42 @@ fn key_prefix(vars: &Vars<'_>) -> Result<String, ConfigError> {
     if prefix.len() > 128 || prefix.chars().any(char::is_control) {
         return Err(ConfigError::new(variable, &prefix, variable.allowed));
     }
+    vars.show(variable, &prefix);
     Ok(prefix)
 }
 
-fn tls_ca(vars: &Vars<'_>) -> Result<Option<PemFile>, ConfigError> {
-    let Some(path) = vars.optional_path(&var::REDIS_TLS_CA)? else { return Ok(None) };
-    let pem = vars.contents(&var::REDIS_TLS_CA, &path)?;
-    check_roots(&pem).map_err(|why| ConfigError::file(&var::REDIS_TLS_CA, &path, why))?;
-    Ok(Some(PemFile { path, pem }))
+/// Checks what the files hold; `None` if TLS is not `spoken`. What is of no use then is refused if
+/// there `is_a_redis`.
+fn tls(vars: &Vars<'_>, spoken: bool, is_a_redis: bool) -> Result<Option<RedisTls>, ConfigError> {
+    let ca = vars.optional_path(&var::REDIS_TLS_CA)?;
+    if let Some(path) = &ca {
+        let pem = vars.contents(&var::REDIS_TLS_CA, path)?;
+        roots(&pem).map_err(|why| ConfigError::file(&var::REDIS_TLS_CA, path, why))?;
+    }
+    let own = tls::files(vars, &var::REDIS_TLS_CERT, &var::REDIS_TLS_KEY)?;
+    if let Some(files) = &own {
+        tls::read(vars, &var::REDIS_TLS_CERT, &var::REDIS_TLS_KEY, files)?;
+    }
+    let server_name = vars.optional(&var::REDIS_TLS_SERVER_NAME, host)?;
+    let of_use = [&var::REDIS_TLS_CA, &var::REDIS_TLS_CERT, &var::REDIS_TLS_SERVER_NAME];
+    for variable in of_use.into_iter().filter(|_| is_a_redis && !spoken) {
+        if let Some(value) = vars.given(variable.name)? {
+            return Err(ConfigError::new(variable, &value, NEEDS_TLS));
+        }
+    }
+    Ok(spoken.then_some(RedisTls { ca, own, server_name }))
 }
 
-/// Checks that rustls takes every certificate of the file as a root, and that there is one.
-fn check_roots(pem: &[u8]) -> Result<(), String> {
+/// Every certificate of the file, of which there is at least one, as a root.
+fn roots(pem: &[u8]) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     for (at, certificate) in certificates(pem)?.into_iter().enumerate() {
         let unreadable = |_| format!("certificate number {} in it cannot be read", at + 1);
         roots.add(certificate).map_err(unreadable)?;
     }
-    Ok(())
+    Ok(roots)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    fs::read(path).map_err(|error| format!("{}: {error}", path.display()))
 }

@@ -46,7 +46,7 @@ fn check(vars: &[(&str, &str)], expected: &str) {
 
 #[test]
 fn an_empty_environment_gives_the_defaults_of_the_table() {
-    let lines = good(&[]).describe();
+    let lines = good(&[]).shown;
     for variable in var::ALL {
         let effective = match variable.name {
             // Read only in place of another, or only where there is a Redis.
@@ -70,12 +70,12 @@ fn an_empty_environment_gives_the_defaults_of_the_table() {
 #[test]
 fn an_empty_variable_is_unset() {
     let empty: Vec<_> = var::ALL.iter().map(|variable| (variable.name, "")).collect();
-    assert_eq!(good(&empty).describe(), good(&[]).describe());
+    assert_eq!(good(&empty).shown, good(&[]).shown);
 }
 
 #[test]
 fn redis_has_the_defaults_of_the_table() {
-    let lines = good(&[("REDIS_HOST", "redis.lan")]).describe();
+    let lines = good(&[("REDIS_HOST", "redis.lan")]).shown;
     for variable in var::ALL.iter().filter(|v| v.name.starts_with("REDIS_")) {
         let effective = match variable.name {
             "REDIS_URL" | "REDIS_URI" => continue,
@@ -92,7 +92,7 @@ fn redis_has_the_defaults_of_the_table() {
 fn what_counts_is_described_in_the_order_of_the_table() {
     let config = good(&[("REDIS_HOST", "h")]);
     let mut table = var::ALL.iter();
-    for line in config.describe() {
+    for line in config.shown {
         let (name, _) = line.split_once('=').unwrap();
         assert!(table.any(|variable| variable.name == name), "{line}");
     }
@@ -156,13 +156,21 @@ fn every_choice_is_one_of_its_words() {
 
 #[test]
 fn every_text_is_what_its_row_says() {
+    const HOST: &str =
+        "a host name or an IP address, without scheme and port, or a Unix socket's path";
     let rows = [
         ("HTTP_HOST", "example.com", "an IP address or localhost"),
         ("HTTP_HOST", "127.0.0.1:80", "an IP address or localhost"),
         ("RUST_LOG", "a=b=c", "a list of [target=]level"),
-        ("REDIS_HOST", "redis:6379", "a host name or an IP address, without scheme and port"),
-        ("REDIS_HOST", "redis://redis", "a host name or an IP address, without scheme and port"),
-        ("REDIS_HOST", "0.0.0.0", "a host name or an IP address, without scheme and port"),
+        ("REDIS_HOST", "redis:6379", HOST),
+        ("REDIS_HOST", "redis://redis", HOST),
+        ("REDIS_HOST", "0.0.0.0", HOST),
+        ("REDIS_SENTINELS", "a:1,", "host[:port] of sentinels, separated by commas"),
+        ("REDIS_SENTINELS", "a:0", "host[:port] of sentinels, separated by commas"),
+        ("REDIS_SENTINELS", "redis://a", "host[:port] of sentinels, separated by commas"),
+        ("REDIS_SENTINELS", "::1:x", "host[:port] of sentinels, separated by commas"),
+        ("REDIS_SENTINEL_MASTER", "my master", "a name without white space"),
+        ("REDIS_SENTINEL_USERNAME", "app", "a user name that has a REDIS_SENTINEL_PASSWORD"),
         ("REDIS_USERNAME", "app", "a user name that has a REDIS_PASSWORD"),
         ("REDIS_KEY_PREFIX", "a\nb", "at most 128 bytes without control characters"),
         ("TRUSTED_PROXIES", "10.0.0.0/8,proxy", "IP addresses or CIDRs, separated by commas"),
@@ -315,7 +323,7 @@ fn secrets_come_from_files_too() {
     }
     assert_eq!(from("JWT_SECRET", b"\xff\0").unwrap().jwt_secret.unwrap().reveal(), b"\xff\0");
     let url = from("REDIS_URL", b"redis://:pw@other\n").unwrap().redis.unwrap();
-    assert_eq!(url.host, "other");
+    assert_eq!(place(&url), ("other".to_owned(), 6379));
     for name in var::ALL.iter().filter(|v| v.is_secret()).map(|v| v.name) {
         let line = format!("{name}_FILE=\"/secret\": must be a file that is not empty");
         assert_eq!(from(name, b"\n").err(), Some(line));
@@ -332,11 +340,21 @@ fn secrets_come_from_files_too() {
     );
 }
 
+/// Host and port; of a Unix socket its path and 0.
+fn place(redis: &Redis) -> (String, u16) {
+    match &redis.at {
+        Place::Host(HostPort { host, port }) => (host.clone(), *port),
+        Place::Socket(path) => (path.display().to_string(), 0),
+        Place::Sentinels(_) => panic!("sentinels"),
+    }
+}
+
 /// host, port, username, password, database, TLS
 fn server(vars: &[(&str, &str)]) -> (String, u16, Option<String>, Option<String>, i64, bool) {
     let redis = good(vars).redis.unwrap_or_else(|| panic!("{vars:?}: no Redis"));
-    let password = redis.password.map(|secret| secret.reveal().clone());
-    (redis.host, redis.port, redis.username, password, redis.db, redis.tls)
+    let (host, port) = place(&redis);
+    let password = redis.login.password.map(|secret| secret.reveal().clone());
+    (host, port, redis.login.username, password, redis.db, redis.tls.is_some())
 }
 
 #[test]
@@ -355,19 +373,29 @@ fn redis_from_a_url() {
     check("redis://default:@h", "h", 6379, None, None, 0, false);
     check("redis://:p@[::1]:7/3", "::1", 7, None, Some("p"), 3, false);
     check("redis://10.0.0.1", "10.0.0.1", 6379, None, None, 0, false);
+    check("valkey://:p@h", "h", 6379, None, Some("p"), 0, false);
+    check("valkeys://h/2", "h", 6379, None, None, 2, true);
+    check("unix:///run/redis.sock", "/run/redis.sock", 0, None, None, 0, false);
+    let all = "redis+unix:///run/a%20b?db=3&user=u&pass=p%26+";
+    check(all, "/run/a b", 0, Some("u"), Some("p&+"), 3, false);
+    check("unix:///s?pass=p", "/s", 0, None, Some("p"), 0, false);
 }
 
 #[test]
 fn redis_urls_that_are_refused() {
-    let form = "must be redis:// or rediss://[[user]:password@]host[:port][/database] without ? \
-                and #, special characters in user and password percent-encoded";
+    let form = var::REDIS_URL.allowed;
     let bad = [
         "h",
         "h:6379",
         "http://h",
-        "unix:///sock",
-        "redis+unix:///sock",
-        "valkey://h",
+        "unix://",
+        "unix:sock",
+        "unix://host/sock",
+        "unix:///sock#x",
+        "unix:///sock?protocol=resp3",
+        "unix:///sock?db=x",
+        "unix:///sock?db",
+        "valkey+unix:///sock",
         "redis://",
         "redis:///1",
         "redis://h/x",
@@ -409,8 +437,46 @@ fn redis_from_its_parts() {
         ("h".into(), 6379, some("u"), some("p@%40"), 9, true)
     );
     assert_eq!(server(&[host, ("REDIS_USERNAME", "default")]).2, None);
+    let socket = ("REDIS_HOST", "/run/redis.sock");
+    assert_eq!(server(&[socket, password]).0, "/run/redis.sock");
+    let reason = "must be false for a Unix socket, over which Redis speaks no TLS";
+    check(&[socket, ("REDIS_TLS", "true")], &format!("REDIS_TLS: {reason}"));
     for (written, expected) in [("::1", "::1"), ("[::1]", "::1"), ("a-b_c.d.", "a-b_c.d.")] {
         assert_eq!(server(&[("REDIS_HOST", written)]).0, expected);
+    }
+}
+
+#[test]
+fn sentinels_say_where_redis_is() {
+    let list = ("REDIS_SENTINELS", "a, b:1,[::1]:2,::2, [::3]");
+    let found = |vars: &[(&str, &str)]| match good(vars).redis.unwrap().at {
+        Place::Sentinels(sentinels) => sentinels,
+        other => panic!("{other:?}"),
+    };
+    let sentinels = found(&[list]);
+    let known = sentinels.known.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    assert_eq!(known, "a:26379 b:1 [::1]:2 [::2]:26379 [::3]:26379");
+    assert_eq!((&*sentinels.master, sentinels.login.username), ("mymaster", None));
+    let more = [
+        list,
+        ("REDIS_SENTINEL_MASTER", "m"),
+        ("REDIS_SENTINEL_USERNAME", "u"),
+        ("REDIS_SENTINEL_PASSWORD", "hunter"),
+        ("REDIS_PASSWORD", "other"),
+        ("REDIS_DB", "2"),
+    ];
+    let sentinels = found(&more);
+    assert_eq!((&*sentinels.master, sentinels.login.username.as_deref()), ("m", Some("u")));
+    assert_eq!(sentinels.login.password.unwrap().reveal(), "hunter");
+    let redis = good(&more).redis.unwrap();
+    assert_eq!((redis.login.password.unwrap().reveal().as_str(), redis.db), ("other", 2));
+    for (name, value) in
+        [("REDIS_HOST", "h"), ("REDIS_URL", "redis://h"), ("REDIS_URI", "unix:///s")]
+    {
+        check(
+            &[list, (name, value)],
+            &format!("REDIS_SENTINELS: must be unset when {name} is set"),
+        );
     }
 }
 
@@ -484,8 +550,8 @@ fn an_empty_key_prefix_is_none_at_all() {
 #[test]
 fn redis_trusts_the_given_roots() {
     let tls = [("REDIS_URL", "rediss://h"), ("REDIS_TLS_CA", ROOT)];
-    let ca = good(&tls).redis.unwrap().tls_ca.unwrap();
-    assert!(ca.pem.starts_with(b"-----BEGIN CERTIFICATE"));
+    let ca = good(&tls).redis.unwrap().tls.unwrap().ca;
+    assert_eq!(ca.unwrap(), Path::new(ROOT));
     let wants = "must be a readable PEM file with at least one certificate";
     let with = |bytes: &[u8]| {
         let vars = [("REDIS_HOST", "h"), ("REDIS_TLS", "1"), ("REDIS_TLS_CA", "/ca")];
@@ -504,6 +570,23 @@ fn redis_trusts_the_given_roots() {
     check(
         &[("REDIS_HOST", "h"), ("REDIS_TLS_CA", ROOT)],
         &format!("REDIS_TLS_CA=\"{ROOT}\": needs REDIS_TLS=true or a rediss:// URL"),
+    );
+}
+
+#[test]
+fn redis_is_shown_a_certificate() {
+    let (cert, key) = (("REDIS_TLS_CERT", ROOT), ("REDIS_TLS_KEY", "/pem/root.key"));
+    let url = ("REDIS_URL", "rediss://h");
+    assert!(good(&[url, cert, key]).redis.unwrap().tls.unwrap().own.is_some());
+    check(&[url, cert], "REDIS_TLS_KEY: must be set when REDIS_TLS_CERT is set");
+    check(&[url, key], "REDIS_TLS_CERT: must be set when REDIS_TLS_KEY is set");
+    check(
+        &[url, cert, ("REDIS_TLS_KEY", ROOT)],
+        &format!("REDIS_TLS_KEY=\"{ROOT}\": holds no PRIVATE KEY in PEM, only: CERTIFICATE"),
+    );
+    check(
+        &[("REDIS_HOST", "h"), cert, key],
+        &format!("REDIS_TLS_CERT=\"{ROOT}\": needs REDIS_TLS=true or a rediss:// URL"),
     );
 }
 
@@ -556,7 +639,7 @@ fn secrets_are_never_printed() {
     let url = [secrets, &[("REDIS_URL", "redis://u:hunter-5@h/1")]].concat();
     for vars in [secrets, &url] {
         let config = good(vars);
-        let printed = format!("{config:?} {config:#?} {}", config.describe().join("\n"));
+        let printed = format!("{config:?} {config:#?} {}", config.shown.join("\n"));
         assert!(!printed.contains("hunter"), "{printed}");
         for set in ["JWT_SECRET", "ONBOARDING_API_KEY", "ADMIN_API_KEY", "REDIS_PASSWORD"] {
             assert!(printed.contains(&format!("{set}=(set)")), "{set}");
@@ -576,7 +659,7 @@ fn secrets_are_never_printed() {
 #[test]
 fn a_value_cannot_forge_a_line() {
     let config = good(&[("DATA_DIR", "x\nREENROLL=allow")]);
-    assert!(config.describe().contains(&"DATA_DIR=x\\nREENROLL=allow".to_owned()));
+    assert!(config.shown.contains(&"DATA_DIR=x\\nREENROLL=allow".to_owned()));
     let error = load(&[("HTTP_HOST", "x\ny\u{1b}[0m")], &[]).unwrap_err().to_string();
     assert_eq!(error.lines().count(), 1);
     assert!(!error.contains('\u{1b}'));

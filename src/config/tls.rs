@@ -14,7 +14,7 @@ use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::{Error, InconsistentKeys, SignatureAlgorithm};
 
 use super::TlsFiles;
-use super::variables as var;
+use super::variables::Variable;
 use super::vars::{ConfigError, Vars};
 use crate::pem::{self, Block};
 
@@ -27,13 +27,34 @@ pub enum TlsFault {
     Key(String),
 }
 
-/// Reads the files that `TLS_CERT` and `TLS_KEY` name.
-pub(super) fn read(vars: &Vars<'_>, files: &TlsFiles) -> Result<Arc<CertifiedKey>, ConfigError> {
-    let (cert, key) =
-        (vars.contents(&var::TLS_CERT, &files.cert)?, vars.contents(&var::TLS_KEY, &files.key)?);
-    certified_key(&cert, &key).map_err(|fault| match fault {
-        TlsFault::Certificate(why) => ConfigError::file(&var::TLS_CERT, &files.cert, why),
-        TlsFault::Key(why) => ConfigError::file(&var::TLS_KEY, &files.key, why),
+/// The files of a certificate and its key, which are named by these variables or not at all.
+pub(super) fn files(
+    vars: &Vars<'_>,
+    cert: &Variable,
+    key: &Variable,
+) -> Result<Option<TlsFiles>, ConfigError> {
+    let missing = |lacks: &Variable, has: &Variable| {
+        Err(ConfigError::bare(lacks.name, format!("must be set when {} is set", has.name)))
+    };
+    match (vars.optional_path(cert)?, vars.optional_path(key)?) {
+        (Some(cert), Some(key)) => Ok(Some(TlsFiles { cert, key })),
+        (None, None) => Ok(None),
+        (Some(_), None) => missing(key, cert),
+        (None, Some(_)) => missing(cert, key),
+    }
+}
+
+/// Reads them.
+pub(super) fn read(
+    vars: &Vars<'_>,
+    cert: &Variable,
+    key: &Variable,
+    files: &TlsFiles,
+) -> Result<Arc<CertifiedKey>, ConfigError> {
+    let (pem, key_pem) = (vars.contents(cert, &files.cert)?, vars.contents(key, &files.key)?);
+    certified_key(&pem, &key_pem).map_err(|fault| match fault {
+        TlsFault::Certificate(why) => ConfigError::file(cert, &files.cert, why),
+        TlsFault::Key(why) => ConfigError::file(key, &files.key, why),
     })
 }
 
@@ -141,7 +162,7 @@ fn why_unusable(certified: &CertifiedKey, error: &Error) -> TlsFault {
                 at + 1
             )),
             None => {
-                let why = "is not the key of the first certificate in TLS_CERT: take the pair that was \
+                let why = "is not the key of the first certificate beside it: take the pair that was \
                            made together";
                 TlsFault::Key(why.to_owned())
             }

@@ -38,6 +38,12 @@ impl Variable {
     pub fn is_secret(&self) -> bool {
         matches!(self.allowed, Allowed::Secret(_))
     }
+
+    /// Its name, and of a secret that of the variable which names a file.
+    pub fn names(&self) -> impl Iterator<Item = String> {
+        let file = self.is_secret().then(|| format!("{}_FILE", self.name));
+        [Some(self.name.to_owned()), file].into_iter().flatten()
+    }
 }
 
 impl fmt::Display for Allowed {
@@ -74,8 +80,8 @@ use Allowed::{Flag, Number, OneOf, Secret, Text};
 const API_KEY: Allowed = Secret("16 to 1024 visible ASCII characters");
 const PEM_CERT: Allowed = Text("a readable PEM file with at least one certificate");
 const REDIS_ADDRESS: Allowed = Secret(
-    "redis:// or rediss://[[user]:password@]host[:port][/database] without ? and #, \
-     special characters in user and password percent-encoded",
+    "redis:// or rediss://[[user]:password@]host[:port][/database] (or valkey://, valkeys://) without \
+     ? and #, or unix:///path[?db=number&user=name&pass=password], special characters percent-encoded",
 );
 
 variables! {
@@ -136,7 +142,8 @@ variables! {
     REDIS_ENABLED = "true", Flag, "false: keep tokens in memory only";
     REDIS_URL = "", REDIS_ADDRESS, "where Redis is; wins over host, port, user, password, database";
     REDIS_URI = "", REDIS_ADDRESS, "read if REDIS_URL is unset";
-    REDIS_HOST = "", Text("a host name or an IP address, without scheme and port"), "host of Redis";
+    REDIS_HOST = "", Text("a host name or an IP address, without scheme and port, or a Unix socket's path"),
+        "host of Redis, or its Unix socket";
     REDIS_PORT = "6379", Number(1, 65_535), "port of Redis";
     REDIS_USERNAME = "default", Text("a user name that has a REDIS_PASSWORD"), "ACL user";
     REDIS_PASSWORD = "", Secret("text"), "password, taken as it is";
@@ -144,8 +151,17 @@ variables! {
     REDIS_DB = "0", Number(0, 2_147_483_647), "number of the database";
     REDIS_TLS = "false", Flag, "TLS also without rediss://";
     REDIS_TLS_CA = "", PEM_CERT, "PEM file of the only CAs to trust for Redis; unset: public ones";
+    REDIS_TLS_CERT = "", PEM_CERT, "PEM file with our certificate, for a Redis that asks for one";
+    REDIS_TLS_KEY = "", Text("a readable PEM file with the private key of REDIS_TLS_CERT"),
+        "PEM file with its private key";
     REDIS_TLS_SERVER_NAME = "", Text("a host name or an IP address"),
         "name in the certificate of Redis, if it is not the host";
+    REDIS_SENTINELS = "", Text("host[:port] of sentinels, separated by commas"),
+        "who says where Redis is, in place of REDIS_URL or REDIS_HOST";
+    REDIS_SENTINEL_MASTER = "mymaster", Text("a name without white space"), "what they call it";
+    REDIS_SENTINEL_USERNAME = "default", Text("a user name that has a REDIS_SENTINEL_PASSWORD"),
+        "ACL user at the sentinels";
+    REDIS_SENTINEL_PASSWORD = "", Secret("text"), "password at the sentinels";
     /// Costs every onboarding and redemption while Redis is away.
     REDIS_REQUIRED = "false", Flag, "true: no answer rather than one from memory; the start waits";
     /// Stands in every key of every token, so each byte costs about three a token in Redis.

@@ -3,12 +3,14 @@
 //! Nothing here knows what a variable is for. Every failure becomes a [`ConfigError`], which is one
 //! line that names the variable, what it was unless that is secret, and what it may be.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fmt;
+use std::fmt::{self, Display};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::variables::{Allowed, Variable};
+use super::variables::{self, Allowed, Variable};
 use super::{Secret, names, secret};
 
 /// U+FEFF in UTF-8.
@@ -65,6 +67,8 @@ impl std::error::Error for ConfigError {}
 pub(super) struct Vars<'a> {
     lookup: &'a dyn Fn(&str) -> Option<OsString>,
     read: &'a dyn Fn(&Path) -> io::Result<Vec<u8>>,
+    /// What counts, as `check-config` shows it.
+    shown: RefCell<BTreeMap<&'static str, String>>,
 }
 
 impl<'a> Vars<'a> {
@@ -72,7 +76,34 @@ impl<'a> Vars<'a> {
         lookup: &'a dyn Fn(&str) -> Option<OsString>,
         read: &'a dyn Fn(&Path) -> io::Result<Vec<u8>>,
     ) -> Self {
-        Vars { lookup, read }
+        Vars { lookup, read, shown: RefCell::default() }
+    }
+
+    /// What counts of a variable is this, not what was typed. Control characters are escaped: a
+    /// value cannot pass for a line of its own.
+    pub fn show(&self, variable: &Variable, value: impl Display) {
+        let mut shown = String::new();
+        for c in value.to_string().chars() {
+            match c.is_control() {
+                true => shown.extend(c.escape_default()),
+                false => shown.push(c),
+            }
+        }
+        let shown = if shown.is_empty() { "(unset)".to_owned() } else { shown };
+        self.shown.borrow_mut().insert(variable.name, shown);
+    }
+
+    /// Another variable says more.
+    pub fn hide(&self, variable: &Variable) {
+        self.shown.borrow_mut().remove(variable.name);
+    }
+
+    /// A line `NAME=value` for each variable that was read, in the order of the table; of a secret
+    /// only whether it is set.
+    pub fn shown(&self) -> Vec<String> {
+        let shown = self.shown.borrow();
+        let line = |v: &Variable| Some(format!("{}={}", v.name, shown.get(v.name)?));
+        variables::ALL.iter().filter_map(line).collect()
     }
 
     /// The variable if it is set, even to nothing. What Kubernetes sets under one of our names for a
@@ -97,6 +128,7 @@ impl<'a> Vars<'a> {
     ) -> Result<T, ConfigError> {
         let given = self.given(variable.name)?;
         let text = given.as_deref().unwrap_or(variable.default);
+        self.show(variable, text);
         parse(text).ok_or_else(|| ConfigError::new(variable, text, variable.allowed))
     }
 
@@ -107,6 +139,7 @@ impl<'a> Vars<'a> {
         parse: impl Fn(&str) -> Option<T>,
     ) -> Result<Option<T>, ConfigError> {
         if self.given(variable.name)?.is_none() {
+            self.show(variable, variable.default);
             return Ok(None);
         }
         self.parsed(variable, parse).map(Some)
@@ -124,20 +157,24 @@ impl<'a> Vars<'a> {
 
     /// A yes or no.
     pub fn flag(&self, variable: &Variable) -> Result<bool, ConfigError> {
-        self.parsed(variable, |text| match text.to_ascii_lowercase().as_str() {
+        let flag = self.parsed(variable, |text| match text.to_ascii_lowercase().as_str() {
             "true" | "1" | "yes" | "on" => Some(true),
             "false" | "0" | "no" | "off" => Some(false),
             _ => None,
-        })
+        })?;
+        self.show(variable, flag);
+        Ok(flag)
     }
 
-    /// One of some words, in lower or upper case; `parse` gets lower case.
-    pub fn choice<T>(
-        &self,
-        variable: &Variable,
-        parse: impl Fn(&str) -> Option<T>,
-    ) -> Result<T, ConfigError> {
-        self.parsed(variable, |text| parse(&text.to_ascii_lowercase()))
+    /// One of the variable's words, in lower or upper case; `meanings` stand in the order of the words.
+    pub fn choice<T: Copy>(&self, variable: &Variable, meanings: &[T]) -> Result<T, ConfigError> {
+        let (word, meaning) = self.parsed(variable, |text| {
+            let Allowed::OneOf(words) = variable.allowed else { return None };
+            let mut known = words.iter().zip(meanings);
+            known.find(|(word, _)| text.eq_ignore_ascii_case(word))
+        })?;
+        self.show(variable, word);
+        Ok(*meaning)
     }
 
     /// A path with a default.
@@ -153,7 +190,7 @@ impl<'a> Vars<'a> {
     /// A secret: the variable itself, or what the file holds that `<NAME>_FILE` names.
     pub fn secret(&self, variable: &Variable) -> Result<Option<Secret<Vec<u8>>>, ConfigError> {
         let file_name = format!("{}_FILE", variable.name);
-        match (self.given(variable.name)?, self.given(&file_name)?) {
+        let found = match (self.given(variable.name)?, self.given(&file_name)?) {
             (None, None) => Ok(None),
             (Some(value), None) => Ok(Some(Secret::new(value.into_bytes()))),
             (None, Some(path)) => self.secret_file(file_name, &path).map(Some),
@@ -161,7 +198,9 @@ impl<'a> Vars<'a> {
                 let reason = format!("must be unset when {file_name} is set");
                 Err(ConfigError::bare(variable.name, reason))
             }
-        }
+        }?;
+        self.show(variable, if found.is_some() { "(set)" } else { "(unset)" });
+        Ok(found)
     }
 
     /// A secret that is text.

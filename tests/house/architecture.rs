@@ -28,6 +28,7 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
         "sockets, open files, the end of a process group, the machine's clock, syncfs, the log's pipe",
     ),
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),
+    ("socket2", &["src/socket.rs"], "connections that we open are all opened there"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),
     ("rcgen", &["src/ca"], "only the CA signs"),
     ("env_logger", &["src/logging.rs"], "everyone else uses `log`"),
@@ -38,7 +39,7 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
 /// Files other than `src/clock.rs` that read the monotonic clock.
 const DEADLINES: &[(&str, &str)] = &[
     ("src/store/redis/mod.rs", "a batch has one deadline, which is counted on the socket's clock"),
-    ("src/store/redis/stream.rs", "time-outs of sockets are what is left until it"),
+    ("src/socket.rs", "time-outs of sockets are what is left until it"),
     ("src/store/redis/pool.rs", "connecting has a deadline, of which each address gets its share"),
     (
         "src/store/failover/carry.rs",

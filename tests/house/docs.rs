@@ -25,6 +25,7 @@ const OTHERS: &[&str] = &[
     "NO_COLOR",
     "OOM",
     "READONLY",
+    "REDIS_CLUSTER",
     "REDIS_SERVICE_HOST",
     "RUNTIME_DIRECTORY",
     "WATCHDOG_USEC",

@@ -48,6 +48,9 @@ const BAD: &[(&str, &str, &[Variable])] = &[
     ("REDIS_DB", "first", &[("REDIS_HOST", "127.0.0.1")]),
     ("REDIS_TLS", "perhaps", &[("REDIS_HOST", "127.0.0.1")]),
     ("REDIS_TLS_CA", "no/such/file.pem", &[("REDIS_URL", "rediss://127.0.0.1:6379")]),
+    ("REDIS_TLS_CERT", "no/such/file.pem", &[("REDIS_TLS_KEY", "no/such/file.pem")]),
+    ("REDIS_SENTINELS", "10.0.0.1:x", &[]),
+    ("REDIS_SENTINEL_MASTER", "my master", &[]),
     ("REDIS_TIMEOUT_MS", "0", &[]),
     ("REDIS_TIMEOUT_MS", "fast", &[]),
     ("REDIS_CONNECT_TIMEOUT_MS", "0", &[]),
@@ -172,7 +175,7 @@ const TLS_FAULTS: &[(&str, &str, &str, &str)] = &[
     ("crlf.crt", "crlf.key", "", ""),
     ("text.crt", "own.key", "", ""),
     ("chain.crt", "own.key", "", ""),
-    ("own.crt", "other.key", "TLS_KEY", "is not the key of the first certificate in TLS_CERT"),
+    ("own.crt", "other.key", "TLS_KEY", "is not the key of the first certificate beside it"),
     (
         "reversed.crt",
         "own.key",

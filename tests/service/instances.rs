@@ -5,7 +5,7 @@ use std::thread;
 
 use crate::support::csr::Csr;
 use crate::support::http::Response;
-use crate::support::redis::Redis;
+use crate::support::redis::{Redis, Way};
 use crate::support::service::{Service, Setup};
 use crate::support::{check_error, load, token, wait};
 
@@ -89,14 +89,20 @@ fn without_a_shared_secret_there_is_a_warning() {
 
 #[test]
 fn one_token_fifty_requests_two_instances_one_certificate() {
-    let redis = Redis::start(&[]);
-    let (one, two) = pair(&redis);
+    for way in [Way::Tcp, Way::Socket, Way::MutualTls] {
+        let redis = Redis::by(way);
+        let (one, two) = pair(&redis);
+        race_for_one_token(&one, &two);
+    }
+}
+
+fn race_for_one_token(one: &Service, two: &Service) {
     let (compact, csr) = (one.token("d"), Csr::new("d").make());
     let barrier = Barrier::new(50);
     let answers: Vec<Response> = thread::scope(|scope| {
         let all: Vec<_> = (0..50)
             .map(|n| {
-                let service = if n % 2 == 0 { &one } else { &two };
+                let service = if n % 2 == 0 { one } else { two };
                 let (barrier, compact, csr) = (&barrier, &compact, &csr);
                 scope.spawn(move || {
                     barrier.wait();
@@ -150,7 +156,7 @@ fn two_onboardings_of_one_device_a_thousand_times() {
 }
 
 fn with(redis: &Redis, setup: Setup) -> Service {
-    let service = setup.env("REDIS_URL", &redis.url()).env("JWT_SECRET", token::SECRET).start();
+    let service = setup.env_of(&redis.env()).env("JWT_SECRET", token::SECRET).start();
     service.wait_for_storage("redis");
     service
 }

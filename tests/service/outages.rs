@@ -8,15 +8,18 @@ use std::time::{Duration, Instant};
 use crate::support::history::{History, Op, Rules};
 use crate::support::load::{Fleet, replay_all};
 use crate::support::proxy::{Mode, Proxy};
-use crate::support::redis::Redis;
-use crate::support::service::Service;
+use crate::support::redis::{Redis, Way};
+use crate::support::service::{Service, Setup};
 
 /// Requests a second.
 const RATE: f64 = 200.0;
 
 fn start(url: &str) -> Service {
-    Service::start(&[
-        ("REDIS_URL", url),
+    setup().env("REDIS_URL", url).start()
+}
+
+fn setup() -> Setup {
+    Setup::new().envs(&[
         ("REENROLL", "allow"),
         ("REDIS_TIMEOUT_MS", "300"),
         ("REDIS_CONNECT_TIMEOUT_MS", "500"),
@@ -47,8 +50,22 @@ fn under_load(service: &Service, break_it: impl FnOnce(&History)) {
 
 #[test]
 fn killed_and_restarted_ten_times() {
-    let mut redis = Redis::start(&[]);
-    let service = start(&redis.url());
+    kill_ten_times(Way::Tcp);
+}
+
+#[test]
+fn killed_and_restarted_ten_times_at_its_socket() {
+    kill_ten_times(Way::Socket);
+}
+
+#[test]
+fn killed_and_restarted_ten_times_behind_mutual_tls() {
+    kill_ten_times(Way::MutualTls);
+}
+
+fn kill_ten_times(way: Way) {
+    let mut redis = Redis::by(way);
+    let service = setup().env_of(&redis.env()).start();
     under_load(&service, |load| {
         for round in 0..10 {
             redis.kill9();

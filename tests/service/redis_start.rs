@@ -1,8 +1,9 @@
 //! How Redis is reached, what is said when it is not, and that nobody waits for it meanwhile.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions, Permissions};
 use std::io::Write as _;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,8 @@ use rustix::net;
 use crate::support::csr::Csr;
 use crate::support::port::Port;
 use crate::support::proxy::{Mode, Proxy, Stop};
-use crate::support::redis::Redis;
-use crate::support::service::{Service, Setup};
+use crate::support::redis::{Redis, Way};
+use crate::support::service::{Service, Setup, as_any_user};
 use crate::support::temp::TempDir;
 use crate::support::{check_error, wait};
 
@@ -56,6 +57,67 @@ fn ways_in() {
     let redis = Redis::with_acl("device", "pw-of-device", "~* &* +@all");
     let url = format!("redis://device:pw-of-device@127.0.0.1:{}", redis.port());
     check(&redis, &[("REDIS_URL", &url)]);
+}
+
+#[test]
+fn by_a_socket_and_with_a_certificate() {
+    for way in [Way::Socket, Way::MutualTls] {
+        let redis = Redis::by(way);
+        let service = Setup::new().env_of(&redis.env()).start();
+        service.wait_for_storage("redis");
+        service.token("d");
+        assert!(redis.exists("mqtt-lite:device:d"), "{way:?}");
+    }
+    let redis = Redis::by(Way::Socket);
+    redis.cli(&["CONFIG", "SET", "requirepass", "p&+ %"]);
+    let socket = redis.file("redis.sock");
+    for env in [
+        vec![("REDIS_URL", format!("redis+unix://{socket}?db=3&pass=p%26%2B%20%25"))],
+        vec![
+            ("REDIS_HOST", socket),
+            ("REDIS_PASSWORD", "p&+ %".to_owned()),
+            ("REDIS_DB", "3".to_owned()),
+        ],
+    ] {
+        Setup::new().env_of(&env).start().wait_for_storage("redis");
+    }
+}
+
+/// A socket that others own and may not open.
+#[test]
+fn a_socket_that_may_not_be_opened() {
+    let redis = Redis::by(Way::Socket);
+    let socket = redis.file("redis.sock");
+    fs::set_permissions(&socket, Permissions::from_mode(0o000)).unwrap();
+    let service = Setup::new().wrapper(as_any_user()).env_of(&redis.env()).start();
+    let cause = "not allowed to open its socket, see its unixsocketperm";
+    service.wait_for_log(&format!("Failed to connect to Redis: {socket}: {cause}"));
+    fs::set_permissions(&socket, Permissions::from_mode(0o700)).unwrap();
+    service.wait_for_storage("redis");
+}
+
+/// What Redis is shown is read from its files for each connection.
+#[test]
+fn a_certificate_that_is_replaced_while_it_serves() {
+    let redis = Redis::by(Way::MutualTls);
+    let other = Redis::with_tls();
+    let dir = TempDir::new();
+    let copy = |redis: &Redis| {
+        for name in ["server.crt", "server.key"] {
+            fs::copy(redis.file(name), dir.path().join(name)).unwrap();
+        }
+    };
+    copy(&other);
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let service = Setup::new()
+        .env("REDIS_URL", &redis.url())
+        .env("REDIS_TLS_CA", &redis.tls_ca())
+        .env("REDIS_TLS_CERT", &path("server.crt"))
+        .env("REDIS_TLS_KEY", &path("server.key"))
+        .start();
+    service.wait_for_log("it does not take our certificate, see REDIS_TLS_CERT: ");
+    copy(&redis);
+    service.wait_for_storage("redis");
 }
 
 #[test]
@@ -161,7 +223,16 @@ fn what_keeps_it_out_is_said() {
     check(&env, &at(&ca_shown), cause);
     tls.cli(&["CONFIG", "SET", "tls-auth-clients", "yes"]);
     let env = [("REDIS_URL", &*tls.url()), ("REDIS_TLS_CA", &*tls.tls_ca())];
-    check(&env, &at(&tls), "it wants a client certificate: ");
+    check(&env, &at(&tls), "it wants a client certificate, see REDIS_TLS_CERT: ");
+
+    let socket = Redis::by(Way::Socket);
+    let path = socket.file("redis.sock");
+    let url_of = |path: &str| format!("unix://{path}");
+    let nowhere = socket.file("none.sock");
+    let cause = "there is no such socket, is Redis running, with its unixsocket there?";
+    check(&[("REDIS_URL", &url_of(&nowhere))], &nowhere, cause);
+    check(&[("REDIS_URL", &format!("unix://{path}?db=99"))], &path, "ERR DB index is out of range");
+    drop(socket);
 
     // A proxy that does not know the command, as some for clusters are.
     let proxy = Proxy::start(plain.port());
@@ -407,7 +478,7 @@ fn a_password_that_changes_while_it_serves() {
     service.wait_for_storage("redis");
     let compact = service.token("d");
     redis.cli(&["CONFIG", "SET", "requirepass", "second"]);
-    std::fs::write(file.path(), "second\n").unwrap();
+    fs::write(file.path(), "second\n").unwrap();
     redis.try_cli(&["-a", "second", "CLIENT", "KILL", "TYPE", "normal"]);
     let csr = Csr::new("d").make();
     wait::for_true("it is redeemed", || service.sign(&compact, &csr).status == 200);
@@ -453,7 +524,8 @@ fn without_a_redis_that_is_required_nothing_is_answered() {
     let exit = Setup::new().env("REDIS_REQUIRED", "true").run();
     assert_eq!(exit.code, Some(2), "{}", exit.log);
     assert!(
-        exit.log.contains("REDIS_REQUIRED=\"true\": needs REDIS_URL or REDIS_HOST"),
+        exit.log
+            .contains("REDIS_REQUIRED=\"true\": needs REDIS_URL, REDIS_HOST or REDIS_SENTINELS"),
         "{}",
         exit.log
     );

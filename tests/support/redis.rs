@@ -13,6 +13,16 @@ use super::service::send_signal;
 use super::temp::TempDir;
 use super::wait;
 
+/// The ways to a server that are all to behave alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Tcp,
+    /// A Unix socket.
+    Socket,
+    /// TLS, where the server wants to see a certificate of ours.
+    MutualTls,
+}
+
 /// A running Redis. `Drop` kills it, by its process id, and removes its folder.
 #[derive(Debug)]
 pub struct Redis {
@@ -24,6 +34,8 @@ pub struct Redis {
     password: Option<String>,
     port: Port,
     tls: bool,
+    /// How the service gets in.
+    way: Way,
 }
 
 impl Redis {
@@ -32,6 +44,48 @@ impl Redis {
     #[track_caller]
     pub fn start(args: &[&str]) -> Redis {
         Redis::build(args, |_| {})
+    }
+
+    /// One that is reached in this way; see [`Redis::env`].
+    #[track_caller]
+    pub fn by(way: Way) -> Redis {
+        let mut redis = match way {
+            Way::Tcp | Way::Socket => Redis::start(&[]),
+            Way::MutualTls => Redis::with_tls(),
+        };
+        redis.way = way;
+        match way {
+            Way::Tcp => {}
+            Way::Socket => redis.args.extend(["--unixsocket".to_owned(), redis.file("redis.sock")]),
+            Way::MutualTls => {
+                let own = [("--cert", "server.crt"), ("--key", "server.key")];
+                let own = own.map(|(name, file)| [name.to_owned(), redis.file(file)]);
+                redis.cli_args.extend(own.into_iter().flatten());
+                redis.args.extend(["--tls-auth-clients".to_owned(), "yes".to_owned()]);
+            }
+        }
+        redis.restart(false);
+        redis
+    }
+
+    /// What the service is to be told, to reach it in its way.
+    pub fn env(&self) -> Vec<(&'static str, String)> {
+        let url = |way: Way| match way {
+            Way::Socket => format!("unix://{}", self.file("redis.sock")),
+            Way::Tcp | Way::MutualTls => self.url(),
+        };
+        let mut env = vec![("REDIS_URL", url(self.way))];
+        if self.way == Way::MutualTls {
+            env.push(("REDIS_TLS_CA", self.tls_ca()));
+            env.push(("REDIS_TLS_CERT", self.file("server.crt")));
+            env.push(("REDIS_TLS_KEY", self.file("server.key")));
+        }
+        env
+    }
+
+    /// The path of a file in its folder.
+    pub fn file(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
     }
 
     /// One that wants this password (of the user `default`).
@@ -85,6 +139,7 @@ impl Redis {
             password: None,
             port: Port::any(),
             tls: false,
+            way: Way::Tcp,
         };
         change(&mut redis);
         redis.start_again();
@@ -170,7 +225,7 @@ impl Redis {
 
     /// The CA of its TLS certificate, PEM file.
     pub fn tls_ca(&self) -> String {
-        self.dir.path().join("ca.crt").display().to_string()
+        self.file("ca.crt")
     }
 
     /// Runs one command through `redis-cli` and gives its answer, raw; an error reply fails.
@@ -293,8 +348,10 @@ fn make_tls_files(dir: &TempDir) {
     );
     let (key, csr, leaf) = (path("server.key"), path("server.csr"), path("server.crt"));
     openssl(&["req", "-new", "-subj", "/CN=localhost", "-key", &key, "-out", &csr], "");
-    let ext =
-        dir.file("ext", "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth\n");
+    let ext = dir.file(
+        "ext",
+        "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth,clientAuth\n",
+    );
     let ext = ext.to_str().unwrap();
     let sign = ["x509", "-req", "-days", "30", "-in", &csr, "-CA", &ca, "-CAkey", &ca_key];
     openssl(&[&sign[..], &["-CAcreateserial", "-extfile", ext, "-out", &leaf]].concat(), "");

@@ -69,6 +69,11 @@ impl Setup {
         env.iter().fold(self, |setup, (name, value)| setup.env(name, value))
     }
 
+    /// As [`Setup::envs`], of what a server says of itself (`Redis::env`).
+    pub fn env_of(self, env: &[(&str, String)]) -> Self {
+        env.iter().fold(self, |setup, (name, value)| setup.env(name, value))
+    }
+
     /// Arguments for the program, as `check-config`.
     pub fn args(mut self, args: &[&str]) -> Self {
         self.args = args.iter().map(|a| (*a).to_owned()).collect();

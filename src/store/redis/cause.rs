@@ -24,8 +24,10 @@ pub(super) enum Stage {
 /// A server, as the configuration names it.
 #[derive(Debug)]
 pub(super) struct Server {
-    /// Host and port.
+    /// Host and port, or the path of a socket.
     pub name: String,
+    /// The host alone, by which TLS knows it.
+    pub host: String,
     pub tls: bool,
 }
 
@@ -40,6 +42,16 @@ impl Server {
     pub fn failed(&self, error: &io::Error, stage: Stage) -> Down {
         let (why, lasting) = io_cause(error, stage, self.tls);
         Down { lasting, ..self.lost(why, stage == Stage::Service) }
+    }
+
+    /// As [`Server::failed`], where nothing was sent yet.
+    pub fn down(&self, error: &io::Error, stage: Stage) -> StoreError {
+        StoreError::Down(self.failed(error, stage))
+    }
+
+    /// It cannot be used until somebody changes something.
+    pub fn unusable(&self, why: impl fmt::Display) -> Down {
+        Down { lasting: true, ..self.lost(why, false) }
     }
 
     /// What came is no answer of Redis.
@@ -91,6 +103,8 @@ fn refusal_cause(said: &str, command: &str) -> String {
         format!(
             "{command} is not allowed, docs/redis.md has the rights that its user needs: {said}"
         )
+    } else if said.starts_with("MOVED") || said.starts_with("CROSSSLOT") {
+        format!("it is a node of a cluster, for which REDIS_CLUSTER has yet to be made: {said}")
     } else {
         said.to_owned()
     }
@@ -112,6 +126,12 @@ fn io_cause(error: &io::Error, stage: Stage, tls: bool) -> (String, bool) {
         Stage::LookUp if late => "its name is still being looked up".to_owned(),
         Stage::LookUp => format!("the name was not found: {said}"),
         Stage::Connect if refused => "connection refused".to_owned(),
+        Stage::Connect if error.kind() == io::ErrorKind::NotFound => {
+            "there is no such socket, is Redis running, with its unixsocket there?".to_owned()
+        }
+        Stage::Connect if error.kind() == io::ErrorKind::PermissionDenied => {
+            "not allowed to open its socket, see its unixsocketperm".to_owned()
+        }
         Stage::Handshake => format!("TLS failed, is this a plain port? {said}"),
         Stage::Login if ended && !tls => {
             "no answer of Redis, does the server want TLS? It has closed the connection".to_owned()
@@ -128,8 +148,16 @@ fn io_cause(error: &io::Error, stage: Stage, tls: bool) -> (String, bool) {
 fn tls_cause(error: &rustls::Error) -> String {
     let cause = match error {
         rustls::Error::AlertReceived(AlertDescription::CertificateRequired) => {
-            "it wants a client certificate"
+            "it wants a client certificate, see REDIS_TLS_CERT"
         }
+        rustls::Error::AlertReceived(
+            AlertDescription::UnknownCA
+            | AlertDescription::BadCertificate
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::UnsupportedCertificate,
+        ) => "it does not take our certificate, see REDIS_TLS_CERT",
         // The second where the trusted CA has the name of its issuer, but another key.
         rustls::Error::InvalidCertificate(
             CertificateError::UnknownIssuer | CertificateError::BadSignature,
@@ -181,7 +209,7 @@ mod tests {
         let Ok(Value::ServerError(error)) = redis::parse_redis_value(reply.as_bytes()) else {
             panic!("an error reply");
         };
-        let server = Server { name: "h:1".to_owned(), tls: false };
+        let server = Server { name: "h:1".to_owned(), host: "h".to_owned(), tls: false };
         let said = server.refused(&error, "SET").to_string();
         assert_eq!(said, "h:1: ERR unknown command 'SET'");
     }

@@ -7,21 +7,18 @@
 
 use std::io::{self, Read, Write as _};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use redis::{Parser, Value};
 
 use super::cause::{Server, Stage};
 use super::command::{Command, Commands};
 use super::reply::Reply;
-use super::stream::{Stream, time_left};
+use super::stream::Stream;
 use crate::clock::Now;
-use crate::config;
+use crate::config::Login;
+use crate::socket::time_left;
 use crate::store::{Down, StoreError};
-
-/// The time-out of a socket is set anew when this much of it has passed; setting it for every reply
-/// would cost a system call each.
-const TIMEOUT_GRAIN: Duration = Duration::from_millis(5);
 
 /// One connection to Redis.
 pub(super) struct Connection {
@@ -29,9 +26,6 @@ pub(super) struct Connection {
     parser: Parser,
     server: Arc<Server>,
     stage: Stage,
-    /// The time-outs that the socket has now.
-    read_timeout: Duration,
-    write_timeout: Duration,
     /// The pool's generation that it belongs to.
     pub generation: u64,
     /// When it was put back into the pool, by [`Now::mono_ms`].
@@ -45,8 +39,6 @@ impl Connection {
             parser: Parser::new(),
             server,
             stage: Stage::Login,
-            read_timeout: Duration::ZERO,
-            write_timeout: Duration::ZERO,
             generation: 0,
             idle_since_ms: 0,
         }
@@ -54,18 +46,17 @@ impl Connection {
 
     /// Says who we are, or at least something, so that the server answers: one that allows no more
     /// clients, or speaks another protocol, is found out here.
-    pub fn log_in(&mut self, config: &config::Redis, deadline: Instant) -> Result<(), StoreError> {
+    pub fn log_in(&mut self, login: &Login, db: i64, deadline: Instant) -> Result<(), StoreError> {
         let mut commands = Commands::default();
-        let password = config.current_password().map_err(|why| {
-            StoreError::Down(Down { lasting: true, ..self.server.lost(why, false) })
-        })?;
+        let password = login.current_password();
+        let password = password.map_err(|why| StoreError::Down(self.server.unusable(why)))?;
         if let Some(password) = password {
             let auth = Command::new("AUTH");
-            let auth = config.username.iter().fold(auth, |auth, name| auth.arg(name));
+            let auth = login.username.iter().fold(auth, |auth, name| auth.arg(name));
             commands.push(&auth.arg(password.reveal()));
         }
-        if config.db != 0 {
-            commands.push(&Command::new("SELECT").arg(&config.db.to_string()));
+        if db != 0 {
+            commands.push(&Command::new("SELECT").arg(&db.to_string()));
         }
         let anonymous = commands.count() == 0;
         if anonymous {
@@ -86,6 +77,11 @@ impl Connection {
         self
     }
 
+    /// The server is not one that can be used.
+    pub fn unusable(&self, why: &str) -> Down {
+        self.server.unusable(why)
+    }
+
     /// The other side has closed it while nobody used it.
     pub fn has_ended(&mut self) -> bool {
         self.stream.has_ended()
@@ -97,29 +93,20 @@ impl Connection {
         commands: &Commands,
         deadline: Instant,
     ) -> Result<Vec<Reply>, Down> {
-        let left = time_left(deadline)
+        time_left(deadline)
             .map_err(|late| Down { maybe_done: false, ..self.server.failed(&late, self.stage) })?;
-        self.send(commands, left).map_err(|error| self.server.failed(&error, self.stage))?;
-        (0..commands.count()).map(|index| self.receive(commands, index, deadline)).collect()
+        self.stream.set_deadline(deadline);
+        self.send(commands).map_err(|error| self.server.failed(&error, self.stage))?;
+        (0..commands.count()).map(|index| self.receive(commands, index)).collect()
     }
 
-    fn send(&mut self, commands: &Commands, left: Duration) -> io::Result<()> {
-        self.limit_writing(left)?;
-        // Writing also reads while TLS renews its keys.
-        self.limit_reading(left)?;
+    fn send(&mut self, commands: &Commands) -> io::Result<()> {
         self.stream.write_all(commands.bytes())?;
         self.stream.flush()
     }
 
     /// One reply; an error of the server is a reply like any other.
-    fn receive(
-        &mut self,
-        commands: &Commands,
-        index: usize,
-        deadline: Instant,
-    ) -> Result<Reply, Down> {
-        let limited = time_left(deadline).and_then(|left| self.limit_reading(left));
-        limited.map_err(|error| self.server.failed(&error, self.stage))?;
+    fn receive(&mut self, commands: &Commands, index: usize) -> Result<Reply, Down> {
         let mut reader = Reader { stream: &mut self.stream, failure: None };
         match (self.parser.parse_value(&mut reader), reader.failure) {
             (Ok(Value::ServerError(error)), _) => {
@@ -129,22 +116,6 @@ impl Connection {
             (Err(_), Some(error)) => Err(self.server.failed(&error, self.stage)),
             (Err(_), None) => Err(self.server.misspoke(self.stage)),
         }
-    }
-
-    fn limit_writing(&mut self, left: Duration) -> io::Result<()> {
-        if self.write_timeout.abs_diff(left) > TIMEOUT_GRAIN {
-            self.stream.socket().set_write_timeout(Some(left))?;
-            self.write_timeout = left;
-        }
-        Ok(())
-    }
-
-    fn limit_reading(&mut self, left: Duration) -> io::Result<()> {
-        if self.read_timeout.abs_diff(left) > TIMEOUT_GRAIN {
-            self.stream.socket().set_read_timeout(Some(left))?;
-            self.read_timeout = left;
-        }
-        Ok(())
     }
 }
 

@@ -34,6 +34,11 @@ pub(super) fn greet(
     let mut replies = replies.into_iter();
     let mut first = Replies::new(replies.by_ref().take(3).collect());
     let server = first.info();
+    if server.mode.as_deref() == Some("sentinel") {
+        let why =
+            "it is a sentinel: name it in REDIS_SENTINELS, in place of REDIS_URL or REDIS_HOST";
+        return Err(StoreError::Down(connection.unusable(why)));
+    }
     context.clock.set(first.time_ms()?, clock::now());
     replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), Err)?;
     let about_rows: Vec<Reply> = replies.by_ref().take(about_rows).collect();

@@ -20,6 +20,7 @@ mod connection;
 mod flow;
 mod greeting;
 mod layout;
+mod locate;
 mod pool;
 mod reply;
 mod rows;
@@ -65,17 +66,14 @@ pub struct RedisStore {
 impl RedisStore {
     /// A store without a connection yet; see [`Remote::connect`]. `instance` is this instance's id,
     /// 32 hexadecimal digits.
-    ///
-    /// # Errors
-    /// When the address or the private CA cannot be used at all.
     pub fn new(
         config: &config::Redis,
         instance: String,
         signer: Signer,
         metrics: Arc<Metrics>,
-    ) -> Result<Self, StoreError> {
-        Ok(RedisStore {
-            pool: Pool::new(config)?,
+    ) -> Self {
+        RedisStore {
+            pool: Pool::new(config),
             context: Context::new(
                 Layout { prefix: config.key_prefix.clone(), instance },
                 signer,
@@ -86,7 +84,7 @@ impl RedisStore {
             added: AtomicU64::new(0),
             prune_at_ms: AtomicU64::new(0),
             metrics,
-        })
+        }
     }
 
     /// What prunes the set of live tokens along with these operations, when it is due.

@@ -2,16 +2,15 @@
 //! caller's thread.
 
 use std::fmt;
-use std::io;
-use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::cause::{Server, Stage};
+use super::cause::Server;
 use super::connection::Connection;
-use super::stream::{Name, Stream, Tls, time_left};
+use super::locate::{Locator, Opener};
 use crate::clock::Now;
 use crate::config;
+use crate::socket::time_left;
 use crate::store::{Down, DownKind, StoreError, locked};
 
 /// A connection that was idle for longer may have been closed by the other side; looking costs three
@@ -24,22 +23,14 @@ const LONG_IDLE_MS: u64 = 4000;
 pub(super) struct Pool {
     config: config::Redis,
     server: Arc<Server>,
-    tls: Option<Tls>,
     /// For connecting, and a quarter of it for the greeting. An eighth of what was configured is
     /// left for saying why it failed before the start stops waiting.
     connect_timeout: Duration,
     size: usize,
     /// Held while connecting; only the supervisor does.
-    way: Mutex<Way>,
+    locator: Mutex<Locator>,
     state: Mutex<State>,
     put_back: Condvar,
-}
-
-/// How the server is reached.
-struct Way {
-    name: Name,
-    /// Which of the name's addresses is tried first: another one after each failure.
-    turn: usize,
 }
 
 #[derive(Default)]
@@ -58,23 +49,17 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
-    pub fn new(config: &config::Redis) -> Result<Self, StoreError> {
-        let name = match config.host.contains(':') {
-            true => format!("[{}]:{}", config.host, config.port),
-            false => format!("{}:{}", config.host, config.port),
-        };
-        let server = Server { name, tls: config.tls };
-        let tls = Tls::new(config).map_err(|error| StoreError::Down(server.lost(error, false)))?;
-        Ok(Pool {
+    pub fn new(config: &config::Redis) -> Self {
+        let locator = Locator::new(config);
+        Pool {
             config: config.clone(),
-            server: Arc::new(server),
-            tls,
+            server: locator.server(),
             connect_timeout: config.connect_timeout * 7 / 8,
             size: config.pool_size.max(1),
-            way: Mutex::new(Way { name: Name::new(config.host.clone(), config.port), turn: 0 }),
+            locator: Mutex::new(locator),
             state: Mutex::default(),
             put_back: Condvar::new(),
-        })
+        }
     }
 
     pub fn is_open(&self) -> bool {
@@ -140,6 +125,10 @@ impl Pool {
         self.put_back.notify_all();
     }
 
+    fn opener(&self) -> Result<Opener<'_>, StoreError> {
+        Opener::new(&self.config).map_err(|why| StoreError::Down(self.server.unusable(why)))
+    }
+
     /// Looks the name up again, connects, greets on the last connection, and replaces all
     /// connections. One is enough to serve; a server may allow no more, or be too slow for more.
     ///
@@ -152,12 +141,7 @@ impl Pool {
         now: Now,
     ) -> Result<T, StoreError> {
         self.close();
-        let mut way = locked(&self.way);
-        let opened = self.open_all(&mut way, greet);
-        let Ok((connections, hello)) = opened else {
-            way.turn = way.turn.wrapping_add(1);
-            return opened.map(|(_, hello)| hello);
-        };
+        let (connections, hello) = self.open_all(&mut locked(&self.locator), greet)?;
         let mut state = locked(&self.state);
         state.generation += 1;
         state.open = connections.len();
@@ -169,73 +153,31 @@ impl Pool {
 
     fn open_all<T>(
         &self,
-        way: &mut Way,
+        locator: &mut Locator,
         greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
     ) -> Result<(Vec<Connection>, T), StoreError> {
         let begun = Instant::now();
         let deadline = begun + self.connect_timeout;
-        let (socket, address) = self.reach(way, deadline)?;
-        let mut last = self.prepare(socket, deadline)?;
+        let opener = self.opener()?;
+        let (mut last, target) = locator.open(&opener, deadline)?;
         let mut fresh = Vec::with_capacity(self.size);
         let mut refused = None;
         while refused.is_none() && fresh.len() + 1 < self.size {
-            let limit = deadline - self.connect_timeout / 2;
-            match self.connect(address, limit).and_then(|socket| self.prepare(socket, limit)) {
+            match opener.open(&target, deadline - self.connect_timeout / 2) {
                 Ok(connection) => fresh.push(std::mem::replace(&mut last, connection)),
                 Err(error) => refused = Some(error),
             }
         }
         let deadline = deadline.max(Instant::now() + self.connect_timeout / 4);
-        let hello = greet(&mut last, deadline)?;
+        let hello = greet(&mut last, deadline);
+        if hello.is_err() {
+            locator.try_another();
+        }
+        let hello = hello?;
         fresh.push(last);
         if let Some(error) = refused {
             log::warn!("Redis gives {} of {} connections: {error}", fresh.len(), self.size);
         }
         Ok((fresh, hello))
-    }
-
-    /// The first address that takes a connection. None may use more than its share of the time: the
-    /// first of two may be one that swallows everything.
-    fn reach(
-        &self,
-        way: &mut Way,
-        deadline: Instant,
-    ) -> Result<(TcpStream, SocketAddr), StoreError> {
-        let unknown = |error: io::Error| self.failed(&error, Stage::LookUp);
-        let mut addresses = way.name.look_up(deadline).map_err(unknown)?;
-        let count = addresses.len();
-        addresses.rotate_left(way.turn % count.max(1));
-        let mut error = unknown(io::ErrorKind::NotFound.into());
-        for (tried, address) in addresses.into_iter().enumerate() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let share = left / u32::try_from(count - tried).unwrap_or(u32::MAX);
-            match self.connect(address, Instant::now() + share) {
-                Ok(socket) => return Ok((socket, address)),
-                Err(failure) => error = failure,
-            }
-        }
-        Err(error)
-    }
-
-    fn connect(&self, address: SocketAddr, deadline: Instant) -> Result<TcpStream, StoreError> {
-        time_left(deadline)
-            .and_then(|limit| Stream::connect(address, limit))
-            .map_err(|error| self.failed(&error, Stage::Connect))
-    }
-
-    /// TLS and login.
-    fn prepare(&self, socket: TcpStream, deadline: Instant) -> Result<Connection, StoreError> {
-        let stream = match &self.tls {
-            None => Ok(Stream::Plain(socket)),
-            Some(tls) => Stream::secured(socket, tls, deadline),
-        };
-        let stream = stream.map_err(|error| self.failed(&error, Stage::Handshake))?;
-        let mut connection = Connection::new(stream, Arc::clone(&self.server));
-        connection.log_in(&self.config, deadline)?;
-        Ok(connection)
-    }
-
-    fn failed(&self, error: &io::Error, stage: Stage) -> StoreError {
-        StoreError::Down(self.server.failed(error, stage))
     }
 }

@@ -1,5 +1,6 @@
 //! Replies of a round trip, read in the order of their commands.
 
+use std::collections::HashMap;
 use std::vec::IntoIter;
 
 use redis::Value;
@@ -53,6 +54,19 @@ impl Replies {
         }
     }
 
+    /// The items of a list; none where the key is not there.
+    pub fn list(&mut self) -> Result<Replies, StoreError> {
+        match self.next()? {
+            Value::Nil => Ok(Replies::new(Vec::new())),
+            Value::Array(items) => Ok(Replies::new(items.into_iter().map(Ok).collect())),
+            _ => Err(unexpected("not a list")),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rest.len() == 0
+    }
+
     pub fn number(&mut self) -> Result<i64, StoreError> {
         match self.next()? {
             Value::Int(number) => Ok(number),
@@ -63,7 +77,12 @@ impl Replies {
     /// What a server answers to [`Info::ask`]. One that may not be asked says nothing.
     pub fn info(&mut self) -> Info {
         let mut text = || self.text().ok().flatten().unwrap_or_default();
-        Info { run_id: info(&text(), "run_id"), policy: info(&text(), "maxmemory_policy") }
+        let (server, memory) = (text(), text());
+        Info {
+            run_id: info(&server, "run_id"),
+            mode: info(&server, "redis_mode"),
+            policy: info(&memory, "maxmemory_policy"),
+        }
     }
 
     /// What `TIME` says, in milliseconds since 1970.
@@ -75,11 +94,21 @@ impl Replies {
     }
 
     pub fn texts(&mut self) -> Result<Vec<String>, StoreError> {
-        let Value::Array(items) = self.next()? else { return Err(unexpected("not a list")) };
-        let mut items = Replies::new(items.into_iter().map(Ok).collect());
-        std::iter::from_fn(|| items.rest.len().ne(&0).then(|| items.text()))
+        let mut items = self.list()?;
+        std::iter::from_fn(|| (!items.is_empty()).then(|| items.text()))
             .map(|text| text.map(Option::unwrap_or_default))
             .collect()
+    }
+
+    /// Lists of texts, in each of which names and values alternate.
+    pub fn maps(&mut self) -> Result<Vec<HashMap<String, String>>, StoreError> {
+        let mut items = self.list()?;
+        let mut maps = Vec::new();
+        while !items.is_empty() {
+            let mut words = items.texts()?.into_iter();
+            maps.push(std::iter::from_fn(|| Some((words.next()?, words.next()?))).collect());
+        }
+        Ok(maps)
     }
 }
 
@@ -90,6 +119,8 @@ const KEEPS_ALL: &str = "noeviction";
 pub(super) struct Info {
     /// Changes with every start of the server.
     pub run_id: Option<String>,
+    /// `standalone`, `sentinel` or `cluster`.
+    pub mode: Option<String>,
     /// What it does when its memory is full.
     pub policy: Option<String>,
 }
