@@ -191,6 +191,7 @@ impl Provisioner {
         if status.foreign_ca {
             reasons.push("another CA than ours is entered in Redis".to_owned());
         }
+        reasons.extend(self.clock_is_far_off());
         reasons
     }
 
@@ -200,7 +201,7 @@ impl Provisioner {
         let lasting = status.away.filter(|away| away.lasting && !status.redis_required);
         let lasting = lasting
             .map(|away| format!("Redis is away and will not be back by itself: {}", away.why));
-        self.publisher.warning(now).into_iter().chain(lasting).collect()
+        self.publisher.warning(now).into_iter().chain(lasting).chain(self.clock_is_off()).collect()
     }
 
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {

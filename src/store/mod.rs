@@ -246,6 +246,8 @@ pub struct Status {
     pub losses: u64,
     /// How long its answers take at present; nothing for one that is here.
     pub round_trip: Duration,
+    /// How far our wall clock is ahead of that of Redis, or was when that was last asked.
+    pub clock_is_ahead_ms: i64,
 }
 
 /// Why Redis does not serve.

@@ -81,6 +81,42 @@ fn also_by_an_instance_whose_clock_lags_three_seconds() {
     }
 }
 
+/// Its bound would reach into next month, and every later token of the device be dated after that, for
+/// good. What is not killed is not said to be.
+#[test]
+fn a_clock_that_is_hours_off_kills_nothing() {
+    let clock = FakeClock::at(now_s());
+    let env = clock.env();
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, &**value)).collect();
+    let redis = Redis::start(&[]);
+    let service = instance::first(&redis.url(), &env);
+    let d = Device::new("d");
+    let old = token(&service, &d);
+    let said = |key: &str| service.http.get("/ready").json()[key].to_string();
+    for ahead_s in [30 * 86_400, 7200] {
+        clock.set(now_s() + ahead_s);
+        wait::for_true("/ready tells of it", || {
+            said("reasons").contains("s ahead of that of Redis")
+        });
+        assert_eq!(service.http.get("/ready").status, 503);
+        for (how, kill) in KILLS {
+            let answer = kill(&service, &d);
+            let code = answer.field("code");
+            assert_eq!((answer.status, &*code), (503, "SERVICE_UNAVAILABLE"), "{how}");
+        }
+    }
+    assert!(!redis.keys().iter().any(|key| key.contains("devices:")), "{:?}", redis.keys());
+    clock.set(now_s() + 30);
+    wait::for_true("a warning is enough", || said("warnings").contains("30 s ahead of"));
+    assert_eq!(service.http.get("/ready").status, 200);
+    clock.set_right();
+    wait::for_true("nothing is to be said", || said("warnings") == "null");
+    let new = instance::issued(&service, &replace(&service, &d));
+    assert!(jwt::claims_of(&new)["iat"].as_u64().unwrap() < now_s() + 20);
+    refused_as_used(&[&service], &old, &d);
+    certificate(&service, &new, &d);
+}
+
 /// Row 27: the second kill comes in the second of the first, and reaches a token that memory has dated
 /// just after that one.
 #[test]

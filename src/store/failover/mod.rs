@@ -262,7 +262,7 @@ impl TokenStore for Failover {
     fn status(&self) -> Status {
         let state = locked(&self.state);
         let redis_serves = matches!(state.mode, Mode::Primary);
-        let remote = if redis_serves { self.remote.status() } else { Status::default() };
+        let remote = self.remote.status();
         Status {
             redis_enabled: true,
             redis_serves,
@@ -271,7 +271,8 @@ impl TokenStore for Failover {
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
             losses: state.epoch,
-            round_trip: remote.round_trip,
+            round_trip: if redis_serves { remote.round_trip } else { Duration::ZERO },
+            clock_is_ahead_ms: remote.clock_is_ahead_ms,
         }
     }
 }

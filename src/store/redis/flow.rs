@@ -74,11 +74,11 @@ pub(super) struct Context {
     pub ended: Mutex<Vec<String>>,
 }
 
-/// The clock that all instances share, for the set of live tokens: by a clock of ours that is wrong,
-/// tokens would be counted that have ended, or not counted although they live.
+/// The clock that all instances share. By a clock of ours that is wrong, tokens would be counted that
+/// have ended, or not counted although they live.
 #[derive(Debug, Default)]
 pub(super) struct RedisClock {
-    /// How far it is ahead of [`Now::mono_ms`]; measured with each greeting and each count.
+    /// How far it is ahead of [`Now::mono_ms`]; measured with each greeting and each count, 0 before.
     ahead_ms: AtomicU64,
 }
 
@@ -86,6 +86,13 @@ impl RedisClock {
     /// Milliseconds since 1970.
     pub fn at(&self, now: Now) -> u64 {
         self.ahead_ms.load(Ordering::Relaxed).saturating_add(now.mono_ms)
+    }
+
+    /// How far our wall clock is ahead of it.
+    pub fn ours_is_ahead_ms(&self, now: Now) -> i64 {
+        let is_measured = self.ahead_ms.load(Ordering::Relaxed) > 0;
+        let ahead = i128::from(now.unix_ms) - i128::from(self.at(now));
+        i64::try_from(ahead).unwrap_or_default() * i64::from(is_measured)
     }
 
     pub fn set(&self, time_ms: u64, now: Now) {

@@ -121,6 +121,7 @@ impl TokenStore for RedisStore {
             redis_enabled: true,
             redis_serves: self.pool.is_open(),
             round_trip: Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed)),
+            clock_is_ahead_ms: self.context.clock.ours_is_ahead_ms(clock::now()),
             ..Status::default()
         }
     }
