@@ -290,7 +290,12 @@ fn open_store(
     devices: &Arc<Devices>,
     metrics: &Arc<Metrics>,
 ) -> Result<Stores, RunError> {
-    let memory = Arc::new(Memory::new(config.memory_max_tokens, Arc::clone(ledger)));
+    let memory = Arc::new(Memory::new(
+        config.memory_max_tokens,
+        Arc::clone(ledger),
+        Arc::clone(devices) as _,
+        signer.clone(),
+    ));
     let reaper = Arc::clone(&memory);
     spawn("reaper", move || reaper.reap_forever())?;
     let Some(redis) = &config.redis else {

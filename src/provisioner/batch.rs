@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{
-    Batch, Done, Issue, Job, Provisioner, Redeem, Renew, Replace, Revoke, Signed, no_certificate,
+    Batch, Done, Issue, Job, Provisioner, Redeem, Renew, Revoke, Signed, no_certificate,
     not_issued, refused,
 };
 use crate::ca::identity::IdentityError;
@@ -26,7 +26,7 @@ impl Provisioner {
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
         let mut kills = self.raise_bounds(&jobs, now).into_iter();
         let (ready, ops): (Vec<_>, Vec<_>) =
-            jobs.into_iter().map(|job| self.ready(job, &mut kills)).unzip();
+            jobs.into_iter().map(|job| self.ready(job, &mut kills, now)).unzip();
         let ops: Vec<Op> = ops.into_iter().flatten().collect();
         let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
         let mut answers = answers.into_iter();
@@ -49,21 +49,20 @@ impl Provisioner {
         &self,
         job: Job,
         kills: &mut impl Iterator<Item = Result<Kill, Problem>>,
+        now: Now,
     ) -> (Result<Job, Problem>, Option<Op>) {
         let mut kill = || kills.next().unwrap_or_else(|| Err(Code::InternalError.into()));
-        let new = |token, replaces, client: IpAddr| {
-            Some(Op::Issue(New { token, replaces, subscriber: client.into() }))
-        };
         let op = match &job {
-            Job::Issue(Issue { token, client }) => Ok(new(token.clone(), None, *client)),
+            Job::Issue(Issue { device, jti, replaces, client }) => {
+                replaces.then(|| kill().map(Box::new)).transpose().map(|replaces| {
+                    let token = self.token(device.clone(), *jti, now);
+                    Some(Op::Issue(New { token, replaces, subscriber: (*client).into() }))
+                })
+            }
             Job::Redeem(redeem) => Ok(Some(Op::Consume(redeem.token.clone(), redeem.serial))),
             Job::Renew(_) => Ok(None),
             Job::Count => Ok(Some(Op::Count)),
             Job::Revoke(_) => kill().map(|kill| Some(Op::Kill(Box::new(kill)))),
-            Job::Replace(Replace { device, jti, client }) => kill().map(|kill| {
-                let iat = kill.row.bound.t.saturating_add(1);
-                new(self.token(device.clone(), iat, *jti), Some(Box::new(kill)), *client)
-            }),
         };
         match op {
             Ok(op) => (Ok(job), op),
@@ -92,11 +91,7 @@ impl Provisioner {
         };
         let mut answer = || answers.next().unwrap_or(Err(StoreError::Undecided));
         match job {
-            Job::Issue(Issue { token, client }) => {
-                let device = token.claims.device_id;
-                Step::Done(self.issued(device, client, answer(), &mut follow_up.give_back, now))
-            }
-            Job::Replace(Replace { device, client, .. }) => {
+            Job::Issue(Issue { device, client, .. }) => {
                 Step::Done(self.issued(device, client, answer(), &mut follow_up.give_back, now))
             }
             Job::Redeem(redeem) => match granted(&redeem, answer()) {
@@ -347,9 +342,8 @@ impl Job {
     /// The device whose past it kills, if it does.
     pub(super) fn kills(&self) -> Option<&DeviceId> {
         match self {
-            Job::Replace(Replace { device, .. }) | Job::Revoke(Revoke { device, .. }) => {
-                Some(device)
-            }
+            Job::Issue(Issue { device, replaces: true, .. })
+            | Job::Revoke(Revoke { device, .. }) => Some(device),
             _ => None,
         }
     }
@@ -513,6 +507,8 @@ mod tests {
         fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
             let answer = |op: &Op| match op {
                 Op::Issue(new) => Ok(Outcome::Issued { token: new.token.clone(), killed: None }),
+                Op::Look(_) => Ok(Outcome::Seen(Box::default())),
+                Op::Kill(_) => Ok(Outcome::Killed(None)),
                 Op::Count => Ok(Outcome::Counted(1)),
                 _ => Err(StoreError::Undecided),
             };
@@ -524,45 +520,67 @@ mod tests {
         }
     }
 
-    #[test]
-    fn only_certificates_wait_for_the_disk() {
-        let dir = TestDir::new();
-        let now = clock::now();
+    fn provisioner(dir: &TestDir, now: Now) -> Provisioner {
         let settings = config::Ca {
             dir: dir.to_path_buf(),
             root_validity_years: 10,
             device_validity_days: 90,
         };
-        let ca = Arc::new(Ca::open(&settings, now).unwrap());
         let rules = Rules {
             token_ttl_s: 300,
             reenroll: Reenroll::Deny,
             renew_revokes: true,
             renew_after_expiry_days: 0,
         };
-        let provisioner = Provisioner::new(
+        let metrics = || Arc::new(Metrics::new(std::iter::empty()));
+        let ca = Arc::new(Ca::open(&settings, now).unwrap());
+        Provisioner::new(
             Arc::new(Willing),
             Arc::new(Ledger::new(10)),
             Arc::new(Devices::open(&dir.join("devices.txt"), Instance([1; 16]), now).unwrap()),
-            Arc::new(Publisher::new(
-                Arc::clone(&ca),
-                None,
-                Arc::new(Metrics::new(std::iter::empty())),
-            )),
+            Arc::new(Publisher::new(ca, None, metrics())),
             Signer::new(b"a secret of the test"),
             rules,
-            Arc::new(Metrics::new(std::iter::empty())),
-        );
+            metrics(),
+        )
+    }
+
+    fn plan_issue(provisioner: &Provisioner, now: Now) -> Job {
+        let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        provisioner.plan_issue(DeviceId::parse("d").unwrap(), false, client, now).unwrap()
+    }
+
+    #[test]
+    fn only_certificates_wait_for_the_disk() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let provisioner = Arc::new(provisioner(&dir, now));
         // As while another worker's certificates are written.
-        let _writing = ca.record().begin();
+        let _writing = provisioner.ca().record().begin();
         let (sender, done) = mpsc::channel();
+        let worker = Arc::clone(&provisioner);
         thread::spawn(move || {
-            let device = DeviceId::parse("d").unwrap();
-            let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-            let job = provisioner.plan_issue(device, false, client, now).unwrap();
-            let issued = provisioner.run(vec![job, Job::Count], now).done;
+            let job = plan_issue(&worker, now);
+            let issued = worker.run(vec![job, Job::Count], now).done;
             let _ = sender.send(issued.iter().filter(|done| done.is_ok()).count());
         });
         assert_eq!(done.recv_timeout(Duration::from_secs(10)), Ok(2));
+    }
+
+    /// The bound of the kill reaches five seconds past the plan.
+    #[test]
+    fn an_onboarding_in_the_batch_of_a_kill_is_born_alive() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let provisioner = provisioner(&dir, now);
+        let device = DeviceId::parse("d").unwrap();
+        let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let revoke = provisioner.plan_revoke(device, client, now).unwrap();
+        let issue = plan_issue(&provisioner, now);
+        let done = provisioner.run(vec![revoke, issue], now).done;
+        let [Err(_nothing_is_known), Ok(Done::Issued(token))] = &done[..] else {
+            panic!("{done:?}")
+        };
+        assert!(!provisioner.is_dead(token), "{:?}", token.claims);
     }
 }

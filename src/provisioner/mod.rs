@@ -56,8 +56,6 @@ pub struct Rules {
 pub enum Job {
     /// Issue a token.
     Issue(Issue),
-    /// Issue a token in place of the one that the device may have.
-    Replace(Replace),
     /// Redeem a token for a certificate.
     Redeem(Box<Redeem>),
     /// Sign another certificate for a device that has one.
@@ -68,18 +66,13 @@ pub enum Job {
     Count,
 }
 
-/// A planned onboarding.
+/// A planned onboarding. The token is dated when what the batch kills is dead.
 #[derive(Debug)]
 pub struct Issue {
-    token: Token,
-    client: IpAddr,
-}
-
-/// A planned replacement. Its token is dated when the device's past is dead.
-#[derive(Debug)]
-pub struct Replace {
     device: DeviceId,
     jti: [u8; 16],
+    /// In place of the token that the device may have.
+    replaces: bool,
     client: IpAddr,
 }
 

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{Issue, Job, Provisioner, Redeem, Renew, Replace, Revoke, not_issued, refused};
+use super::{Issue, Job, Provisioner, Redeem, Renew, Revoke, not_issued, refused};
 use crate::ca::csr::Csr;
 use crate::ca::record::Certificate;
 use crate::clock::Now;
@@ -30,15 +30,13 @@ impl Provisioner {
         }
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        if replace {
-            return Ok(Job::Replace(Replace { device, jti, client }));
-        }
-        let dead_until = self.devices.bound(&device).0.t;
-        let token = self.token(device, now.unix_s().max(dead_until.saturating_add(1)), jti);
-        Ok(Job::Issue(Issue { token, client }))
+        Ok(Job::Issue(Issue { device, jti, replaces: replace, client }))
     }
 
-    pub(super) fn token(&self, device_id: DeviceId, iat: u64, jti: [u8; 16]) -> Token {
+    /// A token of now, or of the second after the device's past.
+    pub(super) fn token(&self, device_id: DeviceId, jti: [u8; 16], now: Now) -> Token {
+        let dead_until = self.devices.bound(&device_id).0.t;
+        let iat = now.unix_s().max(dead_until.saturating_add(1));
         let exp = iat.saturating_add(self.rules.token_ttl_s);
         self.signer.sign(Claims { device_id, iat, exp, jti: Some(jti) })
     }

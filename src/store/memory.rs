@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
-use crate::jwt::{Claims, Token, TokenHash};
+use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::{Begin, Ledger};
 use crate::store::{
-    Answer, Dead, Kill, New, Op, Outcome, Seen, Status, StoreError, TokenStore, locked,
+    Answer, Dead, Kill, New, Op, Outcome, Rows, Seen, Status, StoreError, TokenStore, dated, locked,
 };
 use crate::subscriber::Subscriber;
 
@@ -25,12 +25,13 @@ use crate::subscriber::Subscriber;
 const SHARE: usize = 3;
 
 /// The tokens that this process issued and that are neither used, nor killed, nor expired.
-#[derive(Debug)]
 pub struct Memory {
     table: Mutex<Table>,
     /// Wakes the reaper when something ends earlier than it expects.
     sooner: Condvar,
     ledger: Arc<Ledger>,
+    rows: Arc<dyn Rows>,
+    signer: Signer,
     max: usize,
 }
 
@@ -110,11 +111,13 @@ pub struct Copy {
 
 impl Memory {
     /// Room for `max` live tokens; attempts are entered in `ledger`.
-    pub fn new(max: usize, ledger: Arc<Ledger>) -> Self {
-        Memory { table: Mutex::default(), sooner: Condvar::new(), ledger, max }
+    pub fn new(max: usize, ledger: Arc<Ledger>, rows: Arc<dyn Rows>, signer: Signer) -> Self {
+        Memory { table: Mutex::default(), sooner: Condvar::new(), ledger, rows, signer, max }
     }
 
-    /// Stores the token unless the device has a live one, after its past is dead if it is to die.
+    /// Stores the token unless the device has a live one, after its past is dead if it is to die. A
+    /// token that would be born dead is dated just after the device's past: whoever raises the bound
+    /// later kills what he finds here.
     ///
     /// # Errors
     /// `Full` at the bound, `ShareFull` before it; nothing is evicted.
@@ -125,8 +128,13 @@ impl Memory {
         if let Some(expires_at_ms) = self.lease(&table, &new.token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
         }
-        self.insert(&mut table, new, InRedis::No, now)?;
-        Ok(Outcome::Issued { token: new.token.clone(), killed })
+        let mut token = new.token.clone();
+        let t = self.rows.row(&token.claims.device_id).bound.t;
+        if token.claims.iat <= t {
+            token = dated(&token, t.saturating_add(1), &self.signer);
+        }
+        self.insert(&mut table, &New { token: token.clone(), ..new.clone() }, InRedis::No, now)?;
+        Ok(Outcome::Issued { token, killed })
     }
 
     /// Stores a copy of what Redis has, over whatever lease there is. Without room it is left out:
@@ -421,6 +429,7 @@ mod tests {
     use crate::devices::{Bound, Row};
     use crate::jwt::Signer;
     use crate::store::Mark;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     fn at(s: u64) -> Now {
         Now { unix_ms: 1_800_000_000_000 + s * 1000, mono_ms: s * 1000 }
@@ -433,8 +442,28 @@ mod tests {
         Signer::new(b"secret").sign(Claims { device_id, iat, exp: iat + 300, jti })
     }
 
+    /// Every device's past is dead up to here, in seconds since 1970.
+    struct DeadUntil(AtomicU64);
+
+    impl Rows for DeadUntil {
+        fn to_be_told(&self, _: Now) -> Vec<DeviceId> {
+            Vec::new()
+        }
+
+        fn row(&self, _: &DeviceId) -> Row {
+            Row { bound: Bound { t: self.0.load(Ordering::Relaxed), c: 0 }, ..Row::default() }
+        }
+
+        fn learn(&self, _: Vec<(DeviceId, Row)>, _: Now) {}
+    }
+
     fn memory(max: usize) -> Memory {
-        Memory::new(max, Arc::new(Ledger::new(max)))
+        memory_after(max, 0)
+    }
+
+    fn memory_after(max: usize, dead_until: u64) -> Memory {
+        let rows = Arc::new(DeadUntil(dead_until.into()));
+        Memory::new(max, Arc::new(Ledger::new(max)), rows, Signer::new(b"secret"))
     }
 
     fn killed(answer: Answer) -> Option<Dead> {
@@ -446,8 +475,12 @@ mod tests {
         memory.run(&[op], now).remove(0)
     }
 
+    fn new(token: Token) -> New {
+        New { token, replaces: None, subscriber: Subscriber::default() }
+    }
+
     fn issue(token: Token) -> Op {
-        Op::Issue(New { token, replaces: None, subscriber: Subscriber::default() })
+        Op::Issue(new(token))
     }
 
     fn replace(token: Token, kill: Kill) -> Op {
@@ -533,6 +566,22 @@ mod tests {
         assert_eq!(revoke(kill(&new, 0)), None, "already dead");
         let used = Ok(Outcome::AlreadyUsed);
         assert_eq!(one(&memory, Op::Consume(new, Serial::from([1; 16])), at(2)), used);
+    }
+
+    /// A bound that was raised between the date and the entry.
+    #[test]
+    fn no_token_is_born_dead() {
+        for late in [0, 7] {
+            let t = token("d", 0);
+            let memory = memory_after(10, t.claims.iat + late);
+            let Ok(Outcome::Issued { token, .. }) = memory.issue(&new(t.clone()), at(0)) else {
+                panic!("no token");
+            };
+            let Claims { iat, exp, .. } = token.claims;
+            assert_eq!((iat, exp), (t.claims.iat + late + 1, t.claims.exp + late + 1));
+            let granted = one(&memory, Op::Consume(token, Serial::from([1; 16])), at(1));
+            assert_eq!(granted, Ok(Outcome::Granted));
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use std::time::Duration;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::Row;
-use crate::jwt::{Claims, Token, TokenHash};
+use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::serial::Serial;
 use crate::subscriber::Subscriber;
 
@@ -108,6 +108,13 @@ impl Dead {
     pub fn of(token: &Token) -> Self {
         Dead { hash: token.hash, claims: token.claims.clone() }
     }
+}
+
+/// The same token, issued at another second.
+fn dated(token: &Token, iat: u64, signer: &Signer) -> Token {
+    let claims = token.claims.clone();
+    let exp = iat.saturating_add(claims.lifetime_s());
+    signer.sign(Claims { iat, exp, ..claims })
 }
 
 /// What became of an [`Op`].

@@ -180,12 +180,14 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
     };
     let metrics = Arc::new(Metrics::new(api::endpoints()));
     let devices = Devices::open(&dir.path().join("devices.txt"), Instance([0; 16]), clock::now());
+    let devices = Arc::new(devices.unwrap());
+    let signer = Signer::new(b"a secret of the test");
     let provisioner = Provisioner::new(
-        Arc::new(Memory::new(1, Arc::clone(&ledger))),
+        Arc::new(Memory::new(1, Arc::clone(&ledger), Arc::clone(&devices) as _, signer.clone())),
         ledger,
-        Arc::new(devices.unwrap()),
+        devices,
         Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
-        Signer::new(b"a secret of the test"),
+        signer,
         rules,
         Arc::clone(&metrics),
     );

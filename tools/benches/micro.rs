@@ -24,6 +24,7 @@ use mqtt_publisher_lite::ca::issuer::Issuer;
 use mqtt_publisher_lite::clock::{self, Now};
 use mqtt_publisher_lite::config::Config;
 use mqtt_publisher_lite::device::DeviceId;
+use mqtt_publisher_lite::devices::Row;
 use mqtt_publisher_lite::edge::head::{self, Origin};
 use mqtt_publisher_lite::jwt::{Claims, Signer, Token};
 use mqtt_publisher_lite::metrics::Metrics;
@@ -32,7 +33,7 @@ use mqtt_publisher_lite::store::failover::Remote;
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
 use mqtt_publisher_lite::store::redis::RedisStore;
-use mqtt_publisher_lite::store::{New, Op, TokenStore};
+use mqtt_publisher_lite::store::{New, Op, Rows, TokenStore};
 use mqtt_publisher_lite::subscriber::Subscriber;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 
@@ -73,11 +74,27 @@ fn token_verify(bencher: Bencher) {
     bencher.bench(|| signer.verify(black_box(&token.compact), now.unix_s()));
 }
 
+/// Nothing was ever killed.
+struct NoRows;
+
+impl Rows for NoRows {
+    fn to_be_told(&self, _: Now) -> Vec<DeviceId> {
+        Vec::new()
+    }
+
+    fn row(&self, _: &DeviceId) -> Row {
+        Row::default()
+    }
+
+    fn learn(&self, _: Vec<(DeviceId, Row)>, _: Now) {}
+}
+
 /// Issue, consume and finish, with as many other tokens live.
 #[divan::bench(args = [0, 100_000])]
 fn memory_store(bencher: Bencher, live: usize) {
     let now = clock::now();
-    let memory = Memory::new(2 * live + 1, Arc::new(Ledger::new(100_000)));
+    let ledger = Arc::new(Ledger::new(100_000));
+    let memory = Memory::new(2 * live + 1, ledger, Arc::new(NoRows), signer());
     for n in 0..live {
         memory.run(&[issue(token(&format!("other-{n}"), now))], now);
     }

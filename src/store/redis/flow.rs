@@ -53,7 +53,7 @@ use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::mac::MacKey;
 use crate::serial::Serial;
 use crate::store::ledger::lasts_ms;
-use crate::store::{Answer, Dead, Kill, Mark, New, Op, Outcome, Seen, StoreError, locked};
+use crate::store::{Answer, Dead, Kill, Mark, New, Op, Outcome, Seen, StoreError, dated, locked};
 
 /// A lease whose token has been marked for this long is not waited for.
 const MARKED_LONG_MS: u64 = 30_000;
@@ -205,9 +205,7 @@ impl Issue {
 
     /// The same token, issued later.
     fn dated(&self, iat: u64, context: &Context) -> Self {
-        let claims = self.token.claims.clone();
-        let exp = iat.saturating_add(claims.lifetime_s());
-        Issue::new(context.signer.sign(Claims { iat, exp, ..claims }), context, self.now)
+        Issue::new(dated(&self.token, iat, &context.signer), context, self.now)
     }
 
     fn issued(self, killed: Option<Dead>) -> Result<Next, StoreError> {
