@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::support::clock::{FakeClock, parse_utc};
+use crate::support::command_proxy::{CommandProxy, Fault};
 use crate::support::csr::{self, Csr};
 use crate::support::history::{History, Op, Rules};
 use crate::support::http::Response;
@@ -176,6 +177,38 @@ fn a_trap_after_redis_holds_the_reply() {
     trap.release();
     assert_eq!(wire.read(), Ok("+OK\r\n".to_owned()));
     assert_eq!(wire.ask(&["PING"]), Ok("+PONG\r\n".to_owned()));
+}
+
+#[test]
+fn a_command_proxy_strikes_at_one_command_of_three() {
+    let redis = Redis::start(&[]);
+    let proxy = CommandProxy::start(redis.port());
+    let refused = "OOM command not allowed";
+    let cases = [
+        (Fault::ResetBefore, "+OK\r\n", "1"),
+        (Fault::ReplyLost, "+OK\r\n", "2"),
+        (Fault::Error(refused), "+OK\r\n-OOM command not allowed\r\n+OK\r\n", "3"),
+    ];
+    for (fault, answered, last) in cases {
+        redis.cli(&["FLUSHALL"]);
+        let mut wire = Wire::open(proxy.port());
+        assert_eq!(wire.ask(&["PING"]), Ok("+PONG\r\n".to_owned()));
+        proxy.arm(2, fault, false);
+        let mut sent = vec![];
+        for n in ["1", "2", "3"] {
+            resp(&mut sent, &["SET", "last", n]);
+        }
+        wire.0.write_all(&sent).unwrap();
+        let mut read = String::new();
+        while read.len() < answered.len() {
+            read += &wire.read().unwrap();
+        }
+        assert_eq!(read, answered, "{fault:?}");
+        let alive = wire.ask(&["PING"]).is_ok_and(|answer| answer == "+PONG\r\n");
+        assert_eq!(alive, fault == Fault::Error(refused));
+        assert_eq!(proxy.disarm().as_deref(), Some("SET"));
+        assert_eq!(redis.cli(&["GET", "last"]), last, "{fault:?}");
+    }
 }
 
 #[test]

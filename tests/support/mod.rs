@@ -9,6 +9,7 @@
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
 pub mod clock;
+pub mod command_proxy;
 pub mod csr;
 pub mod device;
 pub mod history;

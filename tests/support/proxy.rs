@@ -615,12 +615,12 @@ impl Pipe {
     }
 }
 
-fn listen_on(port: &Port) -> TcpListener {
+pub(super) fn listen_on(port: &Port) -> TcpListener {
     TcpListener::bind(("127.0.0.1", port.number())).unwrap()
 }
 
 /// Reads commands in the protocol's own form; stops at what is not one.
-fn parse_commands(mut bytes: &[u8]) -> Vec<Vec<String>> {
+pub(super) fn parse_commands(mut bytes: &[u8]) -> Vec<Vec<String>> {
     fn number(bytes: &mut &[u8], mark: u8) -> Option<usize> {
         let end = bytes.windows(2).position(|w| w == b"\r\n")?;
         let (first, digits) = bytes[..end].split_first()?;
