@@ -12,6 +12,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 
 use super::issuer::{self, BACKDATE_S, Issuer};
+use super::record::{Reason, Revocation};
 use super::{CaError, der};
 use crate::clock::Now;
 use crate::files;
@@ -22,6 +23,8 @@ use crate::serial::Serial;
 pub const FILE: &str = "crl.pem";
 /// How long a list is valid.
 const LIFETIME_S: u64 = 7 * 86_400;
+/// The identifier of the extension that tells the reason (RFC 5280, 5.3.1), in DER.
+const REASON_CODE: &[u8] = &[0x06, 0x03, 0x55, 0x1d, 0x15];
 /// How old a list becomes before it is renewed.
 const RENEWED_AFTER_S: u64 = 86_400;
 
@@ -39,14 +42,13 @@ pub struct Crl {
 }
 
 impl Crl {
-    /// Signs a list of serial numbers and times of revocation (seconds since 1970). Its number is
-    /// the time, or one more than the `last`.
+    /// Signs a list of what is revoked. Its number is the time, or one more than the `last`.
     ///
     /// # Errors
     /// As [`Issuer::sign`].
     pub fn sign(
         issuer: &Issuer,
-        revoked: &[(Serial, u64)],
+        revoked: &[Revocation],
         last: u64,
         now: Now,
     ) -> Result<Self, CaError> {
@@ -87,7 +89,7 @@ impl Crl {
 
 /// The list in the folder, if there is nothing to renew: it is signed by `issuer`, names just what is
 /// `revoked`, and is not due. Then a start writes nothing.
-pub fn current(dir: &Path, issuer: &Issuer, revoked: &[(Serial, u64)], now: Now) -> Option<Crl> {
+pub fn current(dir: &Path, issuer: &Issuer, revoked: &[Revocation], now: Now) -> Option<Crl> {
     let (pem, der) = read_whole(dir)?;
     let (_, ca) = X509Certificate::from_der(issuer.certificate_der()).ok()?;
     let (_, list) = CertificateRevocationList::from_der(&der).ok()?;
@@ -97,7 +99,7 @@ pub fn current(dir: &Path, issuer: &Issuer, revoked: &[(Serial, u64)], now: Now)
     let named = entries(&list);
     let number = u64::try_from(list.crl_number()?).ok()?;
     let made_at = u64::try_from(list.last_update().timestamp()).ok()? + BACKDATE_S;
-    let is_named = |(serial, at): &(Serial, u64)| named.get(serial) == Some(at.min(&made_at));
+    let is_named = |r: &Revocation| named.get(&r.serial) == Some(&(r.at.min(made_at), r.reason));
     let same = ours && named.len() == revoked.len() && revoked.iter().all(is_named);
     Some(Crl { pem, der, number, made_at }).filter(|list| same && !list.is_due(now))
 }
@@ -108,21 +110,23 @@ pub fn last_number(dir: &Path) -> u64 {
     read(dir, number).flatten().unwrap_or(0)
 }
 
-/// What the list in the folder names: serial number and time of revocation, in seconds since 1970.
-/// Empty if there is none by this CA.
-pub fn listed(dir: &Path, issuer: &Issuer) -> HashMap<Serial, u64> {
+/// What the list in the folder names. Empty if there is none by this CA.
+pub fn listed(dir: &Path, issuer: &Issuer) -> Vec<Revocation> {
     let by_ca = |list: &CertificateRevocationList<'_>| {
         let (_, ca) = X509Certificate::from_der(issuer.certificate_der()).ok()?;
         list.verify_signature(ca.public_key()).ok()?;
         Some(entries(list))
     };
-    read(dir, by_ca).flatten().unwrap_or_default()
+    let listed = read(dir, by_ca).flatten().unwrap_or_default().into_iter();
+    listed.map(|(serial, (at, reason))| Revocation { serial, at, reason }).collect()
 }
 
-fn entries(list: &CertificateRevocationList<'_>) -> HashMap<Serial, u64> {
+fn entries(list: &CertificateRevocationList<'_>) -> HashMap<Serial, (u64, Reason)> {
     let entry = |r: &RevokedCertificate<'_>| {
         let serial = Serial::from_der(r.raw_serial())?;
-        Some((serial, u64::try_from(r.revocation_date.timestamp()).ok()?))
+        let reason =
+            r.reason_code().map_or(Reason::Unspecified, |(_, code)| Reason::numbered(code.0));
+        Some((serial, (u64::try_from(r.revocation_date.timestamp()).ok()?, reason)))
     };
     list.iter_revoked_certificates().filter_map(entry).collect()
 }
@@ -142,10 +146,18 @@ fn read_whole(dir: &Path) -> Option<(String, Vec<u8>)> {
 }
 
 /// An entry (RFC 5280, 5.1.2.6). One that a clock which was ahead has dated is dated now: some
-/// relying parties take a revocation of the future for none.
-fn der_of((serial, revoked_at): &(Serial, u64), made_at: u64) -> Vec<u8> {
-    let date = der::time(*revoked_at.min(&made_at));
-    der::tlv(0x30, &[der::tlv(0x02, serial.der()), date].concat())
+/// relying parties take a revocation of the future for none. A reason that is not specified is left
+/// out, as is asked for there (5.3.1).
+fn der_of(Revocation { serial, at, reason }: &Revocation, made_at: u64) -> Vec<u8> {
+    let (number, date) = (der::tlv(0x02, serial.der()), der::time(*at.min(&made_at)));
+    let extensions = match reason.number() {
+        0 => Vec::new(),
+        reason => {
+            let code = der::tlv(0x04, &der::tlv(0x0a, &[reason]));
+            der::tlv(0x30, &der::tlv(0x30, &[REASON_CODE, &code].concat()))
+        }
+    };
+    der::tlv(0x30, &[number, date, extensions].concat())
 }
 
 #[cfg(test)]
@@ -154,6 +166,10 @@ mod tests {
     use crate::ca::openssl::{must, run};
     use crate::clock;
     use crate::files::test_dir::TestDir;
+
+    fn revoked(serial: Serial, at: u64) -> Revocation {
+        Revocation { serial, at, reason: Reason::Unspecified }
+    }
 
     #[test]
     fn openssl_reads_the_list() {
@@ -169,29 +185,51 @@ mod tests {
         assert_eq!((empty.number, last_number(&dir)), (now.unix_s(), now.unix_s()));
 
         let serial = Serial::random().unwrap();
-        let list = Crl::sign(&issuer, &[(serial, 1_700_000_000)], empty.number, now).unwrap();
+        let list =
+            Crl::sign(&issuer, &[revoked(serial, 1_700_000_000)], empty.number, now).unwrap();
         list.write(&dir).unwrap();
         assert_eq!((list.number, last_number(&dir)), (now.unix_s() + 1, now.unix_s() + 1));
         let text = must(&dir, "crl -in crl.pem -CAfile root-ca.crt -noout -text");
         assert!(text.contains(&format!("Serial Number: {serial:X}\n")), "{text}");
         assert!(text.contains("Revocation Date: Nov 14 22:13:20 2023 GMT"), "{text}");
-        assert!(text.contains("verify OK"), "{text}");
+        assert!(text.contains("verify OK") && !text.contains("Reason Code"), "{text}");
 
         let at = |s: u64| Now { unix_ms: s * 1000, mono_ms: 0 };
-        let revoked = [(serial, 1_700_000_000)];
+        let same = [revoked(serial, 1_700_000_000)];
         let found = |revoked: &[_], at| current(&dir, &issuer, revoked, at);
-        assert_eq!(found(&revoked, now), Some(list.clone()));
-        assert_eq!(found(&revoked, at(now.unix_s() + 86_400)), None, "it is due");
+        assert_eq!(found(&same, now), Some(list.clone()));
+        assert_eq!(found(&same, at(now.unix_s() + 86_400)), None, "it is due");
         assert_eq!(found(&[], now), None);
-        assert_eq!(found(&[(serial, 1_700_000_001)], now), None);
-        assert_eq!(found(&[revoked[0], (Serial::random().unwrap(), 1)], now), None);
+        assert_eq!(found(&[revoked(serial, 1_700_000_001)], now), None);
+        assert_eq!(found(&[same[0], revoked(Serial::random().unwrap(), 1)], now), None);
+        assert_eq!(found(&[Revocation { reason: Reason::Superseded, ..same[0] }], now), None);
         let other = TestDir::new();
         let other = Issuer::make(&other, 10, 90, now).unwrap();
-        assert_eq!(current(&dir, &other, &revoked, now), None, "signed by another CA");
+        assert_eq!(current(&dir, &other, &same, now), None, "signed by another CA");
         let is_due = [86_399, 86_400].map(|s| list.is_due(at(now.unix_s() + s)));
         assert_eq!(is_due, [false, true]);
         assert!(list.is_due(at(now.unix_s() - 1)));
         assert!(matches!(Crl::sign(&issuer, &[], 0, at(0)), Err(CaError::ClockNotSet)));
+    }
+
+    #[test]
+    fn the_list_gives_reasons() {
+        let dir = TestDir::new();
+        let now = clock::now();
+        let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
+        for (reason, name) in [
+            (Reason::KeyCompromise, "Key Compromise"),
+            (Reason::Superseded, "Superseded"),
+            (Reason::CessationOfOperation, "Cessation Of Operation"),
+        ] {
+            let serial = Serial::random().unwrap();
+            let revocation = Revocation { serial, at: 1_700_000_000, reason };
+            Crl::sign(&issuer, &[revocation], 0, now).unwrap().write(&dir).unwrap();
+            let text = must(&dir, "crl -in crl.pem -CAfile root-ca.crt -noout -text");
+            assert!(text.contains("verify OK") && text.contains(name), "{text}");
+            assert_eq!(listed(&dir, &issuer), [revocation]);
+            assert_eq!(Reason::parse(&reason.to_string()), Some(reason));
+        }
     }
 
     #[test]
@@ -208,7 +246,7 @@ mod tests {
                 || run(&dir, "verify -crl_check -CAfile root-ca.crt -CRLfile crl.pem leaf.pem");
             Crl::sign(&issuer, &[], 0, now).unwrap().write(&dir).unwrap();
             assert!(check().is_ok(), "{serial}");
-            let revoked = [(Serial::from_hex(hex).unwrap(), now.unix_s())];
+            let revoked = [revoked(Serial::from_hex(hex).unwrap(), now.unix_s())];
             let list = Crl::sign(&issuer, &revoked, 0, now).unwrap();
             list.write(&dir).unwrap();
             let said = check().unwrap_err();
@@ -224,11 +262,12 @@ mod tests {
         let now = clock::now();
         let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
         let serials = [(); 2].map(|()| Serial::random().unwrap());
-        let revoked = [(serials[0], now.unix_s() + 7200), (serials[1], 1)];
+        let revoked = [revoked(serials[0], now.unix_s() + 7200), revoked(serials[1], 1)];
         let list = Crl::sign(&issuer, &revoked, 0, now).unwrap();
         list.write(&dir).unwrap();
-        let dates = listed(&dir, &issuer);
-        assert_eq!(serials.map(|s| dates.get(&s).copied()), [Some(now.unix_s()), Some(1)]);
+        let mut dates: Vec<u64> = listed(&dir, &issuer).iter().map(|r| r.at).collect();
+        dates.sort_unstable();
+        assert_eq!(dates, [1, now.unix_s()]);
         assert_eq!(current(&dir, &issuer, &revoked, now), Some(list));
     }
 }

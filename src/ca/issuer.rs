@@ -503,7 +503,7 @@ fn server_name(name: &str) -> Result<SanType, CaError> {
     name.try_into().map(SanType::DnsName).map_err(|_| bad())
 }
 
-fn certificate_pem(der: &[u8]) -> String {
+pub(super) fn certificate_pem(der: &[u8]) -> String {
     pem::encode("CERTIFICATE", der)
 }
 

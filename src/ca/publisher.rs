@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::crl::Crl;
-use super::record::Certificate;
+use super::record::{Certificate, Reason};
 use super::{Ca, CaError, crl, hook};
 use crate::clock::{self, Now};
 use crate::metrics::Metrics;
@@ -238,7 +238,10 @@ impl Publisher {
         let due: Vec<Superseded> = self.lock().superseded.extract_if(.., is_due).collect();
         let old: Vec<Serial> = due.iter().map(|superseded| superseded.old).collect();
         let revoked = match self.ca.check_clock(now) {
-            Ok(()) => self.ca.record().revoke_these(&old, now).map_err(CaError::from),
+            Ok(()) => {
+                let record = self.ca.record();
+                record.revoke_these(&old, Reason::Superseded, now).map_err(CaError::from)
+            }
             Err(error) => Err(error),
         };
         match revoked {

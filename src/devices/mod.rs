@@ -22,7 +22,7 @@ use crate::jwt::MAX_LIFETIME_S;
 
 /// Clocks of instances are taken to be within so many seconds of each other: a kill reaches so far
 /// into the future, where the token of an instance whose clock is ahead may lie.
-const CLOCKS_APART_S: u64 = 5;
+pub const CLOCKS_APART_S: u64 = 5;
 /// Farthest that replacing a token may put the bound ahead of the clock, in seconds. Each replacement
 /// adds some, and the next token is dated after it: without a limit, whoever replaces in a loop would
 /// date a device's tokens into next year.

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::ca::identity::IdentityError;
 use crate::ca::issuer::Leaf;
-use crate::ca::record::{Entries, Origin, RecordError, Redeemed, Renewal};
+use crate::ca::record::{Entries, Origin, Reason, RecordError, Redeemed, Renewal};
 use crate::clock::{self, Now};
 use crate::config::Reenroll;
 use crate::device::DeviceId;
@@ -158,7 +158,7 @@ impl Provisioner {
             self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, by {client}", dead.hash.short());
         }
-        let serials = record.revoke(&device, clock::now())?;
+        let serials = record.revoke(&device, Reason::Unspecified, clock::now())?;
         follow_up.revoked |= !serials.is_empty();
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
@@ -281,7 +281,11 @@ impl Provisioner {
     fn judge_again(&self, renew: &Renew, now: Now) -> Result<(), IdentityError> {
         let old = self.ca().record().by_serial(&renew.old.serial);
         let old = old.ok_or(IdentityError::NotOurs("gone from the record"))?;
-        self.ca().still_counts(&old, self.rules.renew_after_expiry_days, now)
+        self.ca().still_counts(&old, self.rules.renew_after_expiry_days, now)?;
+        // The bound of a revocation may have been raised whose turn for the record is still to come.
+        let bound = self.devices.bound(&old.device).0.c;
+        let is_dead = bound > 0 && self.ca().record().paid(&old.serial) <= bound;
+        if is_dead { Err(IdentityError::Revoked) } else { Ok(()) }
     }
 
     fn count(&self, grant: &Grant) {
@@ -375,7 +379,7 @@ impl Grant {
                 let Token { hash, claims, .. } = &redeem.token;
                 Origin::Token(Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp })
             }
-            Grant::Certificate(renew) => Origin::Renewal(renew.old.serial),
+            Grant::Certificate(renew) => Origin::Renewal { old: renew.old.serial, paid: None },
         }
     }
 

@@ -7,12 +7,13 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::MutexGuard;
 
 use super::rows::Row;
-use super::{CERTS, INDEX, Origin, Record, RecordError, Writer};
+use super::{CERTS, INDEX, Origin, Record, RecordError, Untold, Writer};
 use crate::ca::issuer::Leaf;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, Synced};
 use crate::jwt::TokenHash;
+use crate::serial::Serial;
 
 /// From so many certificates on, a batch syncs the file system once instead of each file.
 const SYNCED_TOGETHER: usize = 4;
@@ -31,6 +32,13 @@ pub(super) struct Entry {
     pub(super) origin: Option<Origin>,
     added_at: Now,
     file: String,
+}
+
+impl Entry {
+    /// The certificate that it renews.
+    pub(super) fn renews(&self) -> Option<Serial> {
+        self.origin.and_then(Origin::renews)
+    }
 }
 
 impl<'a> Entries<'a> {
@@ -57,10 +65,14 @@ impl<'a> Entries<'a> {
         self.added.iter().filter(active).count() + self.record.count_active(device, now)
     }
 
-    /// Adds a certificate and what it was signed for.
+    /// Adds a certificate and what it was signed for. A renewal was paid for when what it renews was.
     pub fn add(&mut self, leaf: &Leaf, origin: Option<Origin>, now: Now) {
+        let origin = origin.map(|origin| match origin.renews() {
+            Some(old) => Origin::Renewal { old, paid: Some(self.record.paid(&old)) },
+            None => origin,
+        });
         self.added.push(Entry {
-            row: Row::new(leaf.serial, leaf.device.clone(), leaf.not_after, None),
+            row: Row::new(leaf.serial, leaf.device.clone(), leaf.not_after),
             origin,
             added_at: now,
             file: origin.map(|o| format!("{o}\n")).unwrap_or_default() + &leaf.pem,
@@ -75,18 +87,21 @@ impl<'a> Entries<'a> {
         if !results.is_empty() {
             let _ = self.record.trial.note(failed.cloned().unwrap_or(Ok(())));
         }
-        let mut rows = self.record.write();
+        let (mut rows, mut news) = (self.record.write(), Vec::new());
         for (entry, result) in self.added.into_iter().zip(&results) {
             if result.is_err() {
                 continue;
             }
             rows.drop_ended_tokens(entry.added_at.unix_s());
-            if let (Some(Origin::Renewal(_)), Some(device)) = (entry.origin, &entry.row.device) {
+            if let (Some(_), Some(device)) = (entry.renews(), &entry.row.device) {
                 self.writer.renewals.note(device.clone(), entry.added_at);
             }
-            let at = rows.insert(entry.row);
+            let at = rows.insert(&entry.row);
             entry.origin.and_then(Origin::token).iter().for_each(|token| rows.add_token(token, at));
+            news.push(Untold::Certificate(entry.row.serial));
         }
+        drop(rows);
+        self.record.news.add(news);
         results
     }
 
@@ -188,10 +203,10 @@ fn is_rest(file: &mut File, at: u64, lines: &str) -> io::Result<bool> {
 mod tests {
     use super::*;
     use crate::ca::openssl::run_program;
+    use crate::ca::record::Reason;
     use crate::ca::record::fixture::{Fixture, device, enter, token};
     use crate::clock;
     use crate::files::test_dir::TestDir;
-    use crate::serial::Serial;
     use std::fs;
     use std::path::Path;
 
@@ -253,7 +268,7 @@ mod tests {
         let record = fixture.open();
         enter(&record, &fixture.leaf("device-1"), None).unwrap();
         let before = fixture.index();
-        let lines = Row::new(Serial::from([0x41; 16]), device("d"), 1, None).line();
+        let lines = Row::new(Serial::from([0x41; 16]), device("d"), 1).line();
         for (stays, expected) in [("", &before), (&lines[..20], &before), (&lines, &before)] {
             fs::write(fixture.dir.join(INDEX), format!("{before}{stays}")).unwrap();
             let undo = Some((before.len() as u64, lines.clone()));
@@ -285,7 +300,7 @@ mod tests {
         }
         let _mounted = Mounted(&dir);
         // The index nearly fills its page, so that a line needs another and is torn without one.
-        let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1, None).line();
+        let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1).line();
         let seed: String = (1..=(4096 / line(1).len()) as u8).map(line).collect();
         fs::write(dir.join(INDEX), &seed).unwrap();
         let record = Record::open(&dir, None, Some(clock::now())).unwrap();
@@ -323,10 +338,13 @@ mod tests {
         leaves.iter().for_each(|leaf| entries.add(leaf, None, clock::now()));
         assert_eq!(entries.commit().iter().filter(|r| r.is_ok()).count(), 2);
         let before = index();
-        assert!(record.revoke(&device("device-2"), clock::now()).is_err());
+        assert!(record.revoke(&device("device-2"), Reason::Unspecified, clock::now()).is_err());
         assert!(record.has_active(&device("device-2"), clock::now()) && index() == before);
         fs::remove_file(dir.join("filler")).unwrap();
-        assert_eq!(record.revoke(&device("device-2"), clock::now()).map(|s| s.len()), Ok(3));
+        assert_eq!(
+            record.revoke(&device("device-2"), Reason::Unspecified, clock::now()).map(|s| s.len()),
+            Ok(3)
+        );
         assert_eq!(Record::open(&dir, None, None).unwrap().revoked(clock::now()).len(), 3);
     }
 }

@@ -1,7 +1,9 @@
 //! A CA of its own and a record in its folder, for the tests of the record.
 
 use std::fs;
+use std::path::Path;
 
+use super::merge::Judge;
 use super::{CERTS, INDEX, Origin, Record, RecordError, Redeemed};
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf};
@@ -28,6 +30,15 @@ impl Fixture {
 
     pub(super) fn open(&self) -> Record {
         self.try_open().unwrap()
+    }
+
+    /// Another instance of the same CA, in a folder of its own.
+    pub(super) fn open_other(&self, dir: &Path) -> Record {
+        Record::open(dir, Some(&self.issuer), Some(clock::now())).unwrap()
+    }
+
+    pub(super) fn judge(&self) -> Judge<'_> {
+        Judge { ca: &self.issuer, bound: &|_| 0, ended_before: 0, now: clock::now() }
     }
 
     pub(super) fn try_open(&self) -> Result<Record, RecordError> {

@@ -6,10 +6,19 @@ use std::io::{self, BufRead};
 
 use time::{Date, Month, Time};
 
-use super::rows::{Row, Rows};
+use super::Reason;
+use super::rows::{Place, Revoked, Row, Rows};
 use crate::ca::der::time_text;
 use crate::device::DeviceId;
 use crate::serial::Serial;
+
+/// The fifth field, which OpenSSL does not read and where it writes `unknown`: of a server's
+/// certificate, …
+const SERVER: &str = "server";
+/// … of one that another instance has signed (where it lies follows), …
+const OTHERS: &str = "others.pem+";
+/// … and of a revocation whose certificate is not here.
+const FORETOLD: &str = "foretold";
 
 /// What the bytes say.
 #[derive(Debug)]
@@ -22,18 +31,45 @@ pub(super) struct Index {
     pub(super) whole: usize,
 }
 
+/// One line.
+enum Line {
+    Row(Row),
+    /// A certificate that is not here is revoked.
+    Foretold(Serial, Revoked),
+}
+
+/// What becomes of a line when the database is copied.
+#[derive(Clone, Debug)]
+pub(super) enum Change {
+    /// It is revoked then, for this reason.
+    Revoked(Revoked),
+    /// Its certificate lies elsewhere now.
+    Moved(Place),
+    /// It goes.
+    Gone,
+}
+
 /// Reads the database, whose last line may be torn. `Err` is the number of a line, counted from 1,
 /// and what is wrong with it.
 pub(super) fn read_index(bytes: &[u8]) -> Result<Index, (usize, &'static str)> {
     let count = bytes.iter().filter(|b| **b == b'\n').count();
     let mut index = Index { rows: Rows::with_room(count), unended: None, whole: 0 };
     for (number, line) in (1..).zip(bytes.split_inclusive(|b| *b == b'\n')) {
-        let row = read_line(line);
+        let read = read_line(line);
         if index.whole + line.len() == bytes.len() && is_torn(line) {
-            index.unended = row.ok().filter(|row| index.rows.by_serial(&row.serial).is_none());
+            index.unended = match read {
+                Ok(Line::Row(row)) if index.rows.by_serial(&row.serial).is_none() => Some(row),
+                _ => None,
+            };
             break;
         }
-        row.and_then(|row| index.rows.accept(row)).map_err(|why| (number, why))?;
+        match read.map_err(|why| (number, why))? {
+            Line::Row(row) => index.rows.accept(&row).map_err(|why| (number, why))?,
+            Line::Foretold(serial, revoked) if index.rows.by_serial(&serial).is_none() => {
+                index.rows.foretell(serial, revoked);
+            }
+            Line::Foretold(..) => {}
+        }
         index.whole += line.len();
     }
     Ok(index)
@@ -46,40 +82,90 @@ fn is_torn(line: &[u8]) -> bool {
 }
 
 impl Row {
-    /// Status, end, revocation, serial, file and subject, as OpenSSL's `ca` writes them.
+    /// Status, end, revocation, serial, place and subject, as OpenSSL's `ca` writes them.
     pub(super) fn line(&self) -> String {
-        let (status, revocation) = match self.revoked() {
-            Some(at) => ('R', time_text(at)),
+        let (status, revocation) = match self.revoked {
+            Some(revoked) => ('R', revocation(revoked)),
             None => ('V', String::new()),
         };
         let (end, serial) = (time_text(self.expires_at), self.serial);
+        let place = place_text(self.place, self.newer);
         let device = self.device.as_ref().map_or("", DeviceId::as_str);
-        format!("{status}\t{end}\t{revocation}\t{serial:X}\tunknown\t/CN={device}\n")
+        format!("{status}\t{end}\t{revocation}\t{serial:X}\t{place}\t/CN={device}\n")
     }
 }
 
-fn read_line(line: &[u8]) -> Result<Row, &'static str> {
+/// The line of a revocation whose certificate is not here. It ends with the CA, which no certificate
+/// outlives.
+pub(super) fn foretold_line(serial: &Serial, revoked: Revoked, ca_ends_at: u64) -> String {
+    let (end, revocation) = (time_text(ca_ends_at), revocation(revoked));
+    format!("R\t{end}\t{revocation}\t{serial:X}\t{FORETOLD}\t/CN=\n")
+}
+
+fn revocation((at, reason): Revoked) -> String {
+    match reason {
+        Reason::Unspecified => time_text(at),
+        reason => format!("{},{reason}", time_text(at)),
+    }
+}
+
+fn place_text(place: Place, newer: u32) -> String {
+    match place {
+        Place::Own => "unknown".to_owned(),
+        Place::Server => SERVER.to_owned(),
+        Place::Others(at) if newer == 0 => format!("{OTHERS}{at}"),
+        Place::Others(at) => format!("{OTHERS}{at}-{newer}"),
+    }
+}
+
+/// The place, and how many of the device's rows before it are newer.
+fn read_place(text: &str) -> (Place, u32) {
+    let others = |text: &str| {
+        let (at, newer) = text.split_once('-').unwrap_or((text, "0"));
+        Some((Place::Others(at.parse().ok()?), newer.parse().ok()?))
+    };
+    match text {
+        SERVER => (Place::Server, 0),
+        _ => text.strip_prefix(OTHERS).and_then(others).unwrap_or((Place::Own, 0)),
+    }
+}
+
+fn read_line(line: &[u8]) -> Result<Line, &'static str> {
     let line = std::str::from_utf8(line).ok().filter(|line| !line.contains('\0'));
     let line = line.ok_or("not a line of text")?;
     let line = line.strip_suffix('\n').unwrap_or(line);
-    let fields: Vec<&str> = line.strip_suffix('\r').unwrap_or(line).split('\t').collect();
-    let [status, end, revocation, serial, _file, subject] = fields.as_slice() else {
-        return Err("not six fields between tabs");
-    };
-    let revoked_at = match (*status, *revocation) {
+    let line = line.strip_suffix('\r').unwrap_or(line);
+    let [status, end, revocation, serial, place, subject] = fields(line)?;
+    let revoked = match (status, revocation) {
         ("V" | "E", "") => None,
-        // The reason, if one follows, is for OpenSSL only.
-        ("R", date) => {
-            let date = date.split(',').next().unwrap_or_default();
-            Some(read_time(date).ok_or("the date of revocation is none")?)
-        }
+        ("R", text) => Some(read_revocation(text).ok_or("the date of revocation is none")?),
         _ => return Err("the status is none of V, R with a date, and E"),
     };
     let expires_at = read_time(end).ok_or("the date of expiry is none")?;
     let serial = Serial::from_hex(serial)
         .ok_or("the serial number is not 1 to 20 bytes in hexadecimal digits")?;
-    let device = subject.strip_prefix("/CN=").and_then(DeviceId::parse);
-    Ok(Row::new(serial, device, expires_at, revoked_at))
+    if let (Some(revoked), FORETOLD) = (revoked, place) {
+        return Ok(Line::Foretold(serial, revoked));
+    }
+    let (place, newer) = read_place(place);
+    let name = subject.strip_prefix("/CN=").filter(|_| place != Place::Server);
+    let device = name.and_then(DeviceId::parse);
+    Ok(Line::Row(Row { serial, device, expires_at, revoked, place, newer }))
+}
+
+fn fields(line: &str) -> Result<[&str; 6], &'static str> {
+    let mut fields = line.split('\t');
+    let six = std::array::from_fn(|_| fields.next());
+    match (six, fields.next()) {
+        ([Some(a), Some(b), Some(c), Some(d), Some(e), Some(f)], None) => Ok([a, b, c, d, e, f]),
+        _ => Err("not six fields between tabs"),
+    }
+}
+
+/// A date, behind which a reason may stand. A clock that was not set may have revoked at 0.
+fn read_revocation(text: &str) -> Option<Revoked> {
+    let (date, reason) = text.split_once(',').unwrap_or((text, ""));
+    Some((read_time(date)?.max(1), Reason::parse(reason).unwrap_or(Reason::Unspecified)))
 }
 
 /// The serial number in a torn line that says revoked, as far as it goes; this program appends no such
@@ -90,33 +176,39 @@ pub(super) fn torn_revocation(line: &[u8]) -> Option<String> {
     (fields.next()? == "R").then(|| fields.nth(2).unwrap_or_default().replace('\0', ""))
 }
 
-/// Copies the database with these certificates revoked, each at its time; all else stays as it is to the letter, also
-/// what `openssl ca` has done meanwhile. Returns a serial that has no
-/// line, if there is one.
-pub(super) fn copy_revoked(
+/// Copies the database with these changes; all else stays as it is to the letter, also what
+/// `openssl ca` has done meanwhile. Returns a serial that has no line, if there is one.
+pub(super) fn copy_changed(
     mut old: impl BufRead,
     mut new: impl io::Write,
-    mut serials: HashMap<Serial, u64>,
+    mut changes: HashMap<Serial, Change>,
 ) -> io::Result<Option<Serial>> {
     let mut line = Vec::new();
     while old.read_until(b'\n', &mut line)? > 0 {
-        match revoked_line(&line, &mut serials) {
-            Some(revoked) => new.write_all(revoked.as_bytes())?,
+        match changed_line(&line, &mut changes) {
+            Some(changed) => new.write_all(changed.as_bytes())?,
             None => new.write_all(&line)?,
         }
         line.clear();
     }
-    new.flush()?;
-    Ok(serials.into_keys().next())
+    Ok(changes.into_keys().next())
 }
 
-/// The line as revoked, if it is one of these, which it is then taken from.
-fn revoked_line(line: &[u8], serials: &mut HashMap<Serial, u64>) -> Option<String> {
+/// The line as it is from now on, if there is a change of it, which is then taken from the list.
+fn changed_line(line: &[u8], changes: &mut HashMap<Serial, Change>) -> Option<String> {
     let line = std::str::from_utf8(line).ok()?;
-    let revoked_at = serials.remove(&Serial::from_hex(line.split('\t').nth(3)?)?)?;
-    let fields: Vec<&str> = line.split('\t').collect();
-    let ["V" | "E", end, _, rest @ ..] = fields.as_slice() else { return None };
-    Some(format!("R\t{end}\t{}\t{}", time_text(revoked_at), rest.join("\t")))
+    let [status, end, was, serial, place, subject] = fields(line).ok()?;
+    match changes.remove(&Serial::from_hex(serial)?)? {
+        Change::Gone => Some(String::new()),
+        Change::Revoked(revoked) => {
+            let is = revocation(revoked);
+            Some(format!("R\t{end}\t{is}\t{serial}\t{place}\t{subject}"))
+        }
+        Change::Moved(to) => {
+            let to = place_text(to, read_place(place).1);
+            Some(format!("{status}\t{end}\t{was}\t{serial}\t{to}\t{subject}"))
+        }
+    }
 }
 
 /// Reads either form; a date before 1970 is 1970.
@@ -138,33 +230,64 @@ fn read_time(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::record::Revocation;
     use crate::ca::record::fixture::device;
     use crate::clock::Now;
 
+    fn read_row(line: &str) -> Result<Row, &'static str> {
+        match read_line(line.as_bytes())? {
+            Line::Row(row) => Ok(row),
+            Line::Foretold(..) => Err("foretold"),
+        }
+    }
+
+    #[test]
+    fn lines_of_our_own() {
+        let (serial, device) = (Serial::from([0x41; 16]), device("d"));
+        let row = Row::new(serial, device, 1_900_000_000);
+        for (place, newer) in [(Place::Own, 0), (Place::Others(7), 0), (Place::Others(u32::MAX), 3)]
+        {
+            for revoked in [None, Some((5, Reason::Superseded)), Some((5, Reason::Unspecified))] {
+                let row = Row { place, newer, revoked, ..row.clone() };
+                assert_eq!(read_row(&row.line()), Ok(row));
+            }
+        }
+        let server = Row { place: Place::Server, ..row.clone() };
+        assert_eq!(read_row(&server.line()), Ok(Row { device: None, ..server }), "no device's");
+        let revoked = (1_700_000_000, Reason::KeyCompromise);
+        let line = foretold_line(&serial, revoked, 1_900_000_000);
+        let rows = read_index(line.as_bytes()).unwrap().rows;
+        assert_eq!((rows.len(), rows.is_foretold(&serial)), (0, Some(revoked)));
+        let both = read_index((line + &row.line()).as_bytes()).unwrap().rows;
+        assert_eq!((both.len(), both.is_foretold(&serial)), (1, None));
+    }
+
     #[test]
     fn garbled_lines() {
-        let line = Row::new(Serial::from([0x41; 16]), device("d"), 1_900_000_000, None).line();
+        let line = Row::new(Serial::from([0x41; 16]), device("d"), 1_900_000_000).line();
         assert_eq!(line, "V\t300317174640Z\t\t41414141414141414141414141414141\tunknown\t/CN=d\n");
-        let row = read_line(line.as_bytes()).unwrap();
-        assert_eq!((row.line(), row.revoked()), (line.clone(), None));
+        let row = read_row(&line).unwrap();
+        assert_eq!((row.line(), row.revoked), (line.clone(), None));
         let serial = "41".repeat(16);
         let with = |status: &str, end: &str, revocation: &str| {
-            read_line(
-                format!("{status}\t{end}\t{revocation}\t{serial}\tunknown\t/CN=d\n").as_bytes(),
-            )
-            .map(|row| (row.expires_at, row.revoked()))
+            read_row(&format!("{status}\t{end}\t{revocation}\t{serial}\tunknown\t/CN=d\n"))
+                .map(|row| (row.expires_at, row.revoked))
         };
         assert_eq!(with("E", "700101000000Z", ""), Ok((0, None)));
         assert_eq!(with("V", "20500101000000Z", ""), Ok((2_524_608_000, None)));
         assert_eq!(
             with("R", "491231235959Z", "240101000000Z"),
-            Ok((2_524_607_999, Some(1_704_067_200)))
+            Ok((2_524_607_999, Some((1_704_067_200, Reason::Unspecified))))
         );
         let reason = "20240101000000Z,keyCompromise";
-        assert_eq!(with("R", "491231235959Z", reason), Ok((2_524_607_999, Some(1_704_067_200))));
+        assert_eq!(
+            with("R", "491231235959Z", reason),
+            Ok((2_524_607_999, Some((1_704_067_200, Reason::KeyCompromise))))
+        );
         // A clock that was not set has revoked, which counts all the same.
-        for date in ["700101000000Z", "691231235959Z", "19500101000000Z,superseded"] {
-            assert_eq!(with("R", "491231235959Z", date), Ok((2_524_607_999, Some(1))), "{date}");
+        for date in ["700101000000Z", "691231235959Z", "19500101000000Z,caCompromise"] {
+            let revoked = Some((1, Reason::Unspecified));
+            assert_eq!(with("R", "491231235959Z", date), Ok((2_524_607_999, revoked)), "{date}");
         }
         for (status, end, revocation) in [
             ("X", "300101000000Z", ""),
@@ -205,19 +328,22 @@ mod tests {
         let serial = |hex| Serial::from_hex(hex).unwrap();
         for (name, hex) in [("short", "01"), ("negative", "-7fee")] {
             assert!(rows.has_active(&device(name), now));
-            assert_eq!(
-                rows.by_serial(&serial(hex)).unwrap().certificate().unwrap().device,
-                device(name)
-            );
+            assert_eq!(rows.device(rows.by_serial(&serial(hex)).unwrap()), Some(device(name)));
         }
-        assert_eq!(rows.foreign(), 2);
+        assert_eq!(rows.all().filter(|slot| !slot.is_devices()).count(), 2);
         let at = 1_704_067_200;
-        assert_eq!(rows.revoked(now), [(serial("7FFF"), at), (serial("00"), at)]);
-        assert!(rows.accept(Row::new(serial("007fff"), device("d"), 1, None)).is_err(), "twice");
+        let expected = ["7FFF", "00"].map(|hex| Revocation {
+            serial: serial(hex),
+            at,
+            reason: Reason::Unspecified,
+        });
+        assert_eq!(rows.revoked(now), expected);
+        assert!(rows.accept(&Row::new(serial("007fff"), device("d"), 1)).is_err(), "twice");
 
         let mut copy = Vec::new();
-        let these = [(serial("-7FEE"), at), (serial("01"), at)].into_iter().collect();
-        let missing = copy_revoked(lines.concat().as_bytes(), &mut copy, these).unwrap();
+        let revoked = |hex| (serial(hex), Change::Revoked((at, Reason::Unspecified)));
+        let these = ["-7FEE", "01"].map(revoked).into_iter().collect();
+        let missing = copy_changed(lines.concat().as_bytes(), &mut copy, these).unwrap();
         assert_eq!(missing, None);
         let copied = String::from_utf8(copy).unwrap();
         let revoked =

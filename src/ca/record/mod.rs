@@ -1,10 +1,15 @@
-//! The record of certificates: OpenSSL's CA database (`index.txt`) and one `certs/<SERIAL>.pem` each.
+//! The record of certificates: OpenSSL's CA database (`index.txt`), one `certs/<SERIAL>.pem` for each
+//! that was signed here, and `certs/others.pem` for those that other instances have signed.
 //!
-//! The line in `index.txt` makes a certificate a record. It is written after the `.pem` is on disk. So
-//! a certificate without a line was not answered when that folder was as it is; but a copy that was
-//! taken while certificates were written may have it newer than `index.txt`, so it is entered at
-//! start. A line without a certificate stays a record, all but the download. The whole record but for the certificates
-//! themselves is held in memory, in about 200 bytes each.
+//! The line in `index.txt` makes a certificate a record. It is written after the certificate is on
+//! disk. So a certificate without a line was not answered when that folder was as it is; but a copy
+//! that was taken while certificates were written may have it newer than `index.txt`, so it is entered
+//! at start. A line without a certificate stays a record, all but the download. The whole record but
+//! for the certificates themselves is held in memory ([`rows`]), in at most 100 bytes each.
+//!
+//! What is recorded here is told to other instances ([`news`]), and what they tell is merged
+//! ([`merge`]): each instance holds the whole record of the CA. How they reach each other is not known
+//! here.
 //!
 //! Readers never wait for a disk: the lock that is held while files are written is the writers' own.
 //! Once the record is open, only `begin`, and revoking what there is to revoke, take it, and never
@@ -14,7 +19,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter};
+use std::io::{self, BufReader, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -34,15 +39,21 @@ mod entries;
 #[cfg(test)]
 mod fixture;
 mod index;
+pub mod merge;
+mod news;
+mod others;
 mod renewals;
 mod repair;
 mod rows;
 mod trial;
 
 pub use entries::Entries;
+use index::Change;
+use news::News;
+pub use news::Untold;
 pub use renewals::Renewal;
 use renewals::Renewals;
-use rows::{Row, Rows};
+use rows::{Place, Rows, Slot};
 use trial::Trial;
 
 /// The database.
@@ -55,10 +66,73 @@ const CERTS: &str = "certs";
 const TOKEN_LINE: &str = "Provisioning-Token: ";
 /// … and if it renews another.
 const RENEWAL_LINE: &str = "Renews: ";
+/// … and if only the time is known at which something paid for it.
+const PAID_LINE: &str = "Paid: ";
 /// Bytes read and written at once when the database is copied.
 const COPIED: usize = 64 * 1024;
 /// How far two records of the same moment may disagree about the time, for clocks are set.
 const CLOCK_SLACK_S: u64 = 3600;
+
+/// Why a certificate is revoked (RFC 5280, 5.3.1). Another program may say more; that counts as
+/// unspecified here, and stays in `index.txt` as it is. Of two revocations of one second the lesser
+/// reason in this order counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// Somebody else may have the key.
+    KeyCompromise,
+    /// Another certificate has taken its place.
+    Superseded,
+    /// The device is out of service.
+    CessationOfOperation,
+    /// Nobody has said why.
+    Unspecified,
+}
+
+impl Reason {
+    const ALL: [(Reason, &str, u8); 4] = [
+        (Reason::KeyCompromise, "keyCompromise", 1),
+        (Reason::Superseded, "superseded", 4),
+        (Reason::CessationOfOperation, "cessationOfOperation", 5),
+        (Reason::Unspecified, "unspecified", 0),
+    ];
+
+    /// Reads what `Display` writes, in any case, as OpenSSL does.
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut all = Reason::ALL.iter();
+        all.find(|(_, name, _)| name.eq_ignore_ascii_case(text)).map(|(reason, ..)| *reason)
+    }
+
+    /// Its number in a CRL (RFC 5280, 5.3.1).
+    pub fn number(self) -> u8 {
+        Reason::ALL.iter().find(|(reason, ..)| *reason == self).map_or(0, |(.., number)| *number)
+    }
+
+    /// The one with this number.
+    pub fn numbered(number: u8) -> Self {
+        let found = Reason::ALL.iter().find(|(.., of)| *of == number);
+        found.map_or(Reason::Unspecified, |(reason, ..)| *reason)
+    }
+}
+
+/// As `index.txt` and the API have it.
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let found = Reason::ALL.iter().find(|(reason, ..)| reason == self);
+        f.write_str(found.map_or("", |(_, name, _)| name))
+    }
+}
+
+/// That a certificate is revoked. Of two revocations of one certificate the earlier counts, and none is
+/// ever taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revocation {
+    /// Of which certificate.
+    pub serial: Serial,
+    /// Since when, in seconds since 1970.
+    pub at: u64,
+    /// Why.
+    pub reason: Reason,
+}
 
 /// Why the record could not be read or written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,6 +257,8 @@ impl Certificate {
 pub struct Stored {
     /// The certificate in PEM.
     pub pem: String,
+    /// The same in DER.
+    pub der: Vec<u8>,
     /// SHA-256 of the DER, lower-case hexadecimal.
     pub fingerprint: String,
     /// When it was signed, which is a little after its `notBefore`.
@@ -191,27 +267,62 @@ pub struct Stored {
     pub origin: Option<Origin>,
 }
 
+impl Stored {
+    /// When what paid for it came to be. Older files do not tell, and it was then paid for when it was
+    /// signed.
+    pub fn paid(&self) -> u64 {
+        match self.origin {
+            Some(Origin::Token(token)) => token.iat,
+            Some(Origin::Renewal { paid, .. }) => paid.unwrap_or(self.created_at),
+            Some(Origin::Paid(paid)) => paid,
+            None => self.created_at,
+        }
+    }
+}
+
 /// What a certificate was signed for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// A token.
     Token(Redeemed),
-    /// An earlier certificate of the device: its serial number.
-    Renewal(Serial),
+    /// An earlier certificate of the device.
+    Renewal {
+        /// Its serial number.
+        old: Serial,
+        /// When what paid for that came to be, which this inherits. Older files do not tell.
+        paid: Option<u64>,
+    },
+    /// Something that was paid at this time.
+    Paid(u64),
 }
 
 impl Origin {
     fn token(self) -> Option<Redeemed> {
         match self {
             Origin::Token(token) => Some(token),
-            Origin::Renewal(_) => None,
+            Origin::Renewal { .. } | Origin::Paid(_) => None,
+        }
+    }
+
+    /// The certificate that it renews.
+    fn renews(self) -> Option<Serial> {
+        match self {
+            Origin::Renewal { old, .. } => Some(old),
+            Origin::Token(_) | Origin::Paid(_) => None,
         }
     }
 
     /// Reads a line as `Display` writes it.
     fn read(line: &str) -> Option<Self> {
-        if let Some(serial) = line.strip_prefix(RENEWAL_LINE) {
-            return Serial::from_hex(serial).map(Origin::Renewal);
+        if let Some(renewed) = line.strip_prefix(RENEWAL_LINE) {
+            let (old, paid) = match renewed.split_once(" paid=") {
+                Some((old, paid)) => (old, Some(paid.parse().ok()?)),
+                None => (renewed, None),
+            };
+            return Serial::from_hex(old).map(|old| Origin::Renewal { old, paid });
+        }
+        if let Some(paid) = line.strip_prefix(PAID_LINE) {
+            return paid.parse().ok().map(Origin::Paid);
         }
         read_redeemed(line.strip_prefix(TOKEN_LINE)?).map(Origin::Token)
     }
@@ -224,7 +335,11 @@ impl fmt::Display for Origin {
             Origin::Token(Redeemed { hash, iat, exp }) => {
                 write!(f, "{TOKEN_LINE}{hash} iat={iat} exp={exp}")
             }
-            Origin::Renewal(old) => write!(f, "{RENEWAL_LINE}{old:X}"),
+            Origin::Renewal { old, paid: None } => write!(f, "{RENEWAL_LINE}{old:X}"),
+            Origin::Renewal { old, paid: Some(paid) } => {
+                write!(f, "{RENEWAL_LINE}{old:X} paid={paid}")
+            }
+            Origin::Paid(paid) => write!(f, "{PAID_LINE}{paid}"),
         }
     }
 }
@@ -267,6 +382,7 @@ pub struct Record {
     rows: RwLock<Rows>,
     writer: Mutex<Writer>,
     trial: Trial,
+    news: News,
 }
 
 /// What the writers know beside the rows.
@@ -292,10 +408,11 @@ impl Record {
         let found = repair::read_index(&dir.join(INDEX))?;
         let is_missing = found.is_none();
         let (rows, tail) = found.unwrap_or_default();
-        if rows.foreign() > 0 {
-            let (lines, index) = (rows.foreign(), dir.join(INDEX));
+        let foreign = rows.all().filter(|slot| !slot.is_devices()).count();
+        if foreign > 0 {
+            let index = dir.join(INDEX);
             log::info!(
-                "{lines} lines of {} are no device's: they count for the CRL only",
+                "{foreign} lines of {} are no device's: they count for the CRL only",
                 index.display()
             );
         }
@@ -304,9 +421,10 @@ impl Record {
             rows: RwLock::new(rows),
             writer: Mutex::default(),
             trial: Trial::default(),
+            news: News::default(),
         };
         record.put_in_order(tail, is_missing, ca)?;
-        record.load_tokens(now.map(|n| n.unix_s()));
+        record.load_last_day(now.map(|n| n.unix_s()));
         Ok(record)
     }
 
@@ -318,12 +436,13 @@ impl Record {
     /// The device's newest certificate.
     pub fn newest(&self, device: &DeviceId) -> Option<Certificate> {
         let rows = self.read();
-        rows.of_device(device).next().and_then(Row::certificate)
+        rows.of_device(device).next().and_then(|slot| rows.certificate(slot))
     }
 
     /// The certificate with this serial number.
     pub fn by_serial(&self, serial: &Serial) -> Option<Certificate> {
-        self.read().by_serial(serial).and_then(Row::certificate)
+        let rows = self.read();
+        rows.by_serial(serial).and_then(|slot| rows.certificate(slot))
     }
 
     /// Whether the device has a certificate that is neither expired nor revoked.
@@ -355,17 +474,47 @@ impl Record {
         self.read().spent()
     }
 
-    /// Serial number and time of revocation of what is revoked and not expired, for a CRL.
-    pub fn revoked(&self, now: Now) -> Vec<(Serial, u64)> {
+    /// What is revoked and has not ended, for a CRL.
+    pub fn revoked(&self, now: Now) -> Vec<Revocation> {
         self.read().revoked(now)
     }
 
-    /// Reads a certificate's own file. A record without one is a record all the same: a copy that was
-    /// taken while certificates were written may lack it, and another program's may lie elsewhere.
+    /// Reads a certificate and what was written down with it. A record without one is a record all the
+    /// same: a copy that was taken while certificates were written may lack it, and another program's
+    /// may lie elsewhere.
     ///
     /// # Errors
     /// [`RecordError::Absent`] when it is not there, or is no certificate.
     pub fn stored(&self, serial: &Serial) -> Result<Stored, RecordError> {
+        let slot = self.read().by_serial(serial).copied();
+        slot.map_or_else(|| self.stored_alone(serial), |slot| self.stored_at(&slot))
+    }
+
+    /// When what paid for a certificate came to be; 0 if that cannot be known any more.
+    pub fn paid(&self, serial: &Serial) -> u64 {
+        self.stored(serial).map_or(0, |stored| stored.paid())
+    }
+
+    /// The same, and takes no lock.
+    fn stored_at(&self, slot: &Slot) -> Result<Stored, RecordError> {
+        let Place::Others(at) = slot.place else { return self.stored_alone(&slot.serial) };
+        let path = self.others_path();
+        let absent = || {
+            let why = format!("{}: certificate {} is missing", path.display(), slot.serial);
+            RecordError::Absent(why)
+        };
+        let read = File::open(&path).and_then(|file| others::read(&file, u64::from(at)));
+        let text = read.map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => absent(),
+            _ => RecordError::Unreadable(format!("cannot read {}: {e}", path.display())),
+        })?;
+        let stored = text.and_then(|text| read_stored(&text)).ok_or_else(absent)?;
+        // The file may be an older or a newer copy than `index.txt`.
+        if serial_of(&stored.der) == Some(slot.serial) { Ok(stored) } else { Err(absent()) }
+    }
+
+    /// Reads the file that a certificate has for itself.
+    fn stored_alone(&self, serial: &Serial) -> Result<Stored, RecordError> {
         let path = self.pem_path(serial);
         let absent = |why: &str| RecordError::Absent(format!("{}: {why}", path.display()));
         let bytes = files::read(&path)?.ok_or_else(|| absent("missing"))?;
@@ -389,59 +538,71 @@ impl Record {
     /// # Errors
     /// When `index.txt` cannot be read or written; memory then still has them unrevoked, and trying
     /// again is safe.
-    pub fn revoke(&self, device: &DeviceId, now: Now) -> Result<Vec<Serial>, RecordError> {
+    pub fn revoke(
+        &self,
+        device: &DeviceId,
+        reason: Reason,
+        now: Now,
+    ) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
-        let valid = |row: &&Row| row.revoked().is_none();
-        let serials: Vec<Serial> =
-            self.read().of_device(device).filter(valid).map(|r| r.serial).collect();
-        let revoked = serials.iter().map(|serial| (*serial, now.unix_s())).collect();
-        self.trial.note(self.enter_revoked(&mut writer, revoked))?;
-        Ok(serials)
+        let rows = self.read();
+        let valid = rows.of_device(device).filter(|slot| slot.revoked().is_none());
+        let revoked = valid.map(|slot| (slot.serial, (now.unix_s().max(1), reason))).collect();
+        drop(rows);
+        self.enter_revoked(&mut writer, revoked)
     }
 
-    /// Revokes these of the certificates that are neither expired nor revoked, and says which. On
-    /// disk when it returns.
+    /// Revokes those of the certificates that are not revoked, and says which. On disk when it returns.
     ///
     /// # Errors
     /// As [`Record::revoke`].
-    pub fn revoke_these(&self, these: &[Serial], now: Now) -> Result<Vec<Serial>, RecordError> {
+    pub fn revoke_these(
+        &self,
+        these: &[Serial],
+        reason: Reason,
+        now: Now,
+    ) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
         let rows = self.read();
-        let active = |s: &&Serial| rows.by_serial(s).is_some_and(|row| row.is_active(now));
-        let serials: Vec<Serial> = these.iter().filter(active).copied().collect();
+        let is_valid = |s: &&Serial| rows.by_serial(s).is_some_and(|s| s.revoked().is_none());
+        let valid = these.iter().filter(is_valid);
+        let revoked = valid.map(|serial| (*serial, (now.unix_s().max(1), reason))).collect();
         drop(rows);
-        let revoked = serials.iter().map(|serial| (*serial, now.unix_s())).collect();
-        self.trial.note(self.enter_revoked(&mut writer, revoked))?;
-        Ok(serials)
+        self.enter_revoked(&mut writer, revoked)
     }
 
-    /// Each at its time.
-    fn enter_revoked(
+    /// Appends lines to `index.txt`; if something in it changes, by writing it anew.
+    fn write_index(
         &self,
         writer: &mut Writer,
-        revoked: HashMap<Serial, u64>,
+        lines: String,
+        changes: HashMap<Serial, Change>,
     ) -> Result<(), RecordError> {
-        if revoked.is_empty() {
-            return Ok(());
+        if changes.is_empty() {
+            return self.append(writer, lines);
         }
         self.take_back(writer)?;
         // Line by line: a record of 100,000 certificates has 8 MB, which a gateway cannot spare twice.
         let path = self.dir.join(INDEX);
-        let missing = revoked.clone();
         let lost = |serial: Serial| {
-            let whose = self.by_serial(&serial).map(|r| r.device.to_string()).unwrap_or_default();
+            let whose = self.by_serial(&serial).map(|c| c.device.to_string()).unwrap_or_default();
             io::Error::other(format!("{} has lost a line of {whose}", path.display()))
         };
         let copy = |new: &mut File| {
             let old = BufReader::with_capacity(COPIED, File::open(&path)?);
-            let new = BufWriter::with_capacity(COPIED, new);
-            index::copy_revoked(old, new, missing)?.map_or(Ok(()), |serial| Err(lost(serial)))
+            let mut new = BufWriter::with_capacity(COPIED, new);
+            if let Some(serial) = index::copy_changed(old, &mut new, changes)? {
+                return Err(lost(serial));
+            }
+            new.write_all(lines.as_bytes())?;
+            new.flush()
         };
         files::write_atomic_by(&path, 0o644, copy)
-            .map_err(|e| RecordError::NotWritten { why: e.to_string(), left_behind: true })?;
-        let mut rows = self.write();
-        revoked.iter().for_each(|(serial, at)| rows.set_revoked(serial, *at));
-        Ok(())
+            .map_err(|e| RecordError::NotWritten { why: e.to_string(), left_behind: true })
+    }
+
+    fn others_path(&self) -> PathBuf {
+        self.dir.join(CERTS).join(others::OTHERS)
     }
 
     fn pem_path(&self, serial: &Serial) -> PathBuf {
@@ -466,16 +627,21 @@ impl Record {
 fn read_stored(text: &str) -> Option<Stored> {
     let (before, _) = text.split_once(pem::BEGIN)?;
     let pem = text.get(before.len()..)?.to_owned();
-    let [block] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
-    let (_, certificate) = X509Certificate::from_der(&block.der).ok()?;
+    let [pem::Block { der, .. }] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
+    let (_, certificate) = X509Certificate::from_der(&der).ok()?;
     let not_before = u64::try_from(certificate.validity().not_before.timestamp()).unwrap_or(0);
     let is_origin = |line: &&str| [TOKEN_LINE, RENEWAL_LINE].iter().any(|l| line.starts_with(l));
     let origin = match before.lines().find(is_origin) {
         Some(line) => Some(Origin::read(line)?),
         None => None,
     };
-    let fingerprint = issuer::fingerprint(&block.der);
-    Some(Stored { fingerprint, created_at: not_before.saturating_add(BACKDATE_S), origin, pem })
+    let fingerprint = issuer::fingerprint(&der);
+    let created_at = not_before.saturating_add(BACKDATE_S);
+    Some(Stored { fingerprint, created_at, origin, pem, der })
+}
+
+fn serial_of(der: &[u8]) -> Option<Serial> {
+    Serial::from_der(X509Certificate::from_der(der).ok()?.1.raw_serial())
 }
 
 fn read_redeemed(line: &str) -> Option<Redeemed> {
@@ -555,13 +721,13 @@ mod tests {
             [fixture.leaf("device-1"), fixture.leaf("device-1"), fixture.leaf("device-10")];
         leaves.iter().for_each(|leaf| enter(&record, leaf, None).unwrap());
         let now = clock::now();
-        let mut revoked = record.revoke(&device("device-1"), now).unwrap();
+        let mut revoked = record.revoke(&device("device-1"), Reason::Unspecified, now).unwrap();
         revoked.sort();
         let mut expected = [leaves[0].serial, leaves[1].serial];
         expected.sort();
         assert_eq!(revoked, expected);
-        assert_eq!(record.revoke(&device("device-1"), now), Ok(vec![]));
-        assert_eq!(record.revoke(&device("nobody"), now), Ok(vec![]));
+        assert_eq!(record.revoke(&device("device-1"), Reason::Unspecified, now), Ok(vec![]));
+        assert_eq!(record.revoke(&device("nobody"), Reason::Unspecified, now), Ok(vec![]));
         for record in [&record, &fixture.open()] {
             assert!(!record.has_active(&device("device-1"), now));
             assert!(record.has_active(&device("device-10"), now));
@@ -573,7 +739,7 @@ mod tests {
             assert_eq!(record.revoked(later), []);
         }
         fs::write(fixture.dir.join(INDEX), "").unwrap();
-        let error = record.revoke(&device("device-10"), now).unwrap_err();
+        let error = record.revoke(&device("device-10"), Reason::Unspecified, now).unwrap_err();
         assert!(error.to_string().contains("index.txt has lost a line of device-10"), "{error}");
         assert!(record.has_active(&device("device-10"), now));
     }
@@ -586,9 +752,16 @@ mod tests {
         leaves.iter().for_each(|leaf| enter(&record, leaf, None).unwrap());
         let [first, second, third] = leaves.map(|leaf| leaf.serial);
         let (now, stranger) = (clock::now(), Serial::from([0x41; 16]));
-        assert_eq!(record.revoke_these(&[second, stranger], now), Ok(vec![second]));
-        assert_eq!(record.revoke_these(&[second], now), Ok(vec![]), "once is enough");
-        assert_eq!(record.revoke_these(&[], now), Ok(vec![]));
+        assert_eq!(
+            record.revoke_these(&[second, stranger], Reason::Superseded, now),
+            Ok(vec![second])
+        );
+        assert_eq!(
+            record.revoke_these(&[second], Reason::Superseded, now),
+            Ok(vec![]),
+            "once is enough"
+        );
+        assert_eq!(record.revoke_these(&[], Reason::Superseded, now), Ok(vec![]));
         for record in [&record, &fixture.open()] {
             let revoked = |s| record.by_serial(&s).unwrap().revoked_at.is_some();
             assert_eq!([first, second, third].map(revoked), [false, true, false]);
@@ -603,7 +776,7 @@ mod tests {
         let record = fixture.open();
         let leaves = [fixture.leaf("device-1"), fixture.leaf("device-1"), fixture.leaf("device-2")];
         leaves.iter().for_each(|leaf| enter(&record, leaf, None).unwrap());
-        record.revoke(&device("device-2"), clock::now()).unwrap();
+        record.revoke(&device("device-2"), Reason::KeyCompromise, clock::now()).unwrap();
         let config = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/openssl-ca.cnf");
         let ca = |line: &str| run(dir, &format!("ca -config {config} {line}"));
         let status = |leaf: &Leaf| ca(&format!("-status {:X}", leaf.serial)).unwrap_or_else(|e| e);
@@ -624,7 +797,10 @@ mod tests {
         let again = fixture.open();
         assert!(again.by_serial(&leaves[0].serial).unwrap().revoked_at.is_some());
         assert!(again.has_active(&device("device-1"), now), "the other one is");
-        assert_eq!(again.revoke(&device("device-1"), now), Ok(vec![leaves[1].serial]));
+        assert_eq!(
+            again.revoke(&device("device-1"), Reason::Unspecified, now),
+            Ok(vec![leaves[1].serial])
+        );
         assert!(fixture.index().contains("Z,keyCompromise\t"));
         enter(&again, &fixture.leaf("device-3"), None).unwrap();
         run_program(dir, "faketime", &format!("-f +1y openssl ca -config {config} -updatedb"))

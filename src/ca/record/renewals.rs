@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 
 use super::entries::Entry;
-use super::rows::Row;
+use super::rows::Slot;
 use super::{Certificate, Entries, Origin};
 use crate::ca::issuer::Leaf;
 use crate::ca::key::PublicKey;
@@ -40,8 +40,7 @@ pub enum Renewal {
 impl Entries<'_> {
     /// Judges the renewal of `old` for `key`.
     pub fn judge_renewal(&self, old: &Certificate, key: &PublicKey, now: Now) -> Renewal {
-        let renews = Some(Origin::Renewal(old.serial));
-        if self.added.iter().any(|e| e.origin == renews) {
+        if self.added.iter().any(|e| e.renews() == Some(old.serial)) {
             return Renewal::UnderWay;
         }
         if let Some(leaf) = self.successor(old, key, now) {
@@ -50,9 +49,8 @@ impl Entries<'_> {
         if self.count_active(&old.device, now) >= MOST_ACTIVE {
             return Renewal::TooMany(HOUR_MS / 1000);
         }
-        let of_device =
-            |e: &Entry| matches!(e.origin, Some(Origin::Renewal(_))) && e.row.is_of(&old.device);
-        let here = self.added.iter().filter(|e| of_device(e)).count();
+        let of_device = |e: &&Entry| e.renews().is_some() && e.row.is_of(&old.device);
+        let here = self.added.iter().filter(of_device).count();
         match self.writer.renewals.wait_ms(&old.device, here, now) {
             0 => Renewal::New,
             wait_ms => Renewal::TooMany(wait_ms.div_ceil(1000)),
@@ -62,12 +60,12 @@ impl Entries<'_> {
     /// The certificate that `old` was renewed to, for the same key, if it still counts.
     fn successor(&self, old: &Certificate, key: &PublicKey, now: Now) -> Option<Leaf> {
         let rows = self.record.read();
-        let newer = rows.of_device(&old.device).take_while(|row| row.serial != old.serial);
-        let newer: Vec<Row> = newer.filter(|row| row.is_active(now)).cloned().collect();
+        let newer = rows.of_device(&old.device).take_while(|slot| slot.serial != old.serial);
+        let newer: Vec<Slot> = newer.filter(|slot| slot.is_active(now)).copied().collect();
         drop(rows);
-        newer.into_iter().find_map(|row| {
-            let stored = self.record.stored(&row.serial).ok()?;
-            let renews = stored.origin == Some(Origin::Renewal(old.serial));
+        newer.iter().find_map(|slot| {
+            let stored = self.record.stored_at(slot).ok()?;
+            let renews = stored.origin.and_then(Origin::renews) == Some(old.serial);
             Leaf::read(stored.pem, old.device.clone()).filter(|leaf| renews && leaf.is_for(key))
         })
     }
@@ -108,6 +106,7 @@ mod tests {
     use super::*;
     use crate::ca::csr::Csr;
     use crate::ca::openssl::must;
+    use crate::ca::record::Reason;
     use crate::ca::record::fixture::{Fixture, device, enter};
     use crate::clock;
     use std::fs;
@@ -163,7 +162,7 @@ mod tests {
         let mut entries = record.begin();
         assert_eq!(judge(&entries, &same), "new");
         let new = fixture.leaf("d");
-        entries.add(&new, Some(Origin::Renewal(old.serial)), now);
+        entries.add(&new, Some(Origin::Renewal { old: old.serial, paid: None }), now);
         assert_eq!(judge(&entries, &same), "under way");
         assert_eq!(entries.commit(), [Ok(())]);
         // It is the renewal of this certificate: of the new one there is none yet.
@@ -174,11 +173,15 @@ mod tests {
             assert_eq!(judge(&entries, &other), "new");
             assert!(matches!(entries.judge_renewal(&newest, same.key(), now), Renewal::New));
         }
-        record.revoke_these(&[new.serial], now).unwrap();
+        record.revoke_these(&[new.serial], Reason::Superseded, now).unwrap();
         assert_eq!(judge(&record.begin(), &same), "new", "it does not count any more");
         for _ in 0..3 {
             let mut entries = record.begin();
-            entries.add(&fixture.leaf("d"), Some(Origin::Renewal(old.serial)), now);
+            entries.add(
+                &fixture.leaf("d"),
+                Some(Origin::Renewal { old: old.serial, paid: None }),
+                now,
+            );
             assert_eq!(entries.commit(), [Ok(())]);
         }
         assert_eq!(judge(&record.begin(), &other), "too many", "revoked or not");

@@ -6,29 +6,33 @@
 //! of this CA is moved aside, and so is what is cut off from `index.txt`.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
-use std::io::{self, Write as _};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
-use super::index::{self, Index};
-use super::rows::{Row, Rows};
-use super::{CERTS, CLOCK_SLACK_S, Certificate, INDEX, Origin, Record, RecordError, Stored};
+use super::index::{self, Change, Index};
+use super::merge::{self, Incoming};
+use super::rows::{Place, Row, Rows, Slot};
+use super::{
+    CERTS, CLOCK_SLACK_S, Certificate, INDEX, Origin, Reason, Record, RecordError, Revocation,
+    Stored, Untold, others,
+};
 use crate::ca::crl;
 use crate::ca::issuer::{BACKDATE_S, Issuer};
-use crate::clock::Now;
-use crate::device::DeviceId;
+use crate::clock::{DAY_S, Now};
 use crate::files;
 use crate::jwt;
-use crate::pem;
 use crate::serial::Serial;
 
 /// Where in the CA's folder goes what is no certificate of this CA.
 const ASIDE: &str = "aside";
-/// What is cut off from `index.txt` is kept here.
-const CUT_OFF: &str = "index.txt.torn";
+/// What is cut off from a file is kept under its name and this.
+const TORN: &str = ".torn";
+/// What the file of a server's certificate begins with.
+const SERVER_LINE: &str = "Use: server";
 /// The search for recent certificates ends after so many in a row that are not: clocks are set, so
 /// the order of the lines is not quite that of the dates.
 const PATIENCE: usize = 64;
@@ -54,12 +58,6 @@ pub(super) fn read_index(path: &Path) -> Result<Option<(Rows, Tail)>, RecordErro
     Ok(Some((rows, Tail { row: unended, bytes: tail, at: whole })))
 }
 
-/// A device's certificate by this CA that has no line.
-struct Stray {
-    row: Row,
-    stored: Stored,
-}
-
 impl Record {
     /// Puts the record in order: cuts off a torn line, ends one that an editor has left without an
     /// end, enters certificates without a line, and revokes what `crl.pem` lists.
@@ -80,20 +78,20 @@ impl Record {
         self.mend_tail(tail, ca)?;
         // Without a CA nobody can tell whose certificates these are.
         let Some(ca) = ca else { return Ok(()) };
-        let listed = crl::listed(&self.dir, ca);
-        let mut strays = Vec::new();
+        let mut revoked = crl::listed(&self.dir, ca);
+        let mut strays = self.strays_of_others(ca)?;
         for serial in self.strays()? {
-            let Some(mut stray) = self.device_certificate(&serial, ca)? else {
-                self.move_aside(&serial)?;
+            let Some(stray) = self.device_certificate(&serial, ca)? else {
+                self.move_aside(&serial, ca)?;
                 continue;
             };
-            let is_torn = torn.as_ref().is_some_and(|t| format!("{serial:X}").starts_with(t));
-            let revoked_at = is_torn.then_some(stray.stored.created_at);
-            stray.row.set_revoked(listed.get(&serial).copied().or(revoked_at));
+            if torn.as_ref().is_some_and(|torn| format!("{serial:X}").starts_with(torn)) {
+                let (at, reason) = (stray.created_at, Reason::Unspecified);
+                revoked.push(Revocation { serial, at, reason });
+            }
             strays.push(stray);
         }
-        self.enter_strays(strays)?;
-        self.revoke_listed(&listed)
+        self.enter_strays(strays, &revoked, ca)
     }
 
     fn begin_index(&self) -> Result<(), RecordError> {
@@ -130,25 +128,26 @@ impl Record {
         &self,
         serial: &Serial,
         ca: &Issuer,
-    ) -> Result<Option<Stray>, RecordError> {
-        match self.stored(serial) {
+    ) -> Result<Option<Incoming>, RecordError> {
+        match self.stored_alone(serial) {
             Err(RecordError::Absent(_)) => Ok(None),
-            other => Ok(stray(serial, other?, ca)),
+            stored => Ok(stray(serial, &stored?, ca)),
         }
     }
 
     /// Sees to the last line if it has no end. Either an editor has taken that, or the power went while
     /// the line was written; then the certificate is there, which tells all that the line would.
     fn mend_tail(&self, tail: Tail, ca: Option<&Issuer>) -> Result<(), RecordError> {
-        let Some(row) = tail.row else { return self.cut_off(&tail.bytes, tail.at) };
+        let index = self.dir.join(INDEX);
+        let cut_off = || self.cut_off(&index, &tail.bytes, tail.at as u64);
+        let Some(row) = &tail.row else { return cut_off() };
         let told = match ca {
             Some(ca) => self.device_certificate(&row.serial, ca)?,
             None => None,
         };
         if told.is_some_and(|told| told.row.device != row.device) {
-            return self.cut_off(&tail.bytes, tail.at);
+            return cut_off();
         }
-        let index = self.dir.join(INDEX);
         log::warn!("the last line of {} had no end, which is put there", index.display());
         let end = || {
             let mut file = OpenOptions::new().append(true).open(&index)?;
@@ -160,31 +159,117 @@ impl Record {
         Ok(())
     }
 
-    fn cut_off(&self, torn: &[u8], at: usize) -> Result<(), RecordError> {
+    /// Others' certificates that have no line: a batch of them is written before its lines. Where the
+    /// file and the lines are not of one moment, where each certificate lies is looked up anew.
+    fn strays_of_others(&self, ca: &Issuer) -> Result<Vec<Incoming>, RecordError> {
+        let path = self.others_path();
+        let unreadable =
+            |e: io::Error| RecordError::Unreadable(format!("cannot read {}: {e}", path.display()));
+        let last = self.last_of_others();
+        let file = match File::open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && last.is_none() => return Ok(vec![]),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return self.place_others(HashMap::new());
+            }
+            file => file.map_err(unreadable)?,
+        };
+        let is_of_one_moment = last.is_none_or(|last| self.stored_at(&last).is_ok());
+        let from = match last.map(|last| last.place) {
+            Some(Place::Others(at)) if is_of_one_moment => u64::from(at),
+            _ => 0,
+        };
+        let (mut strays, mut places) = (Vec::new(), HashMap::new());
+        let end = others::scan(&file, from, |at, text| {
+            let Some(stored) = super::read_stored(&text) else { return };
+            let (Some(serial), Ok(at)) = (super::serial_of(&stored.der), u32::try_from(at)) else {
+                return;
+            };
+            places.insert(serial, Place::Others(at));
+            if self.read().by_serial(&serial).is_some() {
+                return;
+            }
+            if let Some(mut stray) = stray(&serial, &stored, ca) {
+                stray.row.place = Place::Others(at);
+                strays.push(stray);
+            }
+        });
+        let end = end.map_err(unreadable)?;
+        let mut torn = Vec::new();
+        let mut rest = &file;
+        let read = rest.seek(SeekFrom::Start(end)).and_then(|_| rest.read_to_end(&mut torn));
+        read.map_err(unreadable)?;
+        self.cut_off(&path, &torn, end)?;
+        if !is_of_one_moment {
+            self.place_others(places)?;
+        }
+        Ok(strays)
+    }
+
+    /// The one that stands last in the file.
+    fn last_of_others(&self) -> Option<Slot> {
+        let place = |slot: &&Slot| match slot.place {
+            Place::Others(at) => Some(at),
+            Place::Own | Place::Server => None,
+        };
+        let rows = self.read();
+        rows.all().filter(|slot| place(slot).is_some()).max_by_key(place).copied()
+    }
+
+    /// Writes into the lines where others' certificates lie; one that is in no file has none.
+    fn place_others(&self, places: HashMap<Serial, Place>) -> Result<Vec<Incoming>, RecordError> {
+        log::warn!(
+            "{} is of another moment than {INDEX}: looked through",
+            self.others_path().display()
+        );
+        let is_others = |slot: &&Slot| matches!(slot.place, Place::Others(_));
+        let moved = |slot: &Slot| {
+            let place = places.get(&slot.serial).copied().unwrap_or(Place::Own);
+            (place != slot.place).then_some((slot.serial, Change::Moved(place)))
+        };
+        let changes: HashMap<Serial, Change> =
+            self.read().all().filter(is_others).filter_map(moved).collect();
+        self.write_index(&mut self.lock_writer(), String::new(), changes.clone())?;
+        let mut rows = self.write();
+        for (serial, change) in changes {
+            if let Change::Moved(place) = change {
+                rows.set_place(&serial, place);
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    /// Keeps what is cut off from the end of a file beside `index.txt`.
+    fn cut_off(&self, path: &Path, torn: &[u8], at: u64) -> Result<(), RecordError> {
         if torn.is_empty() {
             return Ok(());
         }
-        let (index, kept) = (self.dir.join(INDEX), self.dir.join(CUT_OFF));
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(TORN);
+        let kept = self.dir.join(name);
         log::warn!(
-            "{} line {} is torn, by a power cut perhaps: cut off, and kept in {}",
-            index.display(),
-            self.read().len() + 1,
+            "the end of {} is torn, by a power cut perhaps: cut off, and kept in {}",
+            path.display(),
             kept.display()
         );
         let cut = || {
             let mut file = OpenOptions::new().append(true).create(true).open(&kept)?;
             file.write_all(&[torn, b"\n"].concat())?;
             file.sync_all()?;
-            let file = OpenOptions::new().write(true).open(&index)?;
-            file.set_len(at as u64)?;
+            let file = OpenOptions::new().write(true).open(path)?;
+            file.set_len(at)?;
             file.sync_all()
         };
-        cut().map_err(|e| RecordError::not_written(self.index_says(e)))
+        let not_written =
+            |e| RecordError::not_written(format!("cannot write {}: {e}", path.display()));
+        cut().map_err(not_written)
     }
 
-    /// What it is to somebody nobody knows, so it is not deleted.
-    fn move_aside(&self, serial: &Serial) -> Result<(), RecordError> {
+    /// What it is to somebody nobody knows, so it is not deleted. A server's certificate stays.
+    fn move_aside(&self, serial: &Serial, ca: &Issuer) -> Result<(), RecordError> {
         let path = self.pem_path(serial);
+        if self.is_servers(serial, ca) {
+            return Ok(());
+        }
         let aside = files::move_into(&path, &self.dir.join(ASIDE))?;
         log::warn!(
             "{} is no certificate of a device by this CA: moved to {}",
@@ -194,64 +279,73 @@ impl Record {
         Ok(())
     }
 
-    /// Enters certificates that have no line, the oldest first, in one append.
-    fn enter_strays(&self, mut strays: Vec<Stray>) -> Result<(), RecordError> {
-        if strays.is_empty() {
-            return Ok(());
-        }
-        strays.sort_by_key(|stray| stray.stored.created_at);
-        let names: Vec<String> =
-            strays.iter().take(NAMED).map(|s| s.row.serial.to_string()).collect();
-        log::warn!(
-            "{} certificates had no line in {} and are entered, their tokens as used: {}{}",
-            strays.len(),
-            self.dir.join(INDEX).display(),
-            names.join(", "),
-            if strays.len() > NAMED { " …" } else { "" }
-        );
-        let lines = strays.iter().map(|stray| stray.row.line()).collect();
-        self.append(&mut self.lock_writer(), lines)?;
-        let mut rows = self.write();
-        for stray in strays {
-            rows.insert(stray.row);
-        }
-        Ok(())
+    /// One of this CA that says of itself that it is a server's.
+    fn is_servers(&self, serial: &Serial, ca: &Issuer) -> bool {
+        let text = files::read(&self.pem_path(serial)).ok().flatten().unwrap_or_default();
+        let stored = self.stored_alone(serial).ok();
+        let signed = stored.is_some_and(|stored| {
+            let read = X509Certificate::from_der(&stored.der);
+            read.is_ok_and(|(_, certificate)| ca.has_signed(&certificate))
+        });
+        signed && text.starts_with(SERVER_LINE.as_bytes())
     }
 
-    /// What `crl.pem` lists is revoked, also if `index.txt` is an older copy.
-    fn revoke_listed(&self, listed: &HashMap<Serial, u64>) -> Result<(), RecordError> {
+    /// Enters certificates that have no line, and revokes what is listed.
+    fn enter_strays(
+        &self,
+        strays: Vec<Incoming>,
+        listed: &[Revocation],
+        ca: &Issuer,
+    ) -> Result<(), RecordError> {
+        let signed_at = |slot: &Slot| self.stored_at(slot).ok().map(|stored| stored.created_at);
+        let mut plan = self.read().plan(strays, listed, &|_| 0, &signed_at);
+        // A revocation is never taken back, but dated as the record has it.
         let rows = self.read();
-        let valid = |serial: &Serial| rows.by_serial(serial).is_some_and(|r| r.revoked().is_none());
-        let missed: HashMap<Serial, u64> =
-            listed.iter().filter(|(s, _)| valid(s)).map(|(s, at)| (*s, *at)).collect();
+        plan.revoked
+            .retain(|serial, _| rows.by_serial(serial).is_some_and(|s| s.revoked().is_none()));
         drop(rows);
-        if !missed.is_empty() {
+        if !plan.added.is_empty() {
+            let names: Vec<String> =
+                plan.added.iter().take(NAMED).map(|new| new.row.serial.to_string()).collect();
             log::warn!(
-                "{} certificates that crl.pem lists were not revoked in {INDEX}",
-                missed.len()
+                "{} certificates had no line in {} and are entered, their tokens as used: {}{}",
+                plan.added.len(),
+                self.dir.join(INDEX).display(),
+                names.join(", "),
+                if plan.added.len() > NAMED { " …" } else { "" }
             );
         }
-        self.enter_revoked(&mut self.lock_writer(), missed)
+        if !plan.revoked.is_empty() {
+            let count = plan.revoked.len();
+            log::warn!("{count} certificates that crl.pem lists were not revoked in {INDEX}");
+        }
+        self.enter(&mut self.lock_writer(), &mut plan, ca)
     }
 
-    /// Loads the hashes of the tokens that the newest certificates were signed for, as far back as a
-    /// token can live. Which of them have ended is judged when they are used: the clock may be wrong.
-    pub(super) fn load_tokens(&self, now_s: Option<u64>) {
-        let mut tokens = Vec::new();
-        self.read_newest(is_recent(now_s, |at, _, stored| {
+    /// Loads what the newest certificates tell: the hashes of the tokens that they were signed for, as
+    /// far back as a token can live (which of them have ended is judged when they are used, for the
+    /// clock may be wrong), and what was recorded here, which other instances may not know yet.
+    pub(super) fn load_last_day(&self, now_s: Option<u64>) {
+        let (mut tokens, mut news) = (Vec::new(), Vec::new());
+        self.read_newest(is_recent(now_s, |at, slot, stored| {
             tokens.extend(stored.origin.and_then(Origin::token).map(|token| (token, at)));
+            news.extend((slot.place == Place::Own).then_some(Untold::Certificate(slot.serial)));
         }));
+        let since = now_s.unwrap_or(u64::MAX).saturating_sub(DAY_S);
         let mut rows = self.write();
         tokens.iter().for_each(|(token, at)| rows.add_token(token, *at as u32));
+        let revoked = rows.revocations().filter(|revocation| revocation.at >= since);
+        news.extend(revoked.map(|revocation| Untold::Revocation(revocation.serial)));
+        drop(rows);
+        self.news.add(news.into_iter().rev());
     }
 
     /// The renewals of the last day: what was renewed, to what, and when. The newest first.
     pub fn recent_renewals(&self, now: Now) -> Vec<(Serial, Serial, u64)> {
         let mut renewals = Vec::new();
-        self.read_newest(is_recent(Some(now.unix_s()), |_, row, stored| {
-            if let Some(Origin::Renewal(old)) = stored.origin {
-                renewals.push((old, row.serial, stored.created_at));
-            }
+        self.read_newest(is_recent(Some(now.unix_s()), |_, slot, stored| {
+            let old = stored.origin.and_then(Origin::renews);
+            renewals.extend(old.map(|old| (old, slot.serial, stored.created_at)));
         }));
         renewals
     }
@@ -260,28 +354,33 @@ impl Record {
     /// takes them yet. The newest first.
     pub fn begin_later(&self, now: Now) -> Vec<Certificate> {
         let mut later = Vec::new();
-        self.read_newest(|_, row, stored| {
+        self.read_newest(|_, slot, stored| {
             let is_later = stored.created_at > now.unix_s().saturating_add(BACKDATE_S);
-            later.extend(row.certificate().filter(|_| is_later));
+            later.extend(self.read().certificate(slot).filter(|_| is_later));
             is_later
         });
         later
     }
 
-    /// Reads the files of the newest certificates, from the last line backwards, until
-    /// [`PATIENCE`] in a row are not what is looked for.
-    fn read_newest(&self, mut is_wanted: impl FnMut(usize, &Row, &Stored) -> bool) {
-        let (mut others, mut lost, mut why) = (0, 0_usize, None);
+    /// Reads the newest certificates, from the last line backwards, until [`PATIENCE`] in a row are
+    /// not what is looked for; those that were signed here and others each for themselves, for others
+    /// may have come all at once.
+    fn read_newest(&self, mut is_wanted: impl FnMut(usize, &Slot, &Stored) -> bool) {
+        let (mut unwanted, mut lost, mut why) = ([0; 2], 0_usize, None);
         for at in (0..self.read().len()).rev() {
-            let Some(row) = self.read().at(at).cloned() else { break };
-            match self.stored(&row.serial) {
-                Ok(stored) if is_wanted(at, &row, &stored) => others = 0,
-                Ok(_) => others += 1,
+            let Some(slot) = self.read().at(at).copied() else { break };
+            let unwanted_like_it = match slot.place {
+                Place::Others(_) => &mut unwanted[1],
+                Place::Own | Place::Server => &mut unwanted[0],
+            };
+            if *unwanted_like_it == PATIENCE {
+                continue;
+            }
+            match self.stored_at(&slot) {
+                Ok(stored) if is_wanted(at, &slot, &stored) => *unwanted_like_it = 0,
+                Ok(_) => *unwanted_like_it += 1,
                 // A copy may lack the files of any number of lines at its end.
                 Err(e) => (lost, why) = (lost + 1, Some(e)),
-            }
-            if others == PATIENCE {
-                break;
             }
         }
         if let Some(why) = why {
@@ -293,30 +392,22 @@ impl Record {
 /// Shows all to `each`; what is older than a token can be is not looked for.
 fn is_recent(
     now_s: Option<u64>,
-    mut each: impl FnMut(usize, &Row, &Stored),
-) -> impl FnMut(usize, &Row, &Stored) -> bool {
+    mut each: impl FnMut(usize, &Slot, &Stored),
+) -> impl FnMut(usize, &Slot, &Stored) -> bool {
     let mut latest = None;
-    move |at, row, stored| {
-        each(at, row, stored);
+    move |at, slot, stored| {
+        each(at, slot, stored);
         // A clock that is ahead now, or was, makes nothing old.
         let latest = latest.get_or_insert(now_s.unwrap_or(u64::MAX).min(stored.created_at));
         stored.created_at.saturating_add(jwt::MAX_LIFETIME_S + CLOCK_SLACK_S) >= *latest
     }
 }
 
-/// What a certificate is entered as, if it is a device's, by this CA, and of this serial number.
-fn stray(serial: &Serial, stored: Stored, ca: &Issuer) -> Option<Stray> {
-    let [block] = <[_; 1]>::try_from(pem::blocks(&stored.pem)?).ok()?;
-    let (_, certificate) = X509Certificate::from_der(&block.der).ok()?;
-    let usage = certificate.extended_key_usage().ok()??.value;
-    let is_ours = Serial::from_der(certificate.raw_serial()) == Some(*serial)
-        && usage.client_auth
-        && ca.has_signed(&certificate);
-    is_ours.then_some(())?;
-    let name = certificate.subject().iter_common_name().next()?.as_str().ok()?;
-    let expires_at = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
-    let row = Row::new(*serial, DeviceId::parse(name)?, expires_at, None);
-    Some(Stray { row, stored })
+/// What a certificate on disk is entered as, if it is a device's by this CA.
+fn stray(serial: &Serial, stored: &Stored, ca: &Issuer) -> Option<Incoming> {
+    let (row, created_at) = merge::device_row(serial, &stored.der, ca)?;
+    let token = stored.origin.and_then(Origin::token);
+    Some(Incoming::stray(row, created_at, stored.paid(), token))
 }
 
 #[cfg(test)]
@@ -355,7 +446,7 @@ mod tests {
             }
             assert_eq!(fixture.pems(), 3);
         }
-        let kept = fs::read_to_string(fixture.dir.join(CUT_OFF)).unwrap();
+        let kept = fs::read_to_string(fixture.dir.join("index.txt.torn")).unwrap();
         let torn = both[whole.len()..both.len() - 1].strip_suffix('2').unwrap();
         assert!(kept.contains(&format!("{torn}\n")), "nothing is deleted: {kept}");
 
@@ -391,7 +482,8 @@ mod tests {
             enter(&record, leaf, Some(token(name, ends_at))).unwrap();
         }
         let index = fixture.index();
-        let listed = [(leaves[1].serial, now.unix_s() - 5)];
+        let (serial, at) = (leaves[1].serial, now.unix_s() - 5);
+        let listed = [Revocation { serial, at, reason: Reason::KeyCompromise }];
         Crl::sign(fixture.issuer(), &listed, 0, now).unwrap().write(&fixture.dir).unwrap();
 
         // The database as it was before, or with one of its lines lost.
@@ -463,7 +555,7 @@ mod tests {
 
     #[test]
     fn a_garbled_line_is_told_by_its_number() {
-        let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1_900_000_000, None).line();
+        let line = |n: u8| Row::new(Serial::from([n; 16]), device("d"), 1_900_000_000).line();
         let dir = TestDir::new();
         let path = dir.join(INDEX);
         let garbled = [line(0x41), line(0x41), line(0x43)].concat();

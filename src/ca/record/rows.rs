@@ -1,9 +1,13 @@
 //! The record in memory: what of each certificate must be known without asking the disk, and the
 //! tokens that were redeemed for them. Pure: it reads no file and takes no lock.
+//!
+//! A certificate takes 56 bytes, its name (held once for each device, however many certificates it
+//! has) as many as it has characters and one more, and two indexes of four bytes a place each.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, Hash, RandomState};
 
-use super::{CLOCK_SLACK_S, Certificate, Redeemed, Spent};
+use super::{CLOCK_SLACK_S, Certificate, Reason, Redeemed, Revocation, Spent};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::TokenHash;
@@ -13,25 +17,61 @@ use crate::serial::Serial;
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     /// In the order of `index.txt`.
-    list: Vec<Row>,
-    by_serial: HashMap<Serial, u32>,
+    list: Vec<Slot>,
+    /// Names of devices one after the other, the length before each.
+    names: Vec<u8>,
+    by_serial: Places,
     /// The newest of each device.
-    by_device: HashMap<DeviceId, u32>,
+    by_device: Places,
+    hasher: RandomState,
+    /// Revocations of certificates that are not here yet.
+    foretold: HashMap<Serial, Revoked>,
     tokens: HashMap<TokenHash, TokenRow>,
     /// The number of tokens at which those that have ended are dropped next.
     crowded: usize,
 }
 
-#[derive(Clone, Debug)]
+/// When a certificate was revoked (never 0), and why. The earlier of two counts.
+pub(super) type Revoked = (u64, Reason);
+
+/// Where a certificate's bytes are; in `index.txt` its fifth field, which OpenSSL does not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// In a file of its own, or elsewhere if another program has signed it.
+    Own,
+    /// The same, and it is a server's, which never counts as a device's.
+    Server,
+    /// In the file of those that other instances have signed, from this byte on.
+    Others(u32),
+}
+
+/// A certificate as a line of `index.txt` tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Row {
     pub(super) serial: Serial,
-    /// `None` for what another program signed for somebody else: it counts for the list only.
+    /// `None` for what is no device's: it counts for the list only.
     pub(super) device: Option<DeviceId>,
     pub(super) expires_at: u64,
-    /// 0 if it was not; an `Option` would take eight bytes more.
+    pub(super) revoked: Option<Revoked>,
+    pub(super) place: Place,
+    /// How many of the device's rows that stand before this one are newer nevertheless: what other
+    /// instances have signed comes in any order.
+    pub(super) newer: u32,
+}
+
+/// A row in memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) expires_at: u64,
+    /// 0 if it was not revoked.
     revoked_at: u64,
+    pub(super) place: Place,
+    /// Where the device's name begins, or [`NONE`].
+    name: u32,
     /// The device's next older row, or [`NONE`].
     older: u32,
+    pub(super) serial: Serial,
+    reason: Reason,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -44,46 +84,49 @@ struct TokenRow {
 const NONE: u32 = u32::MAX;
 
 impl Row {
+    /// One that is signed here and valid.
     pub(super) fn new(
         serial: Serial,
         device: impl Into<Option<DeviceId>>,
         expires_at: u64,
-        revoked_at: Option<u64>,
     ) -> Self {
-        let mut row = Row { serial, device: device.into(), expires_at, revoked_at: 0, older: NONE };
-        row.set_revoked(revoked_at);
-        row
-    }
-
-    /// Revoked then, or not at all.
-    pub(super) fn set_revoked(&mut self, revoked_at: Option<u64>) {
-        // A clock that was not set may have revoked at 0.
-        self.revoked_at = revoked_at.map_or(0, |at| at.max(1));
+        let device = device.into();
+        Row { serial, device, expires_at, revoked: None, place: Place::Own, newer: 0 }
     }
 
     pub(super) fn is_of(&self, device: &DeviceId) -> bool {
         self.device.as_ref() == Some(device)
     }
 
-    pub(super) fn revoked(&self) -> Option<u64> {
-        (self.revoked_at != 0).then_some(self.revoked_at)
+    pub(super) fn is_active(&self, now: Now) -> bool {
+        self.revoked.is_none() && now.unix_s() <= self.expires_at
+    }
+}
+
+impl Slot {
+    pub(super) fn revoked(&self) -> Option<Revoked> {
+        (self.revoked_at != 0).then_some((self.revoked_at, self.reason))
     }
 
     pub(super) fn is_active(&self, now: Now) -> bool {
         self.revoked_at == 0 && now.unix_s() <= self.expires_at
     }
 
-    /// What is known of a device's certificate.
-    pub(super) fn certificate(&self) -> Option<Certificate> {
-        let Row { serial, device, expires_at, .. } = self.clone();
-        Some(Certificate { serial, device: device?, expires_at, revoked_at: self.revoked() })
+    pub(super) fn is_devices(&self) -> bool {
+        self.name != NONE
+    }
+
+    fn revocation(&self) -> Option<Revocation> {
+        self.revoked().map(|(at, reason)| Revocation { serial: self.serial, at, reason })
     }
 }
 
 impl Rows {
     /// None yet, with room for so many.
     pub(super) fn with_room(count: usize) -> Self {
-        Rows { list: Vec::with_capacity(count), ..Rows::default() }
+        let mut rows = Rows { list: Vec::with_capacity(count), ..Rows::default() };
+        rows.by_serial.make_room(count, |_| 0);
+        rows
     }
 
     pub(super) fn len(&self) -> usize {
@@ -94,83 +137,195 @@ impl Rows {
         self.list.is_empty()
     }
 
-    /// How many rows are no device's.
-    pub(super) fn foreign(&self) -> usize {
-        self.list.iter().filter(|row| row.device.is_none()).count()
+    /// In the order of `index.txt`.
+    pub(super) fn all(&self) -> std::slice::Iter<'_, Slot> {
+        self.list.iter()
     }
 
     /// The row at this place in the order of `index.txt`.
-    pub(super) fn at(&self, place: usize) -> Option<&Row> {
-        self.list.get(place)
+    pub(super) fn at(&self, at: usize) -> Option<&Slot> {
+        self.list.get(at)
     }
 
-    pub(super) fn by_serial(&self, serial: &Serial) -> Option<&Row> {
-        self.list.get(*self.by_serial.get(serial)? as usize)
+    pub(super) fn by_serial(&self, serial: &Serial) -> Option<&Slot> {
+        self.list.get(self.place_of(serial)?)
+    }
+
+    fn place_of(&self, serial: &Serial) -> Option<usize> {
+        let is = |at: u32| self.list.get(at as usize).is_some_and(|slot| slot.serial == *serial);
+        self.by_serial.find(self.hash(serial), is).map(|at| at as usize)
     }
 
     /// The device's rows, the newest first.
-    pub(super) fn of_device(&self, device: &DeviceId) -> impl Iterator<Item = &Row> {
-        let row = |at: u32| self.list.get(at as usize);
-        let newest = self.by_device.get(device).and_then(|at| row(*at));
-        std::iter::successors(newest, move |r| row(r.older))
+    pub(super) fn of_device(&self, device: &DeviceId) -> impl Iterator<Item = &Slot> {
+        let slot = |at: u32| self.list.get(at as usize);
+        let newest = self.newest(device.as_str().as_bytes()).and_then(slot);
+        std::iter::successors(newest, move |found| slot(found.older))
+    }
+
+    fn newest(&self, name: &[u8]) -> Option<u32> {
+        let is = |at: u32| self.list.get(at as usize).and_then(|s| self.name(s)) == Some(name);
+        self.by_device.find(self.hash(name), is)
+    }
+
+    fn name(&self, slot: &Slot) -> Option<&[u8]> {
+        let [length, rest @ ..] = self.names.get(slot.name as usize..)? else { return None };
+        rest.get(..usize::from(*length))
+    }
+
+    /// Whose certificate it is.
+    pub(super) fn device(&self, slot: &Slot) -> Option<DeviceId> {
+        DeviceId::parse(std::str::from_utf8(self.name(slot)?).ok()?)
+    }
+
+    /// What is known of a device's certificate.
+    pub(super) fn certificate(&self, slot: &Slot) -> Option<Certificate> {
+        let Slot { serial, expires_at, .. } = *slot;
+        let revoked_at = slot.revoked().map(|(at, _)| at);
+        Some(Certificate { serial, device: self.device(slot)?, expires_at, revoked_at })
     }
 
     pub(super) fn has_active(&self, device: &DeviceId, now: Now) -> bool {
-        self.of_device(device).any(|row| row.is_active(now))
+        self.of_device(device).any(|slot| slot.is_active(now))
     }
 
-    /// Serial number and time of revocation of what is revoked and not expired.
-    pub(super) fn revoked(&self, now: Now) -> Vec<(Serial, u64)> {
-        let live = self.list.iter().filter(|r| r.expires_at >= now.unix_s());
-        live.filter_map(|r| Some((r.serial, r.revoked()?))).collect()
+    /// What is revoked and has not ended, and what is foretold.
+    pub(super) fn revoked(&self, now: Now) -> Vec<Revocation> {
+        let live = self.list.iter().filter(|slot| slot.expires_at >= now.unix_s());
+        live.filter_map(Slot::revocation).chain(self.foretold()).collect()
+    }
+
+    /// All that is revoked, whether or not it has ended.
+    pub(super) fn revocations(&self) -> impl Iterator<Item = Revocation> {
+        self.list.iter().filter_map(Slot::revocation).chain(self.foretold())
+    }
+
+    fn foretold(&self) -> impl Iterator<Item = Revocation> {
+        let revocation = |(serial, (at, reason)): (&Serial, &Revoked)| Revocation {
+            serial: *serial,
+            at: *at,
+            reason: *reason,
+        };
+        self.foretold.iter().map(revocation)
+    }
+
+    /// When a certificate that is not here was revoked.
+    pub(super) fn is_foretold(&self, serial: &Serial) -> Option<Revoked> {
+        self.foretold.get(serial).copied()
+    }
+
+    /// Of a certificate that is not here yet.
+    pub(super) fn foretell(&mut self, serial: Serial, revoked: Revoked) {
+        self.foretold.insert(serial, revoked);
     }
 
     pub(super) fn knows_token(&self, token: &TokenHash) -> bool {
         self.tokens.contains_key(token)
     }
 
+    /// The certificate that the token was redeemed for.
+    pub(super) fn redeemed_for(&self, token: &TokenHash) -> Option<&Slot> {
+        self.list.get(self.tokens.get(token)?.row as usize)
+    }
+
     /// The tokens, each with its certificate.
     pub(super) fn spent(&self) -> Vec<Spent> {
         let spent = |(hash, token): (&TokenHash, &TokenRow)| {
-            let row = self.list.get(token.row as usize)?;
+            let slot = self.list.get(token.row as usize)?;
             let token = Redeemed { hash: *hash, iat: token.iat, exp: token.exp };
-            Some(Spent { token, serial: row.serial, device: row.device.clone()? })
+            Some(Spent { token, serial: slot.serial, device: self.device(slot)? })
         };
         self.tokens.iter().filter_map(spent).collect()
     }
 
     /// Adds a row that is read, unless there is one of its serial number.
-    pub(super) fn accept(&mut self, row: Row) -> Result<(), &'static str> {
-        if self.by_serial.contains_key(&row.serial) {
+    pub(super) fn accept(&mut self, row: &Row) -> Result<(), &'static str> {
+        if self.by_serial(&row.serial).is_some() {
             return Err("the serial number stands twice");
         }
         self.insert(row);
         Ok(())
     }
 
-    /// Adds a row as the newest of all. A device's name is held once, however many rows it has.
-    pub(super) fn insert(&mut self, mut row: Row) -> u32 {
+    /// Adds a row, and returns where it is.
+    pub(super) fn insert(&mut self, row: &Row) -> u32 {
         let at = self.list.len() as u32;
-        if let Some(device) = row.device.take() {
-            let known = self.by_device.get_key_value(&device);
-            let (device, older) = known.map_or((device, NONE), |(name, at)| (name.clone(), *at));
-            self.by_device.insert(device.clone(), at);
-            (row.device, row.older) = (Some(device), older);
+        let (revoked_at, reason) = row.revoked.unwrap_or((0, Reason::Unspecified));
+        self.foretold.remove(&row.serial);
+        if self.list.len() == self.list.capacity() {
+            self.list.reserve_exact(self.list.len() / 16 + 64); // a doubled list is half empty
         }
-        self.by_serial.insert(row.serial, at);
-        self.list.push(row);
+        let Row { serial, expires_at, place, .. } = *row;
+        let mut slot =
+            Slot { serial, expires_at, revoked_at, reason, place, name: NONE, older: NONE };
+        if let Some(device) = &row.device {
+            (slot.name, slot.older) = self.chain(device.as_str().as_bytes(), at, row.newer);
+        }
+        self.list.push(slot);
+        self.by_serial.make_room(self.list.len(), |at| hash_serial(&self.hasher, &self.list, at));
+        self.by_serial.insert(self.hasher.hash_one(row.serial), at);
         at
     }
 
-    pub(super) fn set_revoked(&mut self, serial: &Serial, now_s: u64) {
-        let at = self.by_serial.get(serial).copied().unwrap_or(NONE);
-        if let Some(row) = self.list.get_mut(at as usize) {
-            row.set_revoked(Some(now_s));
+    /// Puts the row at `at` below `newer` of the device's rows. Returns where its name is, and the
+    /// next older.
+    fn chain(&mut self, name: &[u8], at: u32, newer: u32) -> (u32, u32) {
+        let Some(newest) = self.newest(name) else { return (self.add_name(name, at), NONE) };
+        let name_at = self.slot(newest).map_or(NONE, |slot| slot.name);
+        let (mut above, mut below) = (NONE, newest);
+        for _ in 0..newer {
+            let Some(slot) = self.slot(below) else { break };
+            (above, below) = (below, slot.older);
+        }
+        match self.list.get_mut(above as usize) {
+            Some(above) => above.older = at,
+            None => self.by_device.replace(self.hasher.hash_one(name), newest, at),
+        }
+        (name_at, below)
+    }
+
+    /// Adds a device whose only row is the one at `at`.
+    fn add_name(&mut self, name: &[u8], at: u32) -> u32 {
+        let name_at = self.names.len() as u32;
+        if self.names.capacity() - self.names.len() <= name.len() {
+            self.names.reserve_exact(self.names.len() / 16 + 1024);
+        }
+        self.names.push(name.len() as u8);
+        self.names.extend(name);
+        let mut by_device = std::mem::take(&mut self.by_device);
+        let hash = |at| self.slot(at).and_then(|s| self.name(s)).map_or(0, |n| self.hash(n));
+        by_device.make_room(by_device.len + 1, hash);
+        by_device.insert(self.hash(name), at);
+        self.by_device = by_device;
+        name_at
+    }
+
+    fn slot(&self, at: u32) -> Option<&Slot> {
+        self.list.get(at as usize)
+    }
+
+    fn hash(&self, value: &(impl Hash + ?Sized)) -> u64 {
+        self.hasher.hash_one(value)
+    }
+
+    /// Revokes a certificate that is here; of two revocations the caller knows the earlier.
+    pub(super) fn set_revoked(&mut self, serial: &Serial, (at, reason): Revoked) {
+        let place = self.place_of(serial);
+        if let Some(slot) = place.and_then(|place| self.list.get_mut(place)) {
+            (slot.revoked_at, slot.reason) = (at, reason);
+        }
+    }
+
+    pub(super) fn set_place(&mut self, serial: &Serial, place: Place) {
+        let at = self.place_of(serial);
+        if let Some(slot) = at.and_then(|at| self.list.get_mut(at)) {
+            slot.place = place;
         }
     }
 
     pub(super) fn add_token(&mut self, token: &Redeemed, row: u32) {
-        self.tokens.insert(token.hash, TokenRow { iat: token.iat, exp: token.exp, row });
+        let row = TokenRow { iat: token.iat, exp: token.exp, row };
+        self.tokens.entry(token.hash).or_insert(row);
     }
 
     pub(super) fn drop_ended_tokens(&mut self, now_s: u64) {
@@ -178,6 +333,62 @@ impl Rows {
             self.tokens.retain(|_, token| token.exp.saturating_add(CLOCK_SLACK_S) > now_s);
             self.crowded = self.tokens.len() * 2;
         }
+    }
+}
+
+fn hash_serial(hasher: &RandomState, list: &[Slot], at: u32) -> u64 {
+    list.get(at as usize).map_or(0, |slot| hasher.hash_one(slot.serial))
+}
+
+/// An index: where rows are, found by a hash of what they are looked up by. Four bytes a place, at
+/// most seven of eight of which are taken (`HashMap` would hold the keys again).
+#[derive(Debug, Default)]
+struct Places {
+    /// A power of two of them, or none.
+    table: Vec<u32>,
+    len: usize,
+}
+
+impl Places {
+    /// The row with this hash that `is` it.
+    fn find(&self, hash: u64, is: impl Fn(u32) -> bool) -> Option<u32> {
+        self.from(hash).map(|(_, at)| at).take_while(|at| *at != NONE).find(|at| is(*at))
+    }
+
+    /// Adds one; there is room, and it is not there yet.
+    fn insert(&mut self, hash: u64, at: u32) {
+        self.put(hash, NONE, at);
+        self.len += 1;
+    }
+
+    /// Puts one in the place of another of the same hash.
+    fn replace(&mut self, hash: u64, old: u32, new: u32) {
+        self.put(hash, old, new);
+    }
+
+    fn put(&mut self, hash: u64, old: u32, new: u32) {
+        let found = self.from(hash).find(|(_, at)| *at == old).map(|(place, _)| place);
+        if let Some(place) = found.and_then(|place| self.table.get_mut(place)) {
+            *place = new;
+        }
+    }
+
+    /// Makes room for so many in all. `hash` tells the hash of each that is here.
+    fn make_room(&mut self, count: usize, hash: impl Fn(u32) -> u64) {
+        if count * 8 <= self.table.len() * 7 {
+            return;
+        }
+        let size = (count * 8 / 7 + 1).next_power_of_two().max(16);
+        let old = std::mem::replace(&mut self.table, vec![NONE; size]);
+        old.into_iter().filter(|at| *at != NONE).for_each(|at| self.put(hash(at), NONE, at));
+    }
+
+    /// The places from that of the hash on, each once.
+    fn from(&self, hash: u64) -> impl Iterator<Item = (usize, u32)> {
+        let begin = hash as usize & self.table.len().saturating_sub(1);
+        let (before, behind) = self.table.split_at(begin.min(self.table.len()));
+        let behind = (begin..).zip(behind.iter().copied());
+        behind.chain((0..).zip(before.iter().copied()))
     }
 }
 
@@ -198,21 +409,44 @@ mod tests {
         assert!(rows.tokens.len() > CLOCK_SLACK_S as usize, "those of the last hour stay");
     }
 
+    fn serial(n: u32) -> Serial {
+        let mut serial = [0x40; 16];
+        serial[12..].copy_from_slice(&n.to_be_bytes());
+        Serial::from(serial)
+    }
+
     #[test]
-    fn a_hundred_thousand_records_fit() {
+    fn a_certificate_takes_a_hundred_bytes_at_most() {
         let mut rows = Rows::default();
-        for n in 0..100_000_u32 {
-            let mut serial = [0x40; 16];
-            serial[12..].copy_from_slice(&n.to_be_bytes());
-            rows.insert(Row::new(Serial::from(serial), device(&format!("device-{n:06}")), 1, None));
+        for n in 0..120_000_u32 {
+            rows.insert(&Row::new(serial(n), device(&format!("device-{n:06}")), 1));
+            if n < 56_000 {
+                continue;
+            }
+            let bytes = rows.list.capacity() * size_of::<Slot>()
+                + rows.names.capacity()
+                + (rows.by_serial.table.capacity() + rows.by_device.table.capacity()) * 4;
+            assert!(bytes <= 100 * rows.len(), "{bytes} bytes for {}", rows.len());
         }
-        // Each table has a byte of its own per slot; a name has two counters and malloc's head.
-        let slots = |capacity: usize| (capacity * 8 / 7).next_power_of_two();
-        let list = rows.list.capacity() * size_of::<Row>();
-        let by_serial = slots(rows.by_serial.capacity()) * (size_of::<(Serial, u32)>() + 1);
-        let by_device = slots(rows.by_device.capacity()) * (size_of::<(DeviceId, u32)>() + 1);
-        let names = 100_000 * 48;
-        let total = list + by_serial + by_device + names;
-        assert!(total < 25_000_000, "{total}");
+        for n in (0..120_000).step_by(777) {
+            let found = rows.by_serial(&serial(n)).and_then(|slot| rows.device(slot));
+            assert_eq!(found, Some(device(&format!("device-{n:06}"))));
+        }
+        assert!(rows.by_serial(&serial(120_000)).is_none());
+    }
+
+    #[test]
+    fn the_rows_of_a_device_stand_in_their_order() {
+        let mut rows = Rows::with_room(3);
+        for (n, newer) in [(1, 0), (2, 0), (3, 1), (4, 3), (5, 9), (6, 0)] {
+            for name in ["a", "b"] {
+                let serial = serial(if name == "a" { n } else { n + 100 });
+                rows.insert(&Row { newer, ..Row::new(serial, device(name), 1) });
+            }
+        }
+        let order: Vec<Serial> = rows.of_device(&device("a")).map(|slot| slot.serial).collect();
+        assert_eq!(order, [6, 2, 3, 1, 4, 5].map(serial));
+        assert_eq!(rows.of_device(&device("b")).count(), 6);
+        assert_eq!(rows.of_device(&device("c")).count(), 0);
     }
 }

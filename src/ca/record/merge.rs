@@ -1,0 +1,773 @@
+//! How what another instance knows becomes part of this record: a union, in which nothing is ever taken
+//! back.
+//!
+//! What is to change is worked out first ([`Rows::plan`]), by what is known and what comes and nothing
+//! else; then it is written; then it is seen ([`Rows::apply`]). Certificates are added, of two
+//! revocations the earlier one counts, and a revocation whose certificate is not here is kept until it
+//! comes. So no order of messages, loss or repetition makes instances disagree for good.
+
+use std::collections::{BTreeMap, HashMap};
+
+use x509_parser::asn1_rs::FromDer as _;
+use x509_parser::certificate::X509Certificate;
+
+use super::index::{self, Change};
+use super::rows::{Place, Revoked, Row, Rows, Slot};
+use super::{
+    Certificate, Origin, Reason, Record, RecordError, Redeemed, Revocation, Spent, Untold, others,
+};
+use crate::ca::issuer::{BACKDATE_S, Issuer, certificate_pem};
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::devices::CLOCKS_APART_S;
+use crate::jwt::TokenHash;
+use crate::serial::Serial;
+
+/// A certificate as instances exchange it. Times are in seconds since 1970.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// Its serial number.
+    pub serial: Serial,
+    /// When what paid for it came to be.
+    pub paid: u64,
+    /// The hash of the token that it was signed for, and when that ends.
+    pub token: Option<(TokenHash, u64)>,
+    /// The certificate.
+    pub der: Vec<u8>,
+}
+
+/// By what is judged what comes from elsewhere.
+pub struct Judge<'a> {
+    /// Who must have signed it.
+    pub ca: &'a Issuer,
+    /// The `c` of a device's row: what was paid for at that time or before is revoked. 0 if there is
+    /// none. It is asked under the record's lock, so that a bound that is raised meanwhile finds the
+    /// certificate.
+    pub bound: &'a dyn Fn(&DeviceId) -> u64,
+    /// What has ended before this second is not entered; 0 enters all.
+    pub ended_before: u64,
+    /// The time.
+    pub now: Now,
+}
+
+/// What has become of what came.
+#[derive(Debug, Default)]
+pub struct Merged {
+    /// The certificates that are new here.
+    pub certificates: Vec<Certificate>,
+    /// What is revoked since, or earlier than was known, of what is here or is still to come. Whoever
+    /// merges has a new list published then.
+    pub revoked: Vec<Serial>,
+    /// What this CA has not signed for a device, or is not what its serial number says.
+    pub ignored: Vec<Serial>,
+    /// The tokens of the new certificates, which count as used.
+    pub spent: Vec<Spent>,
+    /// Tokens that paid for two certificates, the one that was known first.
+    pub twice: Vec<Twice>,
+    /// Devices with more than one active certificate, the newest of which a token has paid for.
+    pub both_active: Vec<(DeviceId, Vec<Serial>)>,
+}
+
+/// A token that paid for two certificates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Twice {
+    /// The token.
+    pub token: TokenHash,
+    /// The two.
+    pub serials: [Serial; 2],
+}
+
+/// A certificate that is to be entered.
+#[derive(Clone, Debug)]
+pub(super) struct Incoming {
+    pub(super) row: Row,
+    pub(super) created_at: u64,
+    pub(super) paid: u64,
+    pub(super) token: Option<Redeemed>,
+    /// What goes into the file of others' certificates.
+    text: Option<String>,
+}
+
+/// What is to change.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub(super) added: Vec<Incoming>,
+    /// Of what is here.
+    pub(super) revoked: BTreeMap<Serial, Revoked>,
+    /// Of what is not here.
+    foretold: BTreeMap<Serial, Revoked>,
+    twice: Vec<Twice>,
+}
+
+impl Plan {
+    pub(super) fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.revoked.is_empty() && self.foretold.is_empty()
+    }
+}
+
+impl Incoming {
+    /// One that another instance has signed, if it is what it should be.
+    fn shared(shared: Shared, ca: &Issuer) -> Result<Self, Serial> {
+        let Shared { serial, paid, token, der } = shared;
+        let (row, created_at) = device_row(&serial, &der, ca).ok_or(serial)?;
+        let token = token.map(|(hash, exp)| Redeemed { hash, iat: paid, exp });
+        let origin = token.map_or(Origin::Paid(paid), Origin::Token);
+        let text = Some(format!("{origin}\n{}", certificate_pem(&der)));
+        Ok(Incoming { row, created_at, paid, token, text })
+    }
+
+    /// One that is on disk and lacks its line.
+    pub(super) fn stray(row: Row, created_at: u64, paid: u64, token: Option<Redeemed>) -> Self {
+        Incoming { row, created_at, paid, token, text: None }
+    }
+
+    fn age(&self) -> (u64, Serial) {
+        (self.created_at, self.row.serial)
+    }
+}
+
+/// What a certificate is entered as, if it is a device's, by this CA, and of this serial number; and
+/// when it was signed.
+pub(super) fn device_row(serial: &Serial, der: &[u8], ca: &Issuer) -> Option<(Row, u64)> {
+    let (rest, certificate) = X509Certificate::from_der(der).ok()?;
+    let usage = certificate.extended_key_usage().ok()??.value;
+    let is_ours = rest.is_empty()
+        && Serial::from_der(certificate.raw_serial()) == Some(*serial)
+        && usage.client_auth
+        && ca.has_signed(&certificate);
+    is_ours.then_some(())?;
+    let name = certificate.subject().iter_common_name().next()?.as_str().ok()?;
+    let validity = certificate.validity();
+    let expires_at = u64::try_from(validity.not_after.timestamp()).ok()?;
+    let not_before = u64::try_from(validity.not_before.timestamp()).unwrap_or(0);
+    let row = Row::new(*serial, DeviceId::parse(name)?, expires_at);
+    Some((row, not_before.saturating_add(BACKDATE_S)))
+}
+
+/// A certificate that was paid for at `paid` is revoked by a bound.
+pub(super) fn killed_by(bound: u64, paid: u64) -> Option<Revoked> {
+    // No bound is 0, and a bound reaches past the time at which it was raised.
+    let is_dead = bound > 0 && paid <= bound;
+    is_dead.then(|| (bound.saturating_sub(CLOCKS_APART_S).max(1), Reason::Unspecified))
+}
+
+/// The earlier of two.
+fn earlier(one: Option<Revoked>, other: Option<Revoked>) -> Option<Revoked> {
+    one.into_iter().chain(other).min()
+}
+
+impl Rows {
+    /// Works out what is new. `signed_at` tells when a certificate that is here was signed, if that can
+    /// be known.
+    pub(super) fn plan(
+        &self,
+        mut incoming: Vec<Incoming>,
+        revocations: &[Revocation],
+        bound: &dyn Fn(&DeviceId) -> u64,
+        signed_at: &dyn Fn(&Slot) -> Option<u64>,
+    ) -> Plan {
+        let mut named = BTreeMap::<Serial, Revoked>::new();
+        for Revocation { serial, at, reason } in revocations {
+            let told = ((*at).max(1), *reason);
+            named.entry(*serial).and_modify(|known| *known = told.min(*known)).or_insert(told);
+        }
+        incoming.retain(|new| self.by_serial(&new.row.serial).is_none());
+        incoming.sort_by_key(Incoming::age);
+        incoming.dedup_by_key(|new| new.row.serial);
+        let mut plan = Plan::default();
+        for mut new in incoming {
+            let serial = new.row.serial;
+            let told = earlier(named.remove(&serial), self.is_foretold(&serial));
+            let bound = new.row.device.as_ref().map_or(0, bound);
+            new.row.revoked = earlier(told, killed_by(bound, new.paid));
+            new.row.newer = self.newer_than(&new, signed_at);
+            plan.twice.extend(self.other_of_token(&new, &plan));
+            plan.added.push(new);
+        }
+        for (serial, told) in named {
+            let is_earlier = |known: Option<Revoked>| known.is_none_or(|known| told < known);
+            match self.by_serial(&serial) {
+                Some(slot) if is_earlier(slot.revoked()) => plan.revoked.insert(serial, told),
+                None if is_earlier(self.is_foretold(&serial)) => plan.foretold.insert(serial, told),
+                _ => None,
+            };
+        }
+        plan
+    }
+
+    /// How many of the device's rows are newer.
+    fn newer_than(&self, new: &Incoming, signed_at: &dyn Fn(&Slot) -> Option<u64>) -> u32 {
+        let Some(device) = &new.row.device else { return 0 };
+        let is_newer =
+            |slot: &&Slot| signed_at(slot).is_some_and(|at| (at, slot.serial) > new.age());
+        self.of_device(device).take_while(is_newer).count() as u32
+    }
+
+    fn other_of_token(&self, new: &Incoming, plan: &Plan) -> Option<Twice> {
+        let token = new.token?.hash;
+        let same = |other: &&Incoming| other.token.is_some_and(|other| other.hash == token);
+        let known = self.redeemed_for(&token).map(|slot| slot.serial);
+        let other = known.or_else(|| Some(plan.added.iter().find(same)?.row.serial))?;
+        Some(Twice { token, serials: [other, new.row.serial] })
+    }
+
+    /// Enters what was worked out.
+    pub(super) fn apply(&mut self, plan: &Plan) {
+        for new in &plan.added {
+            let at = self.insert(&new.row);
+            new.token.iter().for_each(|token| self.add_token(token, at));
+        }
+        plan.revoked.iter().for_each(|(serial, revoked)| self.set_revoked(serial, *revoked));
+        plan.foretold.iter().for_each(|(serial, revoked)| self.foretell(*serial, *revoked));
+    }
+}
+
+impl Record {
+    /// The serial numbers of these that are not in the record.
+    pub fn unknown(&self, serials: &[Serial]) -> Vec<Serial> {
+        let rows = self.read();
+        serials.iter().filter(|serial| rows.by_serial(serial).is_none()).copied().collect()
+    }
+
+    /// A device's certificate as other instances are told of it; `None` if it is not in the record or
+    /// its bytes are not here.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn shared(&self, serial: &Serial) -> Result<Option<Shared>, RecordError> {
+        if self.by_serial(serial).is_none() {
+            return Ok(None);
+        }
+        let stored = match self.stored(serial) {
+            Err(RecordError::Absent(_)) => return Ok(None),
+            stored => stored?,
+        };
+        let token = stored.origin.and_then(Origin::token).map(|token| (token.hash, token.exp));
+        Ok(Some(Shared { serial: *serial, paid: stored.paid(), token, der: stored.der }))
+    }
+
+    /// The revocation of this certificate, which need not be here.
+    pub fn revocation(&self, serial: &Serial) -> Option<Revocation> {
+        let rows = self.read();
+        let known = rows.by_serial(serial).and_then(Slot::revoked);
+        let (at, reason) = known.or_else(|| rows.is_foretold(serial))?;
+        Some(Revocation { serial: *serial, at, reason })
+    }
+
+    /// The devices' certificates in a bucket (see [`bucket`]).
+    pub fn serials_of(&self, of: u8) -> Vec<Serial> {
+        let rows = self.read();
+        let devices = rows.all().filter(|slot| slot.is_devices());
+        devices.map(|slot| slot.serial).filter(|serial| bucket(serial) == of).collect()
+    }
+
+    /// All revocations in a bucket.
+    pub fn revocations_of(&self, of: u8) -> Vec<Revocation> {
+        self.read().revocations().filter(|revoked| bucket(&revoked.serial) == of).collect()
+    }
+
+    /// Merges what comes from elsewhere; on disk when it returns. Merging again changes nothing.
+    ///
+    /// # Errors
+    /// When it cannot be written. It was then not merged, and merging again is safe.
+    pub fn merge(
+        &self,
+        certificates: Vec<Shared>,
+        revocations: &[Revocation],
+        judge: &Judge<'_>,
+    ) -> Result<Merged, RecordError> {
+        let mut merged = Merged::default();
+        let (mut incoming, mut passed) = (Vec::new(), Vec::new());
+        for shared in certificates {
+            if self.by_serial(&shared.serial).is_some() {
+                continue;
+            }
+            match Incoming::shared(shared, judge.ca) {
+                Ok(new) if new.row.expires_at < judge.ended_before => passed.push(new.row.serial),
+                Ok(new) => incoming.push(new),
+                Err(serial) => merged.ignored.push(serial),
+            }
+        }
+        let revocations: Vec<Revocation> =
+            revocations.iter().filter(|r| !passed.contains(&r.serial)).copied().collect();
+        let mut writer = self.lock_writer();
+        let signed_at = |slot: &Slot| self.stored_at(slot).ok().map(|stored| stored.created_at);
+        let mut plan = self.read().plan(incoming, &revocations, judge.bound, &signed_at);
+        self.enter(&mut writer, &mut plan, judge.ca)?;
+        drop(writer);
+        self.tell(plan, &mut merged, judge.now);
+        Ok(merged)
+    }
+
+    /// Writes what was worked out, then shows it.
+    pub(super) fn enter(
+        &self,
+        writer: &mut super::Writer,
+        plan: &mut Plan,
+        ca: &Issuer,
+    ) -> Result<(), RecordError> {
+        if plan.is_empty() {
+            return Ok(());
+        }
+        self.trial.note(self.write_plan(writer, plan, ca))?;
+        self.write().apply(plan);
+        Ok(())
+    }
+
+    /// First the certificates, then the lines that make them a record.
+    fn write_plan(
+        &self,
+        writer: &mut super::Writer,
+        plan: &mut Plan,
+        ca: &Issuer,
+    ) -> Result<(), RecordError> {
+        self.append_others(plan)?;
+        let mut lines: String = plan.added.iter().map(|new| new.row.line()).collect();
+        let foretold = plan.foretold.iter();
+        lines.extend(foretold.map(|(serial, at)| index::foretold_line(serial, *at, ca.not_after)));
+        let rows = self.read();
+        let coming = plan.added.iter().map(|new| &new.row.serial).chain(plan.foretold.keys());
+        let gone = coming.filter(|serial| rows.is_foretold(serial).is_some());
+        let mut changes: HashMap<Serial, Change> = gone.map(|s| (*s, Change::Gone)).collect();
+        changes.extend(plan.revoked.iter().map(|(serial, at)| (*serial, Change::Revoked(*at))));
+        drop(rows);
+        self.write_index(writer, lines, changes)
+    }
+
+    fn append_others(&self, plan: &mut Plan) -> Result<(), RecordError> {
+        let (mut news, mut texts) = (Vec::new(), Vec::new());
+        for new in &mut plan.added {
+            texts.extend(new.text.take());
+            news.extend((texts.len() > news.len()).then_some(&mut new.row.place));
+        }
+        if texts.is_empty() {
+            return Ok(());
+        }
+        let path = self.others_path();
+        let places = others::append(&path, texts.iter().map(String::as_str)).map_err(|e| {
+            RecordError::not_written(format!("cannot write {}: {e}", path.display()))
+        })?;
+        news.into_iter().zip(places).for_each(|(place, at)| *place = Place::Others(at));
+        Ok(())
+    }
+
+    /// What is new, for whoever merges.
+    fn tell(&self, plan: Plan, merged: &mut Merged, now: Now) {
+        let rows = self.read();
+        for new in &plan.added {
+            let (Some(slot), Some(device)) = (rows.by_serial(&new.row.serial), &new.row.device)
+            else {
+                continue;
+            };
+            merged.certificates.extend(rows.certificate(slot));
+            let Some(token) = new.token else { continue };
+            merged.spent.push(Spent { token, serial: slot.serial, device: device.clone() });
+            let active = rows.of_device(device).filter(|slot| slot.is_active(now));
+            let active: Vec<Serial> = active.map(|slot| slot.serial).collect();
+            let is_told = merged.both_active.iter().any(|(told, _)| told == device);
+            if active.len() > 1 && slot.is_active(now) && !is_told {
+                merged.both_active.push((device.clone(), active));
+            }
+        }
+        let revoked = plan.added.iter().filter(|new| new.row.revoked.is_some());
+        merged.revoked = revoked.map(|new| new.row.serial).collect();
+        merged.revoked.extend(plan.revoked.into_keys().chain(plan.foretold.into_keys()));
+        merged.twice = plan.twice;
+    }
+
+    /// Revokes what the bounds of these devices kill: each with the `c` of its row. To be called when a
+    /// row has changed, and with all rows at start. Returns what is revoked since, on disk. What was
+    /// paid for at a time that cannot be known any more counts as dead.
+    ///
+    /// # Errors
+    /// As [`Record::revoke`].
+    pub fn apply_bounds(&self, bounds: &[(DeviceId, u64)]) -> Result<Vec<Serial>, RecordError> {
+        let mut writer = self.lock_writer();
+        let mut dead = BTreeMap::new();
+        for (device, bound) in bounds.iter().filter(|(_, bound)| *bound > 0) {
+            let valid: Vec<Slot> =
+                self.read().of_device(device).filter(|s| s.revoked().is_none()).copied().collect();
+            for slot in valid {
+                let paid = match self.stored_at(&slot) {
+                    Err(RecordError::Absent(_)) => 0,
+                    stored => stored?.paid(),
+                };
+                dead.extend(killed_by(*bound, paid).map(|revoked| (slot.serial, revoked)));
+            }
+        }
+        self.enter_revoked(&mut writer, dead)
+    }
+
+    /// Revokes these, each at its time; on disk when it returns, and to be told.
+    pub(super) fn enter_revoked(
+        &self,
+        writer: &mut super::Writer,
+        revoked: BTreeMap<Serial, Revoked>,
+    ) -> Result<Vec<Serial>, RecordError> {
+        let serials: Vec<Serial> = revoked.keys().copied().collect();
+        if serials.is_empty() {
+            return Ok(serials);
+        }
+        let changes = revoked.iter().map(|(serial, at)| (*serial, Change::Revoked(*at))).collect();
+        self.trial.note(self.write_index(writer, String::new(), changes))?;
+        self.write().apply(&Plan { revoked, ..Plan::default() });
+        self.news.add(serials.iter().copied().map(Untold::Revocation));
+        Ok(serials)
+    }
+}
+
+/// In which of 64 parts of the record a certificate is: the first byte of its serial number, with the
+/// top bits as all have that are drawn here. From 0x40 to 0x7f.
+pub fn bucket(serial: &Serial) -> u8 {
+    0x40 | (serial.der().first().copied().unwrap_or(0) & 0x3f)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::issuer::Leaf;
+    use crate::ca::openssl::{must, run};
+    use crate::ca::record::fixture::{Fixture, device, enter, token};
+    use crate::clock;
+    use crate::files::test_dir::TestDir;
+    use std::collections::BTreeSet;
+    use std::fs;
+
+    /// What an instance knows, and what its disk would tell of each certificate.
+    #[derive(Clone, Default)]
+    struct State {
+        certificates: BTreeMap<Serial, Incoming>,
+        revocations: BTreeMap<Serial, Revoked>,
+        bounds: BTreeMap<DeviceId, u64>,
+    }
+
+    /// What can be seen of it: the certificates of each device, the newest first, and what is revoked.
+    type Seen = (Vec<Vec<Serial>>, BTreeMap<Serial, Revoked>);
+
+    const DEVICES: [&str; 2] = ["a", "b"];
+
+    impl State {
+        /// Merges by the code that merges records.
+        fn merge(&self, other: &State) -> State {
+            let mut bounds = self.bounds.clone();
+            for (device, bound) in &other.bounds {
+                let known = bounds.entry(device.clone()).or_default();
+                *known = (*known).max(*bound);
+            }
+            let mut rows = Rows::default();
+            let mut certificates = BTreeMap::new();
+            for state in [self, other] {
+                let signed_at = |slot: &Slot| {
+                    let known: &BTreeMap<Serial, Incoming> = &certificates;
+                    known.get(&slot.serial).map(|known| known.created_at)
+                };
+                let bound = |device: &DeviceId| bounds.get(device).copied().unwrap_or(0);
+                let incoming = state.certificates.values().cloned().collect();
+                let revocation = |(serial, (at, reason)): (&Serial, &Revoked)| Revocation {
+                    serial: *serial,
+                    at: *at,
+                    reason: *reason,
+                };
+                let revocations: Vec<_> = state.revocations.iter().map(revocation).collect();
+                let plan = rows.plan(incoming, &revocations, &bound, &signed_at);
+                rows.apply(&plan);
+                certificates.extend(state.certificates.clone());
+            }
+            let revocations = rows.revocations().map(|r| (r.serial, (r.at, r.reason))).collect();
+            State { certificates, revocations, bounds }
+        }
+
+        fn seen(&self) -> Seen {
+            let mut rows = Rows::default();
+            let signed_at = |slot: &Slot| Some(self.certificates.get(&slot.serial)?.created_at);
+            let incoming = self.certificates.values().cloned().collect();
+            rows.apply(&rows.plan(incoming, &[], &|_| 0, &signed_at));
+            let serials = |name| rows.of_device(&device(name)).map(|slot| slot.serial).collect();
+            (DEVICES.map(serials).to_vec(), self.revocations.clone())
+        }
+
+        fn revoked(&self) -> BTreeSet<Serial> {
+            self.revocations.keys().copied().collect()
+        }
+    }
+
+    /// Numbers that are the same in every run.
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn below(&mut self, end: u64) -> u64 {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (self.0 >> 33) % end
+        }
+
+        /// Part of a world of six certificates.
+        fn state(&mut self, with_bounds: bool) -> State {
+            let mut state = State::default();
+            for n in 0..6_u8 {
+                let serial = Serial::from([0x40 + n; 16]);
+                if self.below(2) == 0 {
+                    let name = DEVICES[usize::from(n % 2)];
+                    let row = Row::new(serial, device(name), 1_000);
+                    let paid = 10 + u64::from(n / 2);
+                    let new = Incoming::stray(row, paid + u64::from(n % 3), paid, None);
+                    state.certificates.insert(serial, new);
+                }
+                if self.below(4) == 0 {
+                    let reason = Reason::numbered(self.below(2) as u8);
+                    state.revocations.insert(serial, (20 + self.below(3), reason));
+                }
+            }
+            for name in DEVICES.iter().filter(|_| with_bounds) {
+                state.bounds.insert(device(name), self.below(2) * (10 + self.below(3)));
+            }
+            // Nobody holds a certificate that its bound kills and has it valid.
+            State::default().merge(&state)
+        }
+    }
+
+    #[test]
+    fn no_order_and_no_repetition_makes_a_difference() {
+        let mut numbers = Numbers(1);
+        for _ in 0..500 {
+            let [a, b, c] = [(); 3].map(|()| numbers.state(false));
+            let (ab, bc) = (a.merge(&b), b.merge(&c));
+            assert_eq!(ab.seen(), b.merge(&a).seen(), "commutative");
+            assert_eq!(ab.merge(&c).seen(), a.merge(&bc).seen(), "associative");
+            assert_eq!(a.merge(&a).seen(), a.seen(), "idempotent");
+            assert_eq!(ab.merge(&b).seen(), ab.seen(), "absorbs what it knows");
+            for (serial, revoked) in a.revocations.iter().chain(&b.revocations) {
+                assert!(ab.revocations.get(serial).is_some_and(|is| is <= revoked), "{serial}");
+            }
+        }
+    }
+
+    /// When a bound killed a certificate, instances may see differently until they have exchanged that.
+    #[test]
+    fn with_bounds_all_agree_on_who_is_revoked() {
+        let mut numbers = Numbers(2);
+        for _ in 0..500 {
+            let [a, b, c] = [(); 3].map(|()| numbers.state(true));
+            let (ab, bc) = (a.merge(&b), b.merge(&c));
+            assert_eq!(ab.revoked(), b.merge(&a).revoked(), "commutative");
+            assert_eq!(ab.merge(&c).revoked(), a.merge(&bc).revoked(), "associative");
+            assert_eq!(a.merge(&a).seen(), a.seen(), "idempotent");
+            assert!(ab.revoked().is_superset(&a.revoked()), "nothing is taken back");
+        }
+    }
+
+    fn shared(record: &Record, leaf: &Leaf) -> Shared {
+        record.shared(&leaf.serial).unwrap().unwrap()
+    }
+
+    #[test]
+    fn what_one_instance_signs_the_other_has_after_merging() {
+        let (fixture, dir) = (Fixture::new(), TestDir::new());
+        let (one, now) = (fixture.open(), clock::now());
+        let other = fixture.open_other(&dir);
+        let leaves = ["device-1", "device-2"].map(|name| fixture.leaf(name));
+        let spent = token("t", now.unix_s() + 100);
+        enter(&one, &leaves[0], Some(spent)).unwrap();
+        enter(&one, &leaves[1], None).unwrap();
+        one.revoke(&device("device-2"), Reason::KeyCompromise, now).unwrap();
+        let untold = leaves.each_ref().map(|leaf| Untold::Certificate(leaf.serial));
+        let told = [untold[0], untold[1], Untold::Revocation(leaves[1].serial)];
+        assert_eq!(one.untold(9), told);
+        one.told(2);
+        assert_eq!(one.untold(9), told[2..]);
+
+        let serials = leaves.each_ref().map(|leaf| leaf.serial);
+        assert_eq!(other.unknown(&serials), serials);
+        let buckets = || 0x40..=0x7f;
+        let of_one: Vec<Serial> = buckets().flat_map(|bucket| one.serials_of(bucket)).collect();
+        assert_eq!(of_one.len(), 2);
+        let revoked: Vec<_> = buckets().flat_map(|bucket| one.revocations_of(bucket)).collect();
+        let news = || leaves.iter().map(|leaf| shared(&one, leaf)).collect::<Vec<_>>();
+        assert_eq!(news()[0].token, Some((spent.hash, spent.exp)));
+        assert_eq!(news()[0].paid, spent.iat);
+        let merged = other.merge(news(), &revoked, &fixture.judge()).unwrap();
+        assert_eq!((merged.certificates.len(), &merged.revoked[..]), (2, &serials[1..]));
+        assert_eq!(merged.spent.len(), 1);
+        let again = other.merge(news(), &revoked, &fixture.judge()).unwrap();
+        assert!(again.certificates.is_empty() && again.revoked.is_empty());
+        for other in [&other, &fixture.open_other(&dir)] {
+            assert_eq!(other.unknown(&serials), []);
+            assert!(other.knows_token(&spent.hash) && other.has_active(&device("device-1"), now));
+            assert_eq!(other.revoked(now), one.revoked(now));
+            for leaf in &leaves {
+                assert_eq!(shared(other, leaf), shared(&one, leaf));
+                assert_eq!(other.stored(&leaf.serial).unwrap().pem, leaf.pem);
+                assert_eq!(other.by_serial(&leaf.serial), one.by_serial(&leaf.serial));
+            }
+        }
+        assert_eq!(fs::read_dir(dir.join("certs")).unwrap().count(), 1, "one file for all");
+        for name in ["root-ca.crt", "root-ca.key"] {
+            fs::copy(fixture.dir.join(name), dir.join(name)).unwrap();
+        }
+        let config = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/openssl-ca.cnf");
+        let ca = |line: &str| run(&dir, &format!("ca -config {config} {line}"));
+        let status = |leaf: &Leaf| ca(&format!("-status {:X}", leaf.serial)).unwrap_or_else(|e| e);
+        assert!(status(&leaves[0]).contains("=Valid (V)"), "{}", status(&leaves[0]));
+        assert!(status(&leaves[1]).contains("=Revoked (R)"), "{}", status(&leaves[1]));
+        ca("-gencrl -out by-openssl.pem").unwrap();
+        let crl = must(&dir, "crl -in by-openssl.pem -CAfile root-ca.crt -noout -text");
+        assert!(crl.contains(&format!("{:X}", serials[1])) && crl.contains("Key Compromise"));
+    }
+
+    #[test]
+    fn a_revocation_waits_for_its_certificate() {
+        let (fixture, dir) = (Fixture::new(), TestDir::new());
+        let (one, now) = (fixture.open(), clock::now());
+        let other = fixture.open_other(&dir);
+        let leaf = fixture.leaf("device-1");
+        enter(&one, &leaf, None).unwrap();
+        let at = |at| Revocation { serial: leaf.serial, at, reason: Reason::Superseded };
+        for (told, counts) in [
+            (1_700_000_009, 1_700_000_009),
+            (1_700_000_005, 1_700_000_005),
+            (1_700_000_007, 1_700_000_005),
+        ] {
+            let merged = other.merge(vec![], &[at(told)], &fixture.judge()).unwrap();
+            assert_eq!(merged.revoked.len(), usize::from(told == counts));
+            for other in [&other, &fixture.open_other(&dir)] {
+                assert_eq!(other.revocation(&leaf.serial), Some(at(counts)));
+                assert_eq!(other.revoked(now), [at(counts)], "the list names it already");
+                assert_eq!(other.by_serial(&leaf.serial), None);
+            }
+        }
+        let merged = other.merge(vec![shared(&one, &leaf)], &[], &fixture.judge()).unwrap();
+        assert_eq!((merged.certificates.len(), merged.revoked), (1, vec![leaf.serial]));
+        for other in [&other, &fixture.open_other(&dir)] {
+            assert_eq!(other.revoked(now), [at(1_700_000_005)]);
+            assert!(other.by_serial(&leaf.serial).unwrap().revoked_at.is_some());
+        }
+        // An earlier one counts also of what is here.
+        other.merge(vec![], &[at(1_600_000_000)], &fixture.judge()).unwrap();
+        assert_eq!(fixture.open_other(&dir).revoked(now), [at(1_600_000_000)]);
+        let index = fs::read_to_string(dir.join("index.txt")).unwrap();
+        assert_eq!(index.lines().count(), 1, "{index}");
+    }
+
+    #[test]
+    fn a_bound_kills_what_was_paid_for_before() {
+        let (fixture, dir) = (Fixture::new(), TestDir::new());
+        let (one, now) = (fixture.open(), clock::now());
+        let other = fixture.open_other(&dir);
+        let [before, after] = [(); 2].map(|()| fixture.leaf("device-1"));
+        let [early, late] = [1_000, 2_000].map(|iat| token(&format!("{iat}"), iat + 300));
+        enter(&one, &before, Some(early)).unwrap();
+        enter(&one, &after, Some(late)).unwrap();
+        let mut entries = one.begin();
+        let renewed = fixture.leaf("device-1");
+        entries.add(&renewed, Some(Origin::Renewal { old: before.serial, paid: None }), now);
+        assert_eq!(entries.commit(), [Ok(())]);
+        assert_eq!(one.paid(&renewed.serial), 1_000, "it is inherited");
+        let all = [&before, &after, &renewed].map(|leaf| shared(&one, leaf)).to_vec();
+        let judge = Judge { bound: &|_| 1_500, ..fixture.judge() };
+        let mut revoked = other.merge(all, &[], &judge).unwrap().revoked;
+        revoked.sort();
+        let mut expected = vec![before.serial, renewed.serial];
+        expected.sort();
+        assert_eq!(revoked, expected);
+        assert_eq!(one.apply_bounds(&[(device("device-1"), 0)]), Ok(vec![]));
+        assert_eq!(one.apply_bounds(&[(device("device-1"), 1_500)]), Ok(expected));
+        assert_eq!(one.apply_bounds(&[(device("device-1"), 1_500)]), Ok(vec![]));
+        assert_eq!(one.count_active(&device("device-1"), now), 1);
+        assert_eq!(fixture.open().revoked(now).len(), 2);
+        let newest = one.newest(&device("device-1")).map(|newest| newest.serial);
+        assert_eq!(newest, Some(renewed.serial));
+    }
+
+    #[test]
+    fn what_is_not_ours_is_ignored_and_what_is_odd_is_told() {
+        let (fixture, stranger, dir) = (Fixture::new(), Fixture::new(), TestDir::new());
+        let (one, now) = (fixture.open(), clock::now());
+        let other = fixture.open_other(&dir);
+        let strange = stranger.open();
+        let leaves = [(); 3].map(|()| fixture.leaf("device-1"));
+        let foreign = stranger.leaf("device-1");
+        enter(&strange, &foreign, None).unwrap();
+        let spent = token("t", now.unix_s() + 100);
+        leaves.iter().take(2).for_each(|leaf| enter(&one, leaf, Some(spent)).unwrap());
+        enter(&one, &leaves[2], None).unwrap();
+        let misnamed = Shared { serial: leaves[1].serial, ..shared(&one, &leaves[0]) };
+        let mut torn = shared(&one, &leaves[0]);
+        torn.der.pop();
+        let wrong = vec![shared(&strange, &foreign), misnamed, torn];
+        let merged = other.merge(wrong, &[], &fixture.judge()).unwrap();
+        assert_eq!(merged.ignored, [foreign.serial, leaves[1].serial, leaves[0].serial]);
+        assert!(other.is_empty());
+
+        let merge =
+            |leaf: &Leaf| other.merge(vec![shared(&one, leaf)], &[], &fixture.judge()).unwrap();
+        let first = merge(&leaves[0]);
+        assert!(first.twice.is_empty() && first.both_active.is_empty());
+        let second = merge(&leaves[1]);
+        let serials = [leaves[0].serial, leaves[1].serial];
+        assert_eq!(second.twice, [Twice { token: spent.hash, serials }]);
+        let [(device, mut active)] = <[_; 1]>::try_from(second.both_active).unwrap();
+        active.sort();
+        let mut expected = serials.to_vec();
+        expected.sort();
+        assert_eq!((device.as_str(), active), ("device-1", expected));
+        assert!(merge(&leaves[2]).both_active.is_empty(), "a renewal may stand beside its old one");
+        let old = Judge { ended_before: u64::MAX, ..fixture.judge() };
+        let late = fixture.leaf("device-2");
+        enter(&one, &late, None).unwrap();
+        let revoked = Revocation { serial: late.serial, at: 5, reason: Reason::Unspecified };
+        let merged = other.merge(vec![shared(&one, &late)], &[revoked], &old).unwrap();
+        assert!(merged.certificates.is_empty() && merged.revoked.is_empty(), "it has passed");
+    }
+
+    /// Any two of the files may be of different moments in a copy.
+    #[test]
+    fn the_file_and_the_lines_of_different_moments() {
+        let (fixture, dir) = (Fixture::new(), TestDir::new());
+        let (one, now) = (fixture.open(), clock::now());
+        let names = ["device-1", "device-2", "device-3"];
+        let leaves = names.map(|name| fixture.leaf(name));
+        let spent = names.map(|name| token(name, now.unix_s() + 100));
+        let (file, index) = (dir.join("certs/others.pem"), dir.join("index.txt"));
+        let mut moments = Vec::new();
+        for (leaf, spent) in leaves.iter().zip(spent) {
+            enter(&one, leaf, Some(spent)).unwrap();
+            let other = fixture.open_other(&dir);
+            other.merge(vec![shared(&one, leaf)], &[], &fixture.judge()).unwrap();
+            drop(other);
+            moments.push([&file, &index].map(|path| fs::read(path).unwrap()));
+        }
+        let put = |at: [usize; 2], torn: &[u8]| {
+            fs::write(&file, [&moments[at[0]][0], torn].concat()).unwrap();
+            fs::write(&index, &moments[at[1]][1]).unwrap();
+        };
+        for (at, torn) in [([2, 0], &b""[..]), ([2, 0], b"Paid: 7\n-----BEG"), ([2, 2], b"torn")] {
+            put(at, torn);
+            for _ in 0..2 {
+                let other = fixture.open_other(&dir);
+                for (leaf, spent) in leaves.iter().zip(spent) {
+                    assert_eq!(other.stored(&leaf.serial).unwrap().pem, leaf.pem);
+                    assert!(other.knows_token(&spent.hash));
+                }
+            }
+            assert_eq!(fs::read(&file).unwrap(), moments[2][0], "what is torn is cut off");
+        }
+        assert!(fs::read_to_string(dir.join("others.pem.torn")).unwrap().ends_with("torn\n"));
+        // The file is older: the lines stay, and what comes next is found.
+        put([0, 2], b"");
+        let other = fixture.open_other(&dir);
+        let next = fixture.leaf("device-4");
+        enter(&one, &next, None).unwrap();
+        other.merge(vec![shared(&one, &next)], &[], &fixture.judge()).unwrap();
+        for other in [other, fixture.open_other(&dir)] {
+            assert!(names.iter().all(|name| other.has_active(&device(name), now)));
+            assert_eq!(other.stored(&next.serial).unwrap().pem, next.pem);
+            assert_eq!(other.stored(&leaves[0].serial).unwrap().pem, leaves[0].pem);
+            assert!(matches!(other.stored(&leaves[2].serial), Err(RecordError::Absent(_))));
+            assert_eq!(other.shared(&leaves[2].serial), Ok(None));
+        }
+        fs::remove_file(&file).unwrap();
+        let other = fixture.open_other(&dir);
+        assert!(
+            other.has_active(&device("device-4"), now) && other.shared(&next.serial) == Ok(None)
+        );
+    }
+}

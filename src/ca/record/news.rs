@@ -1,0 +1,92 @@
+//! What was recorded here and other instances have not been told of yet.
+//!
+//! Whoever tells them looks at the first few, tells, and confirms them; what is recorded meanwhile
+//! comes behind. So nothing passes for told that was not, and what could not be told stays. The list
+//! is bounded: where it overflows, whoever tells compares the whole record instead.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use super::Record;
+use crate::serial::Serial;
+
+/// The most that the list holds: one serial number takes 21 bytes.
+const MOST: usize = 20_000;
+
+/// Something that other instances have to be told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untold {
+    /// A certificate was recorded.
+    Certificate(Serial),
+    /// A certificate was revoked, or revoked earlier than was known.
+    Revocation(Serial),
+}
+
+#[derive(Default)]
+pub(super) struct News {
+    list: Mutex<List>,
+    wake: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
+
+#[derive(Default)]
+struct List {
+    untold: VecDeque<Untold>,
+    overflowed: bool,
+}
+
+impl fmt::Debug for News {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "News({})", self.lock().untold.len())
+    }
+}
+
+impl News {
+    pub(super) fn add(&self, news: impl IntoIterator<Item = Untold>) {
+        let mut list = self.lock();
+        let before = list.untold.len();
+        for untold in news {
+            if list.untold.len() < MOST {
+                list.untold.push_back(untold);
+            } else {
+                list.overflowed = true;
+            }
+        }
+        let is_news = list.untold.len() > before || list.overflowed;
+        drop(list);
+        if let Some(wake) = self.wake.get().filter(|_| is_news) {
+            wake();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, List> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Record {
+    /// The first of what is to be told, at most so many, in the order in which it was recorded. After
+    /// a start that is what was recorded in the last day.
+    pub fn untold(&self, most: usize) -> Vec<Untold> {
+        self.news.lock().untold.iter().take(most).copied().collect()
+    }
+
+    /// The first so many of them were told.
+    pub fn told(&self, count: usize) {
+        let mut list = self.news.lock();
+        let count = count.min(list.untold.len());
+        list.untold.drain(..count);
+    }
+
+    /// Returns once whether something is missing in the list, because it was full: then the whole record
+    /// has to be compared.
+    pub fn news_overflowed(&self) -> bool {
+        std::mem::take(&mut self.news.lock().overflowed)
+    }
+
+    /// Has `wake` called whenever there is something to tell. It is called by whoever records, so it
+    /// must not wait. Only the first one counts.
+    pub fn on_news(&self, wake: impl Fn() + Send + Sync + 'static) {
+        let _ = self.news.wake.set(Box::new(wake));
+    }
+}
