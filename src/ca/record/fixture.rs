@@ -54,6 +54,13 @@ impl Fixture {
         Csr::parse(&fs::read_to_string(self.dir.join("csr.pem")).unwrap()).unwrap()
     }
 
+    /// One that is valid for so many days.
+    pub(super) fn leaf_of(&self, name: &str, days: u32) -> Leaf {
+        let issuer = Issuer::load(&self.dir, days).unwrap().unwrap();
+        let serial = Serial::random().unwrap();
+        issuer.sign(&self.csr(name), &device(name), serial, clock::now()).unwrap()
+    }
+
     pub(super) fn leaf(&self, name: &str) -> Leaf {
         let serial = Serial::random().unwrap();
         self.issuer.sign(&self.csr(name), &device(name), serial, clock::now()).unwrap()

@@ -43,8 +43,9 @@ enum Line {
 pub(super) enum Change {
     /// It is revoked then, for this reason.
     Revoked(Revoked),
-    /// Its certificate lies elsewhere now.
-    Moved(Place),
+    /// Its certificate lies elsewhere now; and so many of the device's rows before it are newer, if
+    /// that is not as it was.
+    Moved(Place, Option<u32>),
     /// It goes.
     Gone,
 }
@@ -204,8 +205,8 @@ fn changed_line(line: &[u8], changes: &mut HashMap<Serial, Change>) -> Option<St
             let is = revocation(revoked);
             Some(format!("R\t{end}\t{is}\t{serial}\t{place}\t{subject}"))
         }
-        Change::Moved(to) => {
-            let to = place_text(to, read_place(place).1);
+        Change::Moved(to, newer) => {
+            let to = place_text(to, newer.unwrap_or_else(|| read_place(place).1));
             Some(format!("{status}\t{end}\t{was}\t{serial}\t{to}\t{subject}"))
         }
     }

@@ -42,6 +42,7 @@ mod index;
 pub mod merge;
 mod news;
 mod others;
+mod prune;
 mod renewals;
 mod repair;
 mod rows;
@@ -486,16 +487,27 @@ impl Record {
     /// # Errors
     /// [`RecordError::Absent`] when it is not there, or is no certificate.
     pub fn stored(&self, serial: &Serial) -> Result<Stored, RecordError> {
-        let slot = self.read().by_serial(serial).copied();
-        slot.map_or_else(|| self.stored_alone(serial), |slot| self.stored_at(&slot))
+        let look = || self.read().by_serial(serial).copied();
+        let Some(slot) = look() else { return self.stored_alone(serial) };
+        match (self.stored_at(&slot), slot.place) {
+            // Certificates may just be moved.
+            (Err(RecordError::Absent(_)), Place::Others(_)) => {
+                drop(self.lock_writer());
+                self.stored_at(&look().unwrap_or(slot))
+            }
+            (stored, _) => stored,
+        }
     }
 
-    /// When what paid for a certificate came to be; 0 if that cannot be known any more.
+    /// When what paid for a certificate came to be; 0 if that cannot be known any more. Takes no lock
+    /// that a batch of entries holds, as [`Record::stored`] may.
     pub fn paid(&self, serial: &Serial) -> u64 {
-        self.stored(serial).map_or(0, |stored| stored.paid())
+        let slot = self.read().by_serial(serial).copied();
+        let stored = slot.and_then(|slot| self.stored_at(&slot).ok());
+        stored.map_or(0, |stored| stored.paid())
     }
 
-    /// The same, and takes no lock.
+    /// Reads a certificate where its row says that it is. Takes no lock.
     fn stored_at(&self, slot: &Slot) -> Result<Stored, RecordError> {
         let Place::Others(at) = slot.place else { return self.stored_alone(&slot.serial) };
         let path = self.others_path();

@@ -224,17 +224,15 @@ impl Record {
         let is_others = |slot: &&Slot| matches!(slot.place, Place::Others(_));
         let moved = |slot: &Slot| {
             let place = places.get(&slot.serial).copied().unwrap_or(Place::Own);
-            (place != slot.place).then_some((slot.serial, Change::Moved(place)))
+            (place != slot.place).then_some((slot.serial, place))
         };
-        let changes: HashMap<Serial, Change> =
+        let moved: Vec<(Serial, Place)> =
             self.read().all().filter(is_others).filter_map(moved).collect();
-        self.write_index(&mut self.lock_writer(), String::new(), changes.clone())?;
+        let change = |(serial, place): &(Serial, Place)| (*serial, Change::Moved(*place, None));
+        let changes = moved.iter().map(change).collect();
+        self.write_index(&mut self.lock_writer(), String::new(), changes)?;
         let mut rows = self.write();
-        for (serial, change) in changes {
-            if let Change::Moved(place) = change {
-                rows.set_place(&serial, place);
-            }
-        }
+        moved.iter().for_each(|(serial, place)| rows.set_place(serial, *place));
         Ok(Vec::new())
     }
 

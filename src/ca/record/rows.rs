@@ -151,7 +151,8 @@ impl Rows {
         self.list.get(self.place_of(serial)?)
     }
 
-    fn place_of(&self, serial: &Serial) -> Option<usize> {
+    /// Where a row stands in the order of `index.txt`.
+    pub(super) fn place_of(&self, serial: &Serial) -> Option<usize> {
         let is = |at: u32| self.list.get(at as usize).is_some_and(|slot| slot.serial == *serial);
         self.by_serial.find(self.hash(serial), is).map(|at| at as usize)
     }
@@ -326,6 +327,13 @@ impl Rows {
     pub(super) fn add_token(&mut self, token: &Redeemed, row: u32) {
         let row = TokenRow { iat: token.iat, exp: token.exp, row };
         self.tokens.entry(token.hash).or_insert(row);
+    }
+
+    /// As [`Rows::add_token`], if its certificate is here.
+    pub(super) fn add_token_of(&mut self, spent: &Spent) {
+        if let Some(at) = self.place_of(&spent.serial) {
+            self.add_token(&spent.token, at as u32);
+        }
     }
 
     pub(super) fn drop_ended_tokens(&mut self, now_s: u64) {
