@@ -91,6 +91,7 @@ pub fn run(
     let devices = Devices::open(&config.data_dir.join(DEVICES), instance, clock::now());
     let devices = Arc::new(devices.map_err(failed)?);
     let store = open_store(config, instance, &signer, &ledger, &devices, &metrics)?;
+    revoke_dead(&ca, &devices)?;
     let publisher = publish(config, &ca, &metrics)?;
     let provisioner = Arc::new(Provisioner::new(
         Arc::clone(&store.tokens),
@@ -212,6 +213,18 @@ fn token_secret(config: &Config) -> Result<Vec<u8>, RunError> {
             Ok(text.into_bytes())
         }
     }
+}
+
+/// A bound is on disk before the record is changed; an older copy of the record may lack it, too.
+fn revoke_dead(ca: &Ca, devices: &Devices) -> Result<(), RunError> {
+    let dead = ca.record().apply_bounds(&devices.bounds()).map_err(failed)?;
+    if !dead.is_empty() {
+        log::warn!(
+            "{} certificates were not revoked yet and are now: their time was over",
+            dead.len()
+        );
+    }
+    Ok(())
 }
 
 /// The tokens for which a certificate is on disk are refused whatever Redis says.

@@ -101,6 +101,13 @@ impl Devices {
         rows.get(device.as_str().as_bytes()).map(Packed::bound).unwrap_or_default()
     }
 
+    /// The devices whose bound reaches certificates, each with its `c`.
+    pub fn bounds(&self) -> Vec<(DeviceId, u64)> {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let reaching = rows.iter().map(|row| (row, row.bound().0.c)).filter(|(_, c)| *c > 0);
+        reaching.filter_map(|(row, c)| Some((row.device()?, c))).collect()
+    }
+
     /// All that is known of the device.
     pub fn row(&self, device: &DeviceId) -> Row {
         let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);

@@ -2,7 +2,7 @@
 
 use crate::renewal::Stage;
 use crate::support::clock::{FakeClock, now_s};
-use crate::support::csr::Csr;
+use crate::support::csr::{Csr, openssl};
 use crate::support::http::Response;
 use crate::support::instance::{
     Device, another, certificates, cut_off, first, issued, onboard, reconnect, redeem, replace,
@@ -138,4 +138,29 @@ fn a_kill_is_logged_when_a_token_was_killed() {
     }
     assert_eq!(onboard(&one, &d).status, 200, "the device is free");
     assert_eq!(certificates(&[&one, &two]), 0);
+}
+
+/// The bound is on disk first: a power cut right behind it, or an older copy of the record, must not bring
+/// a certificate back.
+#[test]
+fn a_bound_that_the_record_does_not_know_yet_is_applied_at_start() {
+    let mut service = Service::start(&[("ADMIN_API_KEY", ADMIN_KEY), ("REENROLL", "allow")]);
+    let (d, e) = (Csr::new("d").make(), Csr::new("e").make());
+    service.enroll("d", &d);
+    service.enroll("e", &e);
+    let before =
+        ["ca/index.txt", "ca/crl.pem"].map(|name| (service.data(name), service.read(name)));
+    check_revoked(&service.revoke("d"), "d");
+    service.kill9();
+    before.iter().for_each(|(path, text)| std::fs::write(path, text).unwrap());
+    service.restart();
+    assert_eq!(["d", "e"].map(|device| status(&service, device)), ["revoked", "active"]);
+    let path = "/api/v1/certificates/d/status";
+    let serial = service.http.get(path).field("serial_number").to_uppercase();
+    let list = openssl(&["crl", "-noout", "-text"], &service.read("ca/crl.pem"));
+    assert!(list.contains(&serial), "{serial}: {list}");
+    service.enroll("d", &d);
+    service.terminate();
+    service.restart();
+    assert_eq!(status(&service, "d"), "active", "what came after it counts");
 }
