@@ -38,7 +38,9 @@ use crate::store::{Rows, TokenStore};
 
 /// The file below `DATA_DIR` that holds the secret by which tokens are signed, and its random bytes.
 const TOKEN_SECRET: (&str, usize) = ("jwt-secret", 32);
-/// The same for the name of this instance in Redis.
+/// The file below `DATA_DIR` that holds the run id of the Redis that served last.
+const REDIS_RUN: &str = "redis-run-id";
+/// The same as a secret's for the name of this instance in Redis.
 const INSTANCE_ID: (&str, usize) = ("instance-id", 16);
 /// The file below `DATA_DIR` that holds the rows of devices.
 const DEVICES: &str = "devices.txt";
@@ -325,6 +327,7 @@ fn open_store(
         Arc::clone(devices) as _,
         signer.clone(),
         failover::Rules {
+            run_file: failover::RunFile(config.data_dir.join(REDIS_RUN)),
             redeem: config.outage_redeem,
             required: redis.required,
             timeout: redis.timeout,

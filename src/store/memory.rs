@@ -60,10 +60,12 @@ struct Entry {
 pub enum InRedis {
     /// No command that carries it was sent.
     No,
+    /// One is carried over, or was without an answer, to the run of the server that is there now.
+    Entering,
     /// One was sent, answered or not.
     Maybe,
-    /// Redis has confirmed it, in this era (see `failover`).
-    Confirmed(u32),
+    /// Redis has confirmed it, and was not away since.
+    Confirmed,
 }
 
 /// How many tokens no other place has, and of which subscribers.
@@ -140,12 +142,12 @@ impl Memory {
     /// Stores a copy of what Redis has, over whatever lease there is. Without room it is left out:
     /// only Redis has it then.
     ///
-    /// An older token that Redis had confirmed in the same era is forgotten: since the device's
+    /// An older token that Redis had confirmed is forgotten, if it was not away since: since the device's
     /// lease was free, it is used, killed or deleted, and Redis knows which.
     pub fn copy(&self, new: &New, in_redis: InRedis, now: Now) {
         let mut table = locked(&self.table);
         let old = table.leases.get(&new.token.claims.device_id).copied();
-        if let (Some(old), InRedis::Confirmed(_)) = (old, in_redis)
+        if let (Some(old), InRedis::Confirmed) = (old, in_redis)
             && table.tokens.get(&old).is_some_and(|entry| entry.in_redis == in_redis)
         {
             table.remove(&old);
@@ -208,6 +210,18 @@ impl Memory {
             only_here.subtract(entry);
             entry.in_redis = in_redis;
             only_here.add(entry);
+        }
+    }
+
+    /// Redis was away, and may have lost what it had confirmed; if it is another run, it never had what
+    /// was about to be entered into the one before.
+    pub fn doubt_copies(&self, same_run: bool) {
+        for entry in locked(&self.table).tokens.values_mut() {
+            match entry.in_redis {
+                InRedis::Entering if same_run => {}
+                InRedis::Entering | InRedis::Confirmed => entry.in_redis = InRedis::Maybe,
+                InRedis::No | InRedis::Maybe => {}
+            }
         }
     }
 
@@ -397,16 +411,8 @@ impl Memory {
                 Ok(Outcome::Killed(killed.into_iter().next()))
             }
             Op::Count => Ok(Outcome::Counted(self.count())),
-            Op::Tell(..) => Ok(Outcome::Done),
-            Op::Mark(hash, ..) => {
-                self.remove(hash);
-                Ok(Outcome::Done)
-            }
-            Op::Carry(token, _) => {
-                let (token, subscriber) = (token.clone(), Subscriber::default());
-                self.issue(&New { token, replaces: None, subscriber }, now)?;
-                Ok(Outcome::Done)
-            }
+            // Only what is somewhere else is ever told anything.
+            Op::Tell(..) | Op::Mark(..) | Op::Carry(..) => Err(StoreError::Undecided),
         }
     }
 
@@ -428,7 +434,6 @@ mod tests {
     use super::*;
     use crate::devices::{Bound, Row};
     use crate::jwt::Signer;
-    use crate::store::Mark;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     fn at(s: u64) -> Now {
@@ -622,16 +627,6 @@ mod tests {
         one(&memory, issue(t.clone()), at(0)).unwrap();
         let jumped = Now { unix_ms: at(100_000).unix_ms, mono_ms: at(1).mono_ms };
         assert_eq!(memory.live(&t.hash, jumped).map(|copy| copy.left_ms), Some(299_000));
-    }
-
-    #[test]
-    fn marks_and_carried_tokens_are_entered() {
-        let memory = memory(10);
-        let t = token("d", 0);
-        assert_eq!(one(&memory, Op::Carry(t.clone(), 1000), at(0)), Ok(Outcome::Done));
-        let mark = Op::Mark(t.hash, Mark::Killed, t.claims.clone());
-        assert_eq!(one(&memory, mark, at(0)), Ok(Outcome::Done));
-        assert_eq!(memory.live(&t.hash, at(0)), None);
     }
 
     #[test]

@@ -147,12 +147,29 @@ pub enum Outcome {
     },
     /// `Kill`: done. The token that was live, if there was one.
     Killed(Option<Dead>),
-    /// `Tell`: the row that stands in Redis now, and the live token that it has killed there.
-    Told(Box<(Row, Option<Dead>)>),
+    /// `Tell`.
+    Told(Box<Told>),
+    /// `Mark`: done.
+    Marked {
+        /// The token lives, and there was no mark of it: as far as this instance knows, Redis has
+        /// lost one.
+        was_lost: bool,
+    },
     /// `Count`: live tokens, which is also the number of devices that have one.
     Counted(u64),
     /// The others: done, or noted to be done when Redis is back.
     Done,
+}
+
+/// What a row has come to that was told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// The row that stands in Redis now.
+    pub row: Row,
+    /// The live token that it has killed there.
+    pub dead: Option<Dead>,
+    /// Its bound may still meet a token, and was not there.
+    pub was_lost: bool,
 }
 
 /// Why an [`Op`] has no outcome.

@@ -12,7 +12,8 @@ use crate::support::clock::{FakeClock, now_s};
 use crate::support::http::Response;
 use crate::support::instance::{
     Device, another, certificate, certificates, claim_key, cut_off, first, issued, mark, mark_key,
-    notice_loss, onboard, reconnect, redeem, refused_as_used, replace, revoke, token, token_key,
+    notice_loss, onboard, reconnect, redeem, redeem_patiently, refused_as_used, replace, revoke,
+    token, token_key,
 };
 use crate::support::load;
 use crate::support::proxy::{Mode, Proxy, Stop};
@@ -454,6 +455,75 @@ fn row_15_with_none_a_token_that_was_in_redis_is_not_carried_over() {
     certificate(&other, &unsent, &f);
     refused_as_used(&[&issuer, &other], &unsent, &f);
     assert_eq!(certificates(&[&issuer, &other]), 2);
+}
+
+/// Two instances under `none`. `two` has redeemed a token of `one`, and Redis is back from an older
+/// file while `two` cannot reach it. `one` is asked, restarted before that or not.
+fn an_older_redis(restarts: bool) {
+    let mut redis = Redis::start(&[]);
+    let proxies = [Proxy::start(redis.port()), Proxy::start(redis.port())];
+    let none = &[("OUTAGE_REDEEM", "none")];
+    let mut one = first(&proxies[0].url(), none);
+    let two = another(&one, &proxies[1].url(), none);
+    let (d, e) = (Device::new("d"), Device::new("e"));
+    let compact = token(&one, &d);
+    redis.save();
+    certificate(&two, &compact, &d);
+    proxies[1].set(Mode::Refuse);
+    redis.kill9();
+    redis.start_again();
+    assert!(redis.exists(&token_key(&compact)) && !redis.exists(&mark_key(&compact)));
+    if restarts {
+        one.kill9();
+        one.restart();
+    }
+    // The first look may be what shows that Redis was restarted.
+    one.health();
+    one.wait_for_storage("redis");
+    check_error(&redeem(&one, &compact, &d), 503, "SERVICE_UNAVAILABLE", "shortly after");
+    assert!(!redis.exists(&mark_key(&compact)), "and nothing is left of it");
+    reconnect(&two, &proxies[1]);
+    wait::for_true("a second passes", || {
+        now_s() > jwt::claims_of(&compact)["iat"].as_u64().unwrap() + 1
+    });
+    certificate(&one, &token(&one, &e), &e);
+    refused_as_used(&[&one, &two], &compact, &d);
+    assert_eq!(certificates(&[&one, &two]), 2);
+}
+
+#[test]
+fn row_30_redis_is_back_from_an_older_file() {
+    an_older_redis(false);
+}
+
+#[test]
+fn row_30d_the_issuer_is_restarted_after_redis() {
+    an_older_redis(true);
+}
+
+/// The same Redis, as far as it says, but it has lost what was known here.
+#[test]
+fn row_30_a_mark_is_missing() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let service = first(&proxy.url(), &[("OUTAGE_REDEEM", "none")]);
+    let (d, e) = (Device::new("d"), Device::new("e"));
+    let (used, live) = (token(&service, &d), token(&service, &e));
+    certificate(&service, &used, &d);
+    for mark_is_lost in [false, true] {
+        cut_off(&service, &proxy);
+        if mark_is_lost {
+            redis.cli(&["DEL", &mark_key(&used)]);
+        }
+        reconnect(&service, &proxy);
+        let answer = service.sign(&live, "no request");
+        check_error(&answer, 400, "INVALID_CSR", "it is not even looked at");
+        if mark_is_lost {
+            check_error(&redeem(&service, &live, &e), 503, "SERVICE_UNAVAILABLE", "shortly after");
+        }
+    }
+    assert!(redis.exists(&mark_key(&used)), "entered again");
+    assert_eq!(redeem_patiently(&service, &live, &e).status, 200);
 }
 
 #[test]

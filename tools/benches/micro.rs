@@ -153,7 +153,8 @@ fn redis_store(bencher: Bencher, batch: usize) {
     bencher.bench(|| {
         let issue: Vec<Op> = tokens.iter().cloned().map(issue).collect();
         let finish: Vec<Op> = tokens.iter().cloned().map(Op::Finish).collect();
-        (store.run(&issue, now), store.run(&finish, now))
+        let line = store.line();
+        (store.run_on(line, &issue, now), store.run_on(line, &finish, now))
     });
 }
 

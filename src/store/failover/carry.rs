@@ -6,30 +6,31 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::follow_up::FollowUp;
-use super::{Failover, Hello, Mode, State};
+use super::{Begun, Failover, Grace, Hello, Mode, State};
 use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
+use crate::device::DeviceId;
+use crate::devices::Row;
 use crate::store::memory::InRedis;
 use crate::store::{Answer, Down, Op, Outcome, StoreError, locked};
 
 /// After an outage other instances may still be carrying their tokens over: so long an unknown
 /// token is answered with 503.
 const GRACE_MS: u64 = 10_000;
-/// Operations in one batch of the carry-over, if the line is fast enough.
-pub(super) const BATCH: usize = 256;
+/// Operations that are sent together, if the line is fast enough.
+pub(super) const MOST: usize = 256;
 /// With no more left than this, the last round begins.
 const LAST_ROUND: usize = 64;
 
 impl Failover {
     /// Carries everything over and lets Redis serve.
     pub(super) fn carry_over(&self, hello: &Hello) -> Result<(), StoreError> {
-        let full = self.make_lists(hello);
-        let mut tally = Tally::default();
+        let mut back = Return { hello, full: self.make_lists(hello), tally: Tally::default() };
         loop {
             while locked(&self.state).follow_ups.len() > LAST_ROUND {
-                tally += self.carry_batch()?;
+                back.tally += self.carry_batch()?;
             }
-            if self.last_round(hello, full, &mut tally)? {
+            if self.last_round(&mut back)? {
                 return Ok(());
             }
         }
@@ -47,17 +48,17 @@ impl Failover {
     /// everything; else only what was noted since the connection was lost.
     fn make_lists(&self, hello: &Hello) -> bool {
         let mut state = locked(&self.state);
-        let is = |run_id: &Option<String>| run_id.is_some() && *run_id == hello.run_id;
-        let full = state.mode == Mode::Degraded || !is(&state.run_id);
-        if full && !(state.noting && is(&state.listed_for)) {
+        let all_listed = state.follow_ups.are_all_for(&hello.run_id);
+        let full = state.mode == Mode::Degraded || !all_listed;
+        let is_another = |last: &String| hello.run_id.as_ref().is_some_and(|run| run != last);
+        state.has_forgotten |= state.last_run.as_ref().is_some_and(is_another);
+        if !all_listed {
             let now = clock::now();
-            let rows = self.rows.to_be_told(now);
-            state.follow_ups.list(rows, self.ledger.marked(), self.memory.hashes(now));
-            state.run_id = None;
-            state.listed_for.clone_from(&hello.run_id);
-            state.era += 1;
+            let same_run = hello.run_id.is_some() && state.last_run == hello.run_id;
+            self.memory.doubt_copies(same_run);
+            let (rows, marks) = (self.rows.to_be_told(now), self.ledger.marked());
+            state.follow_ups.list(&hello.run_id, rows, marks, self.memory.hashes(now));
         }
-        state.noting = true;
         if full && state.mode != Mode::Degraded {
             // This may take a while.
             state.mode = Mode::Returning;
@@ -69,34 +70,33 @@ impl Failover {
     /// Carries the first operations of the list over. What fails stays listed.
     fn carry_batch(&self) -> Result<Tally, StoreError> {
         let now = clock::now();
-        let (follow_ups, ops) = self.take_batch(now);
-        let sent: Vec<Op> = ops.iter().flatten().cloned().collect();
-        let results = if sent.is_empty() { Vec::new() } else { self.remote.run(&sent, now) };
+        let tasks = self.take_batch(now);
+        let ops: Vec<Op> = tasks.iter().map(|task| task.op.clone()).collect();
+        let results = match ops.is_empty() {
+            true => Vec::new(),
+            false => self.remote.run_on(self.remote.line(), &ops, now),
+        };
         self.fit_batches(clock::now().mono_ms - now.mono_ms, &results);
         let mut results = results.into_iter();
         let mut tally = Tally::default();
         let mut error = None;
         let mut told = Vec::new();
         let mut state = locked(&self.state);
-        for (follow_up, op) in follow_ups.into_iter().zip(ops) {
-            let Some(op) = op else { continue };
+        for task in tasks {
             match results.next() {
                 Some(Ok(outcome)) => {
-                    tally.add(&follow_up);
-                    self.carried(&mut state, follow_up, &outcome, now);
-                    if let (Op::Tell(device, _), Outcome::Told(answer)) = (op, outcome) {
-                        told.push((device, answer.0));
-                    }
+                    tally.add(&task.follow_up);
+                    told.extend(self.carried(&mut state, task, outcome, now));
                 }
                 Some(Err(StoreError::Failed(why))) => {
-                    log::error!("could not be carried over to Redis: {follow_up:?}: {why}");
+                    log::error!("could not be carried over to Redis: {:?}: {why}", task.follow_up);
                 }
                 Some(Err(down)) => {
-                    self.not_sent(&follow_up, &down);
-                    state.follow_ups.put_back(follow_up);
+                    self.not_sent(&task, &down);
+                    state.follow_ups.put_back(task.follow_up);
                     error = Some(down);
                 }
-                None => state.follow_ups.put_back(follow_up),
+                None => state.follow_ups.put_back(task.follow_up),
             }
         }
         drop(state);
@@ -114,88 +114,105 @@ impl Failover {
             () if share < 0.125 => size * 2,
             () => size,
         };
-        self.carry_size.store(size.clamp(1, BATCH), Ordering::Relaxed);
+        self.carry_size.store(size.clamp(1, MOST), Ordering::Relaxed);
     }
 
     /// Under the lock, so that no redemption from memory comes between the look whether a token is
     /// spent and the note that it is in Redis: with `OUTAGE_REDEEM=none` it must be one or the other.
-    fn take_batch(&self, now: Now) -> (Vec<FollowUp>, Vec<Option<Op>>) {
+    /// What need not be told any more is dropped.
+    fn take_batch(&self, now: Now) -> Vec<Task> {
         let mut state = locked(&self.state);
-        let follow_ups = state.follow_ups.take(self.carry_size.load(Ordering::Relaxed));
-        let ops = follow_ups.iter().map(|follow_up| self.op_of(follow_up, now)).collect();
-        (follow_ups, ops)
+        let taken = state.follow_ups.take(self.carry_size.load(Ordering::Relaxed));
+        taken.into_iter().filter_map(|follow_up| self.task_of(follow_up, now)).collect()
     }
 
     /// The operation that does it, judged by what is true now.
-    fn op_of(&self, follow_up: &FollowUp, now: Now) -> Option<Op> {
-        match follow_up {
-            FollowUp::Row(device) => Some(Op::Tell(device.clone(), self.rows.row(device))),
+    fn task_of(&self, follow_up: FollowUp, now: Now) -> Option<Task> {
+        let mut is_new_there = false;
+        let op = match &follow_up {
+            FollowUp::Row(device) => Op::Tell(device.clone(), self.rows.row(device)),
             FollowUp::Mark(hash) => {
                 let (mark, claims) = self.ledger.mark_of(hash)?;
-                Some(Op::Mark(*hash, mark, claims))
+                Op::Mark(*hash, mark, claims)
             }
-            FollowUp::Withdraw(token, serial) => Some(Op::GiveBack(token.clone(), *serial)),
-            FollowUp::Remove(token) => Some(Op::Finish(token.clone())),
+            FollowUp::Withdraw(token, serial) => Op::GiveBack(token.clone(), *serial),
+            FollowUp::Remove(token) => Op::Finish(token.clone()),
             FollowUp::Carry(hash) => {
                 let copy = self.memory.live(hash, now)?;
-                let fit = self.rules.redeem == OutageRedeem::Own || copy.in_redis == InRedis::No;
+                // That it was sent to this run before, without an answer, does no harm: this one has
+                // the mark of whoever has redeemed it since (`docs/model`, row 32c).
+                let fit = self.rules.redeem == OutageRedeem::Own
+                    || matches!(copy.in_redis, InRedis::No | InRedis::Entering);
                 if !fit || self.ledger.knows_as_spent(hash) {
                     return None;
                 }
-                let token = self.signer.sign(copy.claims);
-                self.memory.note_in_redis(hash, InRedis::Maybe);
-                Some(Op::Carry(token, copy.left_ms))
+                is_new_there = copy.in_redis == InRedis::No;
+                if is_new_there {
+                    self.memory.note_in_redis(hash, InRedis::Entering);
+                }
+                Op::Carry(self.signer.sign(copy.claims), copy.left_ms)
             }
-        }
+        };
+        Some(Task { follow_up, op, is_new_there })
     }
 
-    /// A token of which nothing was sent is still only here, and may be carried over another time
-    /// also with `OUTAGE_REDEEM=none`.
-    fn not_sent(&self, follow_up: &FollowUp, error: &StoreError) {
-        if let (FollowUp::Carry(hash), StoreError::Down(Down { maybe_done: false, .. })) =
-            (follow_up, error)
+    /// A token of which nothing was sent is still only here, and may be redeemed from memory also with
+    /// `OUTAGE_REDEEM=none`.
+    fn not_sent(&self, task: &Task, error: &StoreError) {
+        if let (FollowUp::Carry(hash), true, StoreError::Down(Down { maybe_done: false, .. })) =
+            (&task.follow_up, task.is_new_there, error)
         {
             self.memory.note_in_redis(hash, InRedis::No);
         }
     }
 
-    fn carried(&self, state: &mut State, follow_up: FollowUp, outcome: &Outcome, now: Now) {
-        match (follow_up, outcome) {
+    /// Redis has been told. Returns the row that stands there, if it was one.
+    fn carried(
+        &self,
+        state: &mut State,
+        task: Task,
+        outcome: Outcome,
+        now: Now,
+    ) -> Option<(DeviceId, Row)> {
+        match (task.follow_up, outcome) {
             (FollowUp::Carry(hash), _) => {
-                self.memory.note_in_redis(&hash, InRedis::Confirmed(state.era));
+                self.memory.note_in_redis(&hash, InRedis::Confirmed);
             }
             (FollowUp::Withdraw(token, serial), _) => {
                 self.ledger.release_unknown(&token.hash, serial)
             }
-            (FollowUp::Row(device), Outcome::Told(answer)) => {
-                let (row, killed) = &**answer;
-                if let Some(dead) = killed {
+            (FollowUp::Mark(_), Outcome::Marked { was_lost }) => state.has_forgotten |= was_lost,
+            (FollowUp::Row(device), Outcome::Told(told)) => {
+                state.has_forgotten |= told.was_lost;
+                if let Some(dead) = &told.dead {
                     self.mark_dead(state, dead, false, now);
                 }
                 // Another instance may have killed more than is known here.
-                self.kill_copies(state, &device, row.bound.t, now);
+                self.kill_copies(state, &device, told.row.bound.t, now);
+                return Some((device, told.row));
             }
             _ => {}
         }
+        None
     }
 
     /// With everybody waiting, carries the rest over and switches. `false`: somebody would have
     /// waited too long and was answered from memory, so there is more to carry.
-    fn last_round(&self, hello: &Hello, full: bool, tally: &mut Tally) -> Result<bool, StoreError> {
+    fn last_round(&self, back: &mut Return<'_>) -> Result<bool, StoreError> {
         let before = {
             let mut state = locked(&self.state);
             std::mem::replace(&mut state.mode, Mode::Closing)
         };
         let deadline = Instant::now() + self.rules.timeout;
         let done = loop {
-            if self.switch(hello, full, tally) {
+            if self.switch(back) {
                 break Ok(true);
             }
             if Instant::now() > deadline {
                 break Ok(false);
             }
             match self.carry_batch() {
-                Ok(carried) => *tally += carried,
+                Ok(carried) => back.tally += carried,
                 Err(error) => break Err(error),
             }
         };
@@ -207,25 +224,55 @@ impl Failover {
     }
 
     /// Lets Redis serve, unless something was added since the last batch (`docs/model`, row 13).
-    fn switch(&self, hello: &Hello, full: bool, tally: &Tally) -> bool {
+    fn switch(&self, back: &Return<'_>) -> bool {
         let mut state = locked(&self.state);
         if !state.follow_ups.is_empty() {
             return false;
         }
         state.mode = Mode::Primary;
-        state.run_id.clone_from(&hello.run_id);
-        state.listed_for = None;
         state.away = None;
-        state.foreign_ca = hello.foreign_ca.is_some();
-        if full && state.attempts > 0 {
-            state.grace_until_ms = clock::now().mono_ms + GRACE_MS;
+        state.foreign_ca = back.hello.foreign_ca.is_some();
+        if back.full {
+            state.begin_grace(clock::now());
         }
-        state.log_return(hello, full, tally);
-        state.attempts += 1;
-        state.has_served = true;
+        // Having no run id is no reason to think that Redis has forgotten something.
+        if let Some(run_id) = &back.hello.run_id {
+            state.last_run = Some(run_id.clone());
+        }
+        state.log_return(back);
+        state.begun = Begun::InRedis;
         self.changed.notify_all();
         true
     }
+}
+
+impl State {
+    /// Not where nobody can have been away, at the first start.
+    fn begin_grace(&mut self, now: Now) {
+        let before = self.grace.forgot_before_s.filter(|_| now.mono_ms < self.grace.until_ms);
+        let forgot = std::mem::take(&mut self.has_forgotten).then_some(now.unix_s());
+        if self.begun == Begun::No && forgot.is_none() {
+            return;
+        }
+        let until_ms = now.mono_ms + GRACE_MS;
+        self.grace = Grace { until_ms, forgot_before_s: forgot.or(before) };
+    }
+}
+
+/// One thing to tell, and how.
+struct Task {
+    follow_up: FollowUp,
+    op: Op,
+    /// A token that Redis has never heard of.
+    is_new_there: bool,
+}
+
+/// A return under way.
+struct Return<'a> {
+    hello: &'a Hello,
+    /// It was an outage, or another run.
+    full: bool,
+    tally: Tally,
 }
 
 /// What a return has carried over.
@@ -262,12 +309,13 @@ impl fmt::Display for Tally {
 }
 
 impl State {
-    fn log_return(&self, hello: &Hello, full: bool, tally: &Tally) {
+    fn log_return(&self, back: &Return<'_>) {
+        let Return { hello, full, tally } = back;
         let after = Duration::from_millis(clock::now().mono_ms.saturating_sub(self.lost_ms));
-        if !self.has_served {
+        if self.begun != Begun::InRedis {
             log::info!("✅ Redis connected successfully");
             log::debug!("after {after:.1?}: {tally}");
-        } else if full {
+        } else if *full {
             log::info!("✅ Redis is back after {after:.1?}: {tally}");
         } else {
             log::info!("Redis connection renewed after {after:.1?}: {tally}");

@@ -1,6 +1,6 @@
 //! Consuming and giving back: what Redis has answered, and the answer from memory.
 
-use super::{Failover, Mode, State};
+use super::{Failover, Grace, Mode, State};
 use crate::clock::Now;
 use crate::config::OutageRedeem;
 use crate::jwt::{Token, TokenHash};
@@ -14,10 +14,28 @@ const ABOUT_TO_END_MS: u64 = 2000;
 /// So often a lost token makes everything be carried over.
 const BETWEEN_RETURNS_MS: u64 = 30_000;
 
+/// An attempt to redeem a token, which Redis was asked about.
+pub(super) struct Attempt<'a> {
+    pub token: &'a Token,
+    pub serial: Serial,
+    /// Redis had confirmed the token when the attempt began.
+    pub is_confirmed: bool,
+}
+
 impl Failover {
     /// Takes the token for this attempt; an answer if Redis need not be asked.
-    pub(super) fn begin_consume(&self, token: &Token, serial: Serial, now: Now) -> Option<Answer> {
+    pub(super) fn begin_consume(
+        &self,
+        state: &State,
+        token: &Token,
+        serial: Serial,
+        now: Now,
+    ) -> Option<Answer> {
         match self.ledger.begin(token, serial, false, now) {
+            Begin::Begun if self.may_be_used(state, token, now) => {
+                self.ledger.release(&token.hash, serial);
+                Some(Err(StoreError::Undecided))
+            }
             Begin::Begun => None,
             Begin::Spent => Some(Ok(Outcome::AlreadyUsed)),
             Begin::Unknown => Some(Err(StoreError::Undecided)),
@@ -25,20 +43,31 @@ impl Failover {
         }
     }
 
+    /// Redis had forgotten something when it returned, and another instance may still have to say that
+    /// it has redeemed this token.
+    fn may_be_used(&self, state: &State, token: &Token, now: Now) -> bool {
+        let Grace { until_ms, forgot_before_s } = state.grace;
+        self.rules.redeem == OutageRedeem::None
+            && now.mono_ms < until_ms
+            && forgot_before_s.is_some_and(|before| token.claims.iat <= before)
+    }
+
     /// Redis has answered. `late`: it was lost meanwhile, so the mark may be in a server that is
     /// gone, and is carried over again.
-    pub(super) fn consume_answered(
+    pub(super) fn end_consume(
         &self,
         state: &mut State,
-        token: &Token,
-        serial: Serial,
+        attempt: &Attempt<'_>,
         result: Answer,
         late: bool,
         now: Now,
     ) -> Answer {
+        let Attempt { token, serial, .. } = *attempt;
         let hash = &token.hash;
-        if late {
-            // While the attempt ran, the token was left out of the lists.
+        let is_only_here =
+            || self.memory.live(hash, now).is_some_and(|copy| copy.in_redis == InRedis::No);
+        if late || result != Ok(Outcome::Granted) && is_only_here() {
+            // While the attempt ran, the token was left out of the lists (`docs/model`, row 34e).
             self.carry_again(state, hash, now);
         }
         match result {
@@ -47,7 +76,7 @@ impl Failover {
                     return Ok(Outcome::AlreadyUsed); // killed here meanwhile
                 }
                 if late {
-                    state.note_mark(*hash);
+                    state.follow_ups.mark(*hash);
                 }
                 Ok(Outcome::Granted)
             }
@@ -64,7 +93,7 @@ impl Failover {
             }
             Ok(Outcome::Unknown { lossless_run }) => {
                 self.ledger.release(hash, serial);
-                self.judge_unknown(state, token, lossless_run, late, now)
+                self.judge_unknown(state, attempt, lossless_run, late, now)
             }
             other => {
                 self.ledger.release(hash, serial);
@@ -80,7 +109,7 @@ impl Failover {
     fn judge_unknown(
         &self,
         state: &mut State,
-        token: &Token,
+        attempt: &Attempt<'_>,
         lossless_run: Option<String>,
         late: bool,
         now: Now,
@@ -88,18 +117,27 @@ impl Failover {
         if late || state.mode != Mode::Primary {
             return Err(StoreError::Undecided);
         }
+        let token = attempt.token;
         let copy = self.memory.live(&token.hash, now);
-        let copy = copy.filter(|copy| copy.left_ms > ABOUT_TO_END_MS);
-        let confirmed = copy.as_ref().is_some_and(|c| c.in_redis == InRedis::Confirmed(state.era));
-        if confirmed && lossless_run.is_some() && lossless_run == state.run_id {
+        let copy = copy.filter(|copy| copy.left_ms > ABOUT_TO_END_MS).map(|copy| copy.in_redis);
+        let is_confirmed = attempt.is_confirmed && copy == Some(InRedis::Confirmed);
+        if is_confirmed && state.follow_ups.are_all_for(&lossless_run) {
             self.note_deleted(state, token, now);
             return Ok(Outcome::Unknown { lossless_run });
         }
-        if copy.is_some() && self.rules.redeem == OutageRedeem::Own {
-            self.note_lost(state, &token.hash, now);
-            return Err(StoreError::Undecided);
+        match copy {
+            // It is about to be carried over, or was while the attempt ran.
+            Some(InRedis::No | InRedis::Entering) => return Err(StoreError::Undecided),
+            Some(InRedis::Confirmed) if !attempt.is_confirmed => {
+                return Err(StoreError::Undecided);
+            }
+            Some(_) if self.rules.redeem == OutageRedeem::Own => {
+                self.note_lost(state, &token.hash, now);
+                return Err(StoreError::Undecided);
+            }
+            _ => {}
         }
-        if now.mono_ms < state.grace_until_ms {
+        if now.mono_ms < state.grace.until_ms {
             return Err(StoreError::Undecided);
         }
         Ok(Outcome::Unknown { lossless_run })
@@ -109,10 +147,10 @@ impl Failover {
     /// loses tokens all the time; between two returns they are carried over one by one.
     fn note_lost(&self, state: &mut State, hash: &TokenHash, now: Now) {
         if state.loss_seen_ms.is_some_and(|seen| now.mono_ms < seen + BETWEEN_RETURNS_MS) {
-            return state.note_carry(*hash);
+            return state.follow_ups.carry(*hash);
         }
         state.loss_seen_ms = Some(now.mono_ms);
-        state.run_id = None;
+        state.follow_ups.abandon();
         self.suspect(state, "Redis has lost a token of this instance");
     }
 
@@ -157,7 +195,7 @@ impl Failover {
         if !self.ledger.grant(hash, serial) {
             return Ok(Outcome::AlreadyUsed);
         }
-        state.note_mark(*hash);
+        state.follow_ups.mark(*hash);
         Ok(Outcome::Granted)
     }
 

@@ -31,6 +31,7 @@ pub(super) enum FollowUp {
 /// The list.
 #[derive(Debug, Default)]
 pub(super) struct FollowUps {
+    lists: Lists,
     rows: BTreeSet<DeviceId>,
     marks: Vec<TokenHash>,
     withdrawals: BTreeMap<(TokenHash, Serial), Token>,
@@ -38,7 +39,50 @@ pub(super) struct FollowUps {
     carries: Vec<TokenHash>,
 }
 
+/// What the lists of marks and of live tokens are good for.
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Lists {
+    /// They are made anew when Redis is back, and find then what is not noted until then.
+    #[default]
+    Incomplete,
+    /// With them, this run of the server gets to know everything. One that may not be asked for its id
+    /// is never met again.
+    For(Option<String>),
+}
+
 impl FollowUps {
+    /// Whether this run of the server knows everything when it is told what is listed.
+    pub fn are_all_for(&self, run_id: &Option<String>) -> bool {
+        run_id.is_some() && self.run_id() == run_id.as_ref()
+    }
+
+    /// Everything is to be told again: adds these rows, and replaces the lists of marks and tokens.
+    pub fn list(
+        &mut self,
+        run_id: &Option<String>,
+        rows: Vec<DeviceId>,
+        marks: Vec<TokenHash>,
+        carries: Vec<TokenHash>,
+    ) {
+        self.lists = Lists::For(run_id.clone());
+        self.rows.extend(rows);
+        self.marks = marks;
+        self.carries = carries;
+    }
+
+    /// That run, if there is one and it may be asked for its id.
+    pub fn run_id(&self) -> Option<&String> {
+        match &self.lists {
+            Lists::For(run_id) => run_id.as_ref(),
+            Lists::Incomplete => None,
+        }
+    }
+
+    /// Everything is to be listed again before Redis serves.
+    pub fn abandon(&mut self) {
+        self.lists = Lists::Incomplete;
+    }
+
     pub fn len(&self) -> usize {
         let unconfirmed = self.withdrawals.len() + self.removals.len();
         self.rows.len() + self.marks.len() + unconfirmed + self.carries.len()
@@ -53,11 +97,15 @@ impl FollowUps {
     }
 
     pub fn mark(&mut self, hash: TokenHash) {
-        self.marks.push(hash);
+        if self.lists != Lists::Incomplete {
+            self.marks.push(hash);
+        }
     }
 
     pub fn carry(&mut self, hash: TokenHash) {
-        self.carries.push(hash);
+        if self.lists != Lists::Incomplete {
+            self.carries.push(hash);
+        }
     }
 
     pub fn remove(&mut self, token: Token) {
@@ -75,13 +123,6 @@ impl FollowUps {
             let oldest = *oldest.0;
             self.withdrawals.remove(&oldest);
         }
-    }
-
-    /// Everything is to be told again: adds these rows, and replaces the lists of marks and tokens.
-    pub fn list(&mut self, rows: Vec<DeviceId>, marks: Vec<TokenHash>, carries: Vec<TokenHash>) {
-        self.rows.extend(rows);
-        self.marks = marks;
-        self.carries = carries;
     }
 
     /// Takes up to `most` follow-ups of one kind off the list, the kinds in their order.

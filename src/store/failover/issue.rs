@@ -14,7 +14,7 @@ impl Failover {
 
     /// Redis has answered. `late`: it was lost meanwhile, so what it granted may be in a server that
     /// is gone, and is carried over again.
-    pub(super) fn issue_answered(
+    pub(super) fn end_issue(
         &self,
         state: &mut State,
         new: &New,
@@ -22,17 +22,17 @@ impl Failover {
         late: bool,
         now: Now,
     ) -> Answer {
-        end_issue(state, &new.token);
+        forget_issue(state, &new.token);
         match result {
             Ok(Outcome::Issued { token, killed }) => {
                 let copy = self.kill_replaced(state, new, late, now);
                 if let Some(dead) = &killed {
                     self.mark_dead(state, dead, late, now);
                 }
-                let in_redis = if late { InRedis::Maybe } else { InRedis::Confirmed(state.era) };
+                let in_redis = if late { InRedis::Maybe } else { InRedis::Confirmed };
                 self.memory.copy(&New { token: token.clone(), ..new.clone() }, in_redis, now);
                 if late {
-                    state.note_carry(token.hash);
+                    state.follow_ups.carry(token.hash);
                 }
                 Ok(Outcome::Issued { token, killed: killed.or(copy) })
             }
@@ -86,7 +86,7 @@ impl Failover {
         }
         let answer = self.memory.issue(new, now);
         if let Ok(Outcome::Issued { token, .. }) = answer {
-            state.note_carry(token.hash);
+            state.follow_ups.carry(token.hash);
             return Ok(Outcome::Issued { token, killed: replaced });
         }
         answer
@@ -103,7 +103,7 @@ impl Failover {
     }
 }
 
-fn end_issue(state: &mut State, token: &Token) {
+fn forget_issue(state: &mut State, token: &Token) {
     let device = &token.claims.device_id;
     if let Some(count) = state.issuing.get_mut(device) {
         *count -= 1;

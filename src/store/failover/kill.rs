@@ -10,7 +10,7 @@ use crate::store::{Answer, Dead, Kill, Outcome, Seen, StoreError};
 
 impl Failover {
     /// What Redis knows of the device, and what memory does.
-    pub(super) fn look_answered(&self, device: &DeviceId, result: Answer, now: Now) -> Answer {
+    pub(super) fn end_look(&self, device: &DeviceId, result: Answer, now: Now) -> Answer {
         let here = self.memory.look(device, now);
         match result {
             Ok(Outcome::Seen(seen)) => {
@@ -23,7 +23,7 @@ impl Failover {
     }
 
     /// Redis has answered. `late`: it was lost meanwhile, so it may not know any more.
-    pub(super) fn kill_answered(
+    pub(super) fn end_kill(
         &self,
         state: &mut State,
         kill: &Kill,
@@ -68,7 +68,7 @@ impl Failover {
         now: Now,
     ) -> Vec<Dead> {
         let killed = self.memory.kill(device, until_s, now);
-        killed.iter().for_each(|dead| state.note_mark(dead.hash));
+        killed.iter().for_each(|dead| state.follow_ups.mark(dead.hash));
         killed
     }
 
@@ -77,7 +77,7 @@ impl Failover {
         self.ledger.kill(dead.hash, dead.claims.clone(), now);
         self.memory.remove(&dead.hash);
         if again {
-            state.note_mark(dead.hash);
+            state.follow_ups.mark(dead.hash);
         }
     }
 }

@@ -30,7 +30,7 @@ use crate::device::DeviceId;
 use crate::jwt::{Signer, TokenHash};
 use crate::mac::MacKey;
 use crate::store::ledger::Ledger;
-use crate::store::memory::Memory;
+use crate::store::memory::{InRedis, Memory};
 use crate::store::{
     Answer, Away, Down, DownKind, Op, Outcome, Rows, Status, StoreError, TokenStore, locked,
 };
@@ -40,12 +40,24 @@ mod consume;
 mod follow_up;
 mod issue;
 mod kill;
+mod run_file;
 mod supervisor;
 
+use consume::Attempt;
 use follow_up::FollowUps;
+pub use run_file::RunFile;
 
 /// A store somewhere else, which can be lost and found again.
-pub trait Remote: TokenStore {
+pub trait Remote: Send + Sync {
+    /// The connections that there are now; others are made by [`Remote::connect`] only.
+    fn line(&self) -> u64;
+
+    /// As [`TokenStore::run`], over these connections and no others.
+    fn run_on(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer>;
+
+    /// How the server is.
+    fn status(&self) -> Status;
+
     /// Drops all connections, makes new ones (looking the name up again) and proves that the server
     /// can be written to. Enters the CA's fingerprint unless there is one. Blocks; only the supervisor
     /// calls it.
@@ -106,8 +118,10 @@ pub struct Failover {
 }
 
 /// What the configuration says of a Redis that is away.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Rules {
+    /// Keeps the run id of the server that served last.
+    pub run_file: RunFile,
     /// Which tokens are redeemed from memory.
     pub redeem: OutageRedeem,
     /// None are, and none issued: memory does not serve.
@@ -137,34 +151,47 @@ struct State {
     mode: Mode,
     /// Counts the losses. An answer from before the latest one may be of a server that is gone.
     epoch: u64,
-    /// Counts the full returns. What Redis has confirmed in an earlier era it may have lost since.
-    era: u32,
+    /// What Redis is still to be told.
     follow_ups: FollowUps,
-    /// Changes are noted in `follow_ups`; otherwise the lists of the next full return will find them.
-    noting: bool,
     /// Onboardings under way in Redis, by device.
     issuing: HashMap<DeviceId, u32>,
-    /// The server run whose data is known to hold everything; `None` asks for a full return.
-    run_id: Option<String>,
-    /// The server run for which the lists of a full return were made. If it is met again, the return
-    /// goes on where it was interrupted.
-    listed_for: Option<String>,
+    /// The run of the server that served last, in this process or the one before.
+    last_run: Option<String>,
+    /// Redis is found to have forgotten something that it knew, by whoever brings it back.
+    has_forgotten: bool,
+    grace: Grace,
     /// When a token was last found missing and everything was carried over for it, by
     /// [`Now::mono_ms`].
     loss_seen_ms: Option<u64>,
     /// Since when Redis does not serve, by `Now::mono_ms`.
     lost_ms: u64,
-    /// Until when an unknown token may yet be carried over by another instance.
-    grace_until_ms: u64,
-    /// Attempts to connect that have ended.
-    attempts: u64,
-    /// Redis has served before.
-    has_served: bool,
+    /// Why, once that is decided.
+    away: Option<Away>,
+    begun: Begun,
     ca: Option<OurCa>,
     foreign_ca: bool,
-    /// Why Redis does not serve, once that is decided.
-    away: Option<Away>,
     stopped: bool,
+}
+
+/// After a return other instances may still have to tell Redis what it does not know.
+#[derive(Clone, Copy, Debug, Default)]
+struct Grace {
+    /// Until then an unknown token is not refused yet, by [`Now::mono_ms`].
+    until_ms: u64,
+    /// When Redis had forgotten something: the time of its return, in seconds since 1970. Tokens that
+    /// were issued by then may be used, although nothing there says so.
+    forgot_before_s: Option<u64>,
+}
+
+/// How far the start has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begun {
+    /// The first attempt to connect has not ended.
+    No,
+    /// Attempts have failed.
+    InMemory,
+    /// Redis has served.
+    InRedis,
 }
 
 impl Failover {
@@ -180,24 +207,21 @@ impl Failover {
         let state = State {
             mode: Mode::Degraded,
             epoch: 0,
-            era: 0,
             follow_ups: FollowUps::default(),
-            noting: false,
             issuing: HashMap::new(),
-            run_id: None,
-            listed_for: None,
+            last_run: rules.run_file.read(),
+            has_forgotten: false,
+            grace: Grace::default(),
             loss_seen_ms: None,
             lost_ms: clock::now().mono_ms,
-            grace_until_ms: 0,
-            attempts: 0,
-            has_served: false,
+            away: None,
+            begun: Begun::No,
             ca: None,
             foreign_ca: false,
-            away: None,
             stopped: false,
         };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        let carry_size = AtomicUsize::new(carry::BATCH);
+        let carry_size = AtomicUsize::new(carry::MOST);
         Failover { remote, memory, ledger, rows, signer, rules, carry_size, state, changed }
     }
 
@@ -219,13 +243,12 @@ impl Failover {
             let waited = self.changed.wait_while(state, away);
             return waited.unwrap_or_else(PoisonError::into_inner).mode == Mode::Primary;
         }
-        let waited = self.changed.wait_timeout_while(state, longest, |state| {
-            state.attempts == 0 && state.mode != Mode::Primary
-        });
+        let waited =
+            self.changed.wait_timeout_while(state, longest, |state| state.begun == Begun::No);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        if state.attempts == 0 && state.mode != Mode::Primary {
+        if state.begun == Begun::No {
             log_failure("no connection within REDIS_CONNECT_TIMEOUT_MS", false);
-            state.attempts = 1;
+            state.begun = Begun::InMemory;
         }
         state.mode == Mode::Primary
     }
@@ -237,24 +260,34 @@ impl Failover {
     }
 }
 
-/// An operation on its way to Redis.
+/// Operations on their way to Redis, begun at one moment.
 struct Sent<'a> {
+    ops: Vec<SentOp<'a>>,
+    /// In which epoch, and over which connections: an operation that has to wait for one is not sent
+    /// to a server that was found meanwhile (`docs/model`, row 30c).
+    epoch: u64,
+    line: u64,
+}
+
+struct SentOp<'a> {
     at: usize,
     op: &'a Op,
+    /// Redis had confirmed the token that is to be consumed (`docs/model`, row 34d).
+    is_confirmed: bool,
 }
 
 impl TokenStore for Failover {
     fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
         let mut answers: Vec<Option<Answer>> = ops.iter().map(|_| None).collect();
-        let (sent, epoch) = self.begin(ops, now, &mut answers);
-        if !sent.is_empty() {
-            let results = if sent.len() == ops.len() {
-                self.remote.run(ops, now)
+        let sent = self.begin(ops, now, &mut answers);
+        if !sent.ops.is_empty() {
+            let results = if sent.ops.len() == ops.len() {
+                self.remote.run_on(sent.line, ops, now)
             } else {
-                let remote_ops: Vec<Op> = sent.iter().map(|sent| sent.op.clone()).collect();
-                self.remote.run(&remote_ops, now)
+                let remote_ops: Vec<Op> = sent.ops.iter().map(|sent| sent.op.clone()).collect();
+                self.remote.run_on(sent.line, &remote_ops, now)
             };
-            self.end(&sent, results, epoch, now, &mut answers);
+            self.end(&sent, results, now, &mut answers);
         }
         answers.into_iter().map(|answer| answer.unwrap_or(Err(StoreError::Undecided))).collect()
     }
@@ -280,24 +313,25 @@ impl TokenStore for Failover {
 // The way of a batch.
 impl Failover {
     /// Answers from memory what memory is to answer, and begins the rest.
-    fn begin<'a>(
-        &self,
-        ops: &'a [Op],
-        now: Now,
-        answers: &mut [Option<Answer>],
-    ) -> (Vec<Sent<'a>>, u64) {
+    fn begin<'a>(&self, ops: &'a [Op], now: Now, answers: &mut [Option<Answer>]) -> Sent<'a> {
         let mut state = self.settled(now);
-        let mut sent = Vec::new();
+        let mut sent = Sent { ops: Vec::new(), epoch: state.epoch, line: self.remote.line() };
         for (at, (op, answer)) in ops.iter().zip(answers).enumerate() {
             *answer = match state.mode {
                 Mode::Primary => self.begin_in_redis(&mut state, op, now),
                 _ => Some(self.answer_from_memory(&mut state, op, now)),
             };
             if answer.is_none() {
-                sent.push(Sent { at, op });
+                sent.ops.push(SentOp { at, op, is_confirmed: self.is_confirmed(op, now) });
             }
         }
-        (sent, state.epoch)
+        sent
+    }
+
+    /// Redis is known to have had the token.
+    fn is_confirmed(&self, op: &Op, now: Now) -> bool {
+        let Op::Consume(token, _) = op else { return false };
+        self.memory.live(&token.hash, now).is_some_and(|copy| copy.in_redis == InRedis::Confirmed)
     }
 
     /// The state in which the batch is answered. In the last round of a carry-over, and while idle
@@ -319,26 +353,19 @@ impl Failover {
                 Failover::begin_issue(state, &new.token);
                 None
             }
-            Op::Consume(token, serial) => self.begin_consume(token, *serial, now),
+            Op::Consume(token, serial) => self.begin_consume(state, token, *serial, now),
             _ => None,
         }
     }
 
     /// Reads what Redis has answered, each operation for itself.
-    fn end(
-        &self,
-        sent: &[Sent<'_>],
-        results: Vec<Answer>,
-        epoch: u64,
-        now: Now,
-        answers: &mut [Option<Answer>],
-    ) {
+    fn end(&self, sent: &Sent<'_>, results: Vec<Answer>, now: Now, answers: &mut [Option<Answer>]) {
         let mut state = locked(&self.state);
-        self.notice(&mut state, &results, epoch);
-        let late = state.epoch != epoch;
-        for (Sent { at, op }, result) in sent.iter().zip(results) {
-            let answer = self.answered(&mut state, op, result, late, now);
-            if let Some(slot) = answers.get_mut(*at) {
+        self.notice(&mut state, &results, sent.epoch);
+        let late = state.epoch != sent.epoch;
+        for (sent, result) in sent.ops.iter().zip(results) {
+            let answer = self.end_one(&mut state, sent, result, late, now);
+            if let Some(slot) = answers.get_mut(sent.at) {
                 *slot = Some(answer);
             }
         }
@@ -348,14 +375,22 @@ impl Failover {
     }
 
     /// The answer to one operation that went to Redis. `late`: Redis was lost meanwhile.
-    fn answered(&self, state: &mut State, op: &Op, result: Answer, late: bool, now: Now) -> Answer {
-        match op {
-            Op::Issue(new) => self.issue_answered(state, new, result, late, now),
-            Op::Look(device) => self.look_answered(device, result, now),
+    fn end_one(
+        &self,
+        state: &mut State,
+        sent: &SentOp<'_>,
+        result: Answer,
+        late: bool,
+        now: Now,
+    ) -> Answer {
+        match sent.op {
+            Op::Issue(new) => self.end_issue(state, new, result, late, now),
+            Op::Look(device) => self.end_look(device, result, now),
             Op::Consume(token, serial) => {
-                self.consume_answered(state, token, *serial, result, late, now)
+                let attempt = Attempt { token, serial: *serial, is_confirmed: sent.is_confirmed };
+                self.end_consume(state, &attempt, result, late, now)
             }
-            Op::Kill(kill) => self.kill_answered(state, kill, result, late, now),
+            Op::Kill(kill) => self.end_kill(state, kill, result, late, now),
             Op::GiveBack(token, serial) => {
                 let withdrawn = result.is_ok() && !late;
                 self.given_back(state, token, *serial, withdrawn, now)
@@ -386,7 +421,7 @@ impl Failover {
                 self.memory.remove(&token.hash);
                 // The mark takes token and lease with it, and is listed at the return in any case.
                 match self.ledger.mark_of(&token.hash) {
-                    Some(_) => state.note_mark(token.hash),
+                    Some(_) => state.follow_ups.mark(token.hash),
                     None => state.follow_ups.remove(token.clone()),
                 }
                 Ok(Outcome::Done)
@@ -400,7 +435,7 @@ impl Failover {
     /// one that Redis may have lost while an attempt had it. If it is used after all, it stays here.
     fn carry_again(&self, state: &mut State, hash: &TokenHash, now: Now) {
         if self.memory.live(hash, now).is_some() {
-            state.note_carry(*hash);
+            state.follow_ups.carry(*hash);
         }
     }
 }
@@ -435,7 +470,6 @@ impl Failover {
     fn doubt(&self, state: &mut State, mode: Mode, why: &str) {
         self.lose(state);
         state.mode = mode;
-        state.noting = true;
         log::info!("Redis connection lost ({why}), connecting anew");
     }
 
@@ -443,6 +477,10 @@ impl Failover {
     fn degrade(&self, state: &mut State, down: &Down) {
         if state.mode == Mode::Primary {
             self.lose(state);
+        }
+        // An interrupted return may go on.
+        if state.mode != Mode::Returning {
+            state.follow_ups.abandon();
         }
         let then = match self.rules.required {
             true => "nothing is issued or redeemed until it is back",
@@ -456,24 +494,9 @@ impl Failover {
 
     fn lose(&self, state: &mut State) {
         state.epoch += 1;
-        state.noting = false;
         state.lost_ms = clock::now().mono_ms;
         self.remote.disconnect();
         self.changed.notify_all();
-    }
-}
-
-impl State {
-    fn note_carry(&mut self, hash: TokenHash) {
-        if self.noting || self.mode == Mode::Primary {
-            self.follow_ups.carry(hash);
-        }
-    }
-
-    fn note_mark(&mut self, hash: TokenHash) {
-        if self.noting || self.mode == Mode::Primary {
-            self.follow_ups.mark(hash);
-        }
     }
 }
 

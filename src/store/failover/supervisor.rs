@@ -4,7 +4,7 @@
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use super::{Failover, Mode, State, log_failure};
+use super::{Begun, Failover, Mode, State, log_failure};
 use crate::clock;
 use crate::store::{Away, Down, StoreError, locked};
 
@@ -21,7 +21,9 @@ impl Failover {
     /// [`Failover::stop`].
     pub fn supervise(&self) {
         let mut back_off = BACK_OFF;
+        let mut kept = locked(&self.state).last_run.clone();
         loop {
+            self.keep_run(&mut kept);
             let state = locked(&self.state);
             let idle = |state: &mut State| {
                 !state.stopped && state.mode == Mode::Primary && state.follow_ups.is_empty()
@@ -52,12 +54,27 @@ impl Failover {
         }
     }
 
+    /// Keeps the run id on disk, once no grace depends on its being another one than before.
+    fn keep_run(&self, kept: &mut Option<String>) {
+        let run_id = {
+            let state = locked(&self.state);
+            let still = state.grace.forgot_before_s.is_some()
+                && clock::now().mono_ms < state.grace.until_ms;
+            state.last_run.clone().filter(|run_id| !still && kept.as_ref() != Some(run_id))
+        };
+        let Some(run_id) = run_id else { return };
+        if let Err(error) = self.rules.run_file.write(&run_id) {
+            log::warn!("{error}");
+        }
+        *kept = Some(run_id);
+    }
+
     /// Nobody has asked Redis for a while, so nobody would notice that it was started again, perhaps
     /// with older data.
     fn look(&self) {
         let (epoch, run_id) = {
             let state = locked(&self.state);
-            (state.epoch, state.run_id.clone())
+            (state.epoch, state.follow_ups.run_id().cloned())
         };
         if let Err(error) = self.remote.look(run_id.as_deref(), clock::now()) {
             self.notice(&mut locked(&self.state), &[Err(error)], epoch);
@@ -74,7 +91,8 @@ impl Failover {
     /// The attempt to bring Redis back failed: one warning an outage.
     fn stay_away(&self, down: &Down) {
         let mut state = locked(&self.state);
-        if state.attempts == 0 {
+        if state.begun == Begun::No {
+            state.begun = Begun::InMemory;
             log_failure(&down.why, self.rules.required);
         } else if state.mode != Mode::Degraded {
             self.degrade(&mut state, down);
@@ -84,11 +102,8 @@ impl Failover {
         state.away = Some(Away::from(down));
         state.mode = Mode::Degraded;
         if state.follow_ups.len() > FOLLOW_UPS_MOST {
-            state.listed_for = None;
+            state.follow_ups.abandon();
         }
-        // An interrupted return may go on, if nothing that comes to be is left out.
-        state.noting = state.listed_for.is_some();
-        state.attempts += 1;
         self.remote.disconnect();
         self.changed.notify_all();
     }

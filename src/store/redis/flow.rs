@@ -34,7 +34,7 @@
 //! Look, Kill, Tell (see `rows`)
 //! GiveBack ─ CAD mark
 //! Finish ─── CAD lease · DEL token · ZREM live      (TakeBack too)
-//! Mark ───── SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
+//! Mark ───── GET mark · SET mark · ZREM live · GET lease · DEL token     (then Finish, if leased)
 //! Carry ──── SET token · GET mark ─▶ unmarked ── ZADD live · SET lease NX
 //! Count ──── ZCOUNT live · TIME
 //! Prune ──── ZREM live · ZRANGEBYSCORE live     (with every some issues)
@@ -158,7 +158,9 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
                 None => Box::new(issue),
             }
         }
-        Op::TakeBack(token) | Op::Finish(token) => Box::new(Remove { token: token.clone() }),
+        Op::TakeBack(token) | Op::Finish(token) => {
+            Box::new(Remove { token: token.clone(), then: Outcome::Done })
+        }
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
         Op::GiveBack(token, serial) => {
             Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
@@ -167,7 +169,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
         Op::Kill(kill) => Killing::new(Kill::clone(kill), Then::Kill, now).raise(context),
         Op::Tell(device, row) => {
             let kill = Kill { device: device.clone(), row: row.clone(), seen: Seen::default() };
-            Box::new(LookAgain(Killing::new(kill, Then::Tell, now)))
+            Box::new(LookAgain(Killing::new(kill, Then::Tell { was_lost: false }, now)))
         }
         Op::Count => Box::new(Count { now, by_redis_ms: context.clock.at(now) }),
         Op::Mark(hash, mark, claims) => {
@@ -177,6 +179,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
                 mark: *mark,
                 claims: claims.clone(),
                 token: token.filter(|token| token.hash == *hash),
+                now,
             })
         }
         Op::Carry(token, left_ms) => {
@@ -574,6 +577,7 @@ impl Flow for Withdraw {
 /// The token is used up, or was never handed out: lease, token and count go.
 struct Remove {
     token: Token,
+    then: Outcome,
 }
 
 impl Flow for Remove {
@@ -582,7 +586,7 @@ impl Flow for Remove {
     }
 
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(Outcome::Done)))
+        Next::of(Replies::all_or_error(replies).and_then(|_| Next::done(self.then)))
     }
 }
 
@@ -613,8 +617,8 @@ impl Flow for Count {
     }
 }
 
-/// Carry-over of what is known here as used or killed: our mark without `NX` (a foreign one may be
-/// tentative and withdrawn), then the token goes (`docs/model`, row 20).
+/// Carry-over of what is known here as used or killed: whether there is a mark, then ours without `NX`
+/// (a foreign one may be tentative and withdrawn), then the token goes (`docs/model`, row 20).
 struct Enter {
     hash: TokenHash,
     mark: Mark,
@@ -622,11 +626,13 @@ struct Enter {
     /// The token itself, where it can be made again. Of one that an earlier run of this instance
     /// redeemed, only hash and times are known; the lease may still show it whole.
     token: Option<Token>,
+    now: Now,
 }
 
 impl Flow for Enter {
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         let (mark, lasts_ms) = (layout.mark(self.mark), lasts_ms(&self.claims, now));
+        out.push(&layout.get_mark(&self.hash));
         out.push(&layout.set_mark(&self.hash, &mark, lasts_ms));
         out.push(&layout.remove_live(&self.hash));
         out.push(&layout.get_lease(&self.claims.device_id));
@@ -637,15 +643,17 @@ impl Flow for Enter {
 
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
+            let lives = self.claims.exp > self.now.unix_s();
+            let then = Outcome::Marked { was_lost: replies.text()?.is_none() && lives };
             replies.skip();
             replies.skip();
             match replies.text()?.filter(|lease| TokenHash::of(lease) == self.hash) {
                 Some(compact) => {
                     let token =
                         Token { compact: compact.into(), hash: self.hash, claims: self.claims };
-                    Next::trip(Remove { token })
+                    Next::trip(Remove { token, then })
                 }
-                None => Next::done(Outcome::Done),
+                None => Next::done(then),
             }
         }))
     }

@@ -35,7 +35,7 @@ use crate::config;
 use crate::jwt::Signer;
 use crate::metrics::Metrics;
 use crate::store::failover::{Hello, OurCa, Remote};
-use crate::store::{Answer, Down, Op, Status, StoreError, TokenStore};
+use crate::store::{Answer, Down, Op, Status, StoreError};
 
 use command::Commands;
 use connection::Connection;
@@ -102,28 +102,18 @@ impl RedisStore {
     }
 }
 
-impl TokenStore for RedisStore {
-    fn run(&self, ops: &[Op], now: Now) -> Vec<Answer> {
+impl RedisStore {
+    fn run(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer> {
         let mut flows: Vec<Running> =
             ops.iter().map(|op| Running::new(flow::of(op, &self.context, now))).collect();
         flows.extend(self.prune(ops, now).map(|flow| Running::new(Box::new(flow))));
         let deadline = Instant::now() + self.timeout;
-        if let Err(broken) = self.run_flows(&mut flows, deadline, now) {
+        if let Err(broken) = self.run_flows(&mut flows, line, deadline, now) {
             self.metrics.redis_failures.add(1);
             flows.iter_mut().for_each(|flow| flow.fail(&broken));
         }
         flows.truncate(ops.len());
         flows.into_iter().map(Running::into_answer).collect()
-    }
-
-    fn status(&self) -> Status {
-        Status {
-            redis_enabled: true,
-            redis_serves: self.pool.is_open(),
-            round_trip: Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed)),
-            clock_is_ahead_ms: self.context.clock.ours_is_ahead_ms(clock::now()),
-            ..Status::default()
-        }
     }
 }
 
@@ -139,8 +129,14 @@ impl RedisStore {
 
     /// Round trip after round trip until every flow has its answer. A connection that failed is
     /// closed, and its flows are not run again.
-    fn run_flows(&self, flows: &mut [Running], deadline: Instant, now: Now) -> Result<(), Down> {
-        let mut connection = self.pool.take(deadline)?;
+    fn run_flows(
+        &self,
+        flows: &mut [Running],
+        line: u64,
+        deadline: Instant,
+        now: Now,
+    ) -> Result<(), Down> {
+        let mut connection = self.pool.take(line, deadline)?;
         while flows.iter().any(Running::is_waiting) {
             let mut commands = Commands::default();
             let counts: Vec<usize> = flows
@@ -213,6 +209,23 @@ impl Running {
 }
 
 impl Remote for RedisStore {
+    fn line(&self) -> u64 {
+        self.pool.generation()
+    }
+
+    fn run_on(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer> {
+        self.run(line, ops, now)
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            redis_enabled: true,
+            redis_serves: self.pool.is_open(),
+            round_trip: Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed)),
+            clock_is_ahead_ms: self.context.clock.ours_is_ahead_ms(clock::now()),
+            ..Status::default()
+        }
+    }
     fn connect(&self, ca: Option<&OurCa>) -> Result<Hello, StoreError> {
         if let Some(ca) = ca {
             self.context.mac_key.get_or_init(|| ca.mac_key.clone());

@@ -74,10 +74,18 @@ impl Pool {
         })
     }
 
-    /// An idle connection, or one that another worker puts back before the deadline.
-    pub fn take(&self, deadline: Instant) -> Result<Connection, Down> {
+    /// Counts up whenever connections are closed or made.
+    pub fn generation(&self) -> u64 {
+        locked(&self.state).generation
+    }
+
+    /// An idle connection of this generation, or one that another worker puts back before the deadline.
+    pub fn take(&self, generation: u64, deadline: Instant) -> Result<Connection, Down> {
         let mut state = locked(&self.state);
         loop {
+            if state.generation != generation {
+                return Err(self.server.lost("connected anew meanwhile", false));
+            }
             if let Some(connection) = state.idle.pop() {
                 return Ok(connection);
             }

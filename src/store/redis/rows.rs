@@ -22,10 +22,10 @@ use super::layout::Layout;
 use super::reply::{Replies, Reply, is_denied};
 use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::devices::{Row, codec};
+use crate::devices::{Bound, Row, codec};
 use crate::jwt::{Token, TokenHash};
 use crate::store::ledger::lasts_ms;
-use crate::store::{Dead, Kill, Outcome, Seen, StoreError};
+use crate::store::{Dead, Kill, Outcome, Seen, StoreError, Told};
 
 /// How often a row is read again because others change it at the same time.
 const TRIES: u8 = 2;
@@ -82,7 +82,10 @@ impl Flow for LookOnce {
 /// What a raised bound is for.
 pub(super) enum Then {
     Kill,
-    Tell,
+    Tell {
+        /// See [`Told`].
+        was_lost: bool,
+    },
     Replace(Issue),
 }
 
@@ -118,7 +121,10 @@ impl Killing {
         match then {
             Then::Replace(issue) => replaced(issue, dead, now, replies),
             Then::Kill => Next::done(Outcome::Killed(killed(dead, replies)?)),
-            Then::Tell => Next::done(Outcome::Told(Box::new((kill.row, killed(dead, replies)?)))),
+            Then::Tell { was_lost } => {
+                let told = Told { row: kill.row, dead: killed(dead, replies)?, was_lost };
+                Next::done(Outcome::Told(Box::new(told)))
+            }
         }
     }
 }
@@ -217,6 +223,11 @@ impl Flow for LookAgain {
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(context.seen(&self.0.kill.device, replies).and_then(|seen| {
             let mut killing = self.0;
+            if let Then::Tell { was_lost } = &mut killing.then {
+                let Bound { t, .. } = killing.kill.row.bound;
+                *was_lost |=
+                    t > seen.row.bound.t && killing.kill.row.bound.is_recent(killing.now.unix_s());
+            }
             killing.kill.seen = seen;
             let raise = Raise::new(killing, context);
             if raise.news.is_none() && raise.killing.dead().is_none() {
