@@ -117,8 +117,8 @@ impl Record {
         for entry in certs.read_dir().map_err(unreadable)? {
             let name = entry.map_err(unreadable)?.file_name();
             let name = name.to_str().and_then(|n| n.strip_suffix(".pem")).unwrap_or_default();
-            let serial = Serial::from_hex(name).filter(|serial| format!("{serial:X}") == name);
-            strays.extend(serial.filter(|serial| rows.by_serial(serial).is_none()));
+            let stray = Serial::from_hex(name).filter(|serial| rows.by_serial(serial).is_none());
+            strays.extend(stray.filter(|serial| format!("{serial:X}") == name));
         }
         Ok(strays)
     }
