@@ -11,9 +11,8 @@
 //!                                  devices (rows) ◀──┘   └──▶ ca (CSR, sign, record, CRL)
 //! ```
 //!
-//! Each lane is for one kind of work, so that what signs and waits for the disk delays nothing else.
-//! What is large, the CRL, has a lane of its own too, where at most 16 wait: a reply of half a
-//! megabyte would hold up whatever came down the lane behind it.
+//! Each lane is for one kind of work, so that what signs and waits for the disk delays nothing else:
+//! [`http::LaneKind`] is the table of kinds.
 //!
 //! The modules below stand in reading order, and each imports only what stands in its row or above:
 //!
@@ -32,7 +31,9 @@
 //! - *lane*: the way of requests from the edge to one worker: a Unix connection, on which only requests
 //!   travel, and the edge's inbox, in which the answers come back.
 //! - *session*: one connection as the edge sees it, from its beginning to its end.
-//! - *place*: a connection's number among those that there may be; another has it later.
+//! - *place*: a connection's number among those that there may be; another has it later, of another
+//!   *generation*.
+//! - *private field*: what the edge tells a worker of a request beside what the client has sent.
 //! - *ticket*: what the edge keeps of a request that it has handed on.
 //! - *mark*: says in Redis that a token is used or killed, and outlives the token.
 //! - *lease*: says in Redis which token holds a device, of which it is the only one.

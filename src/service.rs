@@ -466,7 +466,7 @@ impl Running<'_> {
         }
         let answering = self.answering.clone();
         // Nobody listens any more only if the process is ending.
-        self.server.prove(move || drop(answering.send(Event::Answering)));
+        self.server.edge.prove(move || drop(answering.send(Event::Answering)));
         let status = self.store.tokens.status();
         manager.status(match (status.redis_enabled, status.redis_serves) {
             (_, true) => "Tokens are in Redis",
@@ -486,8 +486,8 @@ impl Running<'_> {
             Ok(later) => later,
             Err(error) => return log::error!("SIGHUP: everything stays as it was: {error}"),
         };
-        let shown = later.tls.as_ref();
-        if let Some(Err(error)) = shown.map(|shown| self.server.replace_certificate(shown)) {
+        let shown = later.tls.clone();
+        if let Some(Err(error)) = shown.map(|shown| self.server.edge.replace_certificate(shown)) {
             return log::error!("SIGHUP: everything stays as it was: {error}");
         }
         self.api.reload(&later);

@@ -33,7 +33,7 @@ use rate_limit::OnboardingLimits;
 use refusals::{Refusals, Sum};
 pub use request::Request;
 use routes::{Asked, Caller, Endpoint, endpoint};
-pub use routes::{classify, endpoints};
+pub use routes::{classify, endpoints, lane_kinds};
 
 /// The API over a provisioner.
 pub struct Api {

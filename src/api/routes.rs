@@ -63,89 +63,90 @@ pub(super) struct Asked<'a> {
     pub caller: Caller,
 }
 
-/// What most endpoints have in common.
-const ROUTE: Route = Route {
-    method: Method::Get,
-    path: "",
-    what: "",
-    lane: LaneKind::Plain,
-    credentials: Credentials::None,
-    fields: &[],
-    plan: operations::list,
-};
+/// A row with what most endpoints have in common.
+const fn route(method: Method, path: &'static str, what: &'static str, plan: Handler) -> Route {
+    Route {
+        method,
+        path,
+        what,
+        lane: LaneKind::Plain,
+        credentials: Credentials::None,
+        fields: &[],
+        plan,
+    }
+}
 
 /// All endpoints; `HEAD` and `OPTIONS` come with them.
 pub(super) const ROUTES: &[Route] = &[
     Route {
-        method: Method::Post,
-        path: "/api/v1/onboarding",
-        what: "issue a provisioning token",
         credentials: Credentials::OnboardingKey,
         fields: &["device_id", "replace"],
-        plan: onboarding::plan,
-        ..ROUTE
+        ..route(Method::Post, "/api/v1/onboarding", "issue a provisioning token", onboarding::plan)
     },
     Route {
-        method: Method::Post,
-        path: "/api/v1/sign-csr",
-        what: "redeem a token for a certificate",
         lane: LaneKind::Certificate,
         credentials: Credentials::Token,
         fields: &["csr", "device_id", "provisioning_token", "user_id"],
-        plan: sign_csr::plan,
+        ..route(
+            Method::Post,
+            "/api/v1/sign-csr",
+            "redeem a token for a certificate",
+            sign_csr::plan,
+        )
     },
+    route(
+        Method::Get,
+        "/api/v1/certificates/{device_id}/status",
+        "a device's newest certificate",
+        certificates::status,
+    ),
+    route(
+        Method::Get,
+        "/api/v1/certificates/{id}/download",
+        "a certificate and its CA",
+        certificates::download,
+    ),
     Route {
-        path: "/api/v1/certificates/{device_id}/status",
-        what: "a device's newest certificate",
-        plan: certificates::status,
-        ..ROUTE
-    },
-    Route {
-        path: "/api/v1/certificates/{id}/download",
-        what: "a certificate and its CA",
-        plan: certificates::download,
-        ..ROUTE
-    },
-    Route {
-        method: Method::Delete,
-        path: "/api/v1/certificates/{device_id}",
-        what: "revoke a device (admin)",
         credentials: Credentials::AdminKey,
-        plan: certificates::revoke,
-        ..ROUTE
+        ..route(
+            Method::Delete,
+            "/api/v1/certificates/{device_id}",
+            "revoke a device (admin)",
+            certificates::revoke,
+        )
     },
     Route {
-        method: Method::Post,
-        path: "/api/v1/renew",
-        what: "another certificate, by the present one",
         lane: LaneKind::Certificate,
         credentials: Credentials::ClientCertificate,
         fields: &["csr"],
-        plan: renew::plan,
+        ..route(
+            Method::Post,
+            "/api/v1/renew",
+            "another certificate, by the present one",
+            renew::plan,
+        )
     },
-    Route { path: "/api/v1/ca", what: "the CA certificate", plan: certificates::ca, ..ROUTE },
+    route(Method::Get, "/api/v1/ca", "the CA certificate", certificates::ca),
     Route {
-        path: "/api/v1/crl",
-        what: "the list of revoked certificates",
         lane: LaneKind::Bulk,
-        plan: certificates::crl,
-        ..ROUTE
+        ..route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl)
     },
-    Route { path: "/health", what: "how the service is", plan: operations::health, ..ROUTE },
-    Route {
-        path: "/ready",
-        what: "whether it can issue and sign",
-        plan: operations::ready,
-        ..ROUTE
-    },
-    Route {
-        path: "/metrics",
-        what: "what was counted, for Prometheus",
-        plan: operations::metrics,
-        ..ROUTE
-    },
-    Route { path: "/api", what: "this list", plan: operations::list, ..ROUTE },
+    route(Method::Get, "/health", "how the service is", operations::health),
+    route(Method::Get, "/ready", "whether it can issue and sign", operations::ready),
+    route(Method::Get, "/metrics", "what was counted, for Prometheus", operations::metrics),
+    route(Method::Get, "/api", "this list", operations::list),
 ];
+
+/// The kinds of lanes that the endpoints need.
+pub fn lane_kinds() -> Vec<LaneKind> {
+    let mut kinds = Vec::new();
+    for route in ROUTES {
+        if !kinds.contains(&route.lane) {
+            kinds.push(route.lane);
+        }
+    }
+    kinds
+}
 
 /// Method and pattern of each endpoint, for [`Metrics::new`](crate::metrics::Metrics::new).
 pub fn endpoints() -> impl Iterator<Item = (String, &'static str)> {

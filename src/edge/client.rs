@@ -4,14 +4,14 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 
 use super::poll::{Interest, Watched, is_transient};
-use super::tls::{Received, Stream};
+use super::tls::{RECORD, Received, Stream};
 use super::unsent::Unsent;
 
 /// One connection's socket.
 pub struct Client {
     stream: Watched<TcpStream>,
     tls: Tls,
-    /// What the socket did not take yet.
+    /// What the socket did not take yet, encrypted if it has to be.
     out: Unsent,
 }
 
@@ -27,10 +27,8 @@ pub enum Tls {
 
 /// What a read gave.
 pub enum Input {
-    /// So many bytes in the buffer.
-    Bytes(usize),
-    /// Bytes that were encrypted, in the other buffer.
-    Decrypted,
+    /// Bytes, decrypted if they have to be.
+    Bytes,
     /// A step of the TLS handshake is to be computed.
     Handshake,
     /// Nothing yet.
@@ -69,7 +67,7 @@ impl Client {
 
     /// Nothing is left to write.
     pub fn is_flushed(&self) -> bool {
-        self.out.is_empty() && self.secure().is_none_or(Stream::is_flushed)
+        self.out.is_empty()
     }
 
     fn secure(&self) -> Option<&Stream> {
@@ -79,7 +77,7 @@ impl Client {
         }
     }
 
-    /// Reads once: into `buf` what is not encrypted, into `plain` what was.
+    /// Reads once, by way of `buf`, and appends what comes to `plain`, decrypted.
     ///
     /// # Errors
     /// When the connection is broken.
@@ -95,17 +93,18 @@ impl Client {
             Err(e) if is_transient(&e) => return Ok(Input::Nothing),
             Err(e) => return Err(e),
         };
-        match &mut self.tls {
-            Tls::Here(tls) if tls.is_handshaking() => {
-                tls.put(buf.get(..n).unwrap_or_default());
-                Ok(Input::Handshake)
-            }
-            Tls::Here(tls) => {
-                let received = tls.receive(buf.get_mut(..n).unwrap_or_default(), plain);
-                self.understood(received, plain)
-            }
-            Tls::None | Tls::Away(_) => Ok(Input::Bytes(n)),
+        let bytes = buf.get(..n).unwrap_or_default();
+        let Tls::Here(tls) = &mut self.tls else {
+            plain.extend_from_slice(bytes);
+            return Ok(Input::Bytes);
+        };
+        tls.put(bytes);
+        if tls.is_handshaking() {
+            return Ok(Input::Handshake);
         }
+        let mut output = Vec::new();
+        let received = tls.advance(plain, &mut output);
+        self.understood(received, plain, &output)
     }
 
     /// Lends the TLS for a step of the handshake.
@@ -117,7 +116,7 @@ impl Client {
         }
     }
 
-    /// Takes the TLS back, with what became of the step.
+    /// Takes the TLS back, with what became of the step: what the client sent, and what it gets.
     ///
     /// # Errors
     /// When the connection is broken.
@@ -126,10 +125,11 @@ impl Client {
         tls: Box<Stream>,
         outcome: Result<Received, rustls::Error>,
         plain: &[u8],
+        output: &[u8],
     ) -> io::Result<Input> {
         self.tls = Tls::Here(tls);
         self.resume()?;
-        self.understood(outcome, plain)
+        self.understood(outcome, plain, output)
     }
 
     /// Whether the TLS is lent.
@@ -147,10 +147,11 @@ impl Client {
         &mut self,
         received: Result<Received, rustls::Error>,
         plain: &[u8],
+        output: &[u8],
     ) -> io::Result<Input> {
-        self.push()?;
+        self.write(output, 0)?;
         Ok(match received {
-            Ok(_) if !plain.is_empty() => Input::Decrypted,
+            Ok(_) if !plain.is_empty() => Input::Bytes,
             Ok(Received::Taken) => Input::Nothing,
             Ok(Received::End) => Input::End,
             Err(e) => {
@@ -160,19 +161,31 @@ impl Client {
         })
     }
 
-    /// Writes `bytes`, keeping what the socket does not take; `to_come` more will follow.
+    /// Sends `bytes`; `to_come` more will follow.
     ///
     /// # Errors
     /// When the connection is broken.
     pub fn send(&mut self, bytes: &[u8], to_come: usize) -> io::Result<()> {
-        let taken = match &mut self.tls {
-            _ if !self.out.is_empty() => 0,
-            Tls::None => write(&self.stream, bytes)?,
-            Tls::Here(tls) => tls.send(bytes).map_err(io::Error::other)?,
-            Tls::Away(_) => return Err(io::ErrorKind::NotConnected.into()),
-        };
-        self.out.push(rest(bytes, taken), to_come);
-        self.push()
+        if let Tls::None = self.tls {
+            return self.write(bytes, to_come);
+        }
+        let mut to_come = to_come + bytes.len();
+        for piece in bytes.chunks(RECORD) {
+            let Tls::Here(tls) = &mut self.tls else {
+                return Err(io::ErrorKind::NotConnected.into());
+            };
+            let record = tls.encrypt(piece).map_err(io::Error::other)?;
+            to_come -= piece.len();
+            self.write(&record, to_come)?;
+        }
+        Ok(())
+    }
+
+    /// Writes `bytes`, keeping what the socket does not take.
+    fn write(&mut self, bytes: &[u8], to_come: usize) -> io::Result<()> {
+        let taken = if self.out.is_empty() { write(&self.stream, bytes)? } else { 0 };
+        self.out.push(bytes.get(taken..).unwrap_or_default(), to_come);
+        self.watch(self.stream.interest().read)
     }
 
     /// Writes what was kept.
@@ -180,16 +193,11 @@ impl Client {
     /// # Errors
     /// When the connection is broken.
     pub fn push(&mut self) -> io::Result<()> {
-        loop {
+        while !self.out.is_empty() {
             let piece = self.out.first();
-            let done = match &mut self.tls {
-                Tls::None => write(&self.stream, piece)?,
-                Tls::Here(tls) => push_tls(tls, &self.stream, piece)?,
-                Tls::Away(_) => 0,
-            };
-            let whole = done == piece.len();
-            self.out.advance(done);
-            if !whole || self.out.is_empty() {
+            let (n, most) = (write(&self.stream, piece)?, piece.len());
+            self.out.advance(n);
+            if n < most {
                 break;
             }
         }
@@ -222,39 +230,13 @@ impl Client {
     /// # Errors
     /// When the connection is broken.
     pub fn linger(&mut self) -> io::Result<()> {
-        if let Tls::Here(tls) = &mut self.tls {
-            tls.close();
-            push_tls(tls, &self.stream, &[])?;
-        }
         // The keys are of no use any more.
-        self.tls = Tls::None;
+        if let Tls::Here(mut tls) = std::mem::replace(&mut self.tls, Tls::None) {
+            self.write(&tls.close(), 0)?;
+        }
         self.stream.shutdown(Shutdown::Write)?;
         self.resume()
     }
-}
-
-/// Encrypts a record at a time, when the last one is out: what waits is held once, in the clear.
-/// Returns how many of `bytes` are done with.
-fn push_tls(tls: &mut Stream, stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
-    let mut done = 0;
-    loop {
-        while !tls.is_flushed() {
-            let n = write(stream, tls.output())?;
-            if n == 0 {
-                return Ok(done);
-            }
-            tls.advance_output(n);
-        }
-        let n = tls.send(rest(bytes, done)).map_err(io::Error::other)?;
-        if n == 0 {
-            return Ok(done);
-        }
-        done += n;
-    }
-}
-
-fn rest(bytes: &[u8], done: usize) -> &[u8] {
-    bytes.get(done..).unwrap_or_default()
 }
 
 fn write(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {

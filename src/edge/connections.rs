@@ -1,5 +1,4 @@
-//! All connections: who is let in, who has to go, and what they may hold. What happens on one of them
-//! is done in [`super::serve`].
+//! All connections: who is let in, who has to go, what they may hold, and what their sessions are told.
 
 use std::cmp::Reverse;
 use std::io;
@@ -7,27 +6,18 @@ use std::net::{IpAddr, TcpStream};
 use std::sync::Arc;
 
 use super::client::{Client, Tls};
-use super::lane::Lanes;
+use super::head::Origin;
 use super::limits::{Budget, Held, PerAddress, counted_as};
-use super::listen::Arrival;
 use super::poll::{Interest, Poll, Watched};
-use super::proxies::Networks;
-use super::render::Date;
-use super::session::Session;
+use super::proxies::is_trusted;
+use super::session::{Event, Session, Step};
 use super::settings::{Settings, Wait};
 use super::timers::{Lists, Timers};
-use super::tls::{Acceptor, Handshakes};
+use super::tls::{HandshakeStep, Handshakes};
 use crate::clock::Now;
+use crate::config::Http;
 use crate::http::Classify;
 use crate::metrics::EdgeCounters;
-
-/// What TLS takes.
-pub struct Secure {
-    /// Makes the server's side of a connection.
-    pub acceptor: Arc<Acceptor>,
-    /// Computes its handshake.
-    pub handshakes: Handshakes,
-}
 
 /// One connection.
 pub struct Connection {
@@ -36,11 +26,11 @@ pub struct Connection {
     /// Its socket.
     pub client: Client,
     /// The peer, which may be a proxy.
-    pub peer: IpAddr,
+    peer: IpAddr,
     /// The peer is a trusted proxy.
-    pub is_proxy: bool,
+    is_proxy: bool,
     /// No other connection has had this number.
-    pub serial: u64,
+    generation: u64,
     /// Bytes that the budget counts for it.
     counted: Held,
 }
@@ -60,57 +50,65 @@ impl Connection {
 
 /// All connections, each in a place of its own.
 pub struct Connections {
-    pub(super) places: Vec<Option<Connection>>,
+    places: Vec<Option<Connection>>,
     free: Vec<usize>,
-    pub(super) timers: Timers,
+    timers: Timers,
     /// One list: the connection whose last request came longest ago (or that was accepted then) stands
     /// in front.
-    pub(super) ages: Lists<1>,
+    ages: Lists<1>,
     per_address: PerAddress,
     budget: Budget,
     /// With TLS.
-    pub(super) secure: Option<Secure>,
-    pub(super) proxies: Networks,
-    pub(super) classify: Classify,
-    pub(super) counters: Arc<EdgeCounters>,
-    /// The number of the latest request or connection.
-    number: u64,
-    pub(super) date: Date,
-    /// What was just decrypted.
-    pub(super) plain: Vec<u8>,
-    /// The request that is being read, and the reply that is being written.
-    pub(super) request_bytes: Vec<u8>,
-    pub(super) reply_bytes: Vec<u8>,
-    max_per_address: usize,
+    handshakes: Option<Handshakes>,
+    http: Http,
+    classify: Classify,
+    counters: Arc<EdgeCounters>,
+    /// Of the latest connection.
+    generation: u64,
 }
 
 impl Connections {
     /// An empty table.
-    pub fn new(settings: Settings, secure: Option<Secure>) -> Self {
-        let size = settings.max_connections;
+    pub fn new(settings: Settings, handshakes: Option<Handshakes>) -> Self {
+        let size = settings.http.max_connections;
         Connections {
             places: std::iter::repeat_with(|| None).take(size).collect(),
             free: (0..size).rev().collect(),
-            timers: Timers::new(size, &settings.deadlines),
+            timers: Timers::new(size, settings.deadlines),
             ages: Lists::new(size),
             per_address: PerAddress::default(),
-            budget: Budget::new(settings.max_buffer_bytes),
-            secure,
-            proxies: Networks::new(settings.trusted_proxies),
+            budget: Budget::new(settings.http.max_buffer_bytes),
+            handshakes,
+            http: settings.http,
             classify: settings.classify,
             counters: settings.counters,
-            number: 0,
-            date: Date::default(),
-            plain: Vec::new(),
-            request_bytes: Vec::new(),
-            reply_bytes: Vec::new(),
-            max_per_address: settings.max_connections_per_ip,
+            generation: 0,
         }
     }
 
-    /// Whether no connection is open.
-    pub fn is_empty(&self) -> bool {
-        self.free.len() == self.places.len()
+    /// How many there may be.
+    pub fn places(&self) -> usize {
+        self.places.len()
+    }
+
+    /// How many are open.
+    pub fn open(&self) -> usize {
+        self.places.len() - self.free.len()
+    }
+
+    /// Bytes held for all of them.
+    pub fn held(&self) -> usize {
+        self.budget.held()
+    }
+
+    /// The connection in this place.
+    pub fn get(&mut self, at: usize) -> Option<&mut Connection> {
+        self.places.get_mut(at)?.as_mut()
+    }
+
+    /// The same, if it is still the one of this generation.
+    pub fn get_of(&mut self, at: usize, generation: u64) -> Option<&mut Connection> {
+        self.get(at).filter(|connection| connection.generation == generation)
     }
 
     /// When the next client is late.
@@ -118,53 +116,76 @@ impl Connections {
         self.timers.next_due()
     }
 
-    /// A number for one more request or connection.
-    pub fn next_number(&mut self) -> u64 {
-        self.number += 1;
-        self.number
+    /// A connection that is past its deadline.
+    pub fn expired(&self, now: Now) -> Option<(usize, Wait)> {
+        self.timers.expired(now.mono_ms)
     }
 
-    /// Brings the counters of what is there at this moment up to date.
-    pub fn count(&self, lanes: &Lanes) {
-        self.counters.lanes_lost.set(lanes.losses());
-        self.counters.lanes_down.set(lanes.down());
-        self.counters.open.set((self.places.len() - self.free.len()) as u64);
-        self.counters.held_bytes.set(self.budget.held() as u64);
+    /// Tells a connection's session what has happened. A request that is to be dispatched has this
+    /// `number` and is written to `whole`.
+    pub fn tell(
+        &mut self,
+        at: usize,
+        event: Event<'_>,
+        number: u64,
+        whole: &mut Vec<u8>,
+        now: Now,
+    ) -> Option<Step> {
+        let connection = self.places.get_mut(at)?.as_mut()?;
+        let origin = Origin {
+            number,
+            peer: connection.peer,
+            proxies: connection.is_proxy.then_some(&self.http.trusted_proxies),
+            certificate: connection.client.certificate(),
+            classify: self.classify,
+        };
+        let step = connection.session.on(event, origin, whole);
+        if let Some(wait) = step.begins {
+            self.timers.start(at, wait, now.mono_ms);
+        }
+        Some(step)
+    }
+
+    /// The connection has a request in work.
+    pub fn is_used(&mut self, at: usize) {
+        self.ages.push_back(0, at);
     }
 
     /// Lets a new client in, and closes another connection for it if it must be.
-    pub fn arrived(&mut self, arrival: Arrival, poll: &Poll, first_key: usize, now: Now) {
-        let Arrival::Client(stream, peer) = arrival else {
-            self.counters.accept_pauses.add(1);
-            // What this frees is there for the rest of the process first.
-            let inside = self.places.len() - self.free.len();
-            for _ in 0..(inside / 8).max(1) {
-                self.give_way(|_| true);
-            }
-            return;
-        };
+    pub fn enter(&mut self, stream: TcpStream, peer: IpAddr, poll: &Poll, keys: usize, now: Now) {
         self.counters.accepted.add(1);
-        let is_proxy = self.proxies.contains(peer);
+        let is_proxy = is_trusted(&self.http.trusted_proxies, peer);
         let Some(at) = self.place_for(peer, is_proxy) else {
             self.counters.turned_away.add(1);
             return;
         };
-        let tls = match &self.secure {
-            Some(secure) => secure.acceptor.accept().map(|tls| Tls::Here(Box::new(tls))),
+        let tls = match &self.handshakes {
+            Some(handshakes) => handshakes.accept().map(|tls| Tls::Here(Box::new(tls))),
             None => Ok(Tls::None),
         };
-        match (watch(stream, poll, at + first_key), tls) {
-            (Ok(stream), Ok(tls)) => {
-                self.enter(at, Client::new(stream, tls), peer, is_proxy, now);
-            }
-            (_, Err(e)) => log::error!("no TLS for client {peer}: {e}"),
-            (Err(e), _) => log::debug!("client {peer} was gone at once: {e}"),
+        let client = match (watch(stream, poll, at + keys), tls) {
+            (Ok(stream), Ok(tls)) => Client::new(stream, tls),
+            (_, Err(e)) => return log::error!("no TLS for client {peer}: {e}"),
+            (Err(e), _) => return log::debug!("client {peer} was gone at once: {e}"),
+        };
+        self.free.pop();
+        if !is_proxy {
+            self.per_address.add(peer);
         }
+        self.generation += 1;
+        let (session, wait) = Session::new(self.handshakes.is_some());
+        let (generation, counted) = (self.generation, Held::default());
+        if let Some(place) = self.places.get_mut(at) {
+            *place = Some(Connection { session, client, peer, is_proxy, generation, counted });
+        }
+        self.ages.push_back(0, at);
+        self.timers.start(at, wait, now.mono_ms);
+        self.count_held(at);
     }
 
     /// A free place, if need be that of a connection that gives way.
     fn place_for(&mut self, peer: IpAddr, is_proxy: bool) -> Option<usize> {
-        if !is_proxy && self.per_address.count(peer) >= self.max_per_address {
+        if !is_proxy && self.per_address.count(peer) >= self.http.max_connections_per_ip {
             let site = counted_as(peer);
             if !self.give_way(|other| !other.is_proxy && counted_as(other.peer) == site) {
                 return None;
@@ -176,24 +197,17 @@ impl Connections {
         self.free.last().copied()
     }
 
-    fn enter(&mut self, at: usize, client: Client, peer: IpAddr, is_proxy: bool, now: Now) {
-        self.free.pop();
-        if !is_proxy {
-            self.per_address.add(peer);
+    /// Closes some connections: descriptors or memory are short, and what this frees is there for the
+    /// rest of the process first.
+    pub fn shrink(&mut self) {
+        for _ in 0..(self.open() / 8).max(1) {
+            self.give_way(|_| true);
         }
-        let (session, wait) = Session::new(self.secure.is_some());
-        let (serial, counted) = (self.next_number(), Held::default());
-        if let Some(place) = self.places.get_mut(at) {
-            *place = Some(Connection { session, client, peer, is_proxy, serial, counted });
-        }
-        self.ages.push_back(0, at);
-        self.timers.start(at, wait, now.mono_ms);
-        self.count_held(at);
     }
 
-    /// Closes one of the connections that may go and have no request in work: of those whose address
-    /// has the most, the one whose last request came (or that was accepted) longest ago. False if there
-    /// is none.
+    /// Closes one of the connections that may go and have no request in work, nor its reply on the way:
+    /// of those whose address has the most, the one whose last request came (or that was accepted)
+    /// longest ago. False if there is none.
     fn give_way(&mut self, may_go: impl Fn(&Connection) -> bool) -> bool {
         let Some(at) = self.first_to_go(may_go) else { return false };
         self.counters.gave_way.add(1);
@@ -204,7 +218,7 @@ impl Connections {
     fn first_to_go(&self, may_go: impl Fn(&Connection) -> bool) -> Option<usize> {
         let idle = |at: usize| {
             let connection = self.places.get(at)?.as_ref()?;
-            let is_idle = connection.session.works_on().is_none() && may_go(connection);
+            let is_idle = !connection.session.is_at_work() && may_go(connection);
             is_idle.then(|| (at, self.share(connection)))
         };
         // The longest idle first, so that the search ends early as a rule.
@@ -222,13 +236,15 @@ impl Connections {
     }
 
     /// Closes a connection.
-    pub(super) fn close(&mut self, at: usize) {
+    pub fn close(&mut self, at: usize) {
         let Some(connection) = self.places.get_mut(at).and_then(Option::take) else { return };
         if !connection.is_proxy {
             self.per_address.remove(connection.peer);
         }
-        if let Some(secure) = self.secure.as_ref().filter(|_| connection.client.is_tls_away()) {
-            secure.handshakes.cancel(counted_as(connection.peer), at);
+        if let Some(handshakes) =
+            self.handshakes.as_ref().filter(|_| connection.client.is_tls_away())
+        {
+            handshakes.cancel(at);
         }
         self.budget.change(connection.counted, Held::default());
         self.timers.remove(at);
@@ -236,8 +252,21 @@ impl Connections {
         self.free.push(at);
     }
 
+    /// Has the next step of a TLS handshake computed.
+    pub fn lend_tls(&mut self, at: usize) {
+        let (Some(Some(connection)), Some(handshakes)) =
+            (self.places.get_mut(at), &self.handshakes)
+        else {
+            return;
+        };
+        if let Some(tls) = connection.client.lend_tls() {
+            let step = HandshakeStep { at, generation: connection.generation, tls };
+            handshakes.submit(counted_as(connection.peer), step);
+        }
+    }
+
     /// Brings the budget up to date with what the connection holds. True if that has grown.
-    pub(super) fn count_held(&mut self, at: usize) -> bool {
+    pub fn count_held(&mut self, at: usize) -> bool {
         let Some(connection) = self.places.get_mut(at).and_then(Option::as_mut) else {
             return false;
         };
@@ -249,7 +278,7 @@ impl Connections {
 
     /// Whether the connection, which holds more than before, may keep it; if need be, others are closed
     /// for it.
-    pub(super) fn may_hold(&mut self, at: usize) -> bool {
+    pub fn may_hold(&mut self, at: usize) -> bool {
         let Some(connection) = self.places.get_mut(at).and_then(Option::as_mut) else {
             return true;
         };
@@ -269,7 +298,7 @@ impl Connections {
 
     /// Makes room for so many bytes more: the client that has been slowest to read its reply is closed.
     /// False if there is none left.
-    pub(super) fn make_room(&mut self, more: usize) -> bool {
+    pub fn make_room(&mut self, more: usize) -> bool {
         while !self.budget.fits(more) || (self.budget.replies_are_over() && self.several_write()) {
             let Some(slowest) = self.timers.longest(Wait::Write) else { return false };
             self.close(slowest);

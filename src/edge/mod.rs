@@ -9,19 +9,21 @@
 //! In reading order, and each imports only what stands before it, which a test holds:
 //! - [`settings`] is what all of them use; [`limits`] says what all clients together may hold and
 //!   [`proxies`] who the client is behind a proxy; [`poll`] waits for sockets, [`inbox`] for other
-//!   threads, [`timers`] for deadlines.
+//!   threads, [`timers`] for deadlines; [`fields`] writes what stands in heads.
 //! - [`chunked`] and [`head`] say what is well formed; [`reader`] turns one client's bytes into
 //!   requests, and [`session`] is what happens to one connection from its beginning to its end. No I/O
 //!   in these four.
 //! - [`lane`] is our end of the lanes; [`render`] is what a client gets to read; [`tls`] is one
 //!   connection's encryption; [`unsent`] is what a socket did not take yet, and [`client`] is that
 //!   socket.
-//! - [`listen`] lets clients in; [`connections`] keeps them, [`serve`] does what their sessions want,
+//! - [`listen`] lets clients in; [`connections`] keeps them, [`drive`] does what their sessions want,
 //!   and [`run`] is the loop.
 
 mod chunked;
 mod client;
 mod connections;
+mod drive;
+mod fields;
 pub mod head;
 mod inbox;
 mod lane;
@@ -32,12 +34,12 @@ mod proxies;
 mod reader;
 mod render;
 mod run;
-mod serve;
 mod session;
 mod settings;
 mod timers;
 mod tls;
 mod unsent;
 
-pub use run::{Edge, Handle, OpenError, Outbox};
-pub use settings::{BODY_MAX, Deadlines, LaneAddress, NOBODY, PRIVATE_FIELD, Settings};
+pub use fields::{PRIVATE as PRIVATE_FIELD, Sender, read_private};
+pub use run::{Edge, Handle, Outbox};
+pub use settings::{BODY_MAX, Deadlines, LaneAddress, Settings, Wait};

@@ -8,38 +8,30 @@ use std::net::IpAddr;
 
 use crate::config::Cidr;
 
-/// The networks whose members are trusted.
-#[derive(Clone, Debug, Default)]
-pub struct Networks(Vec<Cidr>);
+/// Whether the address lies in one of the trusted networks.
+pub fn is_trusted(trusted: &[Cidr], address: IpAddr) -> bool {
+    trusted.iter().any(|network| network.contains(address))
+}
 
-impl Networks {
-    /// Trusts these.
-    pub fn new(networks: Vec<Cidr>) -> Self {
-        Networks(networks)
-    }
-
-    /// Whether the address lies in one of them.
-    pub fn contains(&self, address: IpAddr) -> bool {
-        self.0.iter().any(|network| network.contains(address))
-    }
-
-    /// The client behind the trusted proxy `peer`, by the values of its `X-Forwarded-For` fields.
-    ///
-    /// What cannot be read ends the search: the last address that a trusted proxy vouched for
-    /// counts.
-    pub fn client<'a>(&self, peer: IpAddr, forwarded: impl Iterator<Item = &'a [u8]>) -> IpAddr {
-        let fields: Vec<&[u8]> = forwarded.collect();
-        let hops = fields.iter().rev().flat_map(|field| field.rsplit(|b| *b == b','));
-        let mut client = peer;
-        for hop in hops {
-            let Some(address) = address(hop) else { break };
-            client = address;
-            if !self.contains(client) {
-                break;
-            }
+/// The client behind the trusted proxy `peer`, by the values of its `X-Forwarded-For` fields.
+///
+/// What cannot be read ends the search: the last address that a trusted proxy vouched for counts.
+pub fn client<'a>(
+    trusted: &[Cidr],
+    peer: IpAddr,
+    forwarded: impl Iterator<Item = &'a [u8]>,
+) -> IpAddr {
+    let fields: Vec<&[u8]> = forwarded.collect();
+    let hops = fields.iter().rev().flat_map(|field| field.rsplit(|b| *b == b','));
+    let mut client = peer;
+    for hop in hops {
+        let Some(address) = address(hop) else { break };
+        client = address;
+        if !is_trusted(trusted, client) {
+            break;
         }
-        client
     }
+    client
 }
 
 /// An address as proxies write it: bare, with a port, or in brackets.
@@ -58,16 +50,12 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn networks(list: &[&str]) -> Networks {
-        Networks::new(list.iter().map(|text| Cidr::parse(text).unwrap()).collect())
-    }
-
     #[test]
     fn the_rightmost_untrusted_address_is_the_client() {
-        let n = networks(&["10.0.0.0/8"]);
+        let trusted = [Cidr::parse("10.0.0.0/8").unwrap()];
         let check = |fields: &[&str], client: &str| {
             let fields = fields.iter().map(|f| f.as_bytes());
-            assert_eq!(n.client(ip("10.0.0.1"), fields), ip(client));
+            assert_eq!(super::client(&trusted, ip("10.0.0.1"), fields), ip(client));
         };
         check(&[], "10.0.0.1");
         check(&["203.0.113.9"], "203.0.113.9");

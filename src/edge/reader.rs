@@ -29,10 +29,10 @@ pub struct Reader {
 enum Next {
     #[default]
     Head,
+    /// So many bytes of a body.
     Length(Ticket, usize),
+    /// A chunked body, behind a head of so many bytes.
     Chunked(Ticket, usize, Decoder),
-    /// A request is being answered.
-    Busy,
 }
 
 /// What stays here of a request that was handed on.
@@ -64,8 +64,6 @@ pub enum Phase {
     Head,
     /// Part of a body is missing.
     Body,
-    /// Nothing: it is our turn.
-    Busy,
 }
 
 impl Reader {
@@ -75,7 +73,6 @@ impl Reader {
             Next::Head if self.pending.is_empty() => Phase::Idle,
             Next::Head => Phase::Head,
             Next::Length(..) | Next::Chunked(..) => Phase::Body,
-            Next::Busy => Phase::Busy,
         }
     }
 
@@ -83,7 +80,7 @@ impl Reader {
     pub fn head(&self) -> Option<Head> {
         match &self.next {
             Next::Length(request, _) | Next::Chunked(request, ..) => Some(request.head),
-            Next::Head | Next::Busy => None,
+            Next::Head => None,
         }
     }
 
@@ -92,28 +89,13 @@ impl Reader {
         self.pending.capacity() + self.whole.capacity()
     }
 
-    /// The request is answered: it is the next one's turn.
-    pub fn go_on(&mut self) {
-        self.next = Next::Head;
-        self.blank_lines = 0;
-    }
-
-    /// Whether something waits behind the request in work.
+    /// Whether something waits behind the request that was whole last.
     pub fn has_pending(&self) -> bool {
         !self.pending.is_empty()
     }
 
-    /// Throws away what waits behind the request in work.
-    pub fn drop_pending(&mut self) {
-        self.pending = Vec::new();
-    }
-
-    /// Forgets everything that is held; nothing more will be read from this client.
-    pub fn stop(&mut self) {
-        *self = Reader { next: Next::Busy, ..Reader::default() };
-    }
-
-    /// Takes `input`; a request that it makes whole is written to `out`.
+    /// Takes `input`; a request that it makes whole is written to `out`, and what is behind it is read
+    /// by the next call.
     ///
     /// # Errors
     /// Why the request is refused. The connection cannot be read any further.
@@ -198,15 +180,16 @@ impl Reader {
             }
             Next::Chunked(request, head_length, decoder) => {
                 let (used, done) = decoder.feed(input, target, BODY_MAX)?;
-                let length = target.len() - *head_length;
-                head::fill_length(target, *head_length, length)?;
+                if done {
+                    end_head(target, *head_length);
+                }
                 (used, *request, done)
             }
-            Next::Head | Next::Busy => return Ok((0, Taken::Part)),
+            Next::Head => return Ok((0, Taken::Part)),
         };
         if done {
-            self.next = Next::Busy;
-            out.extend_from_slice(&std::mem::take(&mut self.whole));
+            out.extend_from_slice(&self.whole);
+            (self.next, self.blank_lines, self.whole) = (Next::Head, 0, Vec::new());
             return Ok((used, Taken::Whole(request)));
         }
         if !stored {
@@ -216,6 +199,13 @@ impl Reader {
         let waits = request.head.expects_continue && !stored && input.is_empty();
         Ok((used, if waits { Taken::Expecting } else { Taken::Part }))
     }
+}
+
+/// Puts the end of a head before the body, whose length is known now.
+fn end_head(request: &mut Vec<u8>, head_length: usize) {
+    let mut end = Vec::new();
+    head::finish(request.len() - head_length, &mut end);
+    request.splice(head_length..head_length, end);
 }
 
 #[cfg(test)]
@@ -258,8 +248,6 @@ mod tests {
                 match reader.take(piece, ORIGIN, &mut out) {
                     Ok(Taken::Whole(_)) => {
                         whole.push(out.clone());
-                        assert_eq!(reader.phase(), Phase::Busy);
-                        reader.go_on();
                         piece = &[];
                         if reader.has_pending() {
                             continue;
@@ -294,7 +282,7 @@ mod tests {
         let input = sample();
         let (whole, refused, _) = requests(&input, || input.len());
         assert_eq!((whole.len(), refused), (5, Some(Code::BadRequest)));
-        assert!(whole[2].ends_with(b"Content-Length: 00003\r\n\r\nabc"));
+        assert!(whole[2].ends_with(b"Content-Length: 3\r\n\r\nabc"));
         let expected = (&whole, refused);
         let (bytewise, code, _) = requests(&input, || 1);
         assert_eq!((&bytewise, code), expected);
@@ -360,9 +348,6 @@ mod tests {
         for piece in sample().chunks(7) {
             if reader.take(piece, ORIGIN, &mut out).is_err() {
                 break;
-            }
-            if reader.phase() == Phase::Busy {
-                reader.go_on();
             }
             if reader.phase() == Phase::Idle {
                 assert_eq!(reader.held(), 0);

@@ -4,7 +4,8 @@ use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
-use super::head::{Head, push_number};
+use super::fields::{push_field, push_length, push_number};
+use super::head::Head;
 use crate::clock::Now;
 use crate::http::{Class, Method, Reply};
 use crate::problem::{Code, Problem};
@@ -23,14 +24,12 @@ pub fn write_head(
     out.extend_from_slice(reply.reason().as_bytes());
     out.extend_from_slice(b"\r\n");
     for (name, value) in reply.fields() {
-        push_field(name, value, out);
+        push_field(name, value.as_bytes(), out);
     }
     if has_body(reply.status) {
-        out.extend_from_slice(b"Content-Length: ");
-        push_number(reply.body.len() as u64, out);
-        out.extend_from_slice(b"\r\n");
+        push_length(reply.body.len(), out);
     }
-    push_field("Date", date, out);
+    push_field("Date", date.as_bytes(), out);
     out.extend_from_slice(match (keep_alive, request.is_some_and(|head| head.is_1_0)) {
         (false, _) => b"Connection: close\r\n\r\n".as_slice(),
         (true, true) => b"Connection: keep-alive\r\n\r\n",
@@ -57,13 +56,6 @@ pub fn refusal(code: Code, request: Option<&Head>, now: Now) -> Reply {
     }
     let class = request.map_or(Class::PLAIN, |head| head.class);
     (class.refuse)(&problem, now)
-}
-
-fn push_field(name: &str, value: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(name.as_bytes());
-    out.extend_from_slice(b": ");
-    out.extend_from_slice(value.as_bytes());
-    out.extend_from_slice(b"\r\n");
 }
 
 /// The current date as HTTP writes it, made once a second.

@@ -116,7 +116,7 @@ impl Session {
     /// What `event` means. A request that is to be dispatched is written to `whole`; `origin` says who
     /// sends it.
     pub fn on(&mut self, event: Event<'_>, origin: Origin<'_>, whole: &mut Vec<u8>) -> Step {
-        match event {
+        let action = match event {
             Event::Secured => self.secured(),
             Event::Insecure => self.linger(),
             Event::Bytes(bytes) => self.bytes(bytes, origin, whole),
@@ -126,12 +126,21 @@ impl Session {
             Event::Refused(code) => self.refuse(code),
             Event::Drain => self.drain(),
             Event::Late => self.late(),
-        }
+        };
+        let wait = self.awaited();
+        let begins = (wait != self.wait).then_some(wait);
+        self.wait = wait;
+        Step { action, begins }
     }
 
     /// Whether what the client sends is read now.
     pub fn reads(&self) -> bool {
         matches!(self.state, State::Handshake | State::Reading | State::Lingering(_))
+    }
+
+    /// Whether a request is in work, or its reply on its way.
+    pub fn is_at_work(&self) -> bool {
+        matches!(self.state, State::Working(_) | State::Replying { .. })
     }
 
     /// The number of the request that waits for its lane.
@@ -149,16 +158,16 @@ impl Session {
 
     /// Of these, what came of a request that is not whole.
     pub fn unfinished(&self) -> usize {
-        if self.reader.phase() == Phase::Busy { 0 } else { self.reader.held() }
+        if matches!(self.state, State::Reading) { self.reader.held() } else { 0 }
     }
 
     /// Throws away what waits behind the request in work. That one is the last then: what follows
     /// would begin in the middle of what was thrown away. True if there was something.
     pub fn drop_pending(&mut self) -> bool {
-        if self.reader.phase() != Phase::Busy || !self.reader.has_pending() {
+        if !self.is_at_work() || !self.reader.has_pending() {
             return false;
         }
-        self.reader.drop_pending();
+        self.reader = Reader::default();
         self.is_last = true;
         // The head of a reply that is under way may promise more than is kept.
         if let State::Replying { keep_alive } = &mut self.state {
@@ -167,92 +176,98 @@ impl Session {
         true
     }
 
-    fn secured(&mut self) -> Step {
-        match self.state {
-            State::Handshake => self.enter(State::Reading, Wait::Head, Action::Wait),
-            _ => stay(Action::Wait),
+    /// What the client is waited for. A deadline that runs already is not put off by a part more.
+    fn awaited(&self) -> Wait {
+        match (&self.state, self.reader.phase()) {
+            (State::Handshake, _) => Wait::Handshake,
+            (State::Reading, Phase::Head) => Wait::Head,
+            (State::Reading, Phase::Body) => Wait::Body,
+            // Nothing came before, or no more than empty lines.
+            (State::Reading, Phase::Idle) => match self.wait {
+                Wait::Handshake | Wait::Head => Wait::Head,
+                _ => Wait::KeepAlive,
+            },
+            (State::Working(_), _) => Wait::Work,
+            (State::Replying { .. }, _) => Wait::Write,
+            (State::Lingering(_), _) => Wait::Linger,
+            (State::Closed, _) => self.wait,
         }
     }
 
-    fn bytes(&mut self, bytes: &[u8], origin: Origin<'_>, whole: &mut Vec<u8>) -> Step {
+    fn secured(&mut self) -> Action {
+        if matches!(self.state, State::Handshake) {
+            self.state = State::Reading;
+        }
+        Action::Wait
+    }
+
+    fn bytes(&mut self, bytes: &[u8], origin: Origin<'_>, whole: &mut Vec<u8>) -> Action {
         match &mut self.state {
             State::Reading => match self.reader.take(bytes, origin, whole) {
-                Ok(Taken::Part) => self.await_rest(Action::Wait),
-                Ok(Taken::Expecting) => self.await_rest(Action::Continue),
+                Ok(Taken::Part) => Action::Wait,
+                Ok(Taken::Expecting) => Action::Continue,
                 Ok(Taken::Whole(ticket)) => {
-                    self.enter(State::Working(ticket), Wait::Work, Action::Dispatch(ticket))
+                    self.state = State::Working(ticket);
+                    Action::Dispatch(ticket)
                 }
                 Err(code) => self.refuse(code),
             },
             State::Lingering(thrown) => {
                 *thrown += bytes.len();
-                if *thrown > LINGER_BYTES { self.close() } else { stay(Action::Wait) }
+                if *thrown > LINGER_BYTES { self.close() } else { Action::Wait }
             }
             State::Handshake | State::Working(_) | State::Replying { .. } | State::Closed => {
-                stay(Action::Wait)
+                Action::Wait
             }
         }
     }
 
-    /// A deadline that runs already is not put off by a part more.
-    fn await_rest(&mut self, action: Action) -> Step {
-        let wait = match self.reader.phase() {
-            Phase::Head => Wait::Head,
-            Phase::Body => Wait::Body,
-            Phase::Idle | Phase::Busy => self.wait,
-        };
-        let begins = (wait != self.wait).then_some(wait);
-        self.wait = wait;
-        Step { action, begins }
-    }
-
-    fn end(&mut self) -> Step {
+    fn end(&mut self) -> Action {
         match (&self.state, self.reader.phase()) {
             (State::Reading, Phase::Head | Phase::Body) => self.refuse(Code::BadRequest),
             _ => self.close(),
         }
     }
 
-    fn answered(&mut self, reply: Reply) -> Step {
-        let State::Working(Ticket { head, .. }) = self.state else { return stay(Action::Wait) };
+    fn answered(&mut self, reply: Reply) -> Action {
+        let State::Working(Ticket { head, .. }) = self.state else { return Action::Wait };
         let keep_alive = head.keep_alive && !self.is_last;
-        let action = Action::Reply { reply, head, keep_alive };
-        self.enter(State::Replying { keep_alive }, Wait::Write, action)
+        self.state = State::Replying { keep_alive };
+        Action::Reply { reply, head, keep_alive }
     }
 
-    fn flushed(&mut self) -> Step {
+    fn flushed(&mut self) -> Action {
         match self.state {
             State::Replying { keep_alive: true } if !self.is_last => {
-                self.reader.go_on();
-                let pending = self.reader.has_pending();
-                self.enter(State::Reading, Wait::KeepAlive, Action::ReadOn { pending })
+                self.state = State::Reading;
+                Action::ReadOn { pending: self.reader.has_pending() }
             }
             State::Replying { .. } => self.linger(),
-            _ => stay(Action::Wait),
+            _ => Action::Wait,
         }
     }
 
-    fn refuse(&mut self, code: Code) -> Step {
+    fn refuse(&mut self, code: Code) -> Action {
         let head = match self.state {
             State::Working(ticket) => Some(ticket.head),
             State::Reading => self.reader.head(),
             // A reply is under way already, or the client cannot read one.
             _ => return self.close(),
         };
-        self.reader.stop();
-        let action = Action::Refuse(code, head);
-        self.enter(State::Replying { keep_alive: false }, Wait::Write, action)
+        self.reader = Reader::default();
+        self.state = State::Replying { keep_alive: false };
+        Action::Refuse(code, head)
     }
 
-    fn drain(&mut self) -> Step {
+    fn drain(&mut self) -> Action {
         self.is_last = true;
         match (&self.state, self.reader.phase()) {
             (State::Handshake, _) | (State::Reading, Phase::Idle) => self.close(),
-            _ => stay(Action::Wait),
+            _ => Action::Wait,
         }
     }
 
-    fn late(&mut self) -> Step {
+    fn late(&mut self) -> Action {
         match (self.wait, self.reader.phase()) {
             // A client that has sent nothing gets no answer.
             (Wait::Head, Phase::Idle) => self.close(),
@@ -262,25 +277,16 @@ impl Session {
         }
     }
 
-    fn linger(&mut self) -> Step {
-        self.reader.stop();
-        self.enter(State::Lingering(0), Wait::Linger, Action::Linger)
+    fn linger(&mut self) -> Action {
+        self.reader = Reader::default();
+        self.state = State::Lingering(0);
+        Action::Linger
     }
 
-    fn close(&mut self) -> Step {
+    fn close(&mut self) -> Action {
         self.state = State::Closed;
-        stay(Action::Close)
+        Action::Close
     }
-
-    fn enter(&mut self, state: State, wait: Wait, action: Action) -> Step {
-        self.state = state;
-        self.wait = wait;
-        Step { action, begins: Some(wait) }
-    }
-}
-
-fn stay(action: Action) -> Step {
-    Step { action, begins: None }
 }
 
 #[cfg(test)]
@@ -490,7 +496,7 @@ mod tests {
     #[test]
     fn tls_comes_first() {
         check(|| Event::Secured, &[("handshake", ("wait", Some(Wait::Head)))], WAIT);
-        check(|| Event::Insecure, &[], LINGER);
+        check(|| Event::Insecure, &[("lingering", ("linger", None))], LINGER);
     }
 
     #[test]
@@ -516,7 +522,7 @@ mod tests {
         let mut session = session("working with more behind");
         assert!(session.held() > 0 && session.unfinished() == 0);
         session.told(answer());
-        let next = ("read what is there", Some(Wait::KeepAlive));
+        let next = ("read what is there", Some(Wait::Head));
         assert_eq!(session.told(Event::Flushed), next);
         assert_eq!(session.sent(""), ("dispatch", Some(Wait::Work)));
         for replies_first in [false, true] {

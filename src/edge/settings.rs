@@ -1,13 +1,12 @@
 //! What all rooms of the edge use: its settings, its limits, and what a client may be late with.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::sign::CertifiedKey;
 
-use crate::config::Cidr;
+use crate::config::Http;
 use crate::http::{Class, Classify, LaneKind};
 use crate::metrics::EdgeCounters;
 
@@ -17,12 +16,6 @@ pub const HEAD_MAX: usize = 8 * 1024;
 pub const FIELDS_MAX: usize = 64;
 /// A request's body. The largest we know, a CSR for RSA 4096 in base64 of PEM, has 3 KiB.
 pub const BODY_MAX: usize = 64 * 1024;
-
-/// The field that carries `<request number> <client address>` to the worker; where it is wanted, also
-/// the client's certificate, DER in base64.
-pub const PRIVATE_FIELD: &str = "X-Edge";
-/// Stands there in place of a client's address when the edge itself asks whether the lane works.
-pub const NOBODY: &str = "-";
 
 /// Where a lane's worker listens, and for which kind of work.
 #[derive(Clone, Debug)]
@@ -35,76 +28,27 @@ pub struct LaneAddress {
     pub max_waiting: usize,
 }
 
-/// How the edge is set up. [`Settings::new`] has the defaults.
+/// How the edge is set up.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where to listen.
-    pub listen: SocketAddr,
+    /// What is configured: address, limits, proxies.
+    pub http: Http,
     /// Serve HTTPS, and show this.
     pub tls: Option<Arc<CertifiedKey>>,
-    /// Connections at once; each costs a descriptor and about half a KiB. With TLS each holds
-    /// 4 KiB more, and there are never more than half of `max_buffer_bytes` pays for: 1,024 by
-    /// default.
-    pub max_connections: usize,
-    /// Connections at once of one IPv4 address or one IPv6 /64, so that one host cannot take all.
-    pub max_connections_per_ip: usize,
-    /// All bytes held for clients: parts of requests, replies not yet taken, TLS buffers. Replies
-    /// have half, unless one alone is larger: they are what a client gets us to hold most cheaply.
-    pub max_buffer_bytes: usize,
-    /// Tells where a request goes; by default everything is [`Class::PLAIN`].
+    /// Tells where a request goes.
     pub classify: Classify,
-    /// Proxies whose `X-Forwarded-For` is believed; exempt from the limit per address.
-    pub trusted_proxies: Vec<Cidr>,
-    /// How long anyone may take for anything.
+    /// How long a client may take.
     pub deadlines: Deadlines,
     /// Where everything is counted.
     pub counters: Arc<EdgeCounters>,
 }
 
-/// How long anyone may take for anything.
-#[derive(Clone, Debug)]
-pub struct Deadlines {
-    /// The TLS handshake.
-    pub handshake: Duration,
-    /// From the first byte of a request (or the connection) to the end of its head.
-    pub head: Duration,
-    /// From the first byte of a request to its last.
-    pub request: Duration,
-    /// From there to the answer of the worker.
-    pub work: Duration,
-    /// Until the client has taken the whole reply.
-    pub write: Duration,
-    /// Between two requests on a connection.
-    pub keep_alive: Duration,
-    /// Between our last reply and the client's end of the connection.
-    pub linger: Duration,
-    /// From the signal to stop to the end.
-    pub drain: Duration,
-}
-
 impl Settings {
-    /// The defaults, listening on `listen`.
-    pub fn new(listen: SocketAddr) -> Self {
-        Settings {
-            listen,
-            tls: None,
-            max_connections: 1024,
-            max_connections_per_ip: 256,
-            max_buffer_bytes: 8 * 1024 * 1024,
-            classify: |_, _| Class::PLAIN,
-            trusted_proxies: Vec::new(),
-            deadlines: Deadlines {
-                handshake: Duration::from_secs(15),
-                head: Duration::from_secs(10),
-                request: Duration::from_secs(30),
-                work: Duration::from_secs(30),
-                write: Duration::from_secs(30),
-                keep_alive: Duration::from_secs(75),
-                linger: Duration::from_secs(2),
-                drain: Duration::from_secs(10),
-            },
-            counters: Arc::default(),
-        }
+    /// Without TLS; every request is [`Class::PLAIN`].
+    pub fn new(http: Http) -> Self {
+        let deadlines = Deadlines::new(&http);
+        let classify = |_: &str, _: &str| Class::PLAIN;
+        Settings { http, tls: None, classify, deadlines, counters: Arc::default() }
     }
 }
 
@@ -113,7 +57,7 @@ impl Settings {
 pub enum Wait {
     /// Finish the TLS handshake.
     Handshake,
-    /// Send the rest of the head.
+    /// Send the rest of the head, from its first byte or from its connection on.
     Head,
     /// Send the rest of the body.
     Body,
@@ -140,18 +84,36 @@ impl Wait {
     ];
 }
 
+/// How long a client may take for each, in milliseconds.
+#[derive(Clone, Debug)]
+pub struct Deadlines([u64; Wait::ALL.len()]);
+
 impl Deadlines {
-    /// How long a client may take for this.
-    pub fn length(&self, wait: Wait) -> Duration {
-        match wait {
-            Wait::Handshake => self.handshake,
-            Wait::Head => self.head,
-            // The head's part is over when this one starts, so both together are the whole request.
-            Wait::Body => self.request.saturating_sub(self.head),
-            Wait::Work => self.work,
-            Wait::Write => self.write,
-            Wait::KeepAlive => self.keep_alive,
-            Wait::Linger => self.linger,
+    fn new(http: &Http) -> Self {
+        Deadlines(Wait::ALL.map(|wait| match wait {
+            Wait::Handshake => ms(http.tls_handshake),
+            Wait::Head => 10_000,
+            // With the head's this makes 30 s for a whole request.
+            Wait::Body => 20_000,
+            Wait::Work | Wait::Write => 30_000,
+            Wait::KeepAlive => ms(http.keep_alive),
+            Wait::Linger => 2_000,
+        }))
+    }
+
+    /// Sets another length.
+    pub fn set(&mut self, wait: Wait, length: Duration) {
+        if let Some(entry) = self.0.get_mut(wait as usize) {
+            *entry = ms(length);
         }
     }
+
+    /// How long a client may take for this.
+    pub fn length_ms(&self, wait: Wait) -> u64 {
+        self.0.get(wait as usize).copied().unwrap_or_default()
+    }
+}
+
+fn ms(length: Duration) -> u64 {
+    u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }

@@ -89,21 +89,19 @@ fn known(at: u32) -> Option<usize> {
 pub struct Timers {
     lists: Lists<{ Wait::ALL.len() }>,
     due: Vec<u64>,
-    lengths_ms: [u64; Wait::ALL.len()],
+    lengths: Deadlines,
 }
 
 impl Timers {
     /// Deadlines of these lengths for the connections 0 to `size` - 1.
-    pub fn new(size: usize, deadlines: &Deadlines) -> Self {
-        let ms = |wait| u64::try_from(deadlines.length(wait).as_millis()).unwrap_or(u64::MAX);
-        Timers { lists: Lists::new(size), due: vec![0; size], lengths_ms: Wait::ALL.map(ms) }
+    pub fn new(size: usize, lengths: Deadlines) -> Self {
+        Timers { lists: Lists::new(size), due: vec![0; size], lengths }
     }
 
     /// Starts a deadline, in the place of the one that runs.
     pub fn start(&mut self, at: usize, wait: Wait, now_ms: u64) {
-        let length = self.lengths_ms.get(wait as usize).copied().unwrap_or(0);
         if let Some(due) = self.due.get_mut(at) {
-            *due = now_ms.saturating_add(length);
+            *due = now_ms.saturating_add(self.lengths.length_ms(wait));
             self.lists.push_back(wait as usize, at);
         }
     }
@@ -146,6 +144,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::config::Http;
     use crate::edge::settings::Settings;
 
     #[test]
@@ -171,10 +170,10 @@ mod tests {
 
     #[test]
     fn who_is_due_first_is_known() {
-        let mut deadlines = Settings::new(([127, 0, 0, 1], 0).into()).deadlines;
-        deadlines.head = Duration::from_millis(10);
-        deadlines.keep_alive = Duration::from_millis(100);
-        let mut timers = Timers::new(2, &deadlines);
+        let mut deadlines = Settings::new(Http::from_lookup(|_| None).unwrap()).deadlines;
+        deadlines.set(Wait::Head, Duration::from_millis(10));
+        deadlines.set(Wait::KeepAlive, Duration::from_millis(100));
+        let mut timers = Timers::new(2, deadlines);
         timers.start(0, Wait::Head, 0);
         timers.start(1, Wait::KeepAlive, 0);
         assert_eq!(timers.next_due(), Some(10));

@@ -1,11 +1,13 @@
 //! What the edge and the API both speak of: which way a request goes, and what a reply is.
 
 mod json;
+mod lanes;
 mod reply;
 
 use std::fmt;
 
 pub(crate) use json::Json;
+pub use lanes::{LaneKind, LaneRules};
 pub use reply::Reply;
 
 use crate::clock::Now;
@@ -66,20 +68,6 @@ impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
-}
-
-/// What kind of work a request is. Each kind has lanes of its own, so that one kind that is slow delays
-/// no other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum LaneKind {
-    /// Everything that takes microseconds; and revoking, which must not wait behind the redemptions
-    /// that it is to overtake.
-    Plain,
-    /// What signs a certificate and waits for the disk.
-    Certificate,
-    /// What has a reply of hundreds of KiB. Other requests in the same lane would wait until all of
-    /// it is made.
-    Bulk,
 }
 
 /// What the edge has to know of a request to hand it on.

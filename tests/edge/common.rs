@@ -1,18 +1,20 @@
 //! A real edge with real lanes on loopback, and a handler that is simple enough to predict.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mqtt_publisher_lite::api::{self, Request};
+use mqtt_publisher_lite::config::Http;
 use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Settings};
-use mqtt_publisher_lite::http::{LaneKind, Reply};
+use mqtt_publisher_lite::http::Reply;
 use mqtt_publisher_lite::metrics::EdgeCounters;
-use mqtt_publisher_lite::server::{LaneServer, Stopper, open_lanes};
+use mqtt_publisher_lite::server::{LaneServer, open_lanes};
 
 use crate::support::temp::TempDir;
 
@@ -27,7 +29,7 @@ pub struct Served {
     /// Requests that reached the handler.
     pub handled: Arc<AtomicU64>,
     edge: Option<JoinHandle<()>>,
-    workers: Vec<(Stopper, JoinHandle<()>)>,
+    workers: Vec<(Arc<LaneServer>, JoinHandle<()>)>,
     _dir: TempDir,
 }
 
@@ -42,12 +44,11 @@ pub fn serve_in_lanes(
     adjust: impl FnOnce(&mut Settings),
 ) -> Served {
     let dir = TempDir::new();
-    let lanes =
-        open_lanes(dir.path(), &[LaneKind::Plain, LaneKind::Certificate, LaneKind::Bulk]).unwrap();
-    let mut addresses: Vec<LaneAddress> = lanes.iter().map(|lane| lane.address().clone()).collect();
+    let lanes = open_lanes(dir.path(), &api::lane_kinds(), 2).unwrap();
+    let mut addresses: Vec<LaneAddress> = lanes.iter().map(|lane| lane.address.clone()).collect();
     addresses.iter_mut().for_each(adjust_lane);
     let handled = Arc::new(AtomicU64::new(0));
-    let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
+    let mut settings = settings();
     settings.classify = api::classify;
     adjust(&mut settings);
     let counters = Arc::clone(&settings.counters);
@@ -56,14 +57,28 @@ pub fn serve_in_lanes(
         .into_iter()
         .map(|lane| {
             let (handled, outbox) = (Arc::clone(&handled), edge.outbox());
-            (lane.stopper(), thread::spawn(move || work(&lane, &outbox, &handled)))
+            let own = Arc::clone(&lane);
+            (lane, thread::spawn(move || work(&own, &outbox, &handled)))
         })
         .collect();
     let (addr, handle) = (edge.local_addr(), edge.handle());
     let edge = thread::spawn(move || edge.run().unwrap());
-    let served = Served { addr, handle, counters, handled, edge: Some(edge), workers, _dir: dir };
-    until("the lanes are open", || served.handle.is_ready());
-    served
+    until_open(&handle);
+    Served { addr, handle, counters, handled, edge: Some(edge), workers, _dir: dir }
+}
+
+/// What is configured by default, on any port of loopback.
+pub fn settings() -> Settings {
+    let mut http = Http::from_lookup(|_| None).unwrap();
+    (http.host, http.port) = ([127, 0, 0, 1].into(), 0);
+    Settings::new(http)
+}
+
+/// Waits until all lanes have answered and clients are let in.
+pub fn until_open(handle: &Handle) {
+    let (opened, open) = mpsc::channel();
+    handle.prove(move || opened.send(()).unwrap());
+    open.recv_timeout(Duration::from_secs(20)).unwrap();
 }
 
 fn work(lane: &LaneServer, outbox: &Outbox, handled: &AtomicU64) {
@@ -154,8 +169,8 @@ impl Served {
         if let Some(edge) = self.edge.take() {
             edge.join().unwrap();
         }
-        for (stopper, worker) in self.workers.drain(..) {
-            stopper.stop();
+        for (lane, worker) in self.workers.drain(..) {
+            lane.stop();
             worker.join().unwrap();
         }
     }

@@ -9,13 +9,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::common::{Served, serve, statuses, to_end};
+use mqtt_publisher_lite::edge::Wait;
 
 /// (section, bytes, statuses). What ends in a request that keeps the connection is ended by the
 /// client's end of the stream.
 type Row = (&'static str, &'static str, &'static [u16]);
 
 fn check(rows: &[Row]) {
-    let served = serve(|s| s.max_connections_per_ip = 1024);
+    let served = serve(|s| s.http.max_connections_per_ip = 1024);
     for (section, bytes, expected) in rows {
         let whole = served.exchange_and_end(bytes.as_bytes());
         assert_eq!(statuses(&whole), *expected, "RFC {section}: {bytes:?}\n{whole}");
@@ -636,7 +637,7 @@ fn connections_and_expectations() {
 
 #[test]
 fn nothing_that_was_refused_reaches_the_handler() {
-    let served = serve(|s| s.deadlines.keep_alive = Duration::from_secs(1));
+    let served = serve(|s| s.deadlines.set(Wait::KeepAlive, Duration::from_secs(1)));
     for bytes in
         ["GET /smuggled HTTP/1.1\r\n\r\n", "GET /smuggled HTTP/1.1\nHost: a\n\n", "x\r\n\r\n"]
     {

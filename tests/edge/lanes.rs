@@ -1,15 +1,15 @@
 //! Lanes that fail: nobody reads another's answer, and the lane comes back.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::{one_response, statuses, to_end, until};
-use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Settings};
+use crate::common::{one_response, settings, statuses, to_end, until, until_open};
+use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Wait};
 use mqtt_publisher_lite::http::{LaneKind, Reply};
 use mqtt_publisher_lite::metrics::EdgeCounters;
 
@@ -29,7 +29,7 @@ struct Asked<'a> {
 
 impl Asked<'_> {
     fn answer(&self, number: u64, body: &str) {
-        self.outbox.send(vec![(number, Reply::of_type("text/plain", body))]);
+        (self.outbox)(vec![(number, Reply::of_type("text/plain", body))]);
     }
 
     fn well(&self) -> bool {
@@ -56,8 +56,8 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
     };
     let (listeners, paths): (Vec<_>, Vec<_>) = workers.iter().map(listen).unzip();
     let address = |path| LaneAddress { kind: LaneKind::Plain, path, max_waiting: 1024 };
-    let mut settings = Settings::new((Ipv4Addr::LOCALHOST, 0).into());
-    settings.deadlines.work = Duration::from_millis(500);
+    let mut settings = settings();
+    settings.deadlines.set(Wait::Work, Duration::from_millis(500));
     let counters = Arc::clone(&settings.counters);
     let edge = Edge::open(settings, paths.into_iter().map(address).collect()).unwrap();
     for (worker, listener) in workers.into_iter().zip(listeners) {
@@ -70,7 +70,7 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
     }
     let staged = Staged { addr: edge.local_addr(), handle: edge.handle(), counters };
     thread::spawn(move || edge.run());
-    until("the lane is open", || staged.handle.is_ready());
+    until_open(&staged.handle);
     staged
 }
 
@@ -87,7 +87,7 @@ fn play(mut stream: UnixStream, outbox: &Outbox, worker: &Worker) {
         let is_proof = text.starts_with("OPTIONS *");
         text.clear();
         if is_proof {
-            outbox.send(vec![(number, Reply::empty(204))]);
+            outbox(vec![(number, Reply::empty(204))]);
         } else if !worker(Asked { number, stream: &mut stream, outbox }) {
             return;
         }
@@ -179,7 +179,7 @@ fn answers_come_in_any_order() {
         if waiting.len() == 8 {
             let numbers = waiting.drain(..).rev();
             let text = |number: u64| Reply::of_type("text/plain", number.to_string());
-            asked.outbox.send(numbers.map(|number| (number, text(number))).collect());
+            (asked.outbox)(numbers.map(|number| (number, text(number))).collect());
         }
         true
     });

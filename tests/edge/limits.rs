@@ -10,16 +10,16 @@ use crate::common::{
     Served, Xorshift, connect_from, one_response, serve, serve_in_lanes, statuses, to_end, until,
 };
 use mqtt_publisher_lite::config::Cidr;
-use mqtt_publisher_lite::edge::Settings;
+use mqtt_publisher_lite::edge::{Settings, Wait};
 
 /// Deadlines short enough for a test, long enough for a busy machine.
 fn hurried(settings: &mut Settings) {
     let d = &mut settings.deadlines;
-    d.head = Duration::from_millis(400);
-    d.request = Duration::from_millis(900);
-    d.write = Duration::from_millis(600);
-    d.keep_alive = Duration::from_millis(700);
-    d.linger = Duration::from_millis(300);
+    d.set(Wait::Head, Duration::from_millis(400));
+    d.set(Wait::Body, Duration::from_millis(500));
+    d.set(Wait::Write, Duration::from_millis(600));
+    d.set(Wait::KeepAlive, Duration::from_millis(700));
+    d.set(Wait::Linger, Duration::from_millis(300));
 }
 
 fn within(start: Instant, from_ms: u64, to_ms: u64) {
@@ -77,7 +77,7 @@ fn a_trickle_does_not_put_the_deadline_off() {
 fn whoever_does_not_read_is_closed() {
     let served = serve(|s| {
         hurried(s);
-        s.max_buffer_bytes = 64 * 1024 * 1024;
+        s.http.max_buffer_bytes = 64 * 1024 * 1024;
     });
     let start = Instant::now();
     let mut streams = from_everywhere(&served, 4);
@@ -111,7 +111,7 @@ fn a_refusal_is_read_by_a_client_that_still_sends() {
 #[test]
 fn whoever_sends_on_after_a_refusal_is_closed_for_it() {
     const BUFFERS: usize = 12 * 1024 * 1024;
-    let served = serve(|s| s.deadlines.linger = Duration::from_secs(60));
+    let served = serve(|s| s.deadlines.set(Wait::Linger, Duration::from_secs(60)));
     for head in
         ["GET /x HTTP/1.1\r\n\r\n", "GET /x HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"]
     {
@@ -129,8 +129,8 @@ fn whoever_sends_on_after_a_refusal_is_closed_for_it() {
 #[test]
 fn one_address_cannot_take_all() {
     let served = serve(|s| {
-        s.max_connections = 20;
-        s.max_connections_per_ip = 5;
+        s.http.max_connections = 20;
+        s.http.max_connections_per_ip = 5;
     });
     let mut first = served.connect();
     first.write_all(b"GET /wait?300 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
@@ -151,7 +151,7 @@ fn one_address_cannot_take_all() {
 
 #[test]
 fn at_the_limit_whoever_was_idle_longest_gives_way() {
-    let served = serve(|s| s.max_connections = 10);
+    let served = serve(|s| s.http.max_connections = 10);
     let mut old: Vec<_> = (0..10).map(|_| served.connect()).collect();
     until("all are in", || served.counters.open.value() == 10);
     let mut used = old.remove(0);
@@ -172,8 +172,8 @@ fn at_the_limit_whoever_was_idle_longest_gives_way() {
 fn at_the_limit_the_address_with_the_most_gives_way_first() {
     let from = |n: u8| IpAddr::V4(Ipv4Addr::new(127, 0, 0, n));
     let served = serve(|s| {
-        s.max_connections = 20;
-        s.trusted_proxies = vec![Cidr::parse("127.0.0.99").unwrap()];
+        s.http.max_connections = 20;
+        s.http.trusted_proxies = vec![Cidr::parse("127.0.0.99").unwrap()];
     });
     let ask = |stream: &mut TcpStream| {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
@@ -201,7 +201,7 @@ fn at_the_limit_the_address_with_the_most_gives_way_first() {
 
 #[test]
 fn when_all_are_in_work_the_new_one_is_turned_away() {
-    let served = serve(|s| s.max_connections = 4);
+    let served = serve(|s| s.http.max_connections = 4);
     let mut busy: Vec<_> = (0..4).map(|_| served.connect()).collect();
     for stream in &mut busy {
         stream.write_all(b"GET /wait?200 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
@@ -214,11 +214,28 @@ fn when_all_are_in_work_the_new_one_is_turned_away() {
     }
 }
 
+/// Its request came longest ago, but it has its reply still to read.
+#[test]
+fn whoever_reads_a_reply_does_not_give_way() {
+    let served = serve(|s| s.http.max_connections = 3);
+    let mut reading = from_everywhere(&served, 1).remove(0);
+    reading
+        .write_all(b"GET /bytes?6000000 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    until("its reply is under way", || served.counters.held_bytes.value() > 1_000_000);
+    let crowd = from_everywhere(&served, 9);
+    until("all are in", || served.counters.accepted.value() == 10);
+    let text = to_end(&mut reading);
+    assert!(text.ends_with(&"x".repeat(6_000_000)), "{} bytes", text.len());
+    assert_eq!((served.counters.gave_way.value(), served.counters.turned_away.value()), (7, 0));
+    drop(crowd);
+}
+
 #[test]
 fn a_proxy_is_exempt_and_names_its_clients() {
     let served = serve(|s| {
-        s.max_connections_per_ip = 2;
-        s.trusted_proxies = vec![Cidr::parse("127.0.0.3").unwrap()];
+        s.http.max_connections_per_ip = 2;
+        s.http.trusted_proxies = vec![Cidr::parse("127.0.0.3").unwrap()];
     });
     let ask = b"GET /x HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 9.9.9.9, 203.0.113.7\r\n\r\n";
     let mut streams: Vec<_> =
@@ -253,7 +270,7 @@ fn a_full_lane_answers_503() {
 
 #[test]
 fn those_who_wait_for_what_is_large_leave_places_to_others() {
-    let served = serve(|s| s.max_connections = 40);
+    let served = serve(|s| s.http.max_connections = 40);
     beside_a_probe(&served, 900, || {
         let mut streams = from_everywhere(&served, 60);
         for stream in &mut streams {
@@ -311,7 +328,7 @@ fn beside_a_probe(served: &Served, allowed_ms: u64, attack: impl FnOnce()) {
 #[test]
 fn unfinished_bodies_stay_within_the_budget() {
     const BUDGET: usize = 2 * 1024 * 1024;
-    let served = serve(|s| s.max_buffer_bytes = BUDGET);
+    let served = serve(|s| s.http.max_buffer_bytes = BUDGET);
     beside_a_probe(&served, 900, || {
         let mut streams = from_everywhere(&served, 300);
         let head = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 65536\r\n\r\n";
@@ -335,7 +352,7 @@ const MANY: usize = 1500;
 fn replies_that_nobody_reads_stay_within_the_budget() {
     const BUDGET: usize = 8 * 1024 * 1024;
     for request in [LARGE.to_vec(), LARGE.repeat(MANY)] {
-        let served = serve(|s| s.max_buffer_bytes = BUDGET);
+        let served = serve(|s| s.http.max_buffer_bytes = BUDGET);
         // 400 MB go through the probe's own lane before it.
         beside_a_probe(&served, 5000, || {
             let mut streams = from_everywhere(&served, 64);
@@ -358,7 +375,7 @@ fn replies_that_nobody_reads_stay_within_the_budget() {
 fn replies_that_nobody_reads_hold_half_of_the_budget() {
     const HALF: u64 = 16 * 1024 * 1024;
     for request in [LARGE.to_vec(), LARGE.repeat(MANY)] {
-        let served = serve(|s| s.max_buffer_bytes = 2 * HALF as usize);
+        let served = serve(|s| s.http.max_buffer_bytes = 2 * HALF as usize);
         let mut streams = from_everywhere(&served, 16);
         for stream in &mut streams {
             stream.write_all(&request).unwrap();
@@ -375,7 +392,7 @@ fn replies_that_nobody_reads_hold_half_of_the_budget() {
 
 #[test]
 fn whoever_takes_a_reply_slowly_holds_less_and_less() {
-    let served = serve(|s| s.max_buffer_bytes = 24 * 1024 * 1024);
+    let served = serve(|s| s.http.max_buffer_bytes = 24 * 1024 * 1024);
     let mut stream = served.connect();
     stream.write_all(b"GET /bytes?20000000 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let held = || served.counters.held_bytes.value();
@@ -392,7 +409,7 @@ fn whoever_takes_a_reply_slowly_holds_less_and_less() {
 #[test]
 fn a_connection_of_which_something_was_thrown_away_ends_with_its_reply() {
     // One of these replies fits, two do not.
-    let served = serve(|s| s.max_buffer_bytes = 24 * 1024 * 1024);
+    let served = serve(|s| s.http.max_buffer_bytes = 24 * 1024 * 1024);
     let request = b"GET /bytes?20000000 HTTP/1.1\r\nHost: a\r\n\r\n";
     let mut hoarder = served.connect();
     hoarder.write_all(request).unwrap();

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Served, Xorshift, connect_from, one_response, serve, to_end, until};
 use mqtt_publisher_lite::config::certified_key;
+use mqtt_publisher_lite::edge::Wait;
 use rcgen::generate_simple_self_signed;
 use rustls::crypto::cipher::{MessageEncrypter, OutboundChunks, OutboundPlainMessage};
 use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
@@ -200,7 +201,7 @@ fn the_budget_limits_tls_connections() {
     let certificate = Certificate::new("budget");
     let served = serve(|s| {
         s.tls = Some(certificate.shown());
-        s.max_buffer_bytes = 1024 * 1024;
+        s.http.max_buffer_bytes = 1024 * 1024;
     });
     let streams: Vec<_> = (0..200).map(|_| served.connect()).collect();
     until("all came", || served.counters.accepted.value() == 200);
@@ -256,7 +257,7 @@ fn unfinished_messages_stay_within_the_budget() {
     let certificate = Certificate::new("unfinished");
     let served = serve(|s| {
         s.tls = Some(certificate.shown());
-        s.max_buffer_bytes = BUDGET;
+        s.http.max_buffer_bytes = BUDGET;
     });
     let held = || {
         let held = served.counters.held_bytes.value() as usize;
@@ -387,7 +388,7 @@ fn whoever_does_not_speak_tls_is_closed_and_disturbs_nobody() {
     let certificate = Certificate::new("garbage");
     let served = serve(|s| {
         s.tls = Some(certificate.shown());
-        s.deadlines.handshake = Duration::from_millis(300);
+        s.deadlines.set(Wait::Handshake, Duration::from_millis(300));
     });
     let start = Instant::now();
     let mut stalled = served.connect();

@@ -1,22 +1,24 @@
 //! Our end of the lanes: requests go down Unix connections, answers come back through the inbox.
 //!
-//! A lane is a queue of what waits beside the link that it goes through. One that was lost is opened
-//! again, and used only when it has answered a request of ours.
+//! A lane is a queue of what waits beside the socket that it goes through. Only requests go through it:
+//! if a byte comes back the lane is given up, as it is when the connection ends or the worker takes too
+//! long. One that was lost is opened again, and used only when it has answered a request of ours.
 
-mod link;
 mod queue;
 
 use std::collections::VecDeque;
-use std::io;
-use std::time::Duration;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
-use self::link::Link;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
 use self::queue::Queue;
 pub use self::queue::Waiting;
-use super::poll::Poll;
+use super::fields::push_private;
+use super::poll::{Interest, Poll, Watched, is_transient};
 use super::reader::Ticket;
-use super::settings::{LaneAddress, NOBODY, PRIVATE_FIELD};
-use crate::http::LaneKind;
+use super::settings::LaneAddress;
 
 /// How long a lane has to answer its first request.
 const PROOF_MS: u64 = 2_000;
@@ -24,60 +26,70 @@ const PROOF_MS: u64 = 2_000;
 const RETRY_MS: (u64, u64) = (50, 5_000);
 
 /// All lanes.
-pub struct Lanes(Vec<Lane>);
+pub struct Lanes {
+    lanes: Vec<Lane>,
+    /// How long a worker may take for a request.
+    work_ms: u64,
+    /// The number of the latest request.
+    number: u64,
+    losses: u64,
+}
 
-/// One lane.
-pub struct Lane {
+struct Lane {
     address: LaneAddress,
     key: usize,
-    link: Link,
-    queue: Queue,
+    /// `None` while it is lost.
+    socket: Option<Watched<UnixStream>>,
+    /// It has answered since it was opened.
+    is_up: bool,
+    /// When it is opened again if it is lost, and the pause before that.
+    retry_at_ms: u64,
     retry_ms: u64,
-    /// How long the worker may take for a request.
-    work_ms: u64,
-    losses: u64,
+    queue: Queue,
     /// A proof was asked for and none has been answered since.
-    unproven: bool,
+    is_unproven: bool,
 }
+
+/// Why a lane is lost, for the log.
+type Lost = String;
 
 impl Lanes {
     /// Lanes to these addresses, with the keys from `first_key` on. None is open yet.
-    pub fn new(addresses: Vec<LaneAddress>, first_key: usize, work: Duration) -> Self {
-        let work_ms = u64::try_from(work.as_millis()).unwrap_or(u64::MAX);
+    pub fn new(addresses: Vec<LaneAddress>, first_key: usize, work_ms: u64) -> Self {
         let lane = |(i, address)| Lane {
             address,
             key: first_key + i,
-            link: Link::Down(0),
-            queue: Queue::default(),
+            socket: None,
+            is_up: false,
+            retry_at_ms: 0,
             retry_ms: RETRY_MS.0,
-            work_ms,
-            losses: 0,
-            unproven: false,
+            queue: Queue::default(),
+            is_unproven: false,
         };
-        Lanes(addresses.into_iter().enumerate().map(lane).collect())
+        let lanes = addresses.into_iter().enumerate().map(lane).collect();
+        Lanes { lanes, work_ms, number: 0, losses: 0 }
     }
 
-    /// The lane with this key.
-    pub fn by_key(&mut self, key: usize) -> Option<&mut Lane> {
-        self.0.iter_mut().find(|lane| lane.key == key)
-    }
-
-    /// All of them.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Lane> {
-        self.0.iter_mut()
+    /// A number for one more request.
+    pub fn next_number(&mut self) -> u64 {
+        self.number += 1;
+        self.number
     }
 
     /// Puts a request into a lane of its kind that has room: the first whose worker is quick, or else
     /// the one where the fewest wait. A second worker helps while the first waits, for Redis or the
     /// disk; beside one that does not, it only makes smaller batches and more wake-ups.
     pub fn push(&mut self, ticket: &Ticket, at: usize, bytes: &[u8], now_ms: u64) -> bool {
-        let usable = |lane: &&mut Lane| lane.takes(ticket.head.class.lane);
+        let usable = |lane: &&mut Lane| {
+            let LaneAddress { kind, max_waiting, .. } = lane.address;
+            kind == ticket.head.class.lane && lane.is_up && lane.queue.len() < max_waiting
+        };
         let wait = |lane: &&mut Lane| match lane.queue.is_quick(now_ms) {
             true => 0,
             false => 1 + lane.queue.len(),
         };
         // The first of equals.
-        let lane = self.0.iter_mut().filter(usable).min_by_key(wait);
+        let lane = self.lanes.iter_mut().filter(usable).min_by_key(wait);
         let Some(lane) = lane else { return false };
         lane.queue.push(ticket.number, Some(at), bytes, now_ms);
         true
@@ -85,112 +97,166 @@ impl Lanes {
 
     /// Takes the request with this number out of its lane; `None` if it does not wait any more.
     pub fn answered(&mut self, number: u64) -> Option<Waiting> {
-        self.0.iter_mut().find_map(|lane| lane.answered(number))
+        self.lanes.iter_mut().find_map(|lane| lane.answered(number))
     }
 
     /// Bytes held for requests that are not written yet.
     pub fn held(&self) -> usize {
-        self.0.iter().map(|lane| lane.queue.unwritten().len()).sum()
+        self.lanes.iter().map(|lane| lane.queue.unwritten().len()).sum()
     }
 
-    /// When a lane next needs [`Lane::tend`].
+    /// Writes what there is, in one call for each lane. Returns what was in lanes that are lost.
+    pub fn flush(&mut self, now_ms: u64) -> Vec<Waiting> {
+        self.give_up(now_ms, Lane::flush)
+    }
+
+    /// The lane with this key is readable. Returns what was in it, for it is lost then.
+    pub fn readable(&mut self, key: usize, now_ms: u64) -> Vec<Waiting> {
+        self.give_up(now_ms, |lane| if lane.key == key { lane.read() } else { Ok(()) })
+    }
+
+    /// Opens the lanes for which it is time to, and gives up those that do not answer. Returns what was
+    /// in these.
+    pub fn tend(&mut self, poll: &Poll, now_ms: u64) -> Vec<Waiting> {
+        if self.next_due().is_none_or(|at| at > now_ms) {
+            return Vec::new();
+        }
+        let (mut number, work_ms) = (self.number, self.work_ms);
+        let lost = self.give_up(now_ms, |lane| {
+            number += 1;
+            match lane.due(work_ms) {
+                Some(at) if at <= now_ms => lane.tend(poll, number, now_ms),
+                _ => Ok(()),
+            }
+        });
+        self.number = number;
+        lost
+    }
+
+    /// When [`Lanes::tend`] is next needed.
     pub fn next_due(&self) -> Option<u64> {
-        self.0.iter().filter_map(Lane::due).min()
+        self.lanes.iter().filter_map(|lane| lane.due(self.work_ms)).min()
+    }
+
+    fn give_up(
+        &mut self,
+        now_ms: u64,
+        mut try_lane: impl FnMut(&mut Lane) -> Result<(), Lost>,
+    ) -> Vec<Waiting> {
+        let mut lost = Vec::new();
+        for lane in &mut self.lanes {
+            if let Err(why) = try_lane(lane) {
+                self.losses += 1;
+                lost.extend(lane.lose(&why, now_ms));
+            }
+        }
+        lost
+    }
+
+    /// From now on a lane is not proven until a request of ours has come back, which is asked here
+    /// unless one is under way.
+    pub fn ask_proofs(&mut self, now_ms: u64) {
+        for lane in &mut self.lanes {
+            if !lane.is_unproven && lane.is_up {
+                self.number += 1;
+                lane.ask(self.number, now_ms);
+            }
+            lane.is_unproven = true;
+        }
+    }
+
+    /// Every lane is up and has answered a proof since [`Lanes::ask_proofs`].
+    pub fn are_proven(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.is_up && !lane.is_unproven)
     }
 
     /// How often lanes were lost.
     pub fn losses(&self) -> u64 {
-        self.0.iter().map(|lane| lane.losses).sum()
+        self.losses
     }
 
     /// How many cannot be used now.
     pub fn down(&self) -> u64 {
-        self.0.iter().filter(|lane| !lane.link.is_up()).count() as u64
-    }
-
-    /// Every lane has answered a proof since [`Lane::ask_proof`].
-    pub fn are_proven(&self) -> bool {
-        self.0.iter().all(|lane| !lane.unproven)
+        self.lanes.iter().filter(|lane| !lane.is_up).count() as u64
     }
 }
 
 impl Lane {
-    fn takes(&self, kind: LaneKind) -> bool {
-        let has_room = self.queue.len() < self.address.max_waiting;
-        self.address.kind == kind && self.link.is_up() && has_room
-    }
-
-    fn due(&self) -> Option<u64> {
-        match self.link {
-            Link::Down(at) | Link::Proving(_, at) => Some(at),
-            Link::Up(_) => self.queue.due(self.work_ms),
+    fn due(&self, work_ms: u64) -> Option<u64> {
+        match (&self.socket, self.is_up) {
+            (None, _) => Some(self.retry_at_ms),
+            (Some(_), false) => self.queue.due(PROOF_MS),
+            (Some(_), true) => self.queue.due(work_ms),
         }
     }
 
     fn answered(&mut self, number: u64) -> Option<Waiting> {
         let waiting = self.queue.answered(number)?;
-        self.unproven &= waiting.at.is_some();
-        if self.link.proven() {
+        self.is_unproven &= waiting.at.is_some();
+        if !self.is_up {
             log::debug!("lane {} ({:?}) is open", self.key, self.address.kind);
-            self.retry_ms = RETRY_MS.0;
+            (self.is_up, self.retry_ms) = (true, RETRY_MS.0);
         }
         Some(waiting)
     }
 
-    /// Opens the lane if it is time to, or gives up one that does not answer; `number` is for the
-    /// request that proves it. Returns what was in a lane that is given up.
-    pub fn tend(&mut self, poll: &Poll, number: u64, now_ms: u64) -> VecDeque<Waiting> {
-        if self.due().is_none_or(|at| at > now_ms) {
-            return VecDeque::new();
+    fn tend(&mut self, poll: &Poll, number: u64, now_ms: u64) -> Result<(), Lost> {
+        if self.socket.is_some() {
+            return Err("it does not answer".to_owned());
         }
-        if !matches!(self.link, Link::Down(_)) {
-            return self.lose("it does not answer", now_ms);
-        }
-        match Link::open(&self.address.path, poll, self.key) {
-            Ok(stream) => {
-                self.ask(number, now_ms);
-                self.link = Link::Proving(stream, now_ms + PROOF_MS);
-                VecDeque::new()
-            }
-            Err(e) => self.lose(&format!("{}: {e}", self.address.path.display()), now_ms),
-        }
+        let socket = open(&self.address.path, poll, self.key);
+        self.socket = Some(socket.map_err(|e| format!("{}: {e}", self.address.path.display()))?);
+        self.ask(number, now_ms);
+        Ok(())
     }
 
-    /// From now on the lane is not proven until a request of ours has come back, which is asked here
-    /// unless one is under way.
-    pub fn ask_proof(&mut self, number: u64, now_ms: u64) {
-        if !self.unproven && self.link.is_up() {
-            self.ask(number, now_ms);
-        }
-        self.unproven = true;
-    }
-
+    /// Has the worker answer a request of the edge's own.
     fn ask(&mut self, number: u64, now_ms: u64) {
-        let proof = format!("OPTIONS * HTTP/1.1\r\n{PRIVATE_FIELD}: {number} {NOBODY}\r\n\r\n");
-        self.queue.push(number, None, proof.as_bytes(), now_ms);
+        let mut proof = b"OPTIONS * HTTP/1.1\r\n".to_vec();
+        push_private(number, None, &mut proof);
+        proof.extend_from_slice(b"\r\n");
+        self.queue.push(number, None, &proof, now_ms);
     }
 
-    /// Gives the lane up. Returns what was in it.
-    pub fn lose(&mut self, why: &str, now_ms: u64) -> VecDeque<Waiting> {
+    fn lose(&mut self, why: &str, now_ms: u64) -> VecDeque<Waiting> {
         log::warn!("lane {} ({:?}) lost: {why}", self.key, self.address.kind);
-        self.losses += 1;
-        self.link = Link::Down(now_ms + self.retry_ms);
+        (self.socket, self.is_up) = (None, false);
+        self.retry_at_ms = now_ms + self.retry_ms;
         self.retry_ms = (self.retry_ms * 2).min(RETRY_MS.1);
         self.queue.lose()
     }
 
-    /// Writes what there is, in one call.
-    ///
-    /// # Errors
-    /// When the lane is lost.
-    pub fn flush(&mut self) -> io::Result<()> {
-        let n = self.link.write(self.queue.unwritten())?;
+    /// Writes what the socket takes, and waits for room for the rest.
+    fn flush(&mut self) -> Result<(), Lost> {
+        let bytes = self.queue.unwritten();
+        let Some(socket) = self.socket.as_mut().filter(|_| !bytes.is_empty()) else {
+            return Ok(());
+        };
+        let n = match (&**socket).write(bytes) {
+            Ok(n) => n,
+            Err(e) if is_transient(&e) => 0,
+            Err(e) => return Err(e.to_string()),
+        };
+        let watched = socket.set(Interest { read: true, write: n < bytes.len() });
         self.queue.advance(n);
-        Ok(())
+        watched.map_err(|e| e.to_string())
     }
 
-    /// Returns why the lane is lost, if it is; for when its socket is readable.
-    pub fn lost(&mut self) -> Option<String> {
-        self.link.lost()
+    fn read(&self) -> Result<(), Lost> {
+        let Some(socket) = &self.socket else { return Ok(()) };
+        match (&**socket).read(&mut [0]) {
+            Ok(0) => Err("closed by the worker's side".into()),
+            Ok(_) => Err("the worker's side wrote to it".into()),
+            Err(e) if is_transient(&e) => Ok(()),
+            Err(e) => Err(e.to_string()),
+        }
     }
+}
+
+/// Connects. Does not wait: a full backlog is an error like any other.
+fn open(path: &Path, poll: &Poll, key: usize) -> io::Result<Watched<UnixStream>> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    poll.watch(UnixStream::from(socket), key, Interest::READ)
 }

@@ -5,15 +5,16 @@
 //! a newcomer by the one step that is being computed. What comes after the signature is cheap and
 //! waits for nothing else.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use super::Acceptor;
 use super::stream::{Received, Stream};
 use super::turns::Turns;
-use crate::clock;
 
 /// Enough for the largest numbers that RSA has.
 const STACK_BYTES: usize = 256 * 1024;
@@ -25,8 +26,8 @@ const NICE: i32 = 5;
 pub struct HandshakeStep {
     /// The connection's place.
     pub at: usize,
-    /// The connection's number: another may have its place by now.
-    pub serial: u64,
+    /// The connection's: another may have its place by now.
+    pub generation: u64,
     /// Its TLS, with what the client has sent.
     pub tls: Box<Stream>,
 }
@@ -37,12 +38,15 @@ pub struct Computed {
     pub step: HandshakeStep,
     /// What the client sent behind its handshake.
     pub plain: Vec<u8>,
+    /// What the client gets.
+    pub output: Vec<u8>,
     /// What became of it.
     pub outcome: Result<Received, rustls::Error>,
 }
 
 /// The thread, for the edge.
 pub struct Handshakes {
+    acceptor: Arc<Acceptor>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -56,7 +60,7 @@ struct Shared {
 struct Steps {
     /// Steps that may sign, and those after the signature.
     costly: Turns<HandshakeStep>,
-    cheap: Turns<HandshakeStep>,
+    cheap: VecDeque<HandshakeStep>,
     stopped: bool,
 }
 
@@ -65,28 +69,41 @@ impl Handshakes {
     ///
     /// # Errors
     /// When the system has no thread left.
-    pub fn start(done: impl Fn(Computed) + Send + 'static) -> io::Result<Self> {
+    pub fn start(
+        acceptor: Arc<Acceptor>,
+        done: impl Fn(Computed) + Send + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared { steps: Mutex::default(), changed: Condvar::new() });
         let own = Arc::clone(&shared);
         let builder = thread::Builder::new().name("handshakes".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || own.work(&done))?;
-        Ok(Handshakes { shared, thread: Some(thread) })
+        Ok(Handshakes { acceptor, shared, thread: Some(thread) })
+    }
+
+    /// The server's side of a new connection.
+    ///
+    /// # Errors
+    /// When rustls finds its configuration wanting.
+    pub fn accept(&self) -> Result<Stream, rustls::Error> {
+        self.acceptor.accept()
     }
 
     /// Has a step computed for a client at this address.
     pub fn submit(&self, address: IpAddr, step: HandshakeStep) {
         let mut steps = self.shared.lock();
-        let turns = if step.tls.has_signed() { &mut steps.cheap } else { &mut steps.costly };
-        turns.push(address, step, clock::now().mono_ms);
+        match step.tls.has_signed() {
+            true => steps.cheap.push_back(step),
+            false => steps.costly.push(address, step),
+        }
         drop(steps);
         self.shared.changed.notify_one();
     }
 
     /// Forgets the step of a connection that is closed, if it still waits.
-    pub fn cancel(&self, address: IpAddr, at: usize) {
+    pub fn cancel(&self, at: usize) {
         let mut steps = self.shared.lock();
-        steps.costly.remove(address, |step| step.at == at);
-        steps.cheap.remove(address, |step| step.at == at);
+        steps.costly.remove(|step| step.at == at);
+        steps.cheap.retain(|step| step.at != at);
     }
 }
 
@@ -119,9 +136,8 @@ impl Shared {
     fn next(&self) -> Option<HandshakeStep> {
         let mut steps = self.lock();
         while !steps.stopped {
-            let now_ms = clock::now().mono_ms;
-            let cheap = steps.cheap.pop(now_ms);
-            if let Some(step) = cheap.or_else(|| steps.costly.pop(now_ms)) {
+            let cheap = steps.cheap.pop_front();
+            if let Some(step) = cheap.or_else(|| steps.costly.pop()) {
                 return Some(step);
             }
             steps = self.changed.wait(steps).unwrap_or_else(PoisonError::into_inner);
@@ -132,9 +148,9 @@ impl Shared {
 
 /// What panics costs its own connection only.
 fn compute(mut step: HandshakeStep) -> Computed {
-    let mut plain = Vec::new();
-    let advance = AssertUnwindSafe(|| step.tls.advance(&mut plain));
+    let (mut plain, mut output) = (Vec::new(), Vec::new());
+    let advance = AssertUnwindSafe(|| step.tls.advance(&mut plain, &mut output));
     let outcome = catch_unwind(advance)
         .unwrap_or_else(|_| Err(rustls::Error::General("the handshake panicked".into())));
-    Computed { step, plain, outcome }
+    Computed { step, plain, output, outcome }
 }

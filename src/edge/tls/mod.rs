@@ -25,7 +25,7 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 
 pub use handshakes::{Computed, HandshakeStep, Handshakes};
-pub use stream::{Received, STATE_HELD, Stream};
+pub use stream::{RECORD, Received, STATE_HELD, Stream};
 
 /// Most bytes of certificates that a client may show. They are kept with the connection, and in the
 /// ticket of its session. A certificate of ours has 500, one of RSA 4096 with its CA 3,000.

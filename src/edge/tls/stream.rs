@@ -19,22 +19,18 @@ pub const STATE_HELD: usize = 4 * 1024;
 /// that does not fit is refused: a client's longest, its certificates, may have 8 KiB.
 const INPUT_MAX: usize = 16 * 1024 + 2048 + 5;
 
-/// What a record of application data holds.
-const RECORD: usize = 16 * 1024;
-/// What encryption adds to a record, with room to spare.
+/// What encryption adds to a record of application data, with room to spare.
 const OVERHEAD: usize = 64;
+/// What such a record holds.
+pub const RECORD: usize = 16 * 1024;
 
 type Traffic<'a> = WriteTraffic<'a, ServerConnectionData>;
 
-/// The TLS of one connection.
+/// The TLS of one connection. What it has to say to the client is not kept here.
 pub struct Stream {
     connection: UnbufferedServerConnection,
     /// The start of a record, or of a handshake message, that is not whole yet.
     input: Vec<u8>,
-    /// Records for the socket; while there are any, nothing else is encrypted.
-    output: Vec<u8>,
-    /// How many bytes of `output` are written.
-    written: usize,
     /// The client has said that it will send no more.
     ended: bool,
     /// After an error rustls must not be asked for anything.
@@ -56,14 +52,8 @@ impl Stream {
     /// # Errors
     /// When rustls finds its configuration wanting.
     pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
-        Ok(Stream {
-            connection: UnbufferedServerConnection::new(config)?,
-            input: Vec::new(),
-            output: Vec::new(),
-            written: 0,
-            ended: false,
-            failed: false,
-        })
+        let connection = UnbufferedServerConnection::new(config)?;
+        Ok(Stream { connection, input: Vec::new(), ended: false, failed: false })
     }
 
     /// The handshake is not over.
@@ -89,7 +79,7 @@ impl Stream {
     pub fn held(&self) -> usize {
         let certificates = self.connection.peer_certificates().unwrap_or_default();
         let certificates: usize = certificates.iter().map(|der| der.len()).sum();
-        STATE_HELD + certificates + self.unread() + self.output.capacity()
+        STATE_HELD + certificates + self.unread()
     }
 
     /// Of these, what the client has sent of a record or message that is not whole.
@@ -108,34 +98,20 @@ impl Stream {
         self.input.extend_from_slice(bytes);
     }
 
-    /// Takes bytes from the socket and appends what they say to `plain`.
+    /// Goes on with what was [`put`](Stream::put), and appends what it says to `plain`.
     ///
     /// # Errors
-    /// Why the connection must end; the alert that tells the client waits in the output.
-    pub fn receive(&mut self, bytes: &mut [u8], plain: &mut Vec<u8>) -> Result<Received, Error> {
-        if !self.input.is_empty() {
-            self.put(bytes);
-            return self.advance(plain);
-        }
-        let (used, outcome) = process(&mut self.connection, bytes, &mut self.output, plain);
-        self.input = bytes.get(used..).unwrap_or_default().to_vec();
-        self.judge(outcome, plain)
-    }
-
-    /// Goes on with what was [`put`](Stream::put).
-    ///
-    /// # Errors
-    /// As [`Stream::receive`].
-    pub fn advance(&mut self, plain: &mut Vec<u8>) -> Result<Received, Error> {
+    /// Why the connection must end; the alert that tells the client is in the output.
+    pub fn advance(
+        &mut self,
+        plain: &mut Vec<u8>,
+        output: &mut Vec<u8>,
+    ) -> Result<Received, Error> {
         let mut input = std::mem::take(&mut self.input);
-        let (used, outcome) = process(&mut self.connection, &mut input, &mut self.output, plain);
+        let (used, outcome) = process(&mut self.connection, &mut input, output, plain);
         input.drain(..used);
         input.shrink_to_fit();
         self.input = input;
-        self.judge(outcome, plain)
-    }
-
-    fn judge(&mut self, outcome: Result<bool, Error>, plain: &[u8]) -> Result<Received, Error> {
         self.failed = outcome.is_err();
         self.ended |= outcome?;
         if self.input.len() >= INPUT_MAX {
@@ -144,69 +120,46 @@ impl Stream {
         Ok(if self.ended && plain.is_empty() { Received::End } else { Received::Taken })
     }
 
-    /// Encrypts the start of `plain`, up to one record, and returns how much of it that is. Nothing,
-    /// while records wait to be written.
+    /// Encrypts `plain`, which is [`RECORD`] bytes at most.
     ///
     /// # Errors
     /// When the connection cannot carry data.
-    pub fn send(&mut self, plain: &[u8]) -> Result<usize, Error> {
-        let record = plain.get(..RECORD).unwrap_or(plain);
-        if record.is_empty() || !self.is_flushed() {
-            return Ok(0);
-        }
-        self.write(record.len() + OVERHEAD, |traffic, space| traffic.encrypt(record, space))?;
-        Ok(record.len())
+    pub fn encrypt(&mut self, plain: &[u8]) -> Result<Vec<u8>, Error> {
+        self.written(plain.len() + OVERHEAD, |traffic, space| traffic.encrypt(plain, space))
     }
 
-    /// Tells the client that no more will come. Within a handshake there is nothing to tell.
-    pub fn close(&mut self) {
-        let _ = self.write(OVERHEAD, |traffic, space| traffic.queue_close_notify(space));
+    /// What tells the client that no more will come. Within a handshake there is nothing to tell.
+    pub fn close(&mut self) -> Vec<u8> {
+        let told = self.written(OVERHEAD, |traffic, space| traffic.queue_close_notify(space));
+        told.unwrap_or_default()
     }
 
-    /// Appends what `write` writes into `most` bytes to the output.
-    fn write(
+    /// What `write` writes into `most` bytes.
+    fn written(
         &mut self,
         most: usize,
         write: impl FnOnce(&mut Traffic<'_>, &mut [u8]) -> Result<usize, EncryptError>,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<u8>, Error> {
         if self.failed {
             return Err(Error::HandshakeNotComplete);
         }
+        let mut output = Vec::new();
         loop {
             match self.connection.process_tls_records(&mut self.input).state? {
                 // New keys, which rustls may ask for after very many records.
-                ConnectionState::EncodeTlsData(mut data) => encode(&mut data, &mut self.output),
+                ConnectionState::EncodeTlsData(mut data) => encode(&mut data, &mut output),
                 ConnectionState::TransmitTlsData(data) => data.done(),
                 ConnectionState::WriteTraffic(mut traffic) => {
-                    let start = self.output.len();
-                    self.output.resize(start + most, 0);
-                    let space = self.output.get_mut(start..).unwrap_or_default();
+                    let start = output.len();
+                    output.resize(start + most, 0);
+                    let space = output.get_mut(start..).unwrap_or_default();
                     let written = write(&mut traffic, space);
-                    self.output.truncate(start + *written.as_ref().unwrap_or(&0));
-                    return written.map(drop).map_err(|e| Error::General(e.to_string()));
+                    output.truncate(start + *written.as_ref().unwrap_or(&0));
+                    return written.map(|_| output).map_err(|e| Error::General(e.to_string()));
                 }
                 _ => return Err(Error::HandshakeNotComplete),
             }
         }
-    }
-
-    /// What the socket gets next.
-    pub fn output(&self) -> &[u8] {
-        self.output.get(self.written..).unwrap_or_default()
-    }
-
-    /// So many bytes of [`Stream::output`] are written.
-    pub fn advance_output(&mut self, n: usize) {
-        self.written += n;
-        if self.is_flushed() {
-            self.output = Vec::new();
-            self.written = 0;
-        }
-    }
-
-    /// Nothing waits to be written.
-    pub fn is_flushed(&self) -> bool {
-        self.output().is_empty()
     }
 }
 

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use log::LevelFilter;
 use mqtt_publisher_lite::api::{self, Request};
-use mqtt_publisher_lite::config::{Log, LogFormat, certified_key};
+use mqtt_publisher_lite::config::{Http, Log, LogFormat, certified_key};
 use mqtt_publisher_lite::edge::{Edge, Outbox, Settings};
-use mqtt_publisher_lite::http::{LaneKind, Reply};
+use mqtt_publisher_lite::http::Reply;
 use mqtt_publisher_lite::logging;
 use mqtt_publisher_lite::server::{LaneServer, open_lanes};
 
@@ -30,18 +30,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let port: u16 = std::env::args().nth(2).map_or(Ok(19102), |n| n.parse())?;
     thread::spawn(move || bare(port + 1));
     let dir = std::env::temp_dir().join(format!("edge-tool-{}", std::process::id()));
-    let mut kinds = vec![LaneKind::Plain; lanes];
-    kinds.extend([LaneKind::Certificate, LaneKind::Bulk]);
-    let lanes = open_lanes(&dir, &kinds)?;
-    let addresses = lanes.iter().map(|lane| lane.address().clone()).collect();
-    let mut settings = Settings::new((Ipv4Addr::UNSPECIFIED, port).into());
+    // Half of the workers sign.
+    let lanes = open_lanes(&dir, &api::lane_kinds(), 2 * lanes)?;
+    let addresses = lanes.iter().map(|lane| lane.address.clone()).collect();
+    let mut http = Http::from_lookup(|name| std::env::var_os(name))?;
+    http.port = port;
+    let mut settings = Settings::new(http);
     settings.classify = api::classify;
     if let (Ok(certificate), Ok(key)) = (std::env::var("TLS_CERT"), std::env::var("TLS_KEY")) {
         let shown = certified_key(&std::fs::read(certificate)?, &std::fs::read(key)?);
         settings.tls = Some(shown.map_err(|fault| format!("{fault:?}"))?);
-    }
-    if let Ok(limit) = std::env::var("MAX_CONNECTIONS_PER_IP") {
-        settings.max_connections_per_ip = limit.parse()?;
     }
     let edge = Edge::open(settings, addresses)?;
     for lane in lanes {
@@ -52,8 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn work(lane: &LaneServer, outbox: &Outbox) {
-    let bound = if lane.address().kind == LaneKind::Bulk { 1 } else { 16 };
-    while let Some(batch) = lane.next_batch(bound, Duration::ZERO, outbox) {
+    while let Some(batch) = lane.next_batch(16, Duration::ZERO, outbox) {
         let replies = batch.requests.iter().map(reply).collect();
         batch.answer(replies);
     }
