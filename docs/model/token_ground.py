@@ -68,15 +68,15 @@ RULES = {
     "own name": "of two processes under one instance id the later one draws another",
     "two trips": "in a cluster the row is read in a trip of its own, after the mark was set",
     "awaited bound": "in a cluster the bound's reply is awaited before the mark is looked at",
+    "own line": "an operation speaks only over connections of the time in which it began",
+    "signed in time": "a redemption signs only while its mark is young",
+    "same run": "`none` enters a copy again into the run of Redis that gave no reply to its entry",
+    "grace at start": "the grace is given at a start, too, unless the run id is the last one seen",
     "awaited replicas": "with REDIS_WAIT_REPLICAS a mark counts once the replicas have it",
 }
 
 # Rules that the program does not have. Each mends a row that breaks without it.
 OPEN = {
-    "own line": "an operation speaks only over connections of the time in which it began",
-    "signed in time": "a redemption signs only while its mark is young",
-    "same run": "`none` enters a copy again into the run of Redis that gave no reply to its entry",
-    "grace at start": "the grace is given at a start, too, unless the run id is the last one seen",
     "name first": "a process serves from Redis only under an instance id that is its own",
     "name waits": "an id that is in use is kept: its marks are 503 until its lease has ended",
 }

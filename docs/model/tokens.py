@@ -881,7 +881,7 @@ def _(s):
     "28c",
     "the same, and the redeemer stands still for 31 s",
     "the replacement takes it for dead, and then it signs",
-    also=["signed in time"],
+    without=["signed in time"],
 )
 def _(s):
     return replacement_and_redemption(s, **{"time.passes": passes(31)})
@@ -983,7 +983,6 @@ def forgets(s, more=(), after=()):
     "b has used a token, Redis is back from an older file, and a is asked",
     "a grants it before b has entered its mark",
     without=["grace"],
-    needs=["own line"],
     outage_redeem="none",
 )
 def _(s):
@@ -995,7 +994,6 @@ def _(s):
     "the same, and nobody asks b for anything",
     "b does not notice that Redis was restarted, and never enters its mark",
     without=["watch"],
-    needs=["own line"],
     outage_redeem="none",
 )
 def _(s):
@@ -1006,7 +1004,7 @@ def _(s):
     "30c",
     "the same, and a's request waits for a connection while Redis is lost and found",
     "it goes out on a new connection, before anybody has entered anything",
-    also=["own line"],
+    without=["own line"],
     outage_redeem="none",
 )
 def _(s):
@@ -1017,8 +1015,7 @@ def _(s):
     "30d",
     "the same, and a is restarted after Redis",
     "a process that has just started finds no Redis changed, and gives no grace",
-    also=["grace at start"],
-    needs=["own line"],
+    without=["grace at start"],
     outage_redeem="none",
 )
 def _(s):
@@ -1033,7 +1030,6 @@ def _(s):
     "30e",
     "the same, and b is gone",
     "nobody is left who could enter the mark: two certificates",
-    needs=["own line"],
     outage_redeem="none",
 )
 def _(s):
@@ -1093,7 +1089,6 @@ def fails_over(s, old_is_stopped):
     "a fail-over whose old master takes writes for some seconds more",
     "both masters grant the token",
     without=["grace"],
-    needs=["own line"],
     outage_redeem="none",
 )
 def _(s):
@@ -1104,7 +1099,6 @@ def _(s):
     "31b",
     "the same, and the old master takes writes for longer than the grace lasts",
     "both masters grant the token; `min-replicas-to-write` in Redis is the remedy",
-    needs=["own line"],
     outage_redeem="none",
 )
 def _(s):
@@ -1116,7 +1110,6 @@ def _(s):
     "b uses a token and is gone, and a replica that lags becomes the master",
     "it has not heard of the mark: two certificates",
     without=["awaited replicas"],
-    needs=["own line"],
     outage_redeem="none",
     wait_replicas=True,
 )
@@ -1199,7 +1192,7 @@ def _(s):
     "32c",
     "under `none`, the entry of a token from memory gets no reply",
     "it may have reached Redis, so it is not entered again; if it did not, it is burnt",
-    also=["same run"],
+    without=["same run"],
     outage_redeem="none",
 )
 def _(s):
@@ -1404,7 +1397,7 @@ def _(s):
     "35c",
     "the same, when the origin has not renewed its lease of the id",
     "the clone has the id, and takes the origin's mark for a dead one: two certificates",
-    needs=["name first", "name waits", "signed in time"],
+    needs=["name first", "name waits"],
 )
 def _(s):
     return clone(s, more={"time.passes": passes(31)})
@@ -1434,7 +1427,7 @@ def _(s):
         after={
             "time.passes": ("a.boot",),
             "a.names": ("time.passes",),
-            "a.again": ("a.names",),
+            "a.again": ("a.names", "a.redeem"),
         },
     )
 

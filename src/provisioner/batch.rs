@@ -235,7 +235,8 @@ impl Provisioner {
                 Step::Entered(grant, signed)
             }
             Err(problem) => {
-                if problem.code != Code::TokenAlreadyUsed {
+                // A mark without a certificate is good for nothing, a bound's refusal included.
+                if !grant.is_recorded(entries) {
                     follow_up.give_back.extend(grant.give_back());
                 }
                 Step::Done(Err(grant.refused(problem)))
@@ -265,6 +266,9 @@ impl Provisioner {
     }
 
     fn look_again(&self, redeem: &Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
+        if !is_in_time(now, clock::now()) {
+            return Err(Code::ServiceUnavailable);
+        }
         let token = &redeem.token;
         let killed = self.ledger.knows_as_killed(&token.hash) || self.is_dead(token);
         if killed || entries.knows_token(&token.hash) {
@@ -383,6 +387,11 @@ impl Grant {
         }
     }
 
+    /// Its token has a certificate, from this attempt or another.
+    fn is_recorded(&self, entries: &Entries<'_>) -> bool {
+        matches!(self, Grant::Token(redeem) if entries.knows_token(&redeem.token.hash))
+    }
+
     fn give_back(&self) -> Option<Op> {
         let Grant::Token(redeem) = self else { return None };
         Some(Op::GiveBack(redeem.token.clone(), redeem.serial))
@@ -455,6 +464,13 @@ impl Redeem {
     }
 }
 
+/// Whether a mark that was sent at `sent` or later is still taken for that of an attempt under way:
+/// whoever replaces the token waits for one that is younger than 30 s (`docs/model`, row 28c).
+fn is_in_time(sent: Now, now: Now) -> bool {
+    const MS: u64 = 25_000;
+    now.mono_ms.saturating_sub(sent.mono_ms) < MS
+}
+
 /// Whether the attempt may sign.
 fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
     let problem = match answer {
@@ -493,19 +509,22 @@ mod tests {
     use crate::devices::Instance;
     use crate::devices::table::Devices;
     use crate::files::test_dir::TestDir;
-    use crate::jwt::Signer;
+    use crate::jwt::{Signer, TokenHash};
     use crate::metrics::Metrics;
     use crate::provisioner::Rules;
     use crate::store::ledger::Ledger;
     use crate::store::{Status, TokenStore};
     use std::net::Ipv4Addr;
-    use std::sync::Arc;
     use std::sync::mpsc;
+    use std::sync::{Arc, Mutex};
     use std::thread;
     use std::time::Duration;
 
     /// A store that grants what it is asked.
-    struct Willing;
+    #[derive(Default)]
+    struct Willing {
+        given_back: Mutex<Vec<TokenHash>>,
+    }
 
     impl TokenStore for Willing {
         fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
@@ -513,6 +532,11 @@ mod tests {
                 Op::Issue(new) => Ok(Outcome::Issued { token: new.token.clone(), killed: None }),
                 Op::Look(_) => Ok(Outcome::Seen(Box::default())),
                 Op::Kill(_) => Ok(Outcome::Killed(None)),
+                Op::Consume(..) => Ok(Outcome::Granted),
+                Op::GiveBack(token, _) => {
+                    self.given_back.lock().unwrap().push(token.hash);
+                    Ok(Outcome::Done)
+                }
                 Op::Count => Ok(Outcome::Counted(1)),
                 _ => Err(StoreError::Undecided),
             };
@@ -524,7 +548,7 @@ mod tests {
         }
     }
 
-    fn provisioner(dir: &TestDir, now: Now) -> Provisioner {
+    fn provisioner(dir: &TestDir, store: Arc<Willing>, now: Now) -> Provisioner {
         let settings = config::Ca {
             dir: dir.to_path_buf(),
             root_validity_years: 10,
@@ -539,7 +563,7 @@ mod tests {
         let metrics = || Arc::new(Metrics::new(std::iter::empty()));
         let ca = Arc::new(Ca::open(&settings, now).unwrap());
         Provisioner::new(
-            Arc::new(Willing),
+            store,
             Arc::new(Ledger::new(10)),
             Arc::new(Devices::open(&dir.join("devices.txt"), Instance([1; 16]), now).unwrap()),
             Arc::new(Publisher::new(ca, None, metrics())),
@@ -558,7 +582,7 @@ mod tests {
     fn only_certificates_wait_for_the_disk() {
         let dir = TestDir::new();
         let now = clock::now();
-        let provisioner = Arc::new(provisioner(&dir, now));
+        let provisioner = Arc::new(provisioner(&dir, Arc::default(), now));
         // As while another worker's certificates are written.
         let _writing = provisioner.ca().record().begin();
         let (sender, done) = mpsc::channel();
@@ -576,7 +600,7 @@ mod tests {
     fn an_onboarding_in_the_batch_of_a_kill_is_born_alive() {
         let dir = TestDir::new();
         let now = clock::now();
-        let provisioner = provisioner(&dir, now);
+        let provisioner = provisioner(&dir, Arc::default(), now);
         let device = DeviceId::parse("d").unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let revoke = provisioner.plan_revoke(device, client, now).unwrap();
@@ -586,5 +610,34 @@ mod tests {
             panic!("{done:?}")
         };
         assert!(!provisioner.is_dead(token), "{:?}", token.claims);
+    }
+
+    /// The bound came between the grant and the signature: the mark must not stay for another to meet.
+    #[test]
+    fn what_a_bound_refuses_is_given_back() {
+        let (dir, store, now) = (TestDir::new(), Arc::new(Willing::default()), clock::now());
+        let provisioner = provisioner(&dir, Arc::clone(&store), now);
+        let device = DeviceId::parse("d").unwrap();
+        let token = provisioner.token(device.clone(), [1; 16], now);
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "d");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let csr = params.serialize_request(&key).unwrap().pem().unwrap();
+        let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let job = provisioner.plan_redeem(token.clone(), &csr, None, None, client, now).unwrap();
+        let bound = crate::devices::Bound { t: token.claims.iat, c: 0 };
+        provisioner.devices.raise(&device, bound, now).unwrap();
+        let done = provisioner.run(vec![job], now).done.remove(0);
+        assert_eq!(done.map_err(|problem| problem.code).unwrap_err(), Code::TokenAlreadyUsed);
+        assert_eq!(*store.given_back.lock().unwrap(), [token.hash]);
+    }
+
+    #[test]
+    fn a_mark_that_is_old_is_not_signed_for() {
+        let at = |s: u64| Now { unix_ms: 0, mono_ms: s * 1000 };
+        for (sent, now, in_time) in [(5, 5, true), (5, 29, true), (5, 30, false), (5, 4, true)] {
+            assert_eq!(is_in_time(at(sent), at(now)), in_time, "{sent} {now}");
+        }
     }
 }
