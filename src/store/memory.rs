@@ -76,7 +76,7 @@ struct OnlyHere {
 }
 
 impl OnlyHere {
-    fn held_by(&self, subscriber: Subscriber) -> usize {
+    fn count_of(&self, subscriber: Subscriber) -> usize {
         self.by_subscriber.get(&subscriber).copied().unwrap_or_default()
     }
 
@@ -331,7 +331,7 @@ impl Memory {
         if free == 0 {
             return Err(StoreError::Full);
         }
-        if table.only_here.held_by(subscriber) >= free.saturating_mul(SHARE) {
+        if table.only_here.count_of(subscriber) >= free.saturating_mul(SHARE) {
             return Err(StoreError::ShareFull);
         }
         if table.tokens.len() >= self.max {

@@ -17,11 +17,8 @@
 //!           │ ours ───────▶ Issued
 //!           └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
 //!
-//! Replace ── Raise (see `rows`) ─▶ Supplant
-//! Supplant ─ SET its mark killed · DEL its token · ZREM live      (of the token that held the lease)
-//!   │        · SET token · ZADD live · CAS lease · SET lease NX · GET lease
-//!   │ ours ───────────▶ Issued
-//!   └ another's ─▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
+//! Replace ── Raise (see `rows`) ─▶ TakeOver, and before it in the same trip, of the token that held the
+//!              lease: SET its mark killed · DEL its token · ZREM live
 //!
 //! Consume ── SET mark NX · EXISTS token · HGET row · GET mark
 //!   │ ours, the token is there ─▶ Granted
@@ -317,7 +314,7 @@ impl Flow for Contest {
                 let outcome = self.issue.already_active(context, &self.other, lease_left);
                 return Next::done(outcome);
             }
-            Next::trip(TakeOver { issue: self.issue, stale: self.other })
+            Next::trip(TakeOver { issue: self.issue, old: Some(Old::Stale(self.other)) })
         }))
     }
 }
@@ -328,28 +325,51 @@ pub(super) fn age_ms(whole: u64, left: i64) -> u64 {
     u64::try_from(left).map_or(u64::MAX, |left| whole.saturating_sub(left))
 }
 
-/// Issuing, third trip: the lease is stale and is taken over, unless another was faster (`docs/model`,
-/// row 2).
-struct TakeOver {
-    issue: Issue,
-    stale: String,
+/// Issuing, third trip, and replacing, second: the token that held the lease dies if it is replaced, then
+/// the new one stands, then it takes the lease over, unless another was faster (`docs/model`, row 2).
+pub(super) struct TakeOver {
+    pub issue: Issue,
+    /// The token that held the lease when it was looked at.
+    pub old: Option<Old>,
+}
+
+/// A token that gives way to another.
+pub(super) enum Old {
+    /// It has ended, in one way or another.
+    Stale(String),
+    Replaced(Token),
 }
 
 impl Flow for TakeOver {
-    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
+    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         let Issue { token, left_ms, ends_ms, .. } = &self.issue;
+        if let Some(Old::Replaced(old)) = &self.old {
+            push_kill(layout, out, old, now);
+        }
         out.push(&layout.set_token(token, *left_ms));
         out.push(&layout.add_live(&token.hash, *ends_ms));
-        out.push(&layout.take_lease_over(&self.stale, token, *left_ms));
+        match &self.old {
+            Some(Old::Stale(compact)) => {
+                out.push(&layout.take_lease_over(compact, token, *left_ms));
+            }
+            Some(Old::Replaced(old)) => {
+                out.push(&layout.take_lease_over(&old.compact, token, *left_ms));
+            }
+            None => {}
+        }
         out.push(&layout.lease_if_free(token, *left_ms));
         out.push(&layout.get_lease(&token.claims.device_id));
     }
 
-    fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
-            (0..4).for_each(|_| replies.skip());
-            match replies.text()? {
-                Some(holder) if *holder == *self.issue.token.compact => self.issue.issued(None),
+    fn receive(self: Box<Self>, _: &Context, mut replies: Vec<Reply>) -> Next {
+        let lease = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
+        Next::of(Replies::all_or_error(replies).and_then(|_| {
+            let killed = match self.old {
+                Some(Old::Replaced(old)) => Some(Dead { hash: old.hash, claims: old.claims }),
+                _ => None,
+            };
+            match Replies::new(vec![lease]).text()? {
+                Some(holder) if *holder == *self.issue.token.compact => self.issue.issued(killed),
                 holder => Next::trip(Yield { issue: self.issue, holder }),
             }
         }))
@@ -372,41 +392,6 @@ impl Flow for Yield {
         Next::of(Replies::all_or_error(replies).and_then(|_| {
             let holder = self.holder.unwrap_or_default();
             Next::done(self.issue.already_active(context, &holder, 0))
-        }))
-    }
-}
-
-/// Replacing, second trip: the token that held the lease dies, then the new one stands, then it takes
-/// the lease over.
-pub(super) struct Supplant {
-    pub issue: Issue,
-    /// The token that held the lease when it was looked at.
-    pub old: Option<Token>,
-}
-
-impl Flow for Supplant {
-    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
-        let Issue { token, left_ms, ends_ms, .. } = &self.issue;
-        if let Some(old) = &self.old {
-            push_kill(layout, out, old, now);
-        }
-        out.push(&layout.set_token(token, *left_ms));
-        out.push(&layout.add_live(&token.hash, *ends_ms));
-        if let Some(old) = &self.old {
-            out.push(&layout.take_lease_over(&old.compact, token, *left_ms));
-        }
-        out.push(&layout.lease_if_free(token, *left_ms));
-        out.push(&layout.get_lease(&token.claims.device_id));
-    }
-
-    fn receive(self: Box<Self>, _: &Context, mut replies: Vec<Reply>) -> Next {
-        let lease = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
-        Next::of(Replies::all_or_error(replies).and_then(|_| {
-            let killed = self.old.map(|old| Dead { hash: old.hash, claims: old.claims });
-            match Replies::new(vec![lease]).text()? {
-                Some(holder) if *holder == *self.issue.token.compact => self.issue.issued(killed),
-                holder => Next::trip(Yield { issue: self.issue, holder }),
-            }
         }))
     }
 }

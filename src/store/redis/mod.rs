@@ -160,11 +160,11 @@ impl RedisStore {
 /// A flow under way, or its answer.
 enum Running {
     Waiting(Box<dyn Flow>),
-    Answered(Answer),
+    Done(Answer),
 }
 
 impl Running {
-    const UNDECIDED: Running = Running::Answered(Err(StoreError::Undecided));
+    const UNDECIDED: Running = Running::Done(Err(StoreError::Undecided));
 
     fn new(flow: Box<dyn Flow>) -> Self {
         Running::Waiting(flow)
@@ -190,19 +190,19 @@ impl Running {
         let Running::Waiting(flow) = std::mem::replace(self, Running::UNDECIDED) else { return };
         *self = match flow.receive(context, replies) {
             Next::Trip(flow) => Running::Waiting(flow),
-            Next::Done(answer) => Running::Answered(answer),
+            Next::Done(answer) => Running::Done(answer),
         };
     }
 
     fn fail(&mut self, broken: &Down) {
         if self.is_waiting() {
-            *self = Running::Answered(Err(StoreError::Down(broken.clone())));
+            *self = Running::Done(Err(StoreError::Down(broken.clone())));
         }
     }
 
     fn into_answer(self) -> Answer {
         match self {
-            Running::Answered(answer) => answer,
+            Running::Done(answer) => answer,
             Running::Waiting(_) => Err(StoreError::Undecided),
         }
     }

@@ -6,7 +6,7 @@
 //!   │ Kill, Tell: SET mark killed · DEL token · ZREM live · CAD lease ─▶ Killed, Told
 //!   │ Replace:    GET mark · PTTL mark      (of the leased token)
 //!   │   │ it is being redeemed ─▶ AlreadyActive
-//!   │   └ else ─▶ Supplant (see `flow`)
+//!   │   └ else ─▶ TakeOver (see `flow`)
 //!   └ the row has changed ─▶ LookAgain ── as Look ─▶ Raise      (Tell begins here)
 //! ```
 //!
@@ -17,7 +17,7 @@
 use redis::Value;
 
 use super::command::Commands;
-use super::flow::{Context, Flow, Issue, Next, Supplant, age_ms, push_kill};
+use super::flow::{Context, Flow, Issue, Next, Old, TakeOver, age_ms, push_kill};
 use super::layout::Layout;
 use super::reply::{Replies, Reply, is_denied};
 use crate::clock::Now;
@@ -136,14 +136,14 @@ fn replaced(
     now: Now,
     mut replies: Replies,
 ) -> Result<Next, StoreError> {
-    let Some(old) = old else { return Next::trip(Supplant { issue, old: None }) };
+    let Some(old) = old else { return Next::trip(TakeOver { issue, old: None }) };
     let is_attempt = replies.text()?.is_some_and(|mark| !mark.ends_with(" killed"));
     let age = age_ms(lasts_ms(&old.claims, now), replies.number()?);
     if is_attempt && age < UNDER_WAY_MS {
         let expires_at_ms = old.claims.exp.saturating_mul(1000);
         return Next::done(Outcome::AlreadyActive { expires_at_ms });
     }
-    Next::trip(Supplant { issue, old: Some(old) })
+    Next::trip(TakeOver { issue, old: Some(Old::Replaced(old)) })
 }
 
 /// The leased token that has died, if it was live.
