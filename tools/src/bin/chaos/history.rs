@@ -98,11 +98,16 @@ const REDEEMER_AWAY: &str =
 const CLOCKS: &str = "a kill reaches 5 s past the clock of whoever kills";
 const CUT_OFF: &str = "an instance that is cut off cannot know of a kill";
 const TOLD_LATER: &str = "Redis is told of a kill that was made without it when it is back";
+const BORN_DEAD: &str = "a token that is issued without Redis just after a kill elsewhere is dead";
 const LOST: &str = "none carries nothing into a Redis that lacks it: those tokens are lost";
 const MEMORY: &str = "what memory alone holds is gone when the service ends";
 
 /// What was seen of an instance holds for so long before and after.
 const SAMPLED: Duration = Duration::from_millis(200);
+/// A kill reaches so far past its own time, and a little more.
+const REACH: Duration = Duration::from_secs(6);
+/// And no further than this.
+const MINUTE: Duration = Duration::from_secs(60);
 /// Of what was done so long before a token came to be, its story tells.
 const BEFORE: Duration = Duration::from_secs(6);
 
@@ -150,7 +155,7 @@ impl Judge<'_> {
         }
         let was_asked = presented.iter().any(|event| event.op == Op::Last);
         if was_asked && signed == 0 && granted.is_empty() && kills.is_empty() {
-            breach(BURNT, self.explain_burnt(issue));
+            breach(BURNT, self.explain_burnt(issue, device));
         }
     }
 
@@ -207,7 +212,16 @@ impl Judge<'_> {
         self.is_forgotten(kill.instance, kill.from, grant.from).then_some(REDEEMER_AWAY)
     }
 
-    fn explain_burnt(&self, issue: &Event) -> Option<&'static str> {
+    fn explain_burnt(&self, issue: &Event, device: &[&Event]) -> Option<&'static str> {
+        // Each kill reaches five seconds past the one before it.
+        let before = issue.from.saturating_sub(MINUTE);
+        let kills =
+            device.iter().filter(|e| e.may_kill() && e.to >= before && e.from <= issue.from);
+        let (count, last) = kills.fold((0, None), |(n, last), e| (n + 1, last.max(Some(e.to))));
+        let reaches = last.is_some_and(|last| issue.from < last + REACH * count);
+        if reaches && self.is_away(issue) {
+            return Some(BORN_DEAD);
+        }
         let later = || self.disturbances.iter().filter(|d| d.to >= issue.from);
         if later().any(|d| d.what.forgets()) {
             return Some(LOST);
@@ -324,5 +338,8 @@ mod tests {
         check(&burnt, &[], &[], &[(BURNT, None)]);
         check(&burnt, &older(3, 5), &[], &[(BURNT, Some(LOST))]);
         check(&[issued(), event(Op::Kill, "", 0, 2, 503), burnt[1].clone()], &[], &[], &[]);
+        let dead = [event(Op::Kill, "", 1, 0, 200), issued(), burnt[1].clone()];
+        check(&dead, &[], &[], &[(BURNT, None)]);
+        check(&dead, &[], &[(0, 1)], &[(BURNT, Some(BORN_DEAD))]);
     }
 }
