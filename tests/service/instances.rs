@@ -6,6 +6,7 @@ use std::thread;
 use crate::support::csr::Csr;
 use crate::support::http::Response;
 use crate::support::redis::{Redis, Way};
+use crate::support::sentinel::Trio;
 use crate::support::service::{Service, Setup};
 use crate::support::{check_error, load, token, wait};
 
@@ -91,12 +92,15 @@ fn without_a_shared_secret_there_is_a_warning() {
 fn one_token_fifty_requests_two_instances_one_certificate() {
     for way in [Way::Tcp, Way::Socket, Way::MutualTls] {
         let redis = Redis::by(way);
-        let (one, two) = pair(&redis);
-        race_for_one_token(&one, &two);
+        race_for_one_token(&redis.env());
     }
+    let trio = Trio::start();
+    race_for_one_token(&trio.env());
 }
 
-fn race_for_one_token(one: &Service, two: &Service) {
+fn race_for_one_token(redis: &[(&str, String)]) {
+    let one = &with_env(redis, Setup::new());
+    let two = &with_env(redis, Setup::new().share_ca(one));
     let (compact, csr) = (one.token("d"), Csr::new("d").make());
     let barrier = Barrier::new(50);
     let answers: Vec<Response> = thread::scope(|scope| {
@@ -156,7 +160,11 @@ fn two_onboardings_of_one_device_a_thousand_times() {
 }
 
 fn with(redis: &Redis, setup: Setup) -> Service {
-    let service = setup.env_of(&redis.env()).env("JWT_SECRET", token::SECRET).start();
+    with_env(&redis.env(), setup)
+}
+
+fn with_env(redis: &[(&str, String)], setup: Setup) -> Service {
+    let service = setup.env_of(redis).env("JWT_SECRET", token::SECRET).start();
     service.wait_for_storage("redis");
     service
 }

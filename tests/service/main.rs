@@ -46,6 +46,7 @@ mod power_cut;
 mod rate_limit;
 mod redis_layout;
 mod redis_returns;
+mod redis_sentinel;
 mod redis_start;
 mod renewal;
 mod revocation;

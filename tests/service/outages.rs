@@ -9,6 +9,7 @@ use crate::support::history::{History, Op, Rules};
 use crate::support::load::{Fleet, replay_all};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::redis::{Redis, Way};
+use crate::support::sentinel::Trio;
 use crate::support::service::{Service, Setup};
 
 /// Requests a second.
@@ -36,16 +37,25 @@ fn under_load(service: &Service, break_it: impl FnOnce(&History)) {
         scope.spawn(|| {
             fleet.run(&servers, &history, RATE, 8, || stop.load(Ordering::Relaxed));
         });
+        let _stopped_at_the_end = Ends(&stop);
         history.wait_for(60);
         break_it(&history);
         history.wait_for(100);
-        stop.store(true, Ordering::Relaxed);
     });
     service.wait_for_storage("redis");
     // An unknown outcome is decided, and the ten seconds after an outage are over.
     fleet.redeem_rest(&servers, &history);
     replay_all(&servers, &history, &fleet);
     history.judge(&Rules::OUTAGE, &service.serials());
+}
+
+/// The load ends with whoever broke Redis, be it by a panic.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
@@ -73,6 +83,19 @@ fn kill_ten_times(way: Way) {
             redis.start_again();
             // Now and then it dies again while tokens are being carried over.
             load.wait_for(if round % 3 == 0 { 24 } else { 140 });
+        }
+    });
+}
+
+#[test]
+fn the_master_of_a_trio_is_killed_ten_times() {
+    let mut trio = Trio::start();
+    let service = setup().env_of(&trio.env()).start();
+    under_load(&service, |load| {
+        for _ in 0..10 {
+            let dead = trio.kill_master();
+            load.wait_for(60);
+            trio.revive(dead);
         }
     });
 }

@@ -23,6 +23,7 @@ pub mod port;
 pub mod proxy;
 pub mod random;
 pub mod redis;
+pub mod sentinel;
 pub mod service;
 pub mod temp;
 pub mod token;
