@@ -53,60 +53,36 @@ pub struct Metrics {
     started_s: OnceLock<u64>,
 }
 
-/// What the edge counts.
-#[derive(Debug, Default)]
-pub struct EdgeCounters {
-    /// Connections accepted.
-    pub accepted: Counter,
-    /// Connections open at this moment.
-    pub open: Counter,
-    /// Connections closed to make room for others.
-    pub gave_way: Counter,
-    /// New connections closed because there was nobody to give way.
-    pub turned_away: Counter,
-    /// Connections closed because a deadline had passed.
-    pub timed_out: Counter,
-    /// Requests handed to a lane.
-    pub requests: Counter,
-    /// Requests refused by the edge itself.
-    pub refused: Counter,
-    /// Bytes held for clients at this moment.
-    pub held_bytes: Counter,
-    /// Lanes lost and opened again.
-    pub lanes_lost: Counter,
-    /// Lanes that no request can take at this moment.
-    pub lanes_down: Counter,
-    /// TLS handshakes that failed.
-    pub handshakes_failed: Counter,
-    /// Pauses in accepting, for want of descriptors or memory.
-    pub accept_pauses: Counter,
+/// A counter for each row: its field, its kind, the name of its family, and what it is.
+macro_rules! edge_counters {
+    ($($field:ident: $kind:ident $name:literal, $help:literal;)*) => {
+        /// What the edge counts.
+        #[derive(Debug, Default)]
+        pub struct EdgeCounters {
+            $(#[doc = $help] pub $field: Counter,)*
+        }
+
+        impl EdgeCounters {
+            fn show(&self, page: &mut Page) {
+                $(page.$kind(concat!("mqtt_lite_edge_", $name), $help, self.$field.value());)*
+            }
+        }
+    };
 }
 
-impl EdgeCounters {
-    fn show(&self, page: &mut Page) {
-        let gauges = [
-            ("connections", "Connections open.", &self.open),
-            ("held_bytes", "Bytes held for clients.", &self.held_bytes),
-            ("lanes_down", "Lanes to a worker that cannot be used.", &self.lanes_down),
-        ];
-        for (what, help, gauge) in gauges {
-            page.gauge(&format!("mqtt_lite_edge_{what}"), help, gauge.value());
-        }
-        let totals = [
-            ("connections", "Connections accepted.", &self.accepted),
-            ("gave_way", "Connections closed to make room.", &self.gave_way),
-            ("turned_away", "New connections for which nobody gave way.", &self.turned_away),
-            ("timed_out", "Connections closed because a deadline passed.", &self.timed_out),
-            ("requests", "Requests handed to a worker.", &self.requests),
-            ("refused", "Requests refused before a worker saw them.", &self.refused),
-            ("lanes_lost", "Lanes to a worker lost and opened again.", &self.lanes_lost),
-            ("handshakes_failed", "TLS handshakes that failed.", &self.handshakes_failed),
-            ("accept_pauses", "Pauses for want of files or memory.", &self.accept_pauses),
-        ];
-        for (what, help, counter) in totals {
-            page.counter(&format!("mqtt_lite_edge_{what}_total"), help, counter.value());
-        }
-    }
+edge_counters! {
+    open: gauge "connections", "Connections open.";
+    held_bytes: gauge "held_bytes", "Bytes held for clients.";
+    lanes_down: gauge "lanes_down", "Lanes to a worker that cannot be used.";
+    accepted: counter "connections_total", "Connections accepted.";
+    gave_way: counter "gave_way_total", "Connections closed to make room.";
+    turned_away: counter "turned_away_total", "New connections for which nobody gave way.";
+    timed_out: counter "timed_out_total", "Connections closed because a deadline passed.";
+    requests: counter "requests_total", "Requests handed to a worker.";
+    refused: counter "refused_total", "Requests refused before a worker saw them.";
+    lanes_lost: counter "lanes_lost_total", "Lanes to a worker lost and opened again.";
+    handshakes_failed: counter "handshakes_failed_total", "TLS handshakes that failed.";
+    accept_pauses: counter "accept_pauses_total", "Pauses for want of files or memory.";
 }
 
 /// The answers of one endpoint.

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ use rustls::{
 };
 
 use super::{FAILED, Given, done, fail};
-use crate::clock;
 use crate::config::{Http, certificates};
+use crate::socket::{TimedSocket, deadline_in, is_late};
 
 /// How long the whole check may take.
 const DEADLINE: Duration = Duration::from_secs(3);
@@ -73,9 +73,9 @@ pub(super) fn run(given: &Given) -> ExitCode {
 fn check(http: &Http, deadline: Duration) -> Result<(), HealthError> {
     let address = SocketAddr::new(reachable(http.host), http.port);
     let tls = http.tls.as_ref().map(|tls| tls_session(&tls.cert, address.ip())).transpose()?;
-    let status_line = ask(address, tls, deadline).map_err(|e| match e.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => HealthError::Timeout(address),
-        _ => HealthError::Io(address, e),
+    let status_line = ask(address, tls, deadline).map_err(|e| match is_late(&e) {
+        true => HealthError::Timeout(address),
+        false => HealthError::Io(address, e),
     })?;
     let mut words = status_line.split(' ');
     if (words.next(), words.next()) == (Some("HTTP/1.1"), Some("200")) {
@@ -98,7 +98,7 @@ fn ask(
     tls: Option<ClientConnection>,
     deadline: Duration,
 ) -> io::Result<String> {
-    let mut socket = Timed::connect(address, deadline)?;
+    let mut socket = TimedSocket::connect(&address.into(), deadline_in(deadline))?;
     match tls {
         Some(mut session) => exchange(&mut Stream::new(&mut session, &mut socket)),
         None => exchange(&mut socket),
@@ -112,45 +112,6 @@ fn exchange(stream: &mut (impl Read + Write)) -> io::Result<String> {
     let mut line = Vec::new();
     BufReader::new(stream.take(256)).read_until(b'\n', &mut line)?;
     Ok(String::from_utf8_lossy(line.trim_ascii_end()).into_owned())
-}
-
-/// A socket whose every read and write ends at one deadline.
-struct Timed {
-    socket: TcpStream,
-    until_ms: u64,
-}
-
-impl Timed {
-    fn connect(address: SocketAddr, deadline: Duration) -> io::Result<Self> {
-        let millis = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
-        let until_ms = clock::now().mono_ms.saturating_add(millis);
-        Ok(Timed { socket: TcpStream::connect_timeout(&address, deadline)?, until_ms })
-    }
-
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.until_ms.saturating_sub(clock::now().mono_ms) {
-            0 => Err(io::ErrorKind::TimedOut.into()),
-            left => Ok(Some(Duration::from_millis(left))),
-        }
-    }
-}
-
-impl Read for Timed {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_read_timeout(self.left()?)?;
-        self.socket.read(buf)
-    }
-}
-
-impl Write for Timed {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.socket.set_write_timeout(self.left()?)?;
-        self.socket.write(buf)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.socket.flush()
-    }
 }
 
 fn tls_session(cert: &Path, ip: IpAddr) -> Result<ClientConnection, HealthError> {
@@ -217,13 +178,14 @@ impl ServerCertVerifier for Pinned {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
     use std::thread;
 
     use rustls::pki_types::PrivateKeyDer;
     use rustls::{ServerConfig, ServerConnection};
 
     use super::*;
+    use crate::clock;
     use crate::config::TlsFiles;
 
     fn http(port: u16, tls: Option<TlsFiles>) -> Http {

@@ -29,7 +29,7 @@ impl Sentinel {
         let (dir, own) = (TempDir::new(), Port::any());
         let settings = format!(
             "port {}\nbind 127.0.0.1\ndir {}\nsentinel monitor {name} 127.0.0.1 {port} {quorum}\n\
-             sentinel down-after-milliseconds {name} 300\nsentinel failover-timeout {name} 1000\n",
+             sentinel down-after-milliseconds {name} 600\nsentinel failover-timeout {name} 1000\n",
             own.number(),
             dir.path().display()
         );
@@ -153,12 +153,15 @@ impl Trio {
         let master = self.master();
         let port = self.servers[master].port().to_string();
         self.servers[dead].start_again();
-        self.servers[dead].try_cli(&["REPLICAOF", "127.0.0.1", &port]);
+        let replicas = || (0..self.servers.len()).filter(|at| *at != master);
+        // The sentinels would come to it, in ten seconds or more.
+        for at in replicas() {
+            self.servers[at].try_cli(&["REPLICAOF", "127.0.0.1", &port]);
+        }
         let in_step = |at: &usize| {
             let said = self.servers[*at].cli(&["INFO", "replication"]);
             said.contains(&format!("master_port:{port}")) && said.contains("master_link_status:up")
         };
-        let replicas = || (0..self.servers.len()).filter(|at| *at != master);
         wait::until(LIMIT, || replicas().all(|at| in_step(&at)).then_some(()))
             .expect("the replicas do not follow");
     }

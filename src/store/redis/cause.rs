@@ -7,6 +7,7 @@ use std::io;
 use redis::{ServerError, ServerErrorKind};
 use rustls::{AlertDescription, CertificateError};
 
+use crate::socket::is_late;
 use crate::store::{Down, DownKind, StoreError};
 
 /// How far a connection had come when it failed.
@@ -115,7 +116,7 @@ fn io_cause(error: &io::Error, stage: Stage, tls: bool) -> (String, bool) {
     if let Some(error) = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
         return (tls_cause(error), true);
     }
-    let late = matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock);
+    let late = is_late(error);
     let said = if late { "no answer in time".to_owned() } else { error.to_string() };
     let ended = matches!(
         error.kind(),
