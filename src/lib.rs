@@ -20,7 +20,8 @@
 //! |---|---|---|
 //! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`socket`] [`stderr`] | layer 0 |
 //! | 1 | [`devices`], [`store`], [`ca`] | layer 0, [`devices`] (its plain types); back ends also what `store` itself defines |
-//! | 2 | [`provisioner`] | layers 0 and 1, but no concrete store |
+//! | 2 | [`share`] | layers 0 and 1, but no concrete store save in its own back end |
+//! | 2 | [`provisioner`] | layers 0 and 1, [`share`], but no concrete store |
 //! | 3 | [`api`] | layers 0 to 2 |
 //! | 3 | [`edge`] | layer 0 |
 //! | 4 | [`server`] | layer 0, [`api`], [`edge`] |
@@ -77,6 +78,8 @@ pub mod devices;
 pub mod store;
 
 pub mod ca;
+
+pub mod share;
 
 pub mod provisioner;
 

@@ -30,6 +30,9 @@ use crate::metrics::Metrics;
 use crate::notify::Manager;
 use crate::provisioner::{Provisioner, Rules};
 use crate::server::Server;
+use crate::share::redis::RedisExchange;
+use crate::share::thread::{Parts, Thread};
+use crate::share::{self, Sharing};
 use crate::store::failover::{self, Failover, Hello, OurCa, Remote as _};
 use crate::store::ledger::Ledger;
 use crate::store::memory::Memory;
@@ -95,15 +98,17 @@ pub fn run(
     let store = open_store(config, instance, &signer, &ledger, &devices, &metrics)?;
     revoke_dead(&ca, &devices)?;
     let publisher = publish(config, &ca, &metrics)?;
-    let provisioner = Arc::new(Provisioner::new(
-        Arc::clone(&store.tokens),
+    let sharing = share_record(config, &store, &publisher, &devices, &ledger)?;
+    let provisioner = Arc::new(Provisioner {
+        store: Arc::clone(&store.tokens),
         ledger,
         devices,
-        Arc::clone(&publisher),
+        publisher: Arc::clone(&publisher),
+        sharing,
         signer,
-        rules(config),
-        Arc::clone(&metrics),
-    ));
+        rules: rules(config),
+        metrics: Arc::clone(&metrics),
+    });
     seek_redis(config, &ca, &store)?;
     watch_clock(publisher, store.failover.clone())?;
     let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
@@ -334,6 +339,36 @@ fn open_store(
         },
     ));
     Ok(Stores { tokens: Arc::clone(&failover) as _, memory, failover: Some(failover) })
+}
+
+/// Starts sharing what is recorded here and elsewhere, if there is a Redis by which that can be done.
+fn share_record(
+    config: &Config,
+    stores: &Stores,
+    publisher: &Arc<Publisher>,
+    devices: &Arc<Devices>,
+    ledger: &Arc<Ledger>,
+) -> Result<Arc<Sharing>, RunError> {
+    let (Some(failover), Some(redis)) = (&stores.failover, &config.redis) else {
+        return Ok(Arc::new(Sharing::new(share::Mode::Alone)));
+    };
+    let mode = if redis.share_record { share::Mode::Record } else { share::Mode::Rows };
+    let sharing = Arc::new(Sharing::new(mode));
+    let news = Arc::clone(&sharing);
+    publisher.ca().record().on_news(move || news.wake());
+    let thread = Thread::new(Parts {
+        exchange: RedisExchange::new(redis),
+        sharing: Arc::clone(&sharing),
+        publisher: Arc::clone(publisher),
+        devices: Arc::clone(devices),
+        store: Arc::clone(&stores.tokens),
+        ledger: Arc::clone(ledger),
+        shares_record: redis.share_record,
+    });
+    spawn("sharing", move || thread.run())?;
+    let caught_up = Arc::clone(&sharing);
+    failover.first(move || caught_up.catch_up(clock::now()));
+    Ok(sharing)
 }
 
 /// Starts looking for Redis, with our CA's fingerprint in hand if there is a CA.

@@ -94,11 +94,12 @@ pub(super) fn revoke(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
 }
 
 fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
-    let Done::Revoked(device) = done else { return Err(Code::InternalError.into()) };
+    let Done::Revoked { device, shared } = done else { return Err(Code::InternalError.into()) };
     let mut json = Json::new();
     json.field("success", true)
         .field("message", "Certificate revoked successfully")
-        .field("device_id", device.as_str());
+        .field("device_id", device.as_str())
+        .field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 

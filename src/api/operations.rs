@@ -25,13 +25,20 @@ fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
         .field("connected", status.redis_serves)
         .field("tokenCount", count)
         .field("deviceCount", count);
+    let sharing = api.provisioner.sharing(now);
+    let mut record = Json::new();
+    record
+        .field("shared", sharing.shared)
+        .field("behind_seconds", sharing.behind_ms / 1000)
+        .field("ignored", sharing.ignored);
     let mut json = Json::new();
     json.field("status", if degraded { "degraded" } else { "ok" })
         .field("timestamp", clock::rfc3339(now.unix_ms))
         .field("version", VERSION)
         .field("uptime_seconds", now.mono_ms / 1000)
         .field("storage", if status.redis_serves { "redis" } else { "memory" })
-        .object("redis", &mut redis);
+        .object("redis", &mut redis)
+        .object("record", &mut record);
     Ok(Reply::json(json.end()))
 }
 
@@ -117,12 +124,12 @@ pub(super) fn metrics(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
 fn render_metrics(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Counted(count) = done else { return Err(Code::InternalError.into()) };
     let mut page = api.metrics.page(now);
-    store_state(api, count, &mut page);
+    store_state(api, count, now, &mut page);
     ends(api, now, &mut page);
     Ok(Reply::of_type(MEDIA_TYPE, page.into_text()))
 }
 
-fn store_state(api: &Api, live: u64, page: &mut Page) {
+fn store_state(api: &Api, live: u64, now: Now, page: &mut Page) {
     let status = api.provisioner.store_status();
     let name = "mqtt_lite_store_mode";
     page.family(name, "gauge", "1 for the store that serves.");
@@ -134,6 +141,13 @@ fn store_state(api: &Api, live: u64, page: &mut Page) {
     page.counter("mqtt_lite_redis_losses_total", help, status.losses);
     page.gauge("mqtt_lite_tokens_live", "Live tokens in the store that serves.", live);
     page.gauge("mqtt_lite_store_full", "No room for a token.", u8::from(status.full));
+    let sharing = api.provisioner.sharing(now);
+    let help = "Whether certificates are shared with other instances now.";
+    page.gauge("mqtt_lite_record_shared", help, u8::from(sharing.shared));
+    let help = "For how long nothing was read of what others share.";
+    page.gauge("mqtt_lite_record_behind_seconds", help, sharing.behind_ms / 1000);
+    let help = "Values in Redis that no instance of this CA has written.";
+    page.counter("mqtt_lite_record_ignored_total", help, sharing.ignored);
 }
 
 /// When the CA, its list and our own certificate end.

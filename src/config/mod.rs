@@ -321,11 +321,11 @@ impl Config {
             self.warnings.push(text.to_owned());
         }
         if let Some(redis) = &self.redis
-            && redis.pool_size < self.http.workers
+            && redis.pool_size <= self.http.workers
         {
             let (pool, workers) = (redis.pool_size, self.http.workers);
             self.warnings.push(format!(
-                "REDIS_POOL_SIZE={pool} is less than WORKERS={workers}: workers will wait for a connection"
+                "REDIS_POOL_SIZE={pool} is not more than WORKERS={workers}: workers will wait for a connection"
             ));
         }
         self.warnings.extend(self.tls.as_deref().and_then(tls::warning));

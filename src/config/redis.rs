@@ -43,8 +43,10 @@ pub struct Redis {
     pub timeout: Duration,
     /// Longest wait for a connection, name resolution included.
     pub connect_timeout: Duration,
-    /// Connections held.
+    /// Connections held, one of them for what instances share.
     pub pool_size: usize,
+    /// Certificates and revocations are shared, too.
+    pub share_record: bool,
 }
 
 /// Where Redis is.
@@ -118,6 +120,7 @@ impl Redis {
         let timeout = Duration::from_millis(vars.number(&var::REDIS_TIMEOUT_MS)?);
         let connect_timeout = Duration::from_millis(vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?);
         let pool_size = vars.number(&var::REDIS_POOL_SIZE)?;
+        let share_record = vars.flag(&var::SHARE_RECORD)?;
         let Some(Server { at, login, db, .. }) = server.filter(|_| enabled) else {
             if enabled && required {
                 let reason = "needs REDIS_URL, REDIS_HOST or REDIS_SENTINELS";
@@ -142,6 +145,7 @@ impl Redis {
             timeout,
             connect_timeout,
             pool_size,
+            share_record,
         }))
     }
 

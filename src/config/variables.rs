@@ -172,6 +172,8 @@ variables! {
     /// How long a start may take when Redis is away.
     REDIS_CONNECT_TIMEOUT_MS = "2000", Number(10, 60_000), "longest wait for a connection to Redis";
     /// Managed free tiers allow 30 connections, and all our instances share them. A worker never
-    /// uses two at once, so more than WORKERS are of no use.
-    REDIS_POOL_SIZE = "3", Number(1, 64), "connections to Redis";
+    /// uses two at once, and one is for sharing the record, so more than WORKERS and one are of no use.
+    REDIS_POOL_SIZE = "4", Number(1, 64), "connections to Redis, one of them for the record";
+    /// A certificate takes some 700 bytes in Redis, and on the disk of each instance.
+    SHARE_RECORD = "true", Flag, "share certificates with the other instances on this Redis?";
 }

@@ -23,7 +23,12 @@ const WITH_SECRET: u8 = 3;
 /// The key of the hash that holds the device's row in Redis, without prefix: one of 256.
 pub fn bucket(device: &DeviceId) -> String {
     let [first, ..] = <[u8; 32]>::from(Sha256::digest(device.as_str().as_bytes()));
-    format!("devices:{first:02x}")
+    bucket_key(first)
+}
+
+/// One of these keys.
+pub fn bucket_key(of: u8) -> String {
+    format!("devices:{of:02x}")
 }
 
 /// The row as a value in Redis.

@@ -48,6 +48,8 @@ pub struct Devices {
     /// Changes that wait for the file.
     waiting: Mutex<Vec<Arc<Change>>>,
     writer: Mutex<Writer>,
+    /// Devices whose rows were changed here since they were last asked for.
+    changed: Mutex<BTreeSet<DeviceId>>,
 }
 
 /// What only who writes needs.
@@ -87,7 +89,8 @@ impl Devices {
             merge_into(&mut rows, &device, news, writer == Some(own));
         })?;
         let writer = Mutex::new(Writer { file, steady_since: now });
-        Ok(Devices { own, rows: RwLock::new(rows), waiting: Mutex::default(), writer })
+        let (rows, waiting, changed) = (RwLock::new(rows), Mutex::default(), Mutex::default());
+        Ok(Devices { own, rows, waiting, writer, changed })
     }
 
     /// The instance whose rows these are.
@@ -163,6 +166,18 @@ impl Devices {
         rows.iter().filter(|row| recent(row) || ours(row)).filter_map(Packed::device).collect()
     }
 
+    /// The devices whose rows were changed here since this was last asked: others are to be told.
+    pub fn take_changed(&self) -> BTreeSet<DeviceId> {
+        std::mem::take(&mut *locked(&self.changed))
+    }
+
+    /// The devices of which something matters.
+    pub fn all(&self, now: Now) -> Vec<DeviceId> {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let matters = |row: &&Packed| row.unpack().row.matters(now.unix_s());
+        rows.iter().filter(matters).filter_map(Packed::device).collect()
+    }
+
     /// Writes all changes with one sync, and only then lets anybody see them.
     fn write(&self, writer: &mut Writer, changes: Vec<Arc<Change>>, now: Now) {
         let lines: String = changes.iter().map(|change| change.lines(self.own, now)).collect();
@@ -176,6 +191,9 @@ impl Devices {
             }
         }
         for change in changes {
+            if change.ours && outcome.is_ok() {
+                locked(&self.changed).extend(change.news.iter().map(|(device, _)| device.clone()));
+            }
             let _ = change.outcome.set(outcome.clone()); // it is set here only
         }
         if writer.file.has_doubled() {

@@ -19,6 +19,7 @@ use crate::config::Reenroll;
 use crate::device::DeviceId;
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
+use crate::serial::Serial;
 use crate::store::{Answer, Kill, New, Op, Outcome, StoreError};
 
 impl Provisioner {
@@ -30,7 +31,9 @@ impl Provisioner {
         let ops: Vec<Op> = ops.into_iter().flatten().collect();
         let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
         let mut answers = answers.into_iter();
-        let mut follow_up = FollowUp::default();
+        let killed: Vec<DeviceId> = ops.iter().filter_map(killed_by).cloned().collect();
+        let shared = killed.is_empty() || self.share_kills(&killed);
+        let mut follow_up = FollowUp { shared, ..FollowUp::default() };
         let steps: Vec<Step> = ready
             .into_iter()
             .map(|job| self.decide(job, &mut answers, &mut follow_up, now))
@@ -99,7 +102,9 @@ impl Provisioner {
                 Err(problem) => Step::Done(Err(problem)),
             },
             Job::Renew(renew) => Step::Granted(Grant::Certificate(renew)),
-            Job::Revoke(revoke) => Step::Done(self.revoked(revoke, answer(), follow_up)),
+            Job::Revoke(revoke) => {
+                Step::Done(self.revoked(revoke, answer(), follow_up.shared, follow_up))
+            }
             Job::Count => Step::Done(match answer() {
                 Ok(Outcome::Counted(count)) => Ok(Done::Counted(count)),
                 other => Err(unexpected(other)),
@@ -116,7 +121,13 @@ impl Provisioner {
         now: Now,
     ) -> Result<Done, Problem> {
         let (token, killed) = match answer {
-            Ok(Outcome::Issued { token, killed }) => (token, killed),
+            Ok(Outcome::Issued { token, killed, holder }) => {
+                if !self.knows_holder(&device, holder) {
+                    give_back.push(Op::TakeBack(token));
+                    return Err(not_issued(Code::ServiceUnavailable, &device));
+                }
+                (token, killed)
+            }
             Ok(Outcome::AlreadyActive { expires_at_ms }) => {
                 let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
                 return Err(not_issued(Code::TokenAlreadyActive, &device)
@@ -140,10 +151,27 @@ impl Provisioner {
         Ok(Done::Issued(token))
     }
 
+    /// Tells the other instances of these kills, and learns of certificates that only they know. Where
+    /// there is no Redis nobody is left to be told.
+    fn share_kills(&self, devices: &[DeviceId]) -> bool {
+        self.sharing.look_up(devices) || !self.store.status().redis_enabled
+    }
+
+    /// Another instance has signed for the device, which is not in the record yet: it is entered now.
+    /// `false` if that is not done in time; where nothing is shared the holder does not count.
+    fn knows_holder(&self, device: &DeviceId, holder: Option<Serial>) -> bool {
+        let denies = self.rules.reenroll == Reenroll::Deny;
+        let unknown = |serial: Serial| denies && self.ca().record().by_serial(&serial).is_none();
+        !holder.is_some_and(unknown)
+            || self.sharing.look_up(std::slice::from_ref(device))
+            || !self.sharing(clock::now()).shared
+    }
+
     fn revoked(
         &self,
         revoke: Revoke,
         answer: Answer,
+        shared: bool,
         follow_up: &mut FollowUp,
     ) -> Result<Done, Problem> {
         let Revoke { device, client } = revoke;
@@ -165,7 +193,7 @@ impl Provisioner {
             log::info!("certificate {serial} of {device} revoked, by {client}");
         }
         if self.ledger.knows_device(&device) || record.knows_device(&device) {
-            return Ok(Done::Revoked(device));
+            return Ok(Done::Revoked { device, shared });
         }
         let status = self.store.status();
         if status.redis_enabled && !status.redis_serves {
@@ -179,7 +207,7 @@ impl Provisioner {
     /// Publishes one list for all that the batch has revoked. A revocation that no broker can learn of
     /// is no success; it is tried again by itself.
     fn publish_revoked(&self, done: &mut [Result<Done, Problem>], follow_up: &FollowUp) {
-        let is_revocation = |done: &Result<Done, Problem>| matches!(done, Ok(Done::Revoked(_)));
+        let is_revocation = |done: &Result<Done, Problem>| matches!(done, Ok(Done::Revoked { .. }));
         if !follow_up.revoked && !done.iter().any(is_revocation) {
             return;
         }
@@ -314,7 +342,10 @@ impl Provisioner {
                 grant.log_signed(&signed.leaf);
                 self.count(&grant);
                 match grant {
-                    Grant::Token(redeem) => follow_up.after.push(Op::Finish(redeem.token)),
+                    Grant::Token(redeem) => {
+                        let held = self.sharing.free_when_shared(redeem.serial, redeem.token);
+                        follow_up.after.extend(held.map(Op::Finish));
+                    }
                     Grant::Certificate(renew) if self.rules.renew_revokes => {
                         let new = signed.leaf.serial;
                         self.publisher.supersede(renew.old.serial, new, clock::now());
@@ -344,6 +375,8 @@ struct FollowUp {
     after: Vec<Op>,
     /// Something was revoked that a new list has to name.
     revoked: bool,
+    /// What was killed, the other instances have been told of.
+    shared: bool,
 }
 
 impl Job {
@@ -354,6 +387,15 @@ impl Job {
             | Job::Revoke(Revoke { device, .. }) => Some(device),
             _ => None,
         }
+    }
+}
+
+/// The device whose past the operation has killed, if it does that.
+fn killed_by(op: &Op) -> Option<&DeviceId> {
+    match op {
+        Op::Kill(kill) => Some(&kill.device),
+        Op::Issue(New { replaces, .. }) => replaces.as_ref().map(|kill| &kill.device),
+        _ => None,
     }
 }
 
@@ -512,6 +554,7 @@ mod tests {
     use crate::jwt::{Signer, TokenHash};
     use crate::metrics::Metrics;
     use crate::provisioner::Rules;
+    use crate::share::{Mode, Sharing};
     use crate::store::ledger::Ledger;
     use crate::store::{Status, TokenStore};
     use std::net::Ipv4Addr;
@@ -529,7 +572,9 @@ mod tests {
     impl TokenStore for Willing {
         fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
             let answer = |op: &Op| match op {
-                Op::Issue(new) => Ok(Outcome::Issued { token: new.token.clone(), killed: None }),
+                Op::Issue(new) => {
+                    Ok(Outcome::Issued { token: new.token.clone(), killed: None, holder: None })
+                }
                 Op::Look(_) => Ok(Outcome::Seen(Box::default())),
                 Op::Kill(_) => Ok(Outcome::Killed(None)),
                 Op::Consume(..) => Ok(Outcome::Granted),
@@ -560,17 +605,19 @@ mod tests {
             renew_revokes: true,
             renew_after_expiry_days: 0,
         };
-        let metrics = || Arc::new(Metrics::new(std::iter::empty()));
+        let metrics = Arc::new(Metrics::new(std::iter::empty()));
         let ca = Arc::new(Ca::open(&settings, now).unwrap());
-        Provisioner::new(
+        let devices = Devices::open(&dir.join("devices.txt"), Instance([1; 16]), now).unwrap();
+        Provisioner {
             store,
-            Arc::new(Ledger::new(10)),
-            Arc::new(Devices::open(&dir.join("devices.txt"), Instance([1; 16]), now).unwrap()),
-            Arc::new(Publisher::new(ca, None, metrics())),
-            Signer::new(b"a secret of the test"),
+            ledger: Arc::new(Ledger::new(10)),
+            devices: Arc::new(devices),
+            publisher: Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
+            sharing: Arc::new(Sharing::new(Mode::Alone)),
+            signer: Signer::new(b"a secret of the test"),
             rules,
-            metrics(),
-        )
+            metrics,
+        }
     }
 
     fn plan_issue(provisioner: &Provisioner, now: Now) -> Job {

@@ -24,18 +24,28 @@ use crate::jwt::{Signer, Token, TokenHash};
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
+use crate::share::{self, Sharing};
 use crate::store::ledger::Ledger;
 use crate::store::{Op, Status, StoreError, TokenStore};
 
 /// Issues tokens and redeems them.
 pub struct Provisioner {
-    store: Arc<dyn TokenStore>,
-    ledger: Arc<Ledger>,
-    devices: Arc<Devices>,
-    publisher: Arc<Publisher>,
-    signer: Signer,
-    rules: Rules,
-    metrics: Arc<Metrics>,
+    /// Where tokens are.
+    pub store: Arc<dyn TokenStore>,
+    /// What is known here as used or killed.
+    pub ledger: Arc<Ledger>,
+    /// The rows of devices.
+    pub devices: Arc<Devices>,
+    /// The CA, its record and its list.
+    pub publisher: Arc<Publisher>,
+    /// What other instances know.
+    pub sharing: Arc<Sharing>,
+    /// Signs tokens.
+    pub signer: Signer,
+    /// What the configuration says.
+    pub rules: Rules,
+    /// Counts.
+    pub metrics: Arc<Metrics>,
 }
 
 /// What the configuration says of tokens and certificates.
@@ -111,7 +121,12 @@ pub enum Done {
     /// A certificate was signed and recorded.
     Signed(Box<Signed>),
     /// The device's certificates are revoked and its token is dead.
-    Revoked(DeviceId),
+    Revoked {
+        /// Whose.
+        device: DeviceId,
+        /// All other instances will have heard of it in a moment; else when Redis is back.
+        shared: bool,
+    },
     /// So many tokens are live.
     Counted(u64),
 }
@@ -137,19 +152,6 @@ pub struct Batch {
 }
 
 impl Provisioner {
-    /// A provisioner over these parts.
-    pub fn new(
-        store: Arc<dyn TokenStore>,
-        ledger: Arc<Ledger>,
-        devices: Arc<Devices>,
-        publisher: Arc<Publisher>,
-        signer: Signer,
-        rules: Rules,
-        metrics: Arc<Metrics>,
-    ) -> Self {
-        Provisioner { store, ledger, devices, publisher, signer, rules, metrics }
-    }
-
     /// The CA and its record, for what is only read.
     pub fn ca(&self) -> &Ca {
         self.publisher.ca()
@@ -163,6 +165,11 @@ impl Provisioner {
     /// Which store answers.
     pub fn store_status(&self) -> Status {
         self.store.status()
+    }
+
+    /// How it is with the record that all instances share.
+    pub fn sharing(&self, now: Now) -> share::Status {
+        self.sharing.status(now)
     }
 
     /// Why tokens cannot be issued or certificates signed now; empty if they can.
@@ -185,6 +192,9 @@ impl Provisioner {
             reasons.push("another CA than ours is entered in Redis".to_owned());
         }
         reasons.extend(self.clock_is_far_off());
+        if self.sharing(now).contradicts {
+            reasons.push("SHARE_RECORD is not what other instances on this Redis have".to_owned());
+        }
         reasons
     }
 

@@ -136,7 +136,7 @@ impl Memory {
             token = dated(&token, t.saturating_add(1), &self.signer);
         }
         self.insert(&mut table, &New { token: token.clone(), ..new.clone() }, InRedis::No, now)?;
-        Ok(Outcome::Issued { token, killed })
+        Ok(Outcome::Issued { token, killed, holder: None })
     }
 
     /// Stores a copy of what Redis has, over whatever lease there is. Without room it is left out:
@@ -495,7 +495,7 @@ mod tests {
 
     fn issued(token: &Token, killed: Option<&Token>) -> Answer {
         let killed = killed.map(dead);
-        Ok(Outcome::Issued { token: token.clone(), killed })
+        Ok(Outcome::Issued { token: token.clone(), killed, holder: None })
     }
 
     fn dead(token: &Token) -> Dead {

@@ -127,6 +127,8 @@ pub enum Outcome {
         token: Token,
         /// The token that was replaced, if there was one.
         killed: Option<Dead>,
+        /// The device's newest certificate, whoever has signed it, if that was lately.
+        holder: Option<Serial>,
     },
     /// `Look`.
     Seen(Box<Seen>),

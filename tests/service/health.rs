@@ -16,6 +16,7 @@ use mqtt_publisher_lite::http::Method;
 use mqtt_publisher_lite::jwt::Signer;
 use mqtt_publisher_lite::metrics::Metrics;
 use mqtt_publisher_lite::provisioner::{Provisioner, Rules};
+use mqtt_publisher_lite::share::{Mode, Sharing};
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
 
@@ -31,7 +32,8 @@ fn the_answer_is_to_the_letter() {
     on_both_stores(&[], |service| {
         let answer = service.http.get("/health");
         assert_eq!(answer.status, 200);
-        let order = ["status", "timestamp", "version", "uptime_seconds", "storage", "redis"];
+        let order =
+            ["status", "timestamp", "version", "uptime_seconds", "storage", "redis", "record"];
         assert_eq!(fields(&answer.text()), order);
         crate::support::check_timestamp(&answer);
         let json = answer.json();
@@ -39,7 +41,11 @@ fn the_answer_is_to_the_letter() {
         let inner = &text[text.find("\"redis\":{").unwrap() + 8..];
         let inner = &inner[..=inner.find('}').unwrap()];
         assert_eq!(fields(inner), ["enabled", "connected", "tokenCount", "deviceCount"]);
+        assert!(text.contains(r#","record":{"shared":"#), "{text}");
+        let keys: Vec<&String> = json["record"].as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["behind_seconds", "ignored", "shared"]);
         let redis = json["storage"] == "redis";
+        assert_eq!(json["record"]["shared"], redis);
         assert_eq!(json["status"], "ok");
         assert_eq!(json["version"], env!("CARGO_PKG_VERSION"));
         assert!(json["uptime_seconds"].as_u64().is_some_and(|s| s < 60), "{json}");
@@ -182,15 +188,21 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
     let devices = Devices::open(&dir.path().join("devices.txt"), Instance([0; 16]), clock::now());
     let devices = Arc::new(devices.unwrap());
     let signer = Signer::new(b"a secret of the test");
-    let provisioner = Provisioner::new(
-        Arc::new(Memory::new(1, Arc::clone(&ledger), Arc::clone(&devices) as _, signer.clone())),
+    let provisioner = Provisioner {
+        store: Arc::new(Memory::new(
+            1,
+            Arc::clone(&ledger),
+            Arc::clone(&devices) as _,
+            signer.clone(),
+        )),
         ledger,
         devices,
-        Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
+        publisher: Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
+        sharing: Arc::new(Sharing::new(Mode::Alone)),
         signer,
         rules,
-        Arc::clone(&metrics),
-    );
+        metrics: Arc::clone(&metrics),
+    };
     let api = Api::new(Arc::new(provisioner), &config, Arc::clone(&metrics));
     let ready = || {
         let request = Request {

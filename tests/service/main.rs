@@ -51,4 +51,5 @@ mod redis_start;
 mod renewal;
 mod revocation;
 mod service_killed;
+mod share;
 mod sign_csr;

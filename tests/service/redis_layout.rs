@@ -13,6 +13,7 @@ use crate::support::service::{Service, Setup};
 use crate::support::{check_error, token, wait};
 
 const TTL_S: i64 = 300;
+const PREFIX: &str = "mqtt-lite:";
 
 #[test]
 fn after_onboarding() {
@@ -20,7 +21,7 @@ fn after_onboarding() {
     let service = with(&redis, &[]);
     let compact = service.token("device-001");
     let (token_key, claim) = (format!("mqtt-lite:token:{compact}"), "mqtt-lite:device:device-001");
-    wait_for_keys(&redis, &["mqtt-lite:ca", claim, "mqtt-lite:live", &token_key]);
+    wait_for_keys(&redis, PREFIX, &["mqtt-lite:ca", claim, "mqtt-lite:live", &token_key]);
 
     let exp_ms = token::claims_of(&compact)["exp"].as_u64().unwrap() * 1000;
     let value: Value = serde_json::from_str(&redis.cli(&["GET", &token_key])).unwrap();
@@ -58,7 +59,11 @@ fn after_use() {
     let signed = service.sign(&compact, &Csr::new("d").make());
     assert_eq!(signed.status, 200, "{}", signed.text());
     let mark = format!("mqtt-lite:{}", token::mark_of(&compact));
-    wait_for_keys(&redis, &["mqtt-lite:ca", &mark]);
+    let [value, holder] = CERTIFICATE.map(|name| format!("{PREFIX}{name}"));
+    wait_for_keys(&redis, PREFIX, &["mqtt-lite:ca", &mark, &value, &holder]);
+    assert_eq!(redis.cli(&["GET", &holder]), signed.field("serial_number"));
+    let left = redis.pttl(&holder);
+    assert!((595_000..=600_000).contains(&left), "{left} ms");
 
     let value = redis.cli(&["GET", &mark]);
     let (instance, serial) = value.split_once(' ').unwrap();
@@ -115,6 +120,7 @@ fn after_replacement() {
     let row = format!("mqtt-lite:devices:{}", &token::sha256_hex(b"d")[..2]);
     wait_for_keys(
         &redis,
+        PREFIX,
         &["mqtt-lite:ca", "mqtt-lite:device:d", &row, "mqtt-lite:live", &new_key, &mark],
     );
     assert_eq!((redis.cli(&["HKEYS", &row]), redis.pttl(&row)), ("d".to_owned(), -1));
@@ -147,10 +153,10 @@ fn prefixes() {
         let compact = service.token("d");
         let other = service.token("e");
         assert_eq!(service.sign(&other, &Csr::new("e").make()).status, 200);
-        let names =
-            ["ca", "device:d", "live", &format!("token:{compact}"), &token::mark_of(&other)];
+        let (key, mark) = (format!("token:{compact}"), token::mark_of(&other));
+        let names = ["ca", "device:d", "live", &key, &mark, "certs:*", "holder:e"];
         let keys: Vec<String> = names.iter().map(|name| format!("{prefix}{name}")).collect();
-        wait_for_keys(&redis, &keys.iter().map(String::as_str).collect::<Vec<_>>());
+        wait_for_keys(&redis, prefix, &keys.iter().map(String::as_str).collect::<Vec<_>>());
     };
     check("mqtt-lite:");
     check("");
@@ -426,12 +432,28 @@ fn with(redis: &Redis, env: &[(&str, &str)]) -> Service {
     service
 }
 
-/// Waits until exactly these keys are in Redis: what may be done later, is done later.
+/// What every instance that shares its record has there; the rest of each name is the CA's.
+const SHARED: [&str; 2] = ["changes:*", "share:*"];
+/// What a certificate adds to that.
+const CERTIFICATE: [&str; 2] = ["certs:*", "holder:d"];
+
+/// Waits until exactly these keys are in Redis, and those of the record: what may be done later, is
+/// done later.
 #[track_caller]
-fn wait_for_keys(redis: &Redis, expected: &[&str]) {
-    let mut expected = expected.to_vec();
+fn wait_for_keys(redis: &Redis, prefix: &str, expected: &[&str]) {
+    let of_the_record = SHARED.iter().map(|name| format!("{prefix}{name}"));
+    let mut expected: Vec<String> =
+        expected.iter().map(|name| (*name).to_owned()).chain(of_the_record).collect();
     expected.sort_unstable();
-    let same = wait::until(Duration::from_secs(3), || (redis.keys() == expected).then_some(()));
+    let fits = |key: &String, expected: &String| match expected.strip_suffix('*') {
+        Some(begin) => key.starts_with(begin),
+        None => key == expected,
+    };
+    let same = wait::until(Duration::from_secs(3), || {
+        let keys = redis.keys();
+        let fit = keys.iter().zip(&expected).all(|(key, expected)| fits(key, expected));
+        (fit && keys.len() == expected.len()).then_some(())
+    });
     assert!(same.is_some(), "keys are {:#?}, expected {expected:#?}", redis.keys());
 }
 

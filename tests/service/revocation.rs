@@ -16,7 +16,7 @@ use crate::support::{check_error, fields, on_both_stores};
 /// How the fleet's operator reads an answer: a 200 is the same each time.
 fn check_revoked(answer: &Response, device: &str) {
     assert_eq!(answer.status, 200, "{}", answer.text());
-    assert_eq!(fields(&answer.text()), ["success", "message", "device_id", "timestamp"]);
+    assert_eq!(fields(&answer.text()), ["success", "message", "device_id", "shared", "timestamp"]);
     assert_eq!(answer.field("message"), "Certificate revoked successfully");
     assert_eq!(answer.field("device_id"), device);
 }

@@ -1,6 +1,7 @@
 //! Instances of the program as the tests of the token protocol need them, and what is asked of them:
 //! one CA, one secret, both keys set, devices that may enrol again.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::LazyLock;
 use std::thread;
@@ -162,9 +163,9 @@ pub fn mark(service: &Service, what: &str) -> String {
     format!("{} {what}", service.read("instance-id").trim())
 }
 
-/// Certificates in the records of all these instances.
+/// Certificates in the records of all these instances, each counted once.
 pub fn certificates(services: &[&Service]) -> usize {
-    services.iter().map(|service| service.index().len()).sum()
+    services.iter().flat_map(|service| service.serials()).collect::<BTreeSet<_>>().len()
 }
 
 /// Cuts the instance off from Redis, and waits until it has noticed.

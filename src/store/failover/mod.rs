@@ -21,7 +21,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::clock::{self, Now};
@@ -113,6 +113,8 @@ pub struct Failover {
     /// How many operations a batch of the carry-over holds: as many as the line can bear.
     carry_size: AtomicUsize,
     state: Mutex<State>,
+    /// Waits until what was missed in a long absence is known.
+    catch_up: OnceLock<Box<dyn Fn() + Send + Sync>>,
     /// Wakes the supervisor, and whoever waits for the last round or the first connection.
     changed: Condvar,
 }
@@ -221,8 +223,19 @@ impl Failover {
             stopped: false,
         };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        let carry_size = AtomicUsize::new(carry::MOST);
-        Failover { remote, memory, ledger, rows, signer, rules, carry_size, state, changed }
+        let (carry_size, catch_up) = (AtomicUsize::new(carry::MOST), OnceLock::new());
+        Failover {
+            remote,
+            memory,
+            ledger,
+            rows,
+            signer,
+            rules,
+            carry_size,
+            state,
+            catch_up,
+            changed,
+        }
     }
 
     /// Enters our CA in Redis, now or with the next connection.
@@ -232,6 +245,11 @@ impl Failover {
             self.suspect(&mut state, "the CA was made");
         }
         state.ca = Some(ca);
+    }
+
+    /// Before Redis serves, this is to return.
+    pub fn first(&self, catch_up: impl Fn() + Send + Sync + 'static) {
+        let _ = self.catch_up.set(Box::new(catch_up)); // it is set once
     }
 
     /// Waits until the first attempt to connect has ended, at most `longest`; for a Redis that is

@@ -85,6 +85,7 @@ impl Failover {
     fn bring_back(&self) -> Result<(), StoreError> {
         let ca = locked(&self.state).ca.clone();
         let hello = self.remote.connect(ca.as_ref())?;
+        self.catch_up.get().inspect(|catch_up| catch_up());
         self.carry_over(&hello)
     }
 

@@ -4,7 +4,7 @@
 //! a token that was a tenth of what an onboarding costs.
 
 /// One command.
-pub(super) struct Command {
+pub(crate) struct Command {
     words: usize,
     /// The words, each with its length before it.
     packed: Vec<u8>,
@@ -48,7 +48,7 @@ impl Command {
 
 /// Commands packed for one write.
 #[derive(Default)]
-pub(super) struct Commands {
+pub(crate) struct Commands {
     bytes: Vec<u8>,
     /// Where each command begins.
     begins: Vec<usize>,

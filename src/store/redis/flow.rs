@@ -8,7 +8,7 @@
 //! A line is a round trip; `CAS` is compare-and-set, `CAD` compare-and-delete.
 //!
 //! ```text
-//! Issue ──── SET token · SET lease NX · GET lease · ZADD live · HGET row
+//! Issue ──── SET token · SET lease NX · GET lease · ZADD live · HGET row · GET holder
 //!   │ ours ───────────▶ Issued
 //!   │ it is born dead ▶ Reissue ── CAD lease · DEL token · ZREM live · as Issue, for a later token
 //!   └ another's ─▶ Contest ── DEL token · ZREM live · EXISTS other · GET, PTTL its mark · PTTL lease
@@ -194,13 +194,15 @@ pub(super) struct Issue {
     /// By the clock of Redis.
     ends_ms: u64,
     now: Now,
+    /// The device's newest certificate, as far as another instance has told lately.
+    holder: Option<Serial>,
 }
 
 impl Issue {
     fn new(token: Token, context: &Context, now: Now) -> Self {
         let left_ms = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms).max(1);
         let ends_ms = context.clock.at(now).saturating_add(left_ms);
-        Issue { token, left_ms, ends_ms, now }
+        Issue { token, left_ms, ends_ms, now, holder: None }
     }
 
     /// The same token, issued later.
@@ -209,7 +211,7 @@ impl Issue {
     }
 
     fn issued(self, killed: Option<Dead>) -> Result<Next, StoreError> {
-        Next::done(Outcome::Issued { token: self.token, killed })
+        Next::done(Outcome::Issued { token: self.token, killed, holder: self.holder })
     }
 
     fn already_active(&self, context: &Context, other: &str, lease_left: i64) -> Outcome {
@@ -226,28 +228,40 @@ impl Flow for Issue {
         out.push(&layout.get_lease(&self.token.claims.device_id));
         out.push(&layout.add_live(&self.token.hash, self.ends_ms));
         out.push(&layout.get_row(&self.token.claims.device_id));
+        if layout.share_record {
+            out.push(&layout.get_holder(&self.token.claims.device_id));
+        }
     }
 
-    fn receive(self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
+    fn receive(mut self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
+        if context.layout.share_record {
+            self.holder = holder_of(replies.pop());
+        }
         let row = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             replies.skip();
             replies.skip();
-            let holder = replies.text()?;
+            let leased = replies.text()?;
             let row = context.row_of(&self.token.claims.device_id, row);
             let t = row.map_err(|error| maybe_done(error, true))?.0.bound.t;
             if self.token.claims.iat <= t {
                 let later = self.dated(t.saturating_add(1), context);
                 return Next::trip(Reissue { dead: self.token, later });
             }
-            match holder {
-                Some(holder) if *holder == *self.token.compact => self.issued(None),
+            match leased {
+                Some(leased) if *leased == *self.token.compact => self.issued(None),
                 // An older lease ended between the two commands, just now.
                 None => Next::trip(*self),
                 Some(other) => Next::trip(Contest { issue: *self, other, t }),
             }
         }))
     }
+}
+
+/// What was told cannot be read for lack of a right, or is none: then nobody holds anything.
+fn holder_of(reply: Option<Reply>) -> Option<Serial> {
+    let told = Replies::new(vec![reply?]).text().ok().flatten();
+    Serial::from_hex(&told?)
 }
 
 /// Issuing, second trip: the device's past was killed by an instance whose word did not reach us. The
@@ -725,7 +739,7 @@ mod tests {
 
     fn context() -> Context {
         Context::new(
-            Layout { prefix: String::new(), instance: "a".to_owned() },
+            Layout { prefix: String::new(), instance: "a".to_owned(), share_record: true },
             Signer::new(b"secret"),
             1000,
         )

@@ -1,6 +1,7 @@
 //! The layout of the keys: their names, their values, how long they live, and the commands on them.
 
 use super::command::{Command, decimal};
+use crate::config;
 use crate::device::DeviceId;
 use crate::devices::codec;
 use crate::jwt::{Token, TokenHash};
@@ -24,9 +25,16 @@ const COMPARE_AND_SET_FIELD: &str = "if (redis.call('HGET',KEYS[1],ARGV[1]) or '
 pub(super) struct Layout {
     pub prefix: String,
     pub instance: String,
+    /// Certificates are shared, and with them who holds which.
+    pub share_record: bool,
 }
 
 impl Layout {
+    pub fn of(config: &config::Redis, instance: String) -> Self {
+        let config::Redis { key_prefix, share_record, .. } = config;
+        Layout { prefix: key_prefix.clone(), instance, share_record: *share_record }
+    }
+
     /// A command whose first word is a key.
     pub fn on(&self, command: &str, kind: &str, name: &str) -> Command {
         Command::new(command).joined(&[&self.prefix, kind, name])
@@ -145,6 +153,11 @@ impl Layout {
 
     pub fn get_row(&self, device: &DeviceId) -> Command {
         self.on("HGET", &codec::bucket(device), "").arg(device.as_str())
+    }
+
+    /// The serial of the device's newest certificate, if that was signed lately.
+    pub fn get_holder(&self, device: &DeviceId) -> Command {
+        self.on("GET", "holder:", device.as_str())
     }
 
     /// Sets the row of a device if it still stands as it was seen.

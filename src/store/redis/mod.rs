@@ -9,6 +9,8 @@
 //! | `devices:<hh>`, by the id's SHA-256 | hash: device id, its row | for good |
 //! | `ca` | SHA-256 of the CA certificate | for good |
 //!
+//! What else instances exchange, `share::redis` has; of that `holder:<id>` is read here.
+//!
 //! Decisions are read from values, never from the reply of `NX`: a reply may be lost, a value stays.
 //! What changes a key that another instance may have changed is compare-and-set, one `EVAL` with one
 //! key. No command names two keys, so clustered servers take them too. Nothing is ever sent twice.
@@ -20,6 +22,7 @@ mod connection;
 mod flow;
 mod greeting;
 mod layout;
+mod line;
 mod locate;
 mod pool;
 mod reply;
@@ -37,12 +40,14 @@ use crate::metrics::Metrics;
 use crate::store::failover::{Hello, OurCa, Remote};
 use crate::store::{Answer, Down, Op, Status, StoreError};
 
-use command::Commands;
+pub(crate) use command::{Command, Commands};
 use connection::Connection;
 use flow::{Context, Flow, Next};
 use layout::Layout;
+pub(crate) use line::Line;
 use pool::Pool;
-use reply::{Info, Replies, Reply};
+use reply::Info;
+pub(crate) use reply::{Replies, Reply};
 
 /// The set of live tokens is pruned with every so many additions, of twice as many entries at most …
 const PRUNE_EVERY: u64 = 64;
@@ -73,9 +78,10 @@ impl RedisStore {
         metrics: Arc<Metrics>,
     ) -> Self {
         RedisStore {
-            pool: Pool::new(config),
+            // One is a line of its own.
+            pool: Pool::new(config, config.pool_size.saturating_sub(1)),
             context: Context::new(
-                Layout { prefix: config.key_prefix.clone(), instance },
+                Layout::of(config, instance),
                 signer,
                 u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
             ),

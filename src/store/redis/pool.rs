@@ -49,13 +49,13 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
-    pub fn new(config: &config::Redis) -> Self {
+    pub fn new(config: &config::Redis, size: usize) -> Self {
         let locator = Locator::new(config);
         Pool {
             config: config.clone(),
             server: locator.server(),
             connect_timeout: config.connect_timeout * 7 / 8,
-            size: config.pool_size.max(1),
+            size: size.max(1),
             locator: Mutex::new(locator),
             state: Mutex::default(),
             put_back: Condvar::new(),

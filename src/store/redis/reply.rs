@@ -9,10 +9,10 @@ use super::command::{Command, Commands};
 use crate::store::{Down, StoreError};
 
 /// The reply to one command: a value, or why this command was refused.
-pub(super) type Reply = Result<Value, StoreError>;
+pub(crate) type Reply = Result<Value, StoreError>;
 
 /// Replies in the order of their commands.
-pub(super) struct Replies {
+pub(crate) struct Replies {
     rest: IntoIter<Reply>,
 }
 
@@ -54,6 +54,15 @@ impl Replies {
         }
     }
 
+    /// Any bytes; none where the key is not there.
+    pub fn bytes(&mut self) -> Result<Vec<u8>, StoreError> {
+        match self.next()? {
+            Value::Nil => Ok(Vec::new()),
+            Value::BulkString(bytes) => Ok(bytes),
+            _ => Err(unexpected("not a value")),
+        }
+    }
+
     /// The items of a list; none where the key is not there.
     pub fn list(&mut self) -> Result<Replies, StoreError> {
         match self.next()? {
@@ -75,7 +84,7 @@ impl Replies {
     }
 
     /// What a server answers to [`Info::ask`]. One that may not be asked says nothing.
-    pub fn info(&mut self) -> Info {
+    pub(super) fn info(&mut self) -> Info {
         let mut text = || self.text().ok().flatten().unwrap_or_default();
         let (server, memory) = (text(), text());
         Info {

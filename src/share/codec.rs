@@ -1,0 +1,174 @@
+//! What stands in Redis of the record: where, and as which bytes.
+//!
+//! | hash | field | value |
+//! |---|---|---|
+//! | `certs:<fp>:<bb>` | serial | version, `paid`, token's hash and `exp` or none, seal, DER |
+//! | `revoked:<fp>:<bb>` | serial | version, time, reason, seal |
+//! | `devices:<hh>` | device | its row, sealed (`devices::codec`) |
+//!
+//! `fp` is the beginning of the CA's fingerprint, so that another CA begins clean. The seal says that
+//! an instance of our CA has written the value, for this very place; what is not sealed so counts as
+//! absent.
+
+use std::fmt;
+
+use super::{Name, Place};
+use crate::ca::record::merge::{Shared, bucket};
+use crate::ca::record::{Reason, Revocation};
+use crate::device::DeviceId;
+use crate::devices::{Row, codec};
+use crate::jwt::TokenHash;
+use crate::mac::MacKey;
+use crate::serial::Serial;
+
+/// The first byte of a value. A value of another format counts as absent.
+const FORMAT: u8 = 1;
+/// The buckets of serials: what is drawn here begins with one of these bytes.
+pub(super) const SERIAL_BUCKETS: std::ops::RangeInclusive<u8> = 0x40..=0x7f;
+/// Length of a seal.
+const SEAL: usize = 16;
+
+/// By what values are sealed, and what keeps the keys of one CA apart.
+pub(super) struct Keys {
+    pub mac: MacKey,
+    /// First 8 digits of the CA's fingerprint.
+    pub fp: String,
+}
+
+/// A value as it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Value {
+    Certificate(Shared),
+    Revocation(Revocation),
+    Row(DeviceId, Row),
+}
+
+impl Keys {
+    pub fn certificates(&self, bucket: u8) -> String {
+        format!("certs:{}:{bucket:02x}", self.fp)
+    }
+
+    pub fn revocations(&self, bucket: u8) -> String {
+        format!("revoked:{}:{bucket:02x}", self.fp)
+    }
+
+    /// Where the value of a name stands.
+    pub fn place(&self, name: &Name) -> Place {
+        match name {
+            Name::Certificate(serial) => {
+                Place { key: self.certificates(bucket(serial)), field: serial.to_string() }
+            }
+            Name::Revocation(serial) => {
+                Place { key: self.revocations(bucket(serial)), field: serial.to_string() }
+            }
+            Name::Row(device) => Place { key: codec::bucket(device), field: device.to_string() },
+        }
+    }
+
+    pub fn seal_certificate(&self, shared: &Shared) -> Vec<u8> {
+        let mut head = vec![FORMAT];
+        head.extend(shared.paid.to_be_bytes());
+        match &shared.token {
+            None => head.push(0),
+            Some((hash, exp)) => {
+                head.push(1);
+                head.extend(hash.0);
+                head.extend(exp.to_be_bytes());
+            }
+        }
+        let length = head.len();
+        head.extend(&shared.der);
+        let mut sealed = self.seal(&Name::Certificate(shared.serial), head);
+        // The seal stands before the DER, which has no fixed length.
+        sealed.get_mut(length..).unwrap_or_default().rotate_right(SEAL);
+        sealed
+    }
+
+    pub fn seal_revocation(&self, revocation: &Revocation) -> Vec<u8> {
+        let mut value = vec![FORMAT];
+        value.extend(revocation.at.to_be_bytes());
+        value.push(revocation.reason.number());
+        self.seal(&Name::Revocation(revocation.serial), value)
+    }
+
+    pub fn seal_row(&self, device: &DeviceId, row: &Row) -> Vec<u8> {
+        codec::seal(&self.mac, device, row)
+    }
+
+    fn seal(&self, name: &Name, value: Vec<u8>) -> Vec<u8> {
+        let Place { key, field } = self.place(name);
+        self.mac.seal(&key, field.as_bytes(), value)
+    }
+
+    /// What stands there, or `None` if no instance of our CA has written it for this name.
+    pub fn open(&self, name: &Name, value: &[u8]) -> Option<Value> {
+        match name {
+            Name::Certificate(serial) => self.open_certificate(*serial, value),
+            Name::Revocation(serial) => self.open_revocation(*serial, value),
+            Name::Row(device) => {
+                let row = codec::open(&self.mac, device, value)?;
+                Some(Value::Row(device.clone(), row))
+            }
+        }
+    }
+
+    fn open_certificate(&self, serial: Serial, value: &[u8]) -> Option<Value> {
+        let length = if *value.get(9)? == 0 { 10 } else { 10 + 32 + 8 };
+        let mut value = value.to_vec();
+        value.get_mut(length..).filter(|rest| rest.len() >= SEAL)?.rotate_left(SEAL);
+        let Place { key, field } = self.place(&Name::Certificate(serial));
+        let (head, der) =
+            self.mac.open(&key, field.as_bytes(), &value)?.split_at_checked(length)?;
+        let (&[FORMAT, ref paid @ ..], rest) = head.split_first_chunk::<9>()? else { return None };
+        let token = match rest {
+            [0] => None,
+            [1, token @ ..] => {
+                let (hash, exp) = token.split_first_chunk::<32>()?;
+                Some((TokenHash(*hash), u64::from_be_bytes(exp.try_into().ok()?)))
+            }
+            _ => return None,
+        };
+        let paid = u64::from_be_bytes(*paid);
+        Some(Value::Certificate(Shared { serial, paid, token, der: der.to_vec() }))
+    }
+
+    fn open_revocation(&self, serial: Serial, value: &[u8]) -> Option<Value> {
+        let Place { key, field } = self.place(&Name::Revocation(serial));
+        let [FORMAT, at @ .., reason] = self.mac.open(&key, field.as_bytes(), value)? else {
+            return None;
+        };
+        let at = u64::from_be_bytes(at.try_into().ok()?);
+        Some(Value::Revocation(Revocation { serial, at, reason: Reason::numbered(*reason) }))
+    }
+}
+
+/// As it stands in an entry of the stream.
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Name::Certificate(serial) | Name::Revocation(serial) => serial.fmt(f),
+            Name::Row(device) => device.fmt(f),
+        }
+    }
+}
+
+impl Name {
+    /// The field of an entry of the stream under which it stands.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Name::Certificate(_) => "cert",
+            Name::Revocation(_) => "revoked",
+            Name::Row(_) => "device",
+        }
+    }
+
+    /// Reads field and value of an entry.
+    pub fn read(kind: &str, name: &str) -> Option<Self> {
+        match kind {
+            "cert" => Serial::from_hex(name).map(Name::Certificate),
+            "revoked" => Serial::from_hex(name).map(Name::Revocation),
+            "device" => DeviceId::parse(name).map(Name::Row),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! One record over all instances: what one answers is true of the others within two seconds, whatever
+//! happens to Redis meanwhile (SPEC 9). Rows r1 to r25 of the model (`docs/model`) on real servers.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::device;
+use crate::support::http::Response;
+use crate::support::instance::{
+    self, Device, certificate, cut_off, onboard, reconnect, redeem, revoke, token,
+};
+use crate::support::mosquitto::Broker;
+use crate::support::proxy::Proxy;
+use crate::support::redis::Redis;
+use crate::support::service::Service;
+use crate::support::{check_error, csr, wait};
+
+/// In so much time an answer is true everywhere.
+const SOON: Duration = Duration::from_secs(2);
+
+/// Instances on one Redis with one CA, each with a folder of its own.
+fn instances<const N: usize>(url: &str, env: &[(&str, &str)]) -> [Service; N] {
+    let mut all = vec![instance::first(url, env)];
+    for _ in 1..N {
+        let another = instance::another(&all[0], url, env);
+        all.push(another);
+    }
+    all.iter().for_each(wait_until_shared);
+    all.try_into().ok().unwrap()
+}
+
+/// Instances on one Redis, each behind a proxy of its own.
+fn behind_proxies<const N: usize>(redis: &Redis) -> ([Service; N], [Proxy; N]) {
+    let proxies: [Proxy; N] = std::array::from_fn(|_| Proxy::start(redis.port()));
+    let mut all = vec![instance::first(&proxies[0].url(), &[])];
+    for proxy in &proxies[1..] {
+        let another = instance::another(&all[0], &proxy.url(), &[]);
+        all.push(another);
+    }
+    all.iter().for_each(wait_until_shared);
+    (all.try_into().ok().unwrap(), proxies)
+}
+
+fn record(service: &Service) -> Value {
+    service.health()["record"].clone()
+}
+
+#[track_caller]
+fn wait_until_shared(service: &Service) {
+    let shared =
+        wait::until(Duration::from_secs(15), || (record(service)["shared"] == true).then_some(()));
+    assert!(shared.is_some(), "{}\n{}", record(service), service.log());
+}
+
+/// Enrols the device at this instance, as soon as its last token is out of the way.
+#[track_caller]
+fn enrol(service: &Service, device: &Device) -> String {
+    let answer = onboard_soon(service, device);
+    assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
+    certificate(service, &answer.field("provisioning_token"), device)
+}
+
+/// The answer to an onboarding once the lease of the device is free, and it can be decided.
+fn onboard_soon(service: &Service, device: &Device) -> Response {
+    let answer = wait::until(Duration::from_secs(10), || {
+        let answer = onboard(service, device);
+        let later = answer.status == 503 || answer.text().contains("TOKEN_ALREADY_ACTIVE");
+        (!later).then_some(answer)
+    });
+    answer.unwrap()
+}
+
+/// `active`, `revoked`, `expired`, or nothing.
+fn status(service: &Service, device: &str) -> Option<String> {
+    let answer = service.http.get(&format!("/api/v1/certificates/{device}/status"));
+    (answer.status == 200).then(|| answer.field("status"))
+}
+
+/// The serials that the instance's own list names, as OpenSSL reads it.
+fn listed(service: &Service) -> BTreeSet<String> {
+    let list = service.data("ca/crl.pem").display().to_string();
+    let text = csr::openssl(&["crl", "-noout", "-text", "-in", &list], "");
+    let serial = |line: &str| Some(line.trim().strip_prefix("Serial Number: ")?.to_lowercase());
+    text.lines().filter_map(serial).collect()
+}
+
+/// All that the instance knows: serial, device, and whether it is revoked.
+fn known(service: &Service) -> BTreeSet<(String, String, bool)> {
+    let row = |line: Vec<String>| (line[3].clone(), line[5].clone(), line[0] == "R");
+    service.index().into_iter().map(row).collect()
+}
+
+#[track_caller]
+fn soon(what: &str, services: &[&Service], holds: impl Fn(&Service) -> bool) {
+    within(SOON, what, services, holds);
+}
+
+#[track_caller]
+fn within(limit: Duration, what: &str, services: &[&Service], holds: impl Fn(&Service) -> bool) {
+    for (number, service) in services.iter().enumerate() {
+        let held = wait::until(limit, || holds(service).then_some(()));
+        assert!(held.is_some(), "{number} in {limit:?}: {what}\n{}", service.log());
+    }
+}
+
+/// Their records are the same, and hold these devices with these states.
+#[track_caller]
+fn agree(services: &[&Service], expected: &[(&str, &str)]) {
+    within(Duration::from_secs(10), "the states", services, |service| {
+        expected.iter().all(|(device, state)| status(service, device).as_deref() == Some(state))
+    });
+    within(Duration::from_secs(10), "one record", services, |service| {
+        known(service) == known(services[0])
+    });
+    let revoked = known(services[0]).iter().filter(|(.., revoked)| *revoked).count();
+    soon("one list", services, |service| listed(service) == listed(services[0]));
+    assert_eq!(listed(services[0]).len(), revoked);
+}
+
+#[test]
+fn what_one_signs_and_another_revokes_is_true_of_all() {
+    let redis = Redis::start(&[]);
+    let all: [Service; 3] = instances(&redis.url(), &[]);
+    let every: Vec<&Service> = all.iter().collect();
+    let d = Device::new("d");
+    let serial = enrol(&all[0], &d);
+    soon("its status", &every, |service| status(service, "d").as_deref() == Some("active"));
+    let download = format!("/api/v1/certificates/{serial}/download?format=pem");
+    let pem = all[0].http.get(&download).text();
+    for service in &all {
+        assert_eq!(service.http.get(&download).text(), pem);
+    }
+    let answer = revoke(&all[1], &d);
+    assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(true)));
+    soon("its revocation", &every, |s| status(s, "d").as_deref() == Some("revoked"));
+    soon("the list", &every, |service| listed(service).contains(&serial));
+    agree(&every, &[("d", "revoked")]);
+    let again = revoke(&all[2], &d);
+    assert_eq!((again.status, again.json()["shared"].as_bool()), (200, Some(true)));
+}
+
+#[test]
+fn three_instances_agree_after_many_devices_and_a_crash() {
+    let redis = Redis::start(&[]);
+    let mut all: [Service; 3] = instances(&redis.url(), &[]);
+    let devices: Vec<Device> = (0..24).map(|n| Device::new(&format!("d{n}"))).collect();
+    for (n, device) in devices.iter().enumerate() {
+        enrol(&all[n % 3], device);
+        if n == 11 {
+            all[1].kill9();
+            all[1].restart();
+        }
+        if n % 3 == 2 {
+            assert_eq!(revoke(&all[(n + 1) % 3], &devices[n - 1]).status, 200);
+        }
+    }
+    let state = |n: usize| if n % 3 == 1 { "revoked" } else { "active" };
+    let states: Vec<(&str, &str)> =
+        devices.iter().enumerate().map(|(n, device)| (&*device.name, state(n))).collect();
+    agree(&all.iter().collect::<Vec<_>>(), &states);
+}
+
+/// The broker of another instance, which did neither sign nor revoke.
+#[test]
+fn a_broker_of_another_instance_refuses_what_was_revoked() {
+    let redis = Redis::start(&[]);
+    let all: [Service; 3] = instances(&redis.url(), &[("ONBOARDING_API_KEY", "")]);
+    let d = device::Device::new("d", &format!("http://127.0.0.1:{}", all[0].port()));
+    d.must_enroll(&[]);
+    let broker = Broker::start(&all[2]);
+    let topic = "devices/d/state";
+    broker.publish(&d, topic, "x").unwrap();
+    assert_eq!(revoke(&all[1], &Device::new("d")).status, 200);
+    soon("the list", &[&all[2]], |service| listed(service).len() == 1);
+    crate::support::service::send_signal(broker.pid(), "HUP");
+    broker.refuses_soon(&d);
+}
+
+/// Row r17 of the model.
+#[test]
+fn a_device_that_another_instance_has_just_enrolled_is_refused() {
+    let redis = Redis::start(&[]);
+    // Long enough that a slow machine is no outage, in which memory would answer.
+    let env = [("REENROLL", "deny"), ("REDIS_TIMEOUT_MS", "10000")];
+    let all: [Service; 2] = instances(&redis.url(), &env);
+    for n in 0..20 {
+        let d = Device::new(&format!("d{n}"));
+        enrol(&all[n % 2], &d);
+        let answer = onboard_soon(&all[(n + 1) % 2], &d);
+        check_error(&answer, 409, "DEVICE_HAS_ACTIVE_CERTIFICATE", &d.name);
+    }
+}
+
+/// Somebody names a holder that is none (row r16): the device is not locked out.
+#[test]
+fn a_holder_that_nobody_has_signed_does_not_count() {
+    let redis = Redis::start(&[]);
+    let [service] = instances(&redis.url(), &[("REENROLL", "deny")]);
+    let [d, e] = ["d", "e"].map(Device::new);
+    let other = enrol(&service, &e);
+    for holder in ["41414141414141414141414141414141", "no serial", &other] {
+        redis.cli(&["SET", "mqtt-lite:holder:d", holder]);
+        let answer = onboard(&service, &d);
+        assert_eq!(answer.status, 200, "{holder}: {}", answer.text());
+        assert_eq!(revoke(&service, &d).status, 200);
+    }
+}
+
+#[test]
+fn redis_is_killed_emptied_or_older_while_all_sign_and_revoke() {
+    for keeps in ["nothing", "an older file"] {
+        let mut redis = Redis::start(&[]);
+        let all: [Service; 3] = instances(&redis.url(), &[]);
+        let every: Vec<&Service> = all.iter().collect();
+        let [a, b, c, d] = ["a", "b", "c", "d"].map(Device::new);
+        enrol(&all[0], &a);
+        enrol(&all[1], &b);
+        soon("b", &every, |service| status(service, "b").is_some());
+        if keeps == "an older file" {
+            redis.save();
+        }
+        assert_eq!(revoke(&all[2], &a).status, 200);
+        enrol(&all[2], &c);
+        redis.kill9();
+        all.iter().for_each(instance::notice_loss);
+        enrol(&all[0], &d);
+        let answer = revoke(&all[1], &b);
+        assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(false)));
+        let unknown = revoke(&all[1], &Device::new("nobody"));
+        check_error(&unknown, 503, "SERVICE_UNAVAILABLE", "nothing is known of it");
+        redis.start_again();
+        agree(&every, &[("a", "revoked"), ("b", "revoked"), ("c", "active"), ("d", "active")]);
+    }
+}
+
+#[test]
+fn redis_is_emptied_while_it_runs_and_stands_still_for_a_while() {
+    let redis = Redis::start(&[]);
+    let all: [Service; 2] = instances(&redis.url(), &[]);
+    let every: Vec<&Service> = all.iter().collect();
+    let [a, b, c] = ["a", "b", "c"].map(Device::new);
+    enrol(&all[0], &a);
+    agree(&every, &[("a", "active")]);
+    redis.cli(&["FLUSHALL"]);
+    within(Duration::from_secs(10), "it stands there again", &[&all[0]], |_| {
+        redis.keys().iter().any(|key| key.starts_with("mqtt-lite:certs:"))
+    });
+    let paused = redis.stop();
+    all.iter().for_each(instance::notice_loss);
+    enrol(&all[1], &b);
+    assert_eq!(revoke(&all[1], &a).status, 200);
+    drop(paused);
+    enrol(&all[0], &c);
+    agree(&every, &[("a", "revoked"), ("b", "active"), ("c", "active")]);
+}
+
+#[test]
+fn each_in_turn_is_cut_off_for_a_while() {
+    let redis = Redis::start(&[]);
+    let (all, proxies) = behind_proxies::<3>(&redis);
+    let every: Vec<&Service> = all.iter().collect();
+    let mut states = Vec::new();
+    for (n, proxy) in proxies.iter().enumerate() {
+        let names = ["shared", "alone", "elsewhere"].map(|what| format!("{what}-{n}"));
+        let [shared, alone, elsewhere] = names.each_ref().map(|name| Device::new(name));
+        enrol(&all[n], &shared);
+        soon("before", &every, |service| status(service, &shared.name).is_some());
+        cut_off(&all[n], proxy);
+        enrol(&all[n], &alone);
+        enrol(&all[(n + 1) % 3], &elsewhere);
+        assert_eq!(revoke(&all[n], &shared).status, 200);
+        reconnect(&all[n], proxy);
+        let [shared, alone, elsewhere] = names;
+        states.extend([(shared, "revoked"), (alone, "active"), (elsewhere, "active")]);
+    }
+    let states: Vec<(&str, &str)> = states.iter().map(|(name, state)| (&**name, *state)).collect();
+    agree(&every, &states);
+}
+
+/// Rows r14 and r15 of the model, on a device that is active and one that is revoked.
+#[test]
+fn what_nobody_of_ours_has_written_changes_nothing_and_is_put_right() {
+    let redis = Redis::start(&[]);
+    let all: [Service; 2] = instances(&redis.url(), &[]);
+    let every: Vec<&Service> = all.iter().collect();
+    let [d, e] = ["d", "e"].map(Device::new);
+    let serial = enrol(&all[0], &d);
+    enrol(&all[0], &e);
+    assert_eq!(revoke(&all[0], &e).status, 200);
+    agree(&every, &[("d", "active"), ("e", "revoked")]);
+    let key = |kind: &str| {
+        let begin = format!("mqtt-lite:{kind}");
+        redis.keys().into_iter().find(|key| key.starts_with(&begin)).unwrap()
+    };
+    let (stream, share) = (key("changes:"), key("share:"));
+    let fp = share.rsplit(':').next().unwrap();
+    let bucket = u8::from_str_radix(&serial[..2], 16).unwrap() & 0x3f | 0x40;
+    let certificates = format!("mqtt-lite:certs:{fp}:{bucket:02x}");
+    let revocations = format!("mqtt-lite:revoked:{fp}:{bucket:02x}");
+    let row = |name: &str| {
+        format!("mqtt-lite:devices:{}", &crate::support::token::sha256_hex(name.as_bytes())[..2])
+    };
+    let right = redis.cli(&["HGET", &certificates, &serial]);
+    let right_row = redis.cli(&["HGET", &row("e"), "e"]);
+    redis.cli(&["HSET", &revocations, &serial, "forged"]);
+    // What is right elsewhere is wrong here.
+    let copy = "redis.call('HSET', KEYS[2], ARGV[2], redis.call('HGET', KEYS[1], ARGV[1]))";
+    let other = format!("{}00", &serial[..30]);
+    redis.cli(&["EVAL", copy, "2", &certificates, &certificates, &serial, &other]);
+    redis.cli(&["EVAL", copy, "2", &row("e"), &row("d"), "e", "d"]);
+    redis.cli(&["HSET", &row("e"), "e", "forged"]);
+    redis.cli(&["HSET", &certificates, &serial, "forged"]);
+    let names = [
+        "cert", &other, "cert", &serial, "revoked", &serial, "device", "d", "device", "e", "x", "y",
+    ];
+    redis.cli(&[&["XADD", &stream, "*"], &names[..]].concat());
+    let stands = |_: &Service| {
+        redis.cli(&["HGET", &certificates, &serial]) == right
+            && redis.cli(&["HGET", &row("e"), "e"]) == right_row
+    };
+    within(Duration::from_secs(5), "the right ones stand there again", &[&all[0]], stands);
+    soon("it is counted", &[&all[1]], |service| record(service)["ignored"].as_u64() > Some(3));
+    agree(&every, &[("d", "active"), ("e", "revoked")]);
+    for service in &every {
+        let warned = "Redis holds values of the record that none of our instances has written";
+        assert_eq!(service.log().matches(warned).count(), 1, "{}", service.log());
+    }
+    // One that knows nothing yet.
+    let third = instance::another(&all[0], &redis.url(), &[]);
+    agree(&[&all[0], &third], &[("d", "active"), ("e", "revoked")]);
+}
+
+/// What is forged before anybody else has read it is put right by whoever has signed.
+#[test]
+fn a_forged_value_keeps_nobody_from_learning_the_right_one() {
+    let redis = Redis::start(&[]);
+    let [one] = instances(&redis.url(), &[]);
+    let d = Device::new("d");
+    let serial = enrol(&one, &d);
+    let is_there = || redis.keys().into_iter().find(|key| key.starts_with("mqtt-lite:certs:"));
+    let key = wait::until(SOON, is_there).unwrap();
+    redis.cli(&["HSET", &key, &serial, "forged"]);
+    let two = instance::another(&one, &redis.url(), &[]);
+    within(Duration::from_secs(5), "it learns", &[&two], |two| status(two, "d").is_some());
+}
+
+/// The rights that 0.1 asked for.
+#[test]
+fn a_user_without_the_rights_for_the_record_serves_tokens() {
+    let rules = "~mqtt-lite:token:* ~mqtt-lite:device:* ~mqtt-lite:used:* ~mqtt-lite:live \
+                 ~mqtt-lite:ca +set +get +del +exists +pttl +eval +zadd +zrem +zcount \
+                 +zrangebyscore +time +info";
+    let redis = Redis::with_acl("old", "p4ssw0rd", rules);
+    let port = redis.port().to_string();
+    let env = [
+        ("REDIS_URL", ""),
+        ("REDIS_HOST", "127.0.0.1"),
+        ("REDIS_PORT", &*port),
+        ("REDIS_USERNAME", "old"),
+        ("REDIS_PASSWORD", "p4ssw0rd"),
+    ];
+    let one = instance::first("", &env);
+    let two = instance::another(&one, "", &env);
+    let d = Device::new("d");
+    for (here, there) in [(&one, &two), (&two, &one)] {
+        let token = token(here, &d);
+        assert_eq!(redeem(there, &token, &d).status, 200, "{}", there.log());
+    }
+    for service in [&one, &two] {
+        assert_eq!(record(service)["shared"], false);
+        let log = service.log();
+        assert_eq!(log.matches("the record is not shared through Redis").count(), 1, "{log}");
+        assert_eq!(service.http.get("/ready").status, 200);
+    }
+    let answer = revoke(&one, &d);
+    assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(false)));
+}
+
+/// The lease is free at once where nothing is shared, and soon where it is.
+#[test]
+fn a_device_may_enrol_again_soon() {
+    let redis = Redis::start(&[]);
+    for mode in ["true", "false"] {
+        let service = instance::first(&redis.url(), &[("SHARE_RECORD", mode)]);
+        let d = Device::new("d");
+        for _ in 0..3 {
+            enrol(&service, &d);
+            let free = || (!redis.exists("mqtt-lite:device:d")).then_some(());
+            assert!(wait::until(Duration::from_millis(400), free).is_some());
+        }
+        drop(service);
+        redis.cli(&["FLUSHALL"]);
+    }
+}
+
+#[test]
+fn share_record_must_be_the_same_everywhere() {
+    let redis = Redis::start(&[]);
+    let [one] = instances(&redis.url(), &[]);
+    let two = instance::another(&one, &redis.url(), &[("SHARE_RECORD", "false")]);
+    within(Duration::from_secs(5), "it says so", &[&two], |two| {
+        two.http.get("/ready").text().contains("SHARE_RECORD is not what other instances")
+    });
+    assert_eq!(one.http.get("/ready").status, 200);
+    assert_eq!(record(&two)["shared"], false);
+}
+
+/// Rows are exchanged all the same, and with them revocations of all that a device has.
+#[test]
+fn without_a_shared_record_a_revocation_still_reaches_everybody() {
+    let redis = Redis::start(&[]);
+    let one = instance::first(&redis.url(), &[("SHARE_RECORD", "false")]);
+    let two = instance::another(&one, &redis.url(), &[("SHARE_RECORD", "false")]);
+    let [d, e] = ["d", "e"].map(Device::new);
+    enrol(&one, &d);
+    enrol(&two, &d);
+    enrol(&one, &e);
+    let answer = revoke(&two, &d);
+    assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(true)));
+    soon("revoked", &[&one, &two], |service| status(service, "d").as_deref() == Some("revoked"));
+    assert_eq!((status(&one, "e").as_deref(), status(&two, "e")), (Some("active"), None));
+}
+
+/// Row 36 of the model: what is cut off cannot know, and both certificates are told of, once.
+#[test]
+fn a_token_that_was_redeemed_twice_is_told_once() {
+    let redis = Redis::start(&[]);
+    let (all, proxies) = behind_proxies::<2>(&redis);
+    let d = Device::new("d");
+    let token = token(&all[0], &d);
+    cut_off(&all[0], &proxies[0]);
+    let serials = [certificate(&all[0], &token, &d), certificate(&all[1], &token, &d)];
+    reconnect(&all[0], &proxies[0]);
+    let every = [&all[0], &all[1]];
+    agree(&every, &[("d", "active")]);
+    for service in every {
+        let log = service.log();
+        let told: Vec<&str> =
+            log.lines().filter(|line| line.contains("was redeemed twice")).collect();
+        assert_eq!(told.len(), 1, "{log}");
+        assert!(serials.iter().all(|serial| told[0].contains(serial)), "{told:?}");
+    }
+}
+
+/// A clone of a folder: it has the certificates of its origin, and learns the others.
+#[test]
+fn a_clone_and_a_new_machine_learn_everything() {
+    let redis = Redis::start(&[]);
+    let [origin] = instances(&redis.url(), &[]);
+    let [a, b, c] = ["a", "b", "c"].map(Device::new);
+    enrol(&origin, &a);
+    let clone = instance::setup(&redis.url(), &[]).copy_data(&origin).start();
+    wait_until_shared(&clone);
+    enrol(&origin, &b);
+    enrol(&clone, &c);
+    assert_eq!(revoke(&clone, &a).status, 200);
+    let new = instance::another(&origin, &redis.url(), &[]);
+    agree(&[&origin, &clone, &new], &[("a", "revoked"), ("b", "active"), ("c", "active")]);
+}
+
+/// A Redis that the record would fill: tokens go on, and so do revocations.
+#[test]
+fn a_redis_that_is_nearly_full_takes_no_certificate() {
+    let redis = Redis::start(&["--maxmemory", "8mb"]);
+    redis.pipe(|out| {
+        let value = "x".repeat(1000);
+        for n in 0..5000 {
+            crate::support::redis::resp(out, &["SET", &format!("other:{n}"), &value]);
+        }
+    });
+    let all: [Service; 2] = instances(&redis.url(), &[]);
+    let [d, e] = ["d", "e"].map(Device::new);
+    for device in [&d, &e] {
+        enrol(&all[0], device);
+    }
+    let full = "Redis is filling up: certificates are not shared any more, revocations are";
+    within(SOON, "it is told", &[&all[0]], |service| service.log().contains(full));
+    assert!(!redis.keys().iter().any(|key| key.starts_with("mqtt-lite:certs:")));
+    let answer = revoke(&all[1], &d);
+    assert_eq!(answer.status, 404, "nothing is known of it where it was asked: {}", answer.text());
+    soon("it is dead all the same", &[&all[0]], |service| {
+        status(service, "d").as_deref() == Some("revoked")
+    });
+    assert_eq!(status(&all[0], "e").as_deref(), Some("active"));
+}
