@@ -25,7 +25,7 @@
 //! | 3 | [`api`] | layers 0 to 2 |
 //! | 3 | [`edge`] | layer 0 |
 //! | 4 | [`server`] | layer 0, [`api`], [`edge`] |
-//! | 5 | [`service`] [`cli`] [`logging`] [`notify`] `main` | everything |
+//! | 5 | [`service`] [`https`] [`cli`] [`logging`] [`notify`] `main` | everything |
 //!
 //! Words of our own:
 //! - *edge*: the one thread that speaks with clients; nothing else reads what they send.
@@ -91,6 +91,7 @@ pub mod server;
 pub mod logging;
 pub mod notify;
 
+pub mod https;
 pub mod service;
 
 pub mod cli;

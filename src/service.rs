@@ -25,6 +25,7 @@ use crate::device::DeviceId;
 use crate::devices::table::Devices;
 use crate::devices::{self, Instance, Row};
 use crate::files::{self, FolderLock};
+use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
 use crate::notify::Manager;
@@ -49,8 +50,8 @@ const INSTANCE_ID: (&str, usize) = ("instance-id", 16);
 const DEVICES: &str = "devices.txt";
 /// Enough for the threads that wait most of the time.
 const SMALL_STACK_BYTES: usize = 256 * 1024;
-/// How often what ends is said again.
-const DAY: Duration = Duration::from_secs(clock::DAY_S);
+/// How often certificates are looked at: ours, and those that commands leave for the record.
+const LOOK: Duration = Duration::from_secs(60);
 /// Longest time to finish what was begun, after the signal to stop.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -110,9 +111,15 @@ pub fn run(
         metrics: Arc::clone(&metrics),
     });
     seek_redis(config, &ca, &store)?;
-    watch_clock(publisher, store.failover.clone())?;
-    let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
     let (events, happened) = mpsc::channel();
+    watch_clock(publisher, store.failover.clone(), events.clone())?;
+    let mut https = Https::of(config);
+    https.tend(&ca, clock::now());
+    let config = &Config { tls: https.shown(), ..config.clone() };
+    if config.http.tls.is_some() && config.tls.is_none() {
+        log::warn!("HTTPS opens when there is a certificate, which takes a clock that is set");
+    }
+    let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
     let (edge_ended, answering) = (events.clone(), events.clone());
     let server = Server::start(config, &api, &metrics.edge, move |error| {
         // Nobody listens any more only if the process is ending.
@@ -122,7 +129,7 @@ pub fn run(
     announce(config, store.tokens.status().redis_serves);
     starting.store(false, Ordering::SeqCst);
     forward_signals(signals, events)?;
-    let service = Running { config, api, server, store, answering };
+    let mut service = Running { config, api, server, store, answering, ca, https };
     let mut manager = Manager::new(&config.supervision, clock::now());
     let ended = service.until_told(&happened, &mut manager, reread);
     manager.stopping();
@@ -145,6 +152,9 @@ pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
     let ca = || ca::check(&config.ca, clock::now()).map_err(|e| e.to_string());
     check("CA_STORAGE_PATH", folder(&config.ca.dir).and_then(|()| ca()));
     check("RUNTIME_DIRECTORY", folder(&config.run_dir));
+    if let (Some(files), Some(_)) = (&config.http.tls, &config.http.tls_auto) {
+        check("TLS", https::load(files).map(drop));
+    }
     if let Some(hook) = &config.crl_hook {
         check("CRL_HOOK", ca::hook::find(hook).map(drop).map_err(|e| e.to_string()));
     }
@@ -390,22 +400,33 @@ fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
 
 /// Watches the clock. While it is not set, the CA is made or judged as soon as it is; and when it was
 /// ahead, so that the list is one of the future by which brokers refuse everybody, a new one is made.
-fn watch_clock(publisher: Arc<Publisher>, failover: Option<Arc<Failover>>) -> Result<(), RunError> {
+/// Whoever else goes by the date is told when it was set.
+fn watch_clock(
+    publisher: Arc<Publisher>,
+    failover: Option<Arc<Failover>>,
+    events: mpsc::Sender<Event>,
+) -> Result<(), RunError> {
     let steps = clock::Steps::new();
+    let offset = |now: Now| now.unix_ms.wrapping_sub(now.mono_ms);
     spawn("clock", move || {
         let ca = publisher.ca();
-        let mut was_set = ca.clock_is_plausible(clock::now());
+        let mut before = clock::now();
+        let mut was_set = ca.clock_is_plausible(before);
         loop {
             steps.wait(!was_set);
             let now = clock::now();
             let is_set = ca.clock_is_plausible(now);
             if is_set && !was_set {
                 clock_is_set(ca, now);
-                publisher.keep_fresh(now);
                 enter_ca(ca, failover.as_ref());
             }
             publisher.check_clock(now);
-            was_set = is_set;
+            let step_ms = offset(now).wrapping_sub(offset(before)).cast_signed().unsigned_abs();
+            if (is_set && !was_set) || step_ms > 1000 {
+                publisher.keep_fresh(now); // a list may have ended, if the clock went on
+                let _ = events.send(Event::ClockSet); // nobody listens any more at the end only
+            }
+            (was_set, before) = (is_set, now);
         }
     })
 }
@@ -431,6 +452,7 @@ fn announce(config: &Config, redis_serves: bool) {
 enum Event {
     Signal(i32),
     EdgeEnded(io::Error),
+    ClockSet,
     /// Every worker has answered.
     Answering,
 }
@@ -452,12 +474,14 @@ struct Running<'a> {
     server: Server,
     store: Stores,
     answering: mpsc::Sender<Event>,
+    ca: Arc<Ca>,
+    https: Https,
 }
 
 impl Running<'_> {
     /// Returns when the process is to end, with an error if it failed.
     fn until_told(
-        &self,
+        &mut self,
         happened: &mpsc::Receiver<Event>,
         manager: &mut Manager,
         reread: impl Fn() -> Result<Config, ConfigError>,
@@ -466,11 +490,12 @@ impl Running<'_> {
         loop {
             self.report(manager);
             let now = clock::now();
+            self.tend(now);
             if now.mono_ms >= note_at_ms {
                 self.note_certificate(now);
                 note_at_ms = now.mono_ms + clock::DAY_S * 1000;
             }
-            let event = happened.recv_timeout(manager.due_in(now).map_or(DAY, |due| due.min(DAY)));
+            let event = happened.recv_timeout(manager.due_in(now).unwrap_or(LOOK).min(LOOK));
             match event {
                 Ok(Event::Signal(SIGHUP)) => {
                     manager.reloading();
@@ -486,7 +511,7 @@ impl Running<'_> {
                     return Err(failed(format!("the edge failed: {error}")));
                 }
                 Ok(Event::Answering) => manager.alive(),
-                Err(RecvTimeoutError::Timeout) => {}
+                Ok(Event::ClockSet) | Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(failed("no thread is left that could report a signal"));
                 }
@@ -510,13 +535,33 @@ impl Running<'_> {
         });
     }
 
+    /// Sees to our own certificate, and enters it, and what commands have left, into the record.
+    fn tend(&mut self, now: Now) {
+        if self.https.tend(&self.ca, now) {
+            self.show();
+        }
+        if let Some(issuer) = self.ca.issuer() {
+            // What went wrong is logged and kept there.
+            let _ = self.ca.record().enter_servers(&issuer);
+        }
+    }
+
+    /// Shows new connections what there is to show.
+    fn show(&self) {
+        let Some(shown) = self.https.shown() else { return };
+        match self.server.edge.replace_certificate(Arc::clone(&shown)) {
+            Ok(()) => self.api.shows(&shown),
+            Err(error) => log::error!("our TLS certificate cannot be shown: {error}"),
+        }
+    }
+
     /// Says daily that the certificate which we show ends.
     fn note_certificate(&self, now: clock::Now) {
         self.api.certificate_notes(now).iter().for_each(|note| log::warn!("{note}"));
     }
 
     /// TLS files and API keys are read again. What cannot be used changes nothing at all.
-    fn reload(&self, later: Result<Config, ConfigError>) {
+    fn reload(&mut self, later: Result<Config, ConfigError>) {
         let later = match later {
             Ok(later) => later,
             Err(error) => return log::error!("SIGHUP: everything stays as it was: {error}"),
@@ -526,6 +571,9 @@ impl Running<'_> {
             return log::error!("SIGHUP: everything stays as it was: {error}");
         }
         self.api.reload(&later);
+        self.https.take_up(&later);
+        self.tend(clock::now());
+        self.show();
         log::info!("SIGHUP: TLS certificate and key and the API keys were read again");
         for name in self.config.fixed_changes(&later) {
             log::warn!("SIGHUP: {name} has changed, which takes effect at the next start only");

@@ -3,7 +3,7 @@
 use percent_encoding::percent_decode_str;
 
 use super::{Api, Asked, Plan};
-use crate::ca::record::{Certificate, Record, RecordError};
+use crate::ca::record::{Certificate, Reason, Record, RecordError};
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::http::{Json, Reply};
@@ -101,6 +101,27 @@ fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
         .field("device_id", device.as_str())
         .field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
+}
+
+/// `DELETE /api/v1/devices/{device_id}/certificates/{serial}`
+pub(super) fn revoke_one(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let serial = Serial::from_hex(asked.serial).ok_or(Code::CertificateNotFound)?;
+    let name = percent_decode_str(asked.name).decode_utf8_lossy();
+    let reason = match asked.body.get("reason") {
+        None => Reason::Unspecified,
+        Some(given) => given.as_str().and_then(Reason::parse).ok_or_else(|| {
+            let text =
+                "reason must be keyCompromise, superseded, cessationOfOperation or unspecified";
+            Problem::from(Code::BadRequest).text(text)
+        })?,
+    };
+    api.provisioner.revoke_one(&name, &serial, reason, asked.request.client, now)?;
+    let mut json = Json::new();
+    json.field("success", true)
+        .field("message", "Certificate revoked successfully")
+        .field("device_id", &*name)
+        .field("serial_number", serial.to_string());
+    Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 
 /// A serial wins over a device id.

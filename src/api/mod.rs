@@ -19,6 +19,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use log::Level;
+use rustls::sign::CertifiedKey;
 
 use crate::ca;
 use crate::clock::{self, Now};
@@ -45,6 +46,7 @@ pub struct Api {
 }
 
 /// What may change while the service runs.
+#[derive(Clone)]
 struct Settings {
     /// What callers must bear; `None` as in [`Config`].
     onboarding_key: Option<Secret>,
@@ -58,11 +60,10 @@ struct Settings {
 
 impl Settings {
     fn of(config: &Config) -> Arc<Self> {
-        let shown = config.tls.as_ref().and_then(|shown| shown.cert.first());
         Arc::new(Settings {
             onboarding_key: config.onboarding_api_key.clone(),
             admin_key: config.admin_api_key.clone(),
-            certificate: shown.and_then(|der| ca::validity(der)),
+            certificate: config.tls.as_deref().and_then(validity),
             warnings: config.warnings.clone(),
         })
     }
@@ -100,6 +101,13 @@ impl Api {
     /// From the next request on, the keys are those of `config`, and its certificate is watched.
     pub fn reload(&self, config: &Config) {
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Settings::of(config);
+    }
+
+    /// Another certificate is shown from now on.
+    pub fn shows(&self, shown: &CertifiedKey) {
+        let mut settings = self.settings.write().unwrap_or_else(PoisonError::into_inner);
+        *settings =
+            Arc::new(Settings { certificate: validity(shown), ..Settings::clone(&settings) });
     }
 
     /// What is to be said of the certificate that we show over HTTPS: that it does not count now, or
@@ -190,6 +198,11 @@ impl Api {
         }
         Reply::problem(problem, now)
     }
+}
+
+/// First and last second of what is shown.
+fn validity(shown: &CertifiedKey) -> Option<(u64, u64)> {
+    ca::validity(shown.cert.first()?)
 }
 
 /// The numbers of refusals that had no line.

@@ -58,6 +58,8 @@ pub(super) struct Asked<'a> {
     pub request: &'a Request,
     /// What stands in the path's `{…}`.
     pub name: &'a str,
+    /// What stands in a second one.
+    pub serial: &'a str,
     /// The route's fields, as far as they are there.
     pub body: Map<String, Value>,
     pub caller: Caller,
@@ -117,6 +119,17 @@ pub(super) const ROUTES: &[Route] = &[
     },
     Route {
         lane: LaneKind::Certificate,
+        credentials: Credentials::AdminKey,
+        fields: &["reason"],
+        ..route(
+            Method::Delete,
+            "/api/v1/devices/{device_id}/certificates/{serial}",
+            "revoke one certificate (admin)",
+            certificates::revoke_one,
+        )
+    },
+    Route {
+        lane: LaneKind::Certificate,
         credentials: Credentials::ClientCertificate,
         fields: &["csr"],
         ..route(
@@ -172,7 +185,7 @@ pub(super) struct Endpoint<'a> {
     pub row: usize,
     route: &'static Route,
     /// What stands in the path's `{…}`.
-    name: &'a str,
+    names: [&'a str; 2],
 }
 
 /// The first row that fits; `None` if nobody answers this method there.
@@ -182,7 +195,7 @@ pub(super) fn endpoint(method: Method, path: &str) -> Option<Endpoint<'_>> {
         .iter()
         .enumerate()
         .filter(|(_, route)| route.method == wanted)
-        .find_map(|(row, route)| Some(Endpoint { row, route, name: captured(route.path, path)? }))
+        .find_map(|(row, route)| Some(Endpoint { row, route, names: captured(route.path, path)? }))
 }
 
 impl Api {
@@ -193,13 +206,16 @@ impl Api {
         endpoint: Option<Endpoint<'_>>,
         now: Now,
     ) -> Result<Plan, Problem> {
-        let Some(Endpoint { route, name, .. }) = endpoint else { return unknown(request) };
+        let Some(Endpoint { route, names: [name, serial], .. }) = endpoint else {
+            return unknown(request);
+        };
         let caller = self.authorise(route.credentials, request, now)?;
         let body = match route.fields {
             [] => Map::new(),
+            _ if route.method == Method::Delete && request.body.is_empty() => Map::new(),
             fields => request.json(fields)?,
         };
-        (route.plan)(self, &Asked { request, name, body, caller }, now)
+        (route.plan)(self, &Asked { request, name, serial, body, caller }, now)
     }
 
     fn authorise(
@@ -260,14 +276,21 @@ fn unknown(request: &Request) -> Result<Plan, Problem> {
     Err(Problem { allow: Some(allow), ..Code::MethodNotAllowed.into() })
 }
 
-/// What stands in the place of `{…}`, if the path fits the pattern; empty for one without.
-fn captured<'a>(pattern: &str, path: &'a str) -> Option<&'a str> {
-    let Some((before, rest)) = pattern.split_once('{') else {
-        return (pattern == path).then_some("");
-    };
-    let after = rest.split_once('}').map_or("", |(_, after)| after);
-    let name = path.strip_prefix(before)?.strip_suffix(after)?;
-    (!name.is_empty() && !name.contains('/')).then_some(name)
+/// What stands in the places of `{…}`, if the path fits the pattern; empty where it has none.
+fn captured<'a>(pattern: &str, path: &'a str) -> Option<[&'a str; 2]> {
+    let (mut wanted, mut found) = (pattern.split('/'), path.split('/'));
+    let mut captured = ["", ""];
+    let mut places = captured.iter_mut();
+    loop {
+        match (wanted.next(), found.next()) {
+            (None, None) => return Some(captured),
+            (Some(name), Some(segment)) if name.starts_with('{') && !segment.is_empty() => {
+                *places.next()? = segment;
+            }
+            (Some(wanted), Some(segment)) if wanted == segment => {}
+            _ => return None,
+        }
+    }
 }
 
 /// The value of `Allow` for a path (RFC 9110, 10.2.1).
@@ -289,8 +312,9 @@ mod tests {
 
     #[test]
     fn paths_match_whole_and_capture_one_segment() {
-        assert_eq!(captured("/health", "/health"), Some(""));
-        assert_eq!(captured("/a/{id}/status", "/a/d-1/status"), Some("d-1"));
+        assert_eq!(captured("/health", "/health"), Some(["", ""]));
+        assert_eq!(captured("/a/{id}/status", "/a/d-1/status"), Some(["d-1", ""]));
+        assert_eq!(captured("/a/{id}/b/{serial}", "/a/1/b/2"), Some(["1", "2"]));
         for (pattern, path) in [
             ("/health", "/health/"),
             ("/health", "//health"),

@@ -28,7 +28,8 @@ use super::CaError;
 use super::csr::Csr;
 use super::der::{self, Reader, tlv};
 use super::key::{self, Kind, PublicKey};
-use crate::clock::Now;
+use crate::clock::{DAY_S, Now};
+use crate::config;
 use crate::device::DeviceId;
 use crate::files;
 use crate::mac::MacKey;
@@ -86,19 +87,16 @@ impl Leaf {
     }
 }
 
-/// A server's certificate with its new key.
+/// A server's certificate.
+#[derive(Debug)]
 pub struct ServerCertificate {
-    /// The certificate in PEM, and behind it those between it and the root, which clients need who
-    /// know the root only.
+    /// Its serial number.
+    pub serial: Serial,
+    /// The certificate in PEM.
+    pub pem: String,
+    /// The same, and behind it those between it and the root, which clients need who know the root
+    /// only.
     pub chain_pem: String,
-    /// The private key, PKCS#8 in PEM.
-    pub key_pem: String,
-}
-
-impl fmt::Debug for ServerCertificate {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ServerCertificate")
-    }
 }
 
 /// A CA that can sign.
@@ -348,7 +346,7 @@ impl Issuer {
     ) -> Result<Leaf, CaError> {
         self.check_dates(now)?;
         csr.belongs_to(device).map_err(CaError::signing)?;
-        let (not_before, not_after) = self.validity(u64::from(self.validity_days), now);
+        let (not_before, not_after) = self.validity(u64::from(self.validity_days) * DAY_S, now);
         let mut params = leaf_params(not_before, not_after, serial)?;
         params.distinguished_name.push(DnType::CommonName, device.as_str());
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
@@ -360,33 +358,33 @@ impl Issuer {
         Ok(Leaf { pem, der, serial, device: device.clone(), not_before, not_after, fingerprint })
     }
 
-    /// Makes a key (ECDSA P-256) and signs a certificate for a server with these DNS names and IP
-    /// addresses; the first is its common name.
+    /// Signs a certificate for a server with this key and these DNS names and IP addresses, for so
+    /// many seconds; the first name is its common name.
     ///
     /// # Errors
     /// When a name is neither, or as [`Issuer::sign`].
     pub fn server_certificate(
         &self,
         names: &[impl AsRef<str>],
-        days: u32,
+        key: &impl PublicKeyData,
+        life_s: u64,
         now: Now,
     ) -> Result<ServerCertificate, CaError> {
         self.check_dates(now)?;
         let sans = names.iter().map(|n| server_name(n.as_ref())).collect::<Result<Vec<_>, _>>()?;
         let first = names.first().ok_or_else(|| CaError::BadName(String::new()))?.as_ref();
         let serial = Serial::random().map_err(CaError::signing)?;
-        let (not_before, not_after) = self.validity(u64::from(days), now);
+        let (not_before, not_after) = self.validity(life_s, now);
         let mut params = leaf_params(not_before, not_after, serial)?;
         if first.len() <= 64 {
             params.distinguished_name.push(DnType::CommonName, first);
         }
         params.subject_alt_names = sans;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let key = KeyPair::generate().map_err(CaError::signing)?;
-        let leaf = self.signed(&params, &key)?;
+        let pem = certificate_pem(&self.signed(&params, key)?);
         let between = self.chain.iter().filter(|der| !is_self_issued(der));
-        let chain_pem = std::iter::once(&leaf).chain(between).map(|der| certificate_pem(der));
-        Ok(ServerCertificate { chain_pem: chain_pem.collect(), key_pem: key.serialize_pem() })
+        let chain_pem = pem.clone() + &between.map(|der| certificate_pem(der)).collect::<String>();
+        Ok(ServerCertificate { serial, pem, chain_pem })
     }
 
     /// Whether this CA signed the certificate.
@@ -396,15 +394,20 @@ impl Issuer {
     }
 
     /// First and last second of a certificate signed now.
-    fn validity(&self, days: u64, now: Now) -> (u64, u64) {
+    fn validity(&self, life_s: u64, now: Now) -> (u64, u64) {
         let now_s = now.unix_s();
-        let end = now_s.saturating_add(days.saturating_mul(86_400));
+        let end = now_s.saturating_add(life_s);
         (now_s.saturating_sub(BACKDATE_S), end.min(self.not_after))
     }
 
     /// The CA's certificate in PEM, and behind it those up to the root, as far as they are known.
     pub fn chain_pem(&self) -> String {
         self.chain.iter().map(|der| certificate_pem(der)).collect()
+    }
+
+    /// Its folder.
+    pub(super) fn dir(&self) -> &Path {
+        self.certificate.parent().unwrap_or(Path::new(""))
     }
 
     /// The CA's certificate in DER.
@@ -491,13 +494,8 @@ fn server_name(name: &str) -> Result<SanType, CaError> {
     if let Ok(address) = name.parse::<IpAddr>() {
         return Ok(SanType::IpAddress(address));
     }
-    let label = |l: &str| {
-        let inner = l.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
-        (1..=63).contains(&l.len()) && inner && !l.starts_with('-') && !l.ends_with('-')
-    };
-    let host = name.strip_prefix("*.").unwrap_or(name);
     let bad = || CaError::BadName(name.to_owned());
-    if host.len() > 253 || !host.split('.').all(label) {
+    if !config::is_dns_name(name) {
         return Err(bad());
     }
     name.try_into().map(SanType::DnsName).map_err(|_| bad())
@@ -795,7 +793,8 @@ mod tests {
             let issuer = put(chain[0], chain).unwrap();
             let pem: String = chain.iter().map(|name| text(name)).collect();
             assert_eq!(issuer.chain_pem(), pem);
-            let made = issuer.server_certificate(&["localhost"], 9, clock::now()).unwrap();
+            let key = KeyPair::generate().unwrap();
+            let made = issuer.server_certificate(&["localhost"], &key, 9, clock::now()).unwrap();
             let between: String = chain.iter().filter(|n| **n != "root").map(|n| text(n)).collect();
             let count = |pem: &str| pem.matches("BEGIN").count();
             assert!(made.chain_pem.ends_with(&between));
@@ -953,9 +952,10 @@ mod tests {
         let dir = TestDir::new();
         let issuer = Issuer::make(&dir, 10, 90, clock::now()).unwrap();
         let names = ["broker.local", "*.example.org", "192.168.1.5", "fe80::1"];
-        let made = issuer.server_certificate(&names, 365, clock::now()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let made = issuer.server_certificate(&names, &key, 365 * DAY_S, clock::now()).unwrap();
         fs::write(dir.join("server.pem"), &made.chain_pem).unwrap();
-        fs::write(dir.join("server.key"), &made.key_pem).unwrap();
+        fs::write(dir.join("server.key"), key.serialize_pem()).unwrap();
         must(
             &dir,
             "verify -x509_strict -purpose sslserver -verify_hostname broker.local -CAfile root-ca.crt server.pem",
@@ -977,10 +977,10 @@ mod tests {
             must(&dir, "x509 -in server.pem -noout -pubkey")
         );
         for bad in ["", "a b", "-a", "a..b", "*", "a.*.b", "ä.de", "a/b"] {
-            let error = issuer.server_certificate(&[bad], 1, clock::now()).unwrap_err();
+            let error = issuer.server_certificate(&[bad], &key, 1, clock::now()).unwrap_err();
             assert!(matches!(error, CaError::BadName(_)), "{bad}");
         }
-        assert!(issuer.server_certificate(&[] as &[&str], 1, clock::now()).is_err());
+        assert!(issuer.server_certificate(&[] as &[&str], &key, 1, clock::now()).is_err());
     }
 
     #[test]

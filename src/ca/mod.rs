@@ -16,6 +16,7 @@ mod key;
 mod openssl;
 pub mod publisher;
 pub mod record;
+pub mod server;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -72,7 +73,7 @@ pub enum CaError {
 }
 
 impl CaError {
-    fn refused(path: &Path, why: impl fmt::Display) -> Self {
+    pub(crate) fn refused(path: &Path, why: impl fmt::Display) -> Self {
         CaError::Refused { path: path.to_owned(), why: why.to_string() }
     }
 

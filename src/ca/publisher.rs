@@ -103,7 +103,8 @@ impl Publisher {
     }
 
     /// Publishes a list if there is none, it is a day old, or the last could not be written; nothing
-    /// as long as there is no CA or the clock is not set. Warns of the CA's end, at the start and daily.
+    /// as long as there is no CA or the clock is not set. Warns of what
+    /// ends soon, at the start and daily.
     pub fn keep_fresh(&self, now: Now) {
         if self.ca.issuer().is_none() || !self.ca.clock_is_plausible(now) {
             return;
@@ -118,8 +119,8 @@ impl Publisher {
             // What went wrong is logged and kept there.
             let _ = self.publish(now);
         }
-        if let Some(warning) = self.warning(now).filter(|_| is_due || is_start) {
-            log::warn!("{warning}");
+        if is_due || is_start {
+            self.warnings(now).iter().for_each(|warning| log::warn!("{warning}"));
         }
     }
 
@@ -172,10 +173,11 @@ impl Publisher {
         self.lock().failure.clone()
     }
 
-    /// That the CA ends soon, if it does. No certificate outlives it.
-    pub fn warning(&self, now: Now) -> Option<String> {
-        let soon = now.ends_soon(self.ca.issuer()?.not_after)?;
-        Some(format!("the CA {soon}"))
+    /// What ends soon: the CA, which no certificate outlives, and servers' certificates.
+    pub fn warnings(&self, now: Now) -> Vec<String> {
+        let end = self.ca.issuer().and_then(|issuer| now.ends_soon(issuer.not_after));
+        let ca = end.map(|soon| format!("the CA {soon}"));
+        ca.into_iter().chain(self.ca.record().ending_servers(now)).collect()
     }
 
     /// Tries the record, at the start; it is tried again until it can be written.
@@ -407,9 +409,9 @@ mod tests {
         let (dir, now) = (TestDir::new(), clock::now());
         let publisher = publisher(&dir, 1, now);
         let end = publisher.ca.issuer().unwrap().not_after - now.unix_s();
-        assert_eq!(publisher.warning(later(now, end - 30 * DAY_S)), None);
-        let warning = publisher.warning(later(now, end - 10 * DAY_S)).unwrap();
+        assert!(publisher.warnings(later(now, end - 30 * DAY_S)).is_empty());
+        let warning = publisher.warnings(later(now, end - 10 * DAY_S)).remove(0);
         assert!(warning.starts_with("the CA ends in 10 days, at 2"), "{warning}");
-        assert_eq!(publisher.warning(later(now, end + 1)), None, "that is an error then");
+        assert!(publisher.warnings(later(now, end + 1)).is_empty(), "that is an error then");
     }
 }

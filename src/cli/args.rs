@@ -1,12 +1,13 @@
 //! The command line: what is asked for, and the text of `--help`.
 //!
-//! Written by hand, because there are five commands and four options. All settings are environment
+//! Written by hand, because there are five commands and six options. All settings are environment
 //! variables; the command line has none, so that no secret can get into a process list.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 
+use crate::ca::server::DAYS;
 use crate::config::variables::{self, Allowed, Variable};
 
 /// The command line as it is understood.
@@ -39,14 +40,18 @@ pub enum Command {
 }
 
 /// The arguments of `server-certificate`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServerCertificate {
-    /// DNS names and IP addresses of the server, at least one; not checked yet.
+    /// DNS names and IP addresses of the server, not checked yet; none if it is to be renewed.
     pub names: Vec<String>,
-    /// Lifetime of the certificate.
-    pub days: u32,
-    /// Folder for the certificate and its key.
+    /// Lifetime of the certificate, if it is not to be the usual one, or that of the old one.
+    pub days: Option<u32>,
+    /// Folder of the certificate and its key.
     pub out: PathBuf,
+    /// Renew what is there, if it is time.
+    pub renew: bool,
+    /// Whatever is there, and however long that still lasts: a new key and certificate.
+    pub force: bool,
 }
 
 /// Why the command line is refused.
@@ -62,8 +67,6 @@ impl fmt::Display for UsageError {
 impl std::error::Error for UsageError {}
 
 const ENV_FILE: &str = "--env-file";
-/// A year and a month: long enough for a yearly renewal to be late.
-const DEFAULT_DAYS: u32 = 396;
 const MAX_DAYS: u32 = 36_500;
 
 /// Reads the arguments, the program's own name left out.
@@ -119,27 +122,36 @@ fn command(args: Vec<String>) -> Result<Command, UsageError> {
 fn server_certificate(
     mut args: impl Iterator<Item = String>,
 ) -> Result<ServerCertificate, UsageError> {
-    let mut parsed =
-        ServerCertificate { names: Vec::new(), days: DEFAULT_DAYS, out: PathBuf::from(".") };
+    let mut parsed = ServerCertificate::default();
+    let mut out = None;
     while let Some(arg) = args.next() {
         let (option, value) = match arg.split_once('=') {
             Some((option, value)) => (option, Some(value.to_owned())),
             None => (arg.as_str(), None),
         };
         match option {
-            "--days" => parsed.days = days(&value_of(option, value, &mut args)?)?,
-            "--out" => parsed.out = value_of(option, value, &mut args)?.into(),
+            "--days" => parsed.days = Some(days(&value_of(option, value, &mut args)?)?),
+            "--out" => out = Some(value_of(option, value, &mut args)?),
+            "--renew" => {
+                (parsed.renew, parsed.out) = (true, value_of(option, value, &mut args)?.into());
+            }
+            "--force" if value.is_none() => parsed.force = true,
             _ if arg.starts_with('-') => {
                 return Err(UsageError(format!("unknown option {arg:?}")));
             }
             _ => parsed.names.push(arg),
         }
     }
-    if parsed.names.is_empty() {
-        let text = "server-certificate needs a DNS name or an IP address of the server";
-        return Err(UsageError(text.to_owned()));
-    }
-    Ok(parsed)
+    let text = match (parsed.renew, parsed.names.is_empty(), out) {
+        (false, false, out) => {
+            parsed.out = out.unwrap_or_else(|| ".".to_owned()).into();
+            return Ok(parsed);
+        }
+        (true, true, None) => return Ok(parsed),
+        (true, _, _) => "--renew DIR keeps the names and the folder: it takes neither",
+        (false, true, _) => "server-certificate needs a DNS name or an IP address of the server",
+    };
+    Err(UsageError(text.to_owned()))
 }
 
 /// What stands behind the `=`, else the next argument.
@@ -181,9 +193,12 @@ Commands:
                       check the environment, try what the start would need (as this user; Redis not with
                       --offline), and print what counts, without secrets
   healthcheck         ask the local server for /health, 3 seconds at most
-  server-certificate NAME... [--days N] [--out DIR]
-                      sign a certificate for a server (the broker, or our own HTTPS) with these
-                      DNS names and IP addresses; {DEFAULT_DAYS} days, into the current folder
+  server-certificate NAME... [--days N] [--out DIR] [--force]
+                      sign a certificate for a server (the broker, say) with these DNS names and
+                      IP addresses; {DAYS} days, into the current folder; --force: over what is there
+  server-certificate --renew DIR [--days N] [--force]
+                      the next one for the same key, names and time, once a third of that is left, and
+                      a line if so; --force: now, and with a new key
   --help, -h          print this
   --version, -V       print the version
 
@@ -258,14 +273,19 @@ mod tests {
 
     #[test]
     fn server_certificates() {
-        let check = |args: &str, names: &[&str], days, out: &str| {
+        let check = |args: &str, names: &[&str], days, out: &str, renew, force| {
             let names = names.iter().map(ToString::to_string).collect();
-            let expected = ServerCertificate { names, days, out: out.into() };
+            let expected = ServerCertificate { names, days, out: out.into(), renew, force };
             assert_eq!(parsed(args), Ok(Command::ServerCertificate(expected)), "{args}");
         };
-        check("server-certificate broker.lan", &["broker.lan"], DEFAULT_DAYS, ".");
-        check("server-certificate a --days 7 ::1 --out /x", &["a", "::1"], 7, "/x");
-        check("server-certificate --out=/x --days=1 a", &["a"], 1, "/x");
+        check("server-certificate broker.lan", &["broker.lan"], None, ".", false, false);
+        let args = "server-certificate a --days 7 ::1 --out /x";
+        check(args, &["a", "::1"], Some(7), "/x", false, false);
+        let args = "server-certificate --out=/x --days=1 a --force";
+        check(args, &["a"], Some(1), "/x", false, true);
+        check("server-certificate --renew /x", &[], None, "/x", true, false);
+        let args = "server-certificate --renew=/x --days 9 --force";
+        check(args, &[], Some(9), "/x", true, true);
     }
 
     #[test]
@@ -280,6 +300,16 @@ mod tests {
             ("--version x", "--version takes no argument, not \"x\""),
             ("server-certificate a --key k", "unknown option \"--key\""),
             ("server-certificate a --days", "--days needs a value"),
+            ("server-certificate --renew", "--renew needs a value"),
+            ("server-certificate a --force=no", "unknown option \"--force=no\""),
+            (
+                "server-certificate a --renew b",
+                "--renew DIR keeps the names and the folder: it takes neither",
+            ),
+            (
+                "server-certificate --renew b --out c",
+                "--renew DIR keeps the names and the folder: it takes neither",
+            ),
             ("server-certificate a --out=", "--out needs a value"),
             (
                 "server-certificate a --days 0",

@@ -1,37 +1,84 @@
-//! `server-certificate`: a certificate for the broker, or for our own HTTPS, signed by the CA.
+//! `server-certificate`: a certificate for the broker, or for our own HTTPS, signed by the CA; and the
+//! next one in its place.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use super::args::ServerCertificate;
-use super::{BAD_CONFIG, Given, done, fail};
+use super::{BAD_CONFIG, Given, done, fail, print};
 use crate::ca::CaError;
 use crate::ca::issuer::Issuer;
-use crate::clock;
-use crate::config::Ca;
+use crate::ca::server::{self, Server};
+use crate::clock::{self, DAY_S};
+use crate::config::{Ca, TlsFiles, certificates};
 use crate::files;
 
 pub(super) fn run(given: &Given, request: &ServerCertificate) -> ExitCode {
     let ca = given.environment().and_then(|vars| Ca::from_lookup(|name| vars.get(name)));
     match ca {
-        Ok(ca) => done(make(&ca, request)),
+        Ok(ca) => done(make_or_renew(&ca, request)),
         Err(e) => fail(BAD_CONFIG, e),
     }
 }
 
-/// Takes no lock and leaves nothing in the record.
-fn make(ca: &Ca, request: &ServerCertificate) -> Result<(), CaError> {
-    let now = clock::now();
+/// Takes no lock: the service finds what is signed here, and enters it into the record.
+fn make_or_renew(ca: &Ca, request: &ServerCertificate) -> Result<(), CaError> {
     let issuer = Issuer::load(&ca.dir, ca.device_validity_days)?;
     let issuer = issuer.ok_or_else(|| CaError::Missing(ca.dir.clone()))?;
-    if !now.is_plausible() {
+    if !clock::now().is_plausible() {
         return Err(CaError::ClockNotSet);
     }
-    let made = issuer.server_certificate(&request.names, request.days, now)?;
-    files::make_dir(&request.out, 0o755)?;
-    let write = |name: &str, text: &str, mode| {
-        files::write_atomic(&request.out.join(name), text.as_bytes(), mode)
+    let file = |name| request.out.join(name);
+    let to = TlsFiles { cert: file("server.crt"), key: file("server.key") };
+    let is_done = if request.renew {
+        renew(&issuer, request, &to)?
+    } else {
+        make(&issuer, request, &to)?;
+        true
     };
-    write("server.key", &made.key_pem, 0o600)?;
-    write("server.crt", &made.chain_pem, 0o644)?;
-    Ok(write("ca.crt", &issuer.chain_pem(), 0o644)?)
+    if is_done {
+        let chain = issuer.chain_pem();
+        files::write_atomic(&file("ca.crt"), chain.as_bytes(), 0o644)?;
+    }
+    Ok(())
+}
+
+fn make(ca: &Issuer, request: &ServerCertificate, to: &TlsFiles) -> Result<(), CaError> {
+    files::make_dir(&request.out, 0o755)?;
+    files::try_writing(&request.out)?;
+    let there = [&to.cert, &to.key].into_iter().find(|path| path.exists());
+    if let Some(there) = there.filter(|_| !request.force) {
+        let why = "exists: --renew DIR renews it, --force overwrites it";
+        return Err(CaError::refused(there, why));
+    }
+    let life_s = life_s(request).unwrap_or_else(server::default_life_s);
+    server::make(ca, &request.names, life_s, to, clock::now())
+}
+
+/// Returns whether there is a new one, of which whoever reloads the server is told in a line.
+fn renew(ca: &Issuer, request: &ServerCertificate, to: &TlsFiles) -> Result<bool, CaError> {
+    let (old, now) = (present(ca, &to.cert)?, clock::now());
+    let life_s = life_s(request).unwrap_or_else(|| old.life_s());
+    if request.force {
+        server::make(ca, &old.names, life_s, to, now)?;
+    } else if old.is_due(ca, now) {
+        server::renew(ca, &old, &old.names, life_s, to, now)?;
+    } else {
+        return Ok(false);
+    }
+    let end = clock::rfc3339(present(ca, &to.cert)?.not_after.saturating_mul(1000));
+    let _ = print(&format!("{} is renewed until {end}\n", to.cert.display()));
+    Ok(true)
+}
+
+fn present(ca: &Issuer, path: &Path) -> Result<Server, CaError> {
+    let refused = |why: &str| CaError::refused(path, why);
+    let file = files::read(path)?.ok_or_else(|| refused("missing"))?;
+    let chain = certificates(&file).map_err(|why| refused(&why))?;
+    let server = chain.first().and_then(|der| Server::read(der, ca));
+    server.ok_or_else(|| refused("not a server's certificate by this CA: only such can be renewed"))
+}
+
+fn life_s(request: &ServerCertificate) -> Option<u64> {
+    Some(u64::from(request.days?) * DAY_S)
 }

@@ -32,7 +32,7 @@ pub use self::environment::Environment;
 pub use self::redis::{HostPort, Login, Place, Redis, RedisTls, Sentinels};
 pub use self::secret::Secret;
 pub use self::supervision::Supervision;
-pub use self::tls::{TlsFault, certificates, certified_key};
+pub use self::tls::{TlsFault, certificates, certified_key, is_dns_name};
 pub use self::vars::ConfigError;
 
 use self::variables as var;
@@ -51,7 +51,7 @@ const PUBLISHED_SECRET: &[u8] = b"mqtt-publisher-lite-secret-key-change-in-produ
 pub struct Config {
     /// The door to the network.
     pub http: Http,
-    /// What we show over HTTPS, from the files that [`Http::tls`] names.
+    /// What we show over HTTPS, from the files that [`Http::tls`] names; nothing yet with `TLS=auto`.
     pub tls: Option<Arc<CertifiedKey>>,
     /// What is logged, and how.
     pub log: Log,
@@ -101,6 +101,8 @@ pub struct Http {
     pub port: u16,
     /// Serve HTTPS with these.
     pub tls: Option<TlsFiles>,
+    /// `TLS=auto`: they are ours to make, for these names; without any, for the machine's.
+    pub tls_auto: Option<Vec<String>>,
     /// Threads that answer requests.
     pub workers: usize,
     /// Most connections.
@@ -203,7 +205,7 @@ impl Config {
         let http = Http::from_vars(&vars)?;
         let read = |files| tls::read(&vars, &var::TLS_CERT, &var::TLS_KEY, files);
         let mut config = Config {
-            tls: http.tls.as_ref().map(read).transpose()?,
+            tls: http.tls.as_ref().filter(|_| http.tls_auto.is_none()).map(read).transpose()?,
             http,
             log: Log::from_vars(&vars)?,
             run_dir: run_dir(&vars, &data_dir)?,
@@ -261,8 +263,9 @@ impl Config {
     /// Keys are, and another certificate; that there is one at all is fixed.
     fn is_taken_up(&self, name: &str, later: &Config) -> bool {
         let is_key = [&var::ONBOARDING_API_KEY, &var::ADMIN_API_KEY].iter().any(|v| v.name == name);
-        let is_tls = [&var::TLS_CERT, &var::TLS_KEY].iter().any(|v| v.name == name);
-        is_key || (is_tls && self.tls.is_some() == later.tls.is_some())
+        let tls = [&var::TLS, &var::TLS_NAMES, &var::TLS_CERT, &var::TLS_KEY];
+        let is_tls = tls.iter().any(|v| v.name == name);
+        is_key || (is_tls && self.http.tls.is_some() == later.http.tls.is_some())
     }
 
     /// Those of which [`Config::shown`] says no more than that they are set.
@@ -366,10 +369,12 @@ impl Http {
     fn from_vars(vars: &Vars<'_>) -> Result<Http, ConfigError> {
         let host = vars.parsed(&var::HTTP_HOST, listen_address)?;
         vars.show(&var::HTTP_HOST, host);
+        let (tls, tls_auto) = tls::served(vars)?;
         Ok(Http {
             host,
             port: port(vars)?,
-            tls: tls::files(vars, &var::TLS_CERT, &var::TLS_KEY)?,
+            tls,
+            tls_auto,
             workers: vars.number(&var::WORKERS)?,
             max_connections: vars.number(&var::MAX_CONNECTIONS)?,
             max_connections_per_ip: vars.number(&var::MAX_CONNECTIONS_PER_IP)?,

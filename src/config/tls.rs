@@ -4,6 +4,7 @@
 //! and refuse the rest in words of their own (`UnsupportedCertVersion`). Whoever made a file is told
 //! here what is wrong with it and what makes it right.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use rustls::crypto::ring;
@@ -14,7 +15,7 @@ use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::{Error, InconsistentKeys, SignatureAlgorithm};
 
 use super::TlsFiles;
-use super::variables::Variable;
+use super::variables::{self as var, Variable};
 use super::vars::{ConfigError, Vars};
 use crate::pem::{self, Block};
 
@@ -25,6 +26,35 @@ pub enum TlsFault {
     Certificate(String),
     /// The file with the key.
     Key(String),
+}
+
+/// The names with which `TLS=auto` has a certificate made.
+type AutoNames = Option<Vec<String>>;
+
+/// The files of what we show over HTTPS, if we serve that, and whether they are ours to make.
+pub(super) fn served(vars: &Vars<'_>) -> Result<(Option<TlsFiles>, AutoNames), ConfigError> {
+    let files = files(vars, &var::TLS_CERT, &var::TLS_KEY)?;
+    let is_auto =
+        vars.optional(&var::TLS, |text| text.eq_ignore_ascii_case("auto").then_some(()))?;
+    let names = vars.optional(&var::TLS_NAMES, names)?;
+    match (files, is_auto, names) {
+        (files, None, None) => Ok((files, None)),
+        (None, Some(()), names) => {
+            let dir = vars.path(&var::DATA_DIR)?.join("tls");
+            let files = TlsFiles { cert: dir.join("server.crt"), key: dir.join("server.key") };
+            Ok((Some(files), Some(names.unwrap_or_default())))
+        }
+        (Some(_), Some(()), _) => {
+            Err(ConfigError::new(&var::TLS, "auto", "must be unset when TLS_CERT is set"))
+        }
+        (_, None, Some(_)) => Err(ConfigError::bare(var::TLS_NAMES.name, "needs TLS=auto")),
+    }
+}
+
+fn names(text: &str) -> Option<Vec<String>> {
+    let name = |name: &str| name.parse::<IpAddr>().is_ok() || is_dns_name(name);
+    let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
+    names.iter().all(|n| name(n)).then_some(names)
 }
 
 /// The files of a certificate and its key, which are named by these variables or not at all.
@@ -87,6 +117,16 @@ pub fn certificates(file: &[u8]) -> Result<Vec<CertificateDer<'static>>, String>
         return Err(format!("holds no CERTIFICATE in PEM, {}", labels(&blocks)));
     }
     Ok(found)
+}
+
+/// Whether it is a host's name as certificates have it, its first label perhaps `*`.
+pub fn is_dns_name(name: &str) -> bool {
+    let label = |l: &str| {
+        let inner = l.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+        (1..=63).contains(&l.len()) && inner && !l.starts_with('-') && !l.ends_with('-')
+    };
+    let host = name.strip_prefix("*.").unwrap_or(name);
+    host.len() <= 253 && host.split('.').all(label)
 }
 
 fn signing_key(file: &[u8]) -> Result<Arc<dyn SigningKey>, String> {

@@ -91,6 +91,9 @@ variables! {
     HTTP_PORT = "3002", Number(1, 65_535), "the same, by its older name";
     TLS_CERT = "", PEM_CERT, "PEM file with our certificate chain: serve HTTPS";
     TLS_KEY = "", Text("a readable PEM file with the private key of TLS_CERT"), "PEM file with its private key";
+    TLS = "", Text("auto"), "auto: serve HTTPS with a certificate of our own CA, made and renewed";
+    TLS_NAMES = "", Text("DNS names and IP addresses, separated by commas"),
+        "what it is for; unset: the machine's names and addresses";
     /// Each worker costs a lane: its own thread, a tiny_http server with six, one Redis connection.
     /// Two for all else and one that signs: on two processors a whole flow takes 230 µs of CPU so,
     /// and 270 with four, where a second that signs only splits the batches. One more, besides

@@ -93,7 +93,8 @@ impl Edge {
     /// # Errors
     /// When the address is taken, the system has nothing left, or TLS cannot be set up.
     pub fn open(mut settings: Settings, lanes: Vec<LaneAddress>) -> io::Result<Self> {
-        let acceptor = settings.tls.take().map(Acceptor::new).transpose();
+        let is_tls = settings.tls.is_some() || settings.http.tls.is_some();
+        let acceptor = is_tls.then(|| Acceptor::new(settings.tls.take())).transpose();
         let acceptor =
             acceptor.map_err(|e| io::Error::other(format!("no TLS: {e}")))?.map(Arc::new);
         if acceptor.is_some() {

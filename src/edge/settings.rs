@@ -33,7 +33,7 @@ pub struct LaneAddress {
 pub struct Settings {
     /// What is configured: address, limits, proxies.
     pub http: Http,
-    /// Serve HTTPS, and show this.
+    /// Serve HTTPS, and show this; without, nobody is let in where HTTPS is configured.
     pub tls: Option<Arc<CertifiedKey>>,
     /// Tells where a request goes.
     pub classify: Classify,

@@ -7,6 +7,7 @@
 mod batch;
 mod kill;
 mod plan;
+mod revoke_one;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -204,7 +205,7 @@ impl Provisioner {
         let lasting = status.away.filter(|away| away.lasting && !status.redis_required);
         let lasting = lasting
             .map(|away| format!("Redis is away and will not be back by itself: {}", away.why));
-        self.publisher.warning(now).into_iter().chain(lasting).chain(self.clock_is_off()).collect()
+        self.publisher.warnings(now).into_iter().chain(lasting).chain(self.clock_is_off()).collect()
     }
 
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {

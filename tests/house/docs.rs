@@ -59,7 +59,7 @@ fn every_name_in_the_documents_exists() {
     names.extend(Code::ALL.iter().map(|code| code.row().1.to_owned()));
     names.extend(OTHERS.iter().chain(OLDER).map(|other| (*other).to_owned()));
     for document in
-        ["security", "failures", "upgrade", "redis", "api", "configuration", "operations"]
+        ["security", "failures", "upgrade", "redis", "api", "configuration", "operations", "https"]
     {
         let text = read(&format!("docs/{document}.md"));
         for quoted in text.split('`').skip(1).step_by(2) {

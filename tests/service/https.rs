@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use time::OffsetDateTime;
@@ -25,8 +26,8 @@ use crate::support::temp::TempDir;
 use crate::support::wait;
 
 /// A server whose CA signed its own certificate. The CA was fetched as devices fetch it.
-struct Https {
-    service: Service,
+pub struct Https {
+    pub service: Service,
 }
 
 impl Https {
@@ -48,10 +49,17 @@ impl Https {
         https
     }
 
+    /// With a certificate that the service has made for itself.
+    pub fn auto(setup: Setup) -> Self {
+        let https = Https { service: setup.env("TLS", "auto").start() };
+        fs::copy(https.path("ca/root-ca.crt"), https.path("known-ca.pem")).unwrap();
+        https
+    }
+
     /// A new key and certificate in place of the present ones.
     fn renew(&self) {
         let out = self.path("");
-        let names = ["server-certificate", "localhost", "127.0.0.1", "--out", &out];
+        let names = ["server-certificate", "localhost", "127.0.0.1", "--force", "--out", &out];
         let output = self.program(&names);
         assert!(output.status.success(), "{}", text(&output));
     }
@@ -69,7 +77,7 @@ impl Https {
             .unwrap()
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.service.data(name).display().to_string()
     }
 
@@ -99,10 +107,16 @@ impl Https {
     }
 
     fn client(&self) -> Arc<ClientConfig> {
+        self.client_at(now_s())
+    }
+
+    /// A client whose clock shows this.
+    pub fn client_at(&self, unix_s: u64) -> Arc<ClientConfig> {
         let mut roots = RootCertStore::empty();
         let known = CertificateDer::from_pem_file(self.path("known-ca.pem")).unwrap();
         roots.add(known).unwrap();
-        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        let provider = Arc::new(ring::default_provider());
+        let config = ClientConfig::builder_with_details(provider, Arc::new(At(unix_s)))
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_root_certificates(roots)
@@ -110,7 +124,7 @@ impl Https {
         Arc::new(config)
     }
 
-    fn connect(&self, client: &Arc<ClientConfig>) -> io::Result<Tls> {
+    pub fn connect(&self, client: &Arc<ClientConfig>) -> io::Result<Tls> {
         let socket = TcpStream::connect(self.service.http.addr)?;
         socket.set_read_timeout(Some(Duration::from_secs(10)))?;
         let name = ServerName::try_from("localhost").unwrap();
@@ -119,10 +133,20 @@ impl Https {
     }
 }
 
-type Tls = StreamOwned<ClientConnection, TcpStream>;
+/// A clock that stands.
+#[derive(Debug)]
+struct At(u64);
+
+impl TimeProvider for At {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(Duration::from_secs(self.0)))
+    }
+}
+
+pub type Tls = StreamOwned<ClientConnection, TcpStream>;
 
 /// Asks for `/health`; the connection stays open.
-fn ask(stream: &mut Tls) -> io::Result<()> {
+pub fn ask(stream: &mut Tls) -> io::Result<()> {
     stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
     let mut answer = Vec::new();
     while !answer.ends_with(b"}") {
@@ -377,7 +401,7 @@ fn hang_up(https: &Https, expected: &str) -> String {
     line
 }
 
-fn presented(stream: &Tls) -> Vec<u8> {
+pub fn presented(stream: &Tls) -> Vec<u8> {
     stream.conn.peer_certificates().unwrap()[0].to_vec()
 }
 

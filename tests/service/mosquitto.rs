@@ -2,6 +2,7 @@
 //! is shut out when it is revoked.
 
 use std::fs;
+use std::io::Read as _;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -12,7 +13,7 @@ use crate::support::device::Device;
 use crate::support::hostile::{Hostile, Reply};
 use crate::support::mosquitto::Broker;
 use crate::support::port::Port;
-use crate::support::service::{ADMIN_KEY, Service, Setup};
+use crate::support::service::{ADMIN_KEY, Service, Setup, send_signal};
 use crate::support::temp::TempDir;
 use crate::support::wait;
 
@@ -67,6 +68,64 @@ fn from_enrollment_to_revocation() {
     let list = service.data("ca/crl.pem").display().to_string();
     assert!(ran.lines().all(|line| line == list) && Path::new(&list).is_absolute(), "{ran}");
     assert_eq!(service.revoke("device-1").status, 200, "once more");
+}
+
+/// As the timer does it: once a third of its life is left, and only then, and who is connected stays so.
+#[test]
+fn the_brokers_certificate_is_renewed_while_it_runs() {
+    let service = Service::start(&[]);
+    let broker = Broker::start(&service);
+    let folder = broker.folder().display().to_string();
+    let renew = || {
+        let args = ["server-certificate", "--renew", &folder];
+        let data = service.data("").display().to_string();
+        let exit = Setup::new().env("DATA_DIR", &data).args(&args).run();
+        assert_eq!(exit.code, Some(0), "{}", exit.log);
+        exit.log
+    };
+    let shown = || x509_field(&broker.shows(), &["-serial"]);
+    let reload = |what: &str, before: &str| {
+        send_signal(broker.pid(), "HUP");
+        wait::for_true(what, || shown() != before);
+    };
+    let young = shown();
+    assert_eq!(renew(), "", "it is young");
+    // Two thirds ago, by OpenSSL, for the same key.
+    let path = |name: &str| broker.folder().join(name).display().to_string();
+    let request =
+        openssl(&["req", "-new", "-key", &path("server.key"), "-subj", "/CN=localhost"], "");
+    fs::write(path("request"), request).unwrap();
+    fs::write(path("ext"), "subjectAltName=DNS:localhost\nextendedKeyUsage=serverAuth\n").unwrap();
+    let [ca, ca_key] = ["ca/root-ca.crt", "ca/root-ca.key"].map(|name| service.data(name));
+    let mut faketime = Command::new("faketime");
+    faketime.args(["-f", "-205d", "openssl", "x509", "-req", "-days", "300", "-CAcreateserial"]);
+    faketime.args(["-in", &path("request"), "-extfile", &path("ext"), "-out", &path("server.crt")]);
+    let signed = faketime.arg("-CA").arg(ca).arg("-CAkey").arg(ca_key).output().unwrap();
+    assert!(signed.status.success(), "{}", String::from_utf8_lossy(&signed.stderr));
+    reload("it has an old one", &young);
+    let old = shown();
+
+    let url = format!("http://127.0.0.1:{}", service.port());
+    let device = Device::new("device-1", &url);
+    device.must_enroll(&[]);
+    let mut connected = broker.subscribe(&device, "devices/device-1/#");
+    wait::for_true("the subscriber is in", || broker.log().contains("SUBACK"));
+    let said = renew();
+    assert!(said.contains("server.crt is renewed until "), "{said}");
+    reload("it has the new one", &old);
+    let new = shown();
+    assert_eq!(renew(), "", "nothing to do, nothing to reload");
+    assert_eq!(broker.publish(&device, "devices/device-1/state", "a"), Ok(()), "{}", broker.log());
+    assert_eq!(connected.try_wait().unwrap(), None, "who is connected stays so");
+    let _ = connected.kill();
+    let mut received = String::new();
+    connected.stdout.take().unwrap().read_to_string(&mut received).unwrap();
+    let _ = connected.wait();
+    assert_eq!(received, "a\n", "over the connection that began with the old one");
+    service.signal("HUP");
+    wait::for_true("the record has it", || {
+        service.index_of_servers().iter().any(|line| new.contains(&line[3]))
+    });
 }
 
 /// The CA of a company whose root lies in a safe: broker and device have the chain.

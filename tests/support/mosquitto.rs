@@ -1,7 +1,7 @@
 //! A real Mosquitto as a child process, set up as `docs/mosquitto.md` says, and its clients.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -62,6 +62,21 @@ impl Broker {
 
     pub fn log(&self) -> String {
         ["out", "log"].map(|n| fs::read_to_string(self.path(n)).unwrap_or_default()).concat()
+    }
+
+    /// Where its certificate and key are.
+    pub fn folder(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The certificate that it shows a new client, in PEM.
+    pub fn shows(&self) -> String {
+        let address = format!("localhost:{}", self.port.number());
+        let mut client = Command::new("openssl");
+        client.args(["s_client", "-connect", &address]).stdin(Stdio::null());
+        let said = String::from_utf8_lossy(&client.output().unwrap().stdout).into_owned();
+        let begin = said.find("-----BEGIN CERT").unwrap_or_else(|| panic!("{said}"));
+        said[begin..].to_owned()
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -264,7 +264,9 @@ impl Service {
                 return Some(Err(status.code()));
             }
             if self.is_tls() {
-                return https::is_served(self.port()).then_some(Ok(()));
+                // By a clock that is not set, the very first start has nothing to show.
+                let waits = self.log().contains("HTTPS opens when there is a certificate");
+                return (waits || https::is_served(self.port())).then_some(Ok(()));
             }
             probe.try_request("GET", "/health", &[], b"").ok().map(|_| Ok(()))
         });
@@ -302,7 +304,7 @@ impl Service {
     }
 
     fn is_tls(&self) -> bool {
-        self.setup.env.iter().any(|(name, _)| name == "TLS_CERT")
+        self.setup.env.iter().any(|(name, _)| ["TLS", "TLS_CERT"].contains(&&**name))
     }
 
     /// The folder in which it runs.
@@ -321,10 +323,20 @@ impl Service {
         fs::read_to_string(self.data(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
-    /// The lines of `index.txt`, each cut at its tabs; none if there is no file.
+    /// The lines of `index.txt` but those of servers, each cut at its tabs; none if there is no file.
     pub fn index(&self) -> Vec<Vec<String>> {
+        self.lines_of(false)
+    }
+
+    /// The same of servers.
+    pub fn index_of_servers(&self) -> Vec<Vec<String>> {
+        self.lines_of(true)
+    }
+
+    fn lines_of(&self, servers: bool) -> Vec<Vec<String>> {
         let text = fs::read_to_string(self.data("ca/index.txt")).unwrap_or_default();
-        text.lines().map(|line| line.split('\t').map(str::to_owned).collect()).collect()
+        let lines = text.lines().map(|line| line.split('\t').map(str::to_owned).collect());
+        lines.filter(|line: &Vec<String>| (line[4] == "server") == servers).collect()
     }
 
     /// The serial numbers in `index.txt`.

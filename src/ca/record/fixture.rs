@@ -6,9 +6,9 @@ use std::path::Path;
 use super::merge::Judge;
 use super::{CERTS, INDEX, Origin, Record, RecordError, Redeemed};
 use crate::ca::csr::Csr;
-use crate::ca::issuer::{Issuer, Leaf};
+use crate::ca::issuer::{Issuer, Leaf, ServerCertificate};
 use crate::ca::openssl::must;
-use crate::clock;
+use crate::clock::{self, DAY_S};
 use crate::device::DeviceId;
 use crate::files::test_dir::TestDir;
 use crate::jwt::TokenHash;
@@ -64,6 +64,12 @@ impl Fixture {
     pub(super) fn leaf(&self, name: &str) -> Leaf {
         let serial = Serial::random().unwrap();
         self.issuer.sign(&self.csr(name), &device(name), serial, clock::now()).unwrap()
+    }
+
+    /// A server's certificate, for so many days.
+    pub(super) fn server(&self, name: &str, days: u64) -> ServerCertificate {
+        let key = rcgen::KeyPair::generate().unwrap();
+        self.issuer.server_certificate(&[name], &key, days * DAY_S, clock::now()).unwrap()
     }
 
     pub(super) fn index(&self) -> String {

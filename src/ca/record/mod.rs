@@ -46,6 +46,7 @@ mod prune;
 mod renewals;
 mod repair;
 mod rows;
+mod servers;
 mod trial;
 
 pub use entries::Entries;
@@ -55,6 +56,8 @@ pub use news::Untold;
 pub use renewals::Renewal;
 use renewals::Renewals;
 use rows::{Place, Rows, Slot};
+use servers::Servers;
+pub use servers::deposit_server;
 use trial::Trial;
 
 /// The database.
@@ -384,6 +387,7 @@ pub struct Record {
     writer: Mutex<Writer>,
     trial: Trial,
     news: News,
+    servers: Servers,
 }
 
 /// What the writers know beside the rows.
@@ -423,8 +427,13 @@ impl Record {
             writer: Mutex::default(),
             trial: Trial::default(),
             news: News::default(),
+            servers: Servers::default(),
         };
         record.put_in_order(tail, is_missing, ca)?;
+        if let Some(ca) = ca {
+            record.load_servers(ca);
+            record.enter_servers(ca)?;
+        }
         record.load_last_day(now.map(|n| n.unix_s()));
         Ok(record)
     }

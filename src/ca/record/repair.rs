@@ -10,9 +10,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
-use x509_parser::asn1_rs::FromDer as _;
-use x509_parser::certificate::X509Certificate;
-
 use super::index::{self, Change, Index};
 use super::merge::{self, Incoming};
 use super::rows::{Place, Row, Rows, Slot};
@@ -31,8 +28,6 @@ use crate::serial::Serial;
 const ASIDE: &str = "aside";
 /// What is cut off from a file is kept under its name and this.
 const TORN: &str = ".torn";
-/// What the file of a server's certificate begins with.
-const SERVER_LINE: &str = "Use: server";
 /// The search for recent certificates ends after so many in a row that are not: clocks are set, so
 /// the order of the lines is not quite that of the dates.
 const PATIENCE: usize = 64;
@@ -72,7 +67,7 @@ impl Record {
         ca: Option<&Issuer>,
     ) -> Result<(), RecordError> {
         if is_missing {
-            return self.begin_index();
+            return self.begin_index(ca);
         }
         let torn = index::torn_revocation(&tail.bytes);
         self.mend_tail(tail, ca)?;
@@ -94,8 +89,11 @@ impl Record {
         self.enter_strays(strays, &revoked, ca)
     }
 
-    fn begin_index(&self) -> Result<(), RecordError> {
-        let (index, strays) = (self.dir.join(INDEX), self.strays()?);
+    fn begin_index(&self, ca: Option<&Issuer>) -> Result<(), RecordError> {
+        let (index, mut strays) = (self.dir.join(INDEX), self.strays()?);
+        // A command may have signed them before the service was first started.
+        let is_servers = |serial: &_| ca.is_some_and(|ca| self.server_at(serial, ca).is_some());
+        strays.retain(|serial| !is_servers(serial));
         if strays.is_empty() {
             return Ok(files::write_atomic(&index, b"", 0o644)?);
         }
@@ -108,7 +106,7 @@ impl Record {
     }
 
     /// The serial numbers by which files in `certs/` are named that have no line.
-    fn strays(&self) -> Result<Vec<Serial>, RecordError> {
+    pub(super) fn strays(&self) -> Result<Vec<Serial>, RecordError> {
         let certs = self.dir.join(CERTS);
         let unreadable =
             |e: io::Error| RecordError::Unreadable(format!("cannot read {}: {e}", certs.display()));
@@ -265,7 +263,7 @@ impl Record {
     /// What it is to somebody nobody knows, so it is not deleted. A server's certificate stays.
     fn move_aside(&self, serial: &Serial, ca: &Issuer) -> Result<(), RecordError> {
         let path = self.pem_path(serial);
-        if self.is_servers(serial, ca) {
+        if self.server_at(serial, ca).is_some() {
             return Ok(());
         }
         let aside = files::move_into(&path, &self.dir.join(ASIDE))?;
@@ -275,17 +273,6 @@ impl Record {
             aside.display()
         );
         Ok(())
-    }
-
-    /// One of this CA that says of itself that it is a server's.
-    fn is_servers(&self, serial: &Serial, ca: &Issuer) -> bool {
-        let text = files::read(&self.pem_path(serial)).ok().flatten().unwrap_or_default();
-        let stored = self.stored_alone(serial).ok();
-        let signed = stored.is_some_and(|stored| {
-            let read = X509Certificate::from_der(&stored.der);
-            read.is_ok_and(|(_, certificate)| ca.has_signed(&certificate))
-        });
-        signed && text.starts_with(SERVER_LINE.as_bytes())
     }
 
     /// Enters certificates that have no line, and revokes what is listed.
@@ -523,7 +510,7 @@ mod tests {
         let foreign = other.leaf("device-1");
         enter(&record, &ours, None).unwrap();
         let index = fixture.index();
-        let server = fixture.issuer().server_certificate(&["broker"], 9, clock::now()).unwrap();
+        let server = fixture.server("broker", 9);
         let ca = fixture.issuer().chain_pem();
         let serial = |n: u8| Serial::from([0x40 + n; 16]);
         let half = &ours.pem[..ours.pem.len() / 2];

@@ -33,16 +33,16 @@ const CERTIFICATES_MAX: usize = 8 * 1024;
 
 /// The configuration that new connections get.
 pub struct Acceptor {
-    config: Mutex<Arc<ServerConfig>>,
+    config: Mutex<Option<Arc<ServerConfig>>>,
 }
 
 impl Acceptor {
-    /// Shows this certificate.
+    /// Shows this certificate; without one, none is accepted yet.
     ///
     /// # Errors
     /// When rustls cannot be set up.
-    pub fn new(shown: Arc<CertifiedKey>) -> Result<Self, rustls::Error> {
-        Ok(Acceptor { config: Mutex::new(server_config(shown)?) })
+    pub fn new(shown: Option<Arc<CertifiedKey>>) -> Result<Self, rustls::Error> {
+        Ok(Acceptor { config: Mutex::new(shown.map(server_config).transpose()?) })
     }
 
     /// Shows another certificate from now on.
@@ -51,17 +51,17 @@ impl Acceptor {
     /// As [`Acceptor::new`]; then everything stays as it was.
     pub fn replace(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
         let config = server_config(shown)?;
-        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = config;
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
         Ok(())
     }
 
     /// The server's side of a new connection.
     ///
     /// # Errors
-    /// When rustls finds its configuration wanting.
+    /// When there is no certificate yet, or rustls finds its configuration wanting.
     pub fn accept(&self) -> Result<Stream, rustls::Error> {
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
-        Stream::new(Arc::clone(&config))
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Stream::new(config.ok_or_else(|| rustls::Error::General("no certificate yet".into()))?)
     }
 }
 

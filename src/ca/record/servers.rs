@@ -1,0 +1,247 @@
+//! Servers' certificates in the record.
+//!
+//! Whoever signs one (a command, perhaps, that knows nothing of the running service) leaves it in
+//! `certs/`, marked as a server's. It is entered at start, and when the service looks there. Nothing
+//! that is asked of a device finds it, whatever its common name.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, chown};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::rows::{Place, Row};
+use super::{CERTS, Record, RecordError};
+use crate::ca::der::time_text;
+use crate::ca::issuer::{Issuer, ServerCertificate};
+use crate::ca::server::Server;
+use crate::clock::Now;
+use crate::files;
+use crate::serial::Serial;
+
+/// What the file of a server's certificate begins with.
+const SERVER_LINE: &str = "Use: server\n";
+
+/// What is known of them beside their rows.
+#[derive(Debug, Default)]
+pub(super) struct Servers {
+    list: Mutex<Vec<Server>>,
+    /// When `certs/` was changed, as the last look but one and the last have seen it: a file that comes
+    /// right behind a look may leave the time as it was.
+    seen: Mutex<[Option<(i64, i64)>; 2]>,
+}
+
+/// Leaves a server's certificate for the record in the CA's folder.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn deposit_server(dir: &Path, made: &ServerCertificate) -> Result<(), RecordError> {
+    let certs = dir.join(CERTS);
+    let is_new = !certs.exists();
+    files::make_dir(&certs, 0o755).map_err(RecordError::not_written)?;
+    let path = certs.join(format!("{:X}.pem", made.serial));
+    let text = format!("{SERVER_LINE}{}", made.pem);
+    files::write_atomic(&path, text.as_bytes(), 0o644).map_err(RecordError::not_written)?;
+    // The service must own what root leaves in its folder.
+    if let Ok(owner) = fs::metadata(dir) {
+        for path in [Some(path), is_new.then_some(certs)].into_iter().flatten() {
+            let _ = chown(path, Some(owner.uid()), Some(owner.gid())); // it is ours already
+        }
+    }
+    Ok(())
+}
+
+impl Record {
+    /// Enters the servers' certificates that lie in `certs/` and have no line. Cheap if nothing has
+    /// come there.
+    ///
+    /// # Errors
+    /// When the folder cannot be read or the lines cannot be written; trying again is safe.
+    pub fn enter_servers(&self, ca: &Issuer) -> Result<(), RecordError> {
+        if !self.servers.may_have_come(&self.dir.join(CERTS)) {
+            return Ok(());
+        }
+        self.trial.note(self.enter_strays_of_servers(ca)).inspect_err(|_| self.servers.look_again())
+    }
+
+    fn enter_strays_of_servers(&self, ca: &Issuer) -> Result<(), RecordError> {
+        let strays = self.strays()?;
+        let mut found: Vec<Server> =
+            strays.iter().filter_map(|serial| self.server_at(serial, ca)).collect();
+        if found.is_empty() {
+            return Ok(());
+        }
+        let mut writer = self.lock_writer();
+        found.retain(|server| self.read().by_serial(&server.serial).is_none());
+        self.append(&mut writer, found.iter().map(line).collect())?;
+        let mut rows = self.write();
+        for server in &found {
+            let row = Row::new(server.serial, None, server.not_after);
+            rows.insert(&Row { place: Place::Server, ..row });
+            log::info!("certificate {} of the server {} is entered", server.serial, name(server));
+        }
+        drop(rows);
+        self.servers.lock().append(&mut found);
+        Ok(())
+    }
+
+    /// Reads what is known of those that have a line, at start.
+    pub(super) fn load_servers(&self, ca: &Issuer) {
+        let rows = self.read();
+        let servers = rows.all().filter(|slot| slot.place == Place::Server).map(|s| s.serial);
+        let serials: Vec<Serial> = servers.collect();
+        drop(rows);
+        self.servers.lock().extend(serials.iter().filter_map(|serial| self.server_at(serial, ca)));
+    }
+
+    /// What lies in the file of this serial number, if that is a server's certificate by this CA.
+    pub(super) fn server_at(&self, serial: &Serial, ca: &Issuer) -> Option<Server> {
+        let text = files::read(&self.pem_path(serial)).ok()??;
+        text.starts_with(SERVER_LINE.as_bytes()).then_some(())?;
+        let stored = super::read_stored(std::str::from_utf8(&text).ok()?)?;
+        Server::read(&stored.der, ca).filter(|server| server.serial == *serial)
+    }
+
+    /// Whether this is the certificate of a server of this name.
+    pub fn is_of_server(&self, serial: &Serial, of: &str) -> bool {
+        self.servers.lock().iter().any(|s| s.serial == *serial && name(s) == of)
+    }
+
+    /// Whether the certificate, anybody's, is revoked.
+    pub fn is_revoked(&self, serial: &Serial) -> bool {
+        self.read().by_serial(serial).is_some_and(|slot| slot.revoked().is_some())
+    }
+
+    /// What is to be said of servers' certificates that end soon and that no later one replaces.
+    pub fn ending_servers(&self, now: Now) -> Vec<String> {
+        let servers = self.servers.lock();
+        let counts: Vec<&Server> = servers.iter().filter(|s| !self.is_revoked(&s.serial)).collect();
+        let is_replaced = |old: &Server| {
+            let has_all = |s: &Server| old.names.iter().all(|name| s.names.contains(name));
+            counts.iter().any(|s| s.not_after > old.not_after && has_all(s))
+        };
+        let ending = counts.iter().filter(|server| !is_replaced(server));
+        let said = ending.filter_map(|s| {
+            let soon = now.ends_soon(s.not_after)?;
+            Some(format!("certificate {} of the server {} {soon}", s.serial, name(s)))
+        });
+        said.collect()
+    }
+}
+
+impl Servers {
+    fn may_have_come(&self, certs: &Path) -> bool {
+        let folder = fs::metadata(certs).ok();
+        let changed = folder.map(|folder| (folder.mtime(), folder.mtime_nsec()));
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_settled = changed.is_some() && *seen == [changed; 2];
+        let [_, last] = *seen;
+        *seen = [last, changed];
+        !is_settled
+    }
+
+    fn look_again(&self) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = [None; 2];
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Server>> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Its common name.
+fn name(server: &Server) -> &str {
+    server.names.first().map_or("", String::as_str)
+}
+
+fn line(server: &Server) -> String {
+    let end = time_text(server.not_after);
+    format!("V\t{end}\t\t{:X}\tserver\t/CN={}\n", server.serial, name(server))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ca::openssl::run;
+    use crate::ca::record::fixture::{Fixture, device, enter};
+    use crate::ca::record::{INDEX, Reason};
+    use crate::clock::{self, DAY_S};
+
+    fn later(days: u64) -> Now {
+        let now = clock::now();
+        Now { unix_ms: now.unix_ms + days * DAY_S * 1000, ..now }
+    }
+
+    #[test]
+    fn what_a_command_leaves_is_entered_at_start_and_later_and_never_is_a_devices() {
+        let fixture = Fixture::new();
+        // Before the first start: a CA that was brought along signs for the broker.
+        let first = fixture.server("device-1", 9);
+        deposit_server(&fixture.dir, &first).unwrap();
+        let record = fixture.open();
+        let line = format!("\t\t{:X}\tserver\t/CN=device-1\n", first.serial);
+        assert!(fixture.index().starts_with('V') && fixture.index().ends_with(&line));
+        let leaf = fixture.leaf("device-1");
+        enter(&record, &leaf, None).unwrap();
+        let second = fixture.server("device-1", 99);
+        deposit_server(&fixture.dir, &second).unwrap();
+        for _ in 0..3 {
+            record.enter_servers(fixture.issuer()).unwrap();
+            assert_eq!(fixture.index().lines().count(), 3);
+        }
+        for record in [record, fixture.open()] {
+            let one = device("device-1");
+            assert_eq!(record.newest(&one).unwrap().serial, leaf.serial);
+            assert_eq!(record.count_active(&one, clock::now()), 1);
+            for made in [&first, &second] {
+                assert_eq!(record.by_serial(&made.serial), None);
+                assert!(record.is_of_server(&made.serial, "device-1"));
+                assert!(!record.is_of_server(&made.serial, "device-2"));
+            }
+            assert!(!record.is_of_server(&leaf.serial, "device-1"));
+        }
+    }
+
+    #[test]
+    fn an_end_is_told_unless_a_later_one_has_all_its_names() {
+        let fixture = Fixture::new();
+        let record = fixture.open();
+        let put = |name: &str, days: u64| {
+            let made = fixture.server(name, days);
+            deposit_server(&fixture.dir, &made).unwrap();
+            record.enter_servers(fixture.issuer()).unwrap();
+            made.serial
+        };
+        let old = put("a.lan", 40);
+        assert_eq!(record.ending_servers(later(9)), [""; 0]);
+        let told = record.ending_servers(later(20));
+        assert!(told[0].starts_with(&format!("certificate {old} of the server a.lan ends in ")));
+        put("b.lan", 99);
+        assert_eq!(record.ending_servers(later(20)).len(), 1);
+        put("a.lan", 99);
+        assert_eq!(record.ending_servers(later(20)), [""; 0]);
+    }
+
+    #[test]
+    fn a_revoked_one_stands_in_the_list() {
+        let fixture = Fixture::new();
+        let record = fixture.open();
+        let made = fixture.server("a.lan", 20);
+        deposit_server(&fixture.dir, &made).unwrap();
+        record.enter_servers(fixture.issuer()).unwrap();
+        let now = clock::now();
+        record.revoke(&device("a.lan"), Reason::Unspecified, now).unwrap();
+        assert!(!record.is_revoked(&made.serial), "it is no device's");
+        record.revoke_these(&[made.serial], Reason::KeyCompromise, now).unwrap();
+        let line = format!(",keyCompromise\t{:X}\tserver\t/CN=a.lan\n", made.serial);
+        assert!(fixture.index().ends_with(&line), "{}", fixture.index());
+        for record in [record, fixture.open()] {
+            assert_eq!(record.revoked(now)[0].serial, made.serial);
+            assert_eq!(record.ending_servers(now), [""; 0]);
+        }
+        // OpenSSL's own look at it.
+        let dir = &fixture.dir;
+        fs::write(dir.join("c"), "[ca]\ndefault_ca=d\n[d]\ndatabase=index.txt\n").unwrap();
+        let said = run(dir, &format!("ca -config c -status {:X}", made.serial)).unwrap_err();
+        assert!(said.contains("Revoked"), "{said} {}", dir.join(INDEX).display());
+    }
+}
