@@ -29,17 +29,19 @@ leave() {
 }
 
 tools systemd-analyze:systemd shellcheck strace monit curl openssl mosquitto busybox \
-    setpriv:util-linux unshare:util-linux nsenter:util-linux
+    setpriv:util-linux unshare:util-linux nsenter:util-linux faketime
 find_service
 
 # --- systemd: the units as they are, with this program in its place.
 units=$work/units
 mkdir "$units"
-cp "$contrib"/systemd/*.service "$contrib"/systemd/*.path "$units"
+cp "$contrib"/systemd/*.service "$contrib"/systemd/*.path "$contrib"/systemd/*.timer "$units"
 sed "s|^ExecStart=/usr/local/bin/mqtt-publisher-lite\$|ExecStart=$bin|" \
     "$contrib/systemd/mqtt-publisher-lite.service" >"$units/mqtt-publisher-lite.service"
 grep -q "^ExecStart=$bin\$" "$units/mqtt-publisher-lite.service" || fail "the unit starts another program"
-for unit in mqtt-publisher-lite.service mosquitto-crl.path mosquitto-crl.service; do
+sed -i "s|^ExecStart=/usr/local/bin/mqtt-publisher-lite |ExecStart=$bin |" "$units/mosquitto-certificate.service"
+for unit in mqtt-publisher-lite.service mosquitto-crl.path mosquitto-crl.service \
+    mosquitto-certificate.service mosquitto-certificate.timer; do
     systemd-analyze verify --man=no "$units/$unit" >"$work/verify" 2>&1 || fail "$unit: $(cat "$work/verify")"
     # What is merely ignored, a key that is misspelt for instance, is only said.
     grep -F "$units" "$work/verify" >&2 && fail "systemd-analyze finds fault with $unit"
@@ -101,11 +103,12 @@ grep -q '^mqtt-lite:' "$sysroot/etc/passwd" || fail "sysusers made no user"
 installed /usr/local/bin/mqtt-publisher-lite "755 0"
 installed /etc/mqtt-publisher-lite "750 $id"
 installed /etc/mqtt-publisher-lite/environment "640 $id"
-for unit in mqtt-publisher-lite.service mosquitto-crl.path; do
-    [ -L "$sysroot/etc/systemd/system/multi-user.target.wants/$unit" ] || fail "$unit is not enabled"
+for unit in multi-user.target.wants/mqtt-publisher-lite.service multi-user.target.wants/mosquitto-crl.path \
+    timers.target.wants/mosquitto-certificate.timer; do
+    [ -L "$sysroot/etc/systemd/system/$unit" ] || fail "$unit is not enabled"
 done
 "$sysroot/usr/local/bin/mqtt-publisher-lite" --version >"$work/version" || fail "what was installed does not run"
-ok "the page's installation: $(cat "$work/version"), user $id, two units enabled"
+ok "the page's installation: $(cat "$work/version"), user $id, three units enabled"
 openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=old -days 30 -keyout "$work/old.key" \
     -addext keyUsage=critical,keyCertSign,cRLSign -out "$work/old.crt" 2>/dev/null
 blocks_of docs/upgrade.md >"$work/upgrade.sh"
@@ -198,7 +201,8 @@ for key in onboarding-api-key admin-api-key redis-password; do
 done
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=x \
     -keyout "$work/etc/server.key" -out "$work/etc/server.crt" 2>/dev/null
-cp "$work/etc/server.crt" "$work/etc/redis-ca.crt"
+for file in redis-ca.crt redis-client.crt; do cp "$work/etc/server.crt" "$work/etc/$file"; done
+cp "$work/etc/server.key" "$work/etc/redis-client.key"
 # shellcheck disable=SC2046 # one word for each setting; the file allows no spaces
 env -i $(cat "$work/etc/environment") "$bin" check-config --offline >/dev/null || fail "environment.example"
 ok "environment.example: $(wc -l <"$work/environment") settings"
@@ -376,6 +380,63 @@ end $process
 told openwrt root "$procd"
 told container container "$container"
 told cron once "$cron"
+
+# --- The broker's certificate, renewed by what docs/https.md has, while a broker shows it: today there is
+# nothing to do, in 265 days there is, once.
+certs=$work/mosquitto/certs
+DATA_DIR=$work/users/data "$bin" server-certificate localhost --out "$certs"
+chown 1883:1883 "$certs/server.key"
+printf 'listener %s 127.0.0.1\nallow_anonymous true\nlog_dest file %s/log\nlog_type all\ncertfile %s\nkeyfile %s\n' \
+    "$broker_port" "$work/mosquitto" "$certs/server.crt" "$certs/server.key" >"$work/mosquitto.conf"
+shown() { openssl s_client -connect "127.0.0.1:$broker_port" </dev/null 2>/dev/null | openssl x509 -noout -serial; }
+shows_another() { [ "$(shown)" != "$1" ]; }
+in_265_days() { faketime -f +265d sh -euc "$1"; }
+
+# renews NAME COMMAND: by that command, with this check's paths.
+renews() {
+    [ -n "$2" ] || fail "$1: no command"
+    DATA_DIR=$work/users/data "$bin" server-certificate localhost --out "$certs" --force
+    chown 1883:1883 "$certs/server.key"
+    rm -f "$work/mosquitto/log" "$work/broker.seen"
+    # shellcheck disable=SC2086 # a command and its arguments
+    (exec $as_broker mosquitto -c "$work/mosquitto.conf") 2>"$work/broker.log" &
+    broker=$!
+    await "the broker runs" "$broker" grep -qs running "$work/mosquitto/log"
+    command=$(echo "$2" | sed "s|DATA_DIR=[^ ]*|DATA_DIR=$work/users/data|; s|[^ ]*mqtt-publisher-lite server|$bin server|
+        s|/etc/mosquitto/certs|$certs|g; s|[^ ]*on-new-crl.sh|sh $contrib/mosquitto/on-new-crl.sh|
+        s|--once [^ ]*|--once $work/broker.seen|; s|killall -HUP mosquitto|kill -HUP $broker|")
+    before=$(shown)
+    sh -euc "$command"
+    await "$1 has the broker reload once" "$broker" has_read 1
+    [ "$(shown)" = "$before" ] || fail "$1 renews what is young"
+    in_265_days "$command"
+    await "$1 renews the certificate" "$broker" shows_another "$before"
+    in_265_days "$command"
+    sleep 0.3
+    if has_read 3; then fail "$1 has the broker reload for nothing"; fi
+    end "$broker"
+    broker=
+    ok "$1 renews the broker's certificate"
+}
+sed -n 's/^ *17 4 \* \* \*  //p' "$root/docs/https.md" >"$work/lines"
+[ "$(wc -l <"$work/lines")" -eq 2 ] || fail "docs/https.md has other lines for cron"
+renews cron "$(sed -n 1p "$work/lines")"
+renews "OpenWrt's cron" "$(sed -n 2p "$work/lines")"
+# systemd's command; mosquitto-crl.path watches what it writes.
+grep -q '^PathChanged=/etc/mosquitto/certs/server.crt$' "$units/mosquitto-crl.path" || fail "nobody watches"
+command=$(sed -n 's/^ExecStart=//p' "$units/mosquitto-certificate.service" | sed "s|/etc/mosquitto/certs|$certs|")
+DATA_DIR=$work/users/data "$bin" server-certificate localhost --out "$certs" --force
+[ -z "$(DATA_DIR=$work/users/data sh -euc "$command")" ] || fail "the timer renews what is young"
+case $(DATA_DIR=$work/users/data in_265_days "$command") in
+    "$certs/server.crt is renewed until 20"*) ok "systemd's timer renews the broker's certificate" ;;
+    *) fail "the timer renews nothing" ;;
+esac
+# What root has signed is the service's own, and in the record.
+kill -HUP "$service"
+entered() { [ "$(grep -c '	server	/CN=localhost$' "$work/users/data/ca/index.txt")" -eq 7 ]; }
+await "the service enters what was signed" "$service" entered
+[ -z "$(find "$work/users/data/ca/certs" ! -user 4711)" ] || fail "something in certs/ is not the service's"
+ok "the record has them"
 end "$service"
 service=
 

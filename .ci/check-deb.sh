@@ -26,7 +26,7 @@ grep -q 'systemctl enable --now' "$work/out" || fail "it does not say how to beg
 [ ! -e "$work/debian/etc/systemd/system/multi-user.target.wants/$name.service" ] || fail "it was enabled"
 id=$(inside id -u mqtt-lite) || fail "no user"
 [ "$(inside stat -c '%a %G' /etc/$name/environment)" = "640 mqtt-lite" ] || fail "mode $(mode /etc/$name/environment)"
-inside systemd-analyze verify --man=no $name.service mosquitto-crl.path >"$work/out" 2>&1 ||
+inside systemd-analyze verify --man=no $name.service mosquitto-crl.path mosquitto-certificate.timer >"$work/out" 2>&1 ||
     fail "units: $(cat "$work/out")"
 ok "installed: user $id, units verified, nothing enabled"
 

@@ -71,7 +71,7 @@ package() {
     install -m 755 contrib/mosquitto/*.sh "$tree/usr/share/$name/"
     install -m 644 contrib/openssl-ca.cnf "$tree/usr/share/$name/"
     install -m 644 contrib/systemd/mqtt-publisher-lite.conf "$tree/usr/lib/sysusers.d/"
-    for unit in contrib/systemd/*.service contrib/systemd/*.path; do
+    for unit in contrib/systemd/*.service contrib/systemd/*.path contrib/systemd/*.timer; do
         sed 's|/usr/local/bin/|/usr/bin/|' "$unit" >"$tree/usr/lib/systemd/system/${unit##*/}"
     done
     install -m 640 contrib/environment.example "$tree/etc/$name/environment"
