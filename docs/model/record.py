@@ -289,7 +289,6 @@ def _(s):
     "Redis is back with older data, which lacks what a has shared, and b had not read it",
     "nobody puts it there again",
     without=["whole after a restart"],
-    needs=["puts are announced"],
 )
 def _(s):
     start = world("a", "b")
@@ -310,7 +309,6 @@ def _(s):
     "the same, and everybody compares the whole",
     "what Redis lacks stays lacking",
     without=["put back"],
-    needs=["puts are announced"],
 )
 def _(s):
     start = knowing(world("a", "b"), OLD, "a")
@@ -330,7 +328,7 @@ def _(s):
     "r6c",
     "the same, and b compares the whole before a has put it back",
     "b does not learn of it before its next day",
-    also=["puts are announced"],
+    without=["puts are announced"],
 )
 def _(s):
     start = knowing(world("a", "b"), OLD, "a")
@@ -351,7 +349,6 @@ def _(s):
     "a value is lost from Redis with nobody noticing, and a new instance starts",
     "it never learns of the certificate",
     without=["whole every day"],
-    needs=["puts are announced"],
 )
 def _(s):
     start = knowing(world("a", "b"), OLD, "a")
@@ -458,7 +455,7 @@ def _(s):
     "r10c",
     "a revokes, Redis is back with older data, and b compares the whole before a does",
     "a puts the bound into this Redis, but b does not read it before its next day",
-    also=["puts are announced"],
+    without=["puts are announced"],
 )
 def _(s):
     start = knowing(world("a", "b"), OLD, "a", "b")
@@ -723,7 +720,6 @@ def _(s):
     "a keeps what has ended for a shorter time than b, which puts it back into Redis",
     "a enters again what it has just pruned",
     without=["own limit"],
-    needs=["puts are announced"],
     keep=(("a", 10), ("b", 1000)),
 )
 def _(s):
@@ -848,7 +844,6 @@ def _(s):
     "the same, the rows are tidied, and c was away meanwhile",
     "c's copy of it brings it back",
     without=["tombstone stays"],
-    needs=["puts are announced"],
 )
 def _(s):
     start = with_row(world("a", "c"), "d", Row(registration=Registration(90, "a", "x")), "a", "c")
@@ -870,7 +865,7 @@ def _(s):
     "r26",
     "a folder and its clone register a device in the same millisecond",
     "the records differ for good: version and instance are the same, and the content is not",
-    also=["content last"],
+    without=["content last"],
 )
 def _(s):
     return Scenario(

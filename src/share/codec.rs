@@ -172,3 +172,83 @@ impl Name {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::Bound;
+
+    fn keys(secret: &[u8]) -> Keys {
+        Keys { mac: MacKey::derive(secret), fp: "0a1b2c3d".to_owned() }
+    }
+
+    fn serial(byte: u8) -> Serial {
+        Serial::from([byte; 16])
+    }
+
+    /// Each value with its bytes and the name under which they stand.
+    fn sealed(keys: &Keys) -> Vec<(Name, Value, Vec<u8>)> {
+        let token = Some((TokenHash([7; 32]), 1_800_000_300));
+        let certificate =
+            |token| Shared { serial: serial(0x41), paid: 9, token, der: vec![1; 400] };
+        let revocation = Revocation { serial: serial(0x41), at: 5, reason: Reason::KeyCompromise };
+        let device = DeviceId::parse("d").unwrap();
+        let row = Row { bound: Bound { t: 3, c: 2 }, ..Row::default() };
+        let mut values = Vec::new();
+        for shared in [certificate(token), certificate(None)] {
+            let bytes = keys.seal_certificate(&shared);
+            values.push((Name::Certificate(serial(0x41)), Value::Certificate(shared), bytes));
+        }
+        let bytes = keys.seal_revocation(&revocation);
+        values.push((Name::Revocation(serial(0x41)), Value::Revocation(revocation), bytes));
+        let bytes = keys.seal_row(&device, &row);
+        values.push((Name::Row(device.clone()), Value::Row(device, row), bytes));
+        values
+    }
+
+    #[test]
+    fn a_value_opens_in_its_own_place_and_by_its_own_ca_only() {
+        let keys_here = keys(b"ours");
+        let elsewhere = Keys { fp: "00000000".to_owned(), ..keys(b"ours") };
+        let names = [
+            Name::Certificate(serial(0x42)),
+            Name::Revocation(serial(0x42)),
+            Name::Row(DeviceId::parse("e").unwrap()),
+        ];
+        for (name, value, bytes) in sealed(&keys_here) {
+            assert_eq!(keys_here.open(&name, &bytes), Some(value));
+            assert_eq!(keys(b"another").open(&name, &bytes), None);
+            assert!(names.iter().all(|name| keys_here.open(name, &bytes).is_none()), "{name}");
+            if !matches!(name, Name::Row(_)) {
+                assert_eq!(elsewhere.open(&name, &bytes), None, "of another CA");
+            }
+            for at in 0..bytes.len() {
+                let mut changed = bytes.clone();
+                changed[at] ^= 1;
+                assert_eq!(keys_here.open(&name, &changed), None, "{name}, byte {at}");
+                assert_eq!(keys_here.open(&name, &bytes[..at]), None, "{name}, cut at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn where_values_stand_and_what_an_entry_names() {
+        let keys = keys(b"ours");
+        let place = |name: &Name| (keys.place(name).key, keys.place(name).field);
+        let hex = "c1".to_owned() + &"00".repeat(15);
+        let old = Serial::from_hex(&format!("-{}", "3f".repeat(16))).unwrap();
+        let certificate = Name::Certificate(serial(0x7f));
+        assert_eq!(place(&certificate), ("certs:0a1b2c3d:7f".to_owned(), "7f".repeat(16)));
+        // The older service drew negative ones, too.
+        assert_eq!(place(&Name::Revocation(old)).0, "revoked:0a1b2c3d:40");
+        assert!(Serial::from_hex(&hex).is_none_or(|s| SERIAL_BUCKETS.contains(&bucket(&s))));
+        let row = Name::Row(DeviceId::parse("d").unwrap());
+        assert_eq!(place(&row), ("devices:18".to_owned(), "d".to_owned()));
+        for name in [certificate, Name::Revocation(serial(0x41)), row] {
+            assert_eq!(Name::read(name.kind(), &name.to_string()), Some(name));
+        }
+        for (kind, name) in [("begin", ""), ("cert", "xyz"), ("device", "a/b"), ("revoked", "")] {
+            assert_eq!(Name::read(kind, name), None, "{kind} {name}");
+        }
+    }
+}

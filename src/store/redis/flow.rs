@@ -13,7 +13,7 @@
 //!   │ it is born dead ▶ Reissue ── CAD lease · DEL token · ZREM live · as Issue, for a later token
 //!   └ another's ─▶ Contest ── DEL token · ZREM live · EXISTS other · GET, PTTL its mark · PTTL lease
 //!       │ it is alive ─▶ AlreadyActive
-//!       └ it is stale ─▶ TakeOver ── SET token · ZADD live · CAS lease · SET lease NX · GET lease
+//!       └ it is stale ─▶ TakeOver ── SET token · ZADD live · CAS lease · SET lease NX · GET lease · GET holder
 //!           │ ours ───────▶ Issued
 //!           └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
 //!
@@ -210,6 +210,19 @@ impl Issue {
         Issue::new(dated(&self.token, iat, &context.signer), context, self.now)
     }
 
+    /// Asked last, when the lease is ours: who had it before tells of the certificate first.
+    fn push_holder(&self, layout: &Layout, out: &mut Commands) {
+        if layout.share_record {
+            out.push(&layout.get_holder(&self.token.claims.device_id));
+        }
+    }
+
+    fn note_holder(&mut self, context: &Context, replies: &mut Vec<Reply>) {
+        if context.layout.share_record {
+            self.holder = holder_of(replies.pop());
+        }
+    }
+
     fn issued(self, killed: Option<Dead>) -> Result<Next, StoreError> {
         Next::done(Outcome::Issued { token: self.token, killed, holder: self.holder })
     }
@@ -228,15 +241,11 @@ impl Flow for Issue {
         out.push(&layout.get_lease(&self.token.claims.device_id));
         out.push(&layout.add_live(&self.token.hash, self.ends_ms));
         out.push(&layout.get_row(&self.token.claims.device_id));
-        if layout.share_record {
-            out.push(&layout.get_holder(&self.token.claims.device_id));
-        }
+        self.push_holder(layout, out);
     }
 
     fn receive(mut self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
-        if context.layout.share_record {
-            self.holder = holder_of(replies.pop());
-        }
+        self.note_holder(context, &mut replies);
         let row = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             replies.skip();
@@ -373,9 +382,11 @@ impl Flow for TakeOver {
         }
         out.push(&layout.lease_if_free(token, *left_ms));
         out.push(&layout.get_lease(&token.claims.device_id));
+        self.issue.push_holder(layout, out);
     }
 
-    fn receive(self: Box<Self>, _: &Context, mut replies: Vec<Reply>) -> Next {
+    fn receive(mut self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
+        self.issue.note_holder(context, &mut replies);
         let lease = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
         Next::of(Replies::all_or_error(replies).and_then(|_| {
             let killed = match self.old {
@@ -760,6 +771,27 @@ mod tests {
             Next::Done(answer) => answer,
             Next::Trip(_) => panic!("another trip"),
         }
+    }
+
+    /// The lease was another's when it was looked at, and free a moment later, for its device has a
+    /// certificate by now.
+    #[test]
+    fn a_lease_that_is_taken_over_is_not_taken_without_a_look_at_the_holder() {
+        let now = Now { unix_ms: 2000, mono_ms: 0 };
+        let issue = Issue::new(attempt().token, &context(), now);
+        let compact = issue.token.compact.to_string();
+        let take_over = TakeOver { issue, old: Some(Old::Stale("another".to_owned())) };
+        let mut commands = Commands::default();
+        take_over.send(&context().layout, now, &mut commands);
+        assert_eq!((commands.count(), commands.name(5)), (6, "GET"), "after the lease");
+        let done = || Ok(Value::Int(1));
+        let holder = Serial::from([0x41; 16]);
+        let replies =
+            vec![done(), done(), done(), done(), text(&compact), text(&holder.to_string())];
+        let answer = end(take_over, replies);
+        let told =
+            matches!(&answer, Ok(Outcome::Issued { holder: Some(told), .. }) if *told == holder);
+        assert!(told, "{answer:?}");
     }
 
     /// Between the take-over and the look at the token another instance carried its mark over ours,
