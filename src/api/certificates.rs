@@ -115,12 +115,13 @@ pub(super) fn revoke_one(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan,
             Problem::from(Code::BadRequest).text(text)
         })?,
     };
-    api.provisioner.revoke_one(&name, &serial, reason, asked.request.client, now)?;
+    let shared = api.provisioner.revoke_one(&name, &serial, reason, asked.request.client, now)?;
     let mut json = Json::new();
     json.field("success", true)
         .field("message", "Certificate revoked successfully")
         .field("device_id", &*name)
-        .field("serial_number", serial.to_string());
+        .field("serial_number", serial.to_string())
+        .field("shared", shared);
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 

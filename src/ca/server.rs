@@ -6,6 +6,7 @@
 use std::fs;
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 
 use rcgen::{KeyPair, PublicKeyData};
 use x509_parser::asn1_rs::FromDer as _;
@@ -79,6 +80,7 @@ pub fn make(
     to: &TlsFiles,
     now: Now,
 ) -> Result<(), CaError> {
+    try_folder(&to.key)?;
     let key = KeyPair::generate().map_err(CaError::signing)?;
     let made = sign(ca, names, &key, life_s, now)?;
     files::write_atomic(&to.key, key.serialize_pem().as_bytes(), 0o600)?;
@@ -100,11 +102,15 @@ pub fn renew(
     // What a link leads to is renewed, and who may read it may go on to.
     let path = fs::canonicalize(&to.cert).unwrap_or_else(|_| to.cert.clone());
     let mode = fs::metadata(&path).map_or(0o644, |file| file.permissions().mode() & 0o777);
-    if let Some(folder) = path.parent() {
-        files::try_writing(folder)?; // before there is a certificate that nobody shows
-    }
+    try_folder(&path)?;
     let made = sign(ca, names, &old.key, life_s, now)?;
     Ok(files::write_atomic(&path, made.chain_pem.as_bytes(), mode)?)
+}
+
+/// Before there is a certificate that nobody will show.
+fn try_folder(file: &Path) -> Result<(), CaError> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    Ok(files::try_writing(folder.unwrap_or(Path::new(".")))?)
 }
 
 /// The lifetime of a new certificate in seconds.

@@ -36,7 +36,7 @@ enum HealthError {
     Timeout(SocketAddr),
     /// It answered with another status than 200, or not in HTTP.
     Answer(SocketAddr, String),
-    /// `TLS_CERT` could not be read.
+    /// The file with our certificate could not be read.
     Certificate(PathBuf, String),
     /// TLS could not be set up.
     Tls(rustls::Error),
@@ -52,7 +52,7 @@ impl fmt::Display for HealthError {
             HealthError::Answer(address, line) => {
                 write!(f, "{address} is not well, it answers {line:?}")
             }
-            HealthError::Certificate(path, why) => write!(f, "TLS_CERT={path:?}: {why}"),
+            HealthError::Certificate(path, why) => write!(f, "{}: {why}", path.display()),
             HealthError::Tls(e) => write!(f, "TLS cannot be set up: {e}"),
         }
     }

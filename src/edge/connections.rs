@@ -165,7 +165,7 @@ impl Connections {
         };
         let client = match (watch(stream, poll, at + keys), tls) {
             (Ok(stream), Ok(tls)) => Client::new(stream, tls),
-            (_, Err(e)) => return log::error!("no TLS for client {peer}: {e}"),
+            (_, Err(e)) => return log::debug!("no TLS for client {peer}: {e}"),
             (Err(e), _) => return log::debug!("client {peer} was gone at once: {e}"),
         };
         self.free.pop();

@@ -11,7 +11,7 @@ use crate::serial::Serial;
 
 impl Provisioner {
     /// Revokes the certificate of this serial number if it is of the device, or the server, of this
-    /// name. It is on disk and in the list when it returns.
+    /// name. It is on disk and in the list when it returns. Returns whether every other instance is told.
     ///
     /// # Errors
     /// When there is none, or it could not be written.
@@ -22,7 +22,7 @@ impl Provisioner {
         reason: Reason,
         client: IpAddr,
         now: Now,
-    ) -> Result<(), Problem> {
+    ) -> Result<bool, Problem> {
         self.ca().check_clock(now)?;
         let record = self.ca().record();
         let is_devices = record.by_serial(serial).is_some_and(|c| c.device.as_str() == of);
@@ -34,6 +34,8 @@ impl Provisioner {
             log::info!("certificate {serial} of {of} revoked: {reason}, by {client}");
         }
         let text = "Revoked, but the CRL could not be published yet";
-        self.publisher.publish(now).map(drop).map_err(|error| Problem::from(error).text(text))
+        self.publisher.publish(now).map_err(|error| Problem::from(error).text(text))?;
+        let is_told = || self.sharing(now).shared && self.sharing.look_up(&[]);
+        Ok(!self.store.status().redis_enabled || is_told())
     }
 }

@@ -11,7 +11,7 @@ use crate::support::clock::{FakeClock, now_s, parse_utc};
 use crate::support::csr;
 use crate::support::device::Device;
 use crate::support::https;
-use crate::support::service::{Service, Setup};
+use crate::support::service::{ADMIN_KEY, Service, Setup};
 use crate::support::wait;
 
 const DAY: u64 = 86_400;
@@ -38,7 +38,7 @@ fn shown(https: &Https, unix_s: u64) -> String {
 
 #[test]
 fn one_command_and_a_device_enrols_by_the_fingerprint() {
-    let mut https = Https::auto(Setup::new().envs(&[NAMES]));
+    let mut https = Https::auto(Setup::new().envs(&[NAMES, ("ADMIN_API_KEY", ADMIN_KEY)]));
     let fingerprint = {
         let log = https.service.log();
         let line = log.lines().find(|line| line.contains("CA SHA-256 fingerprint")).unwrap();
@@ -71,6 +71,17 @@ fn one_command_and_a_device_enrols_by_the_fingerprint() {
     let text = csr::x509_text(&https.service.read("tls/server.crt"));
     assert!(text.contains("DNS:localhost, DNS:gateway.lan, IP Address:10.0.0.7\n"), "{text}");
     assert_eq!(https.service.index_of_servers().len(), 2);
+
+    // Revoked: at the next look there is another, with a new key.
+    let old = https.service.index_of_servers().remove(1)[3].clone();
+    let bearer = format!("Authorization: Bearer {ADMIN_KEY}");
+    let path = format!("/api/v1/devices/localhost/certificates/{old}");
+    let answer = https::ask(&https.service, &path, None, &["-X", "DELETE", "-H", &bearer]);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    https.service.signal("HUP");
+    wait::for_true("another is shown", || {
+        !serial(&https.service).ends_with(&old) && https.service.read("tls/server.key") != key
+    });
 
     // Something that cannot be used is made anew.
     fs::write(https.path("tls/server.key"), "rubbish").unwrap();

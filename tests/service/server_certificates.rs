@@ -40,8 +40,8 @@ fn serial(certificate: &str) -> String {
 /// Has the service look at once.
 fn enter(service: &Service, serial: &str) {
     service.signal("HUP");
-    let is_there = || service.index_of_servers().iter().any(|line| line[3] == serial);
-    wait::for_true("it is entered", is_there);
+    service.wait_for_log(&format!("certificate {} of the server ", serial.to_lowercase()));
+    assert!(service.index_of_servers().iter().any(|line| line[3] == serial));
 }
 
 fn revoke(service: &Service, path: &str, body: &str) -> Response {

@@ -9,13 +9,13 @@ use serde_json::Value;
 use crate::support::device;
 use crate::support::http::Response;
 use crate::support::instance::{
-    self, Device, certificate, cut_off, onboard, reconnect, redeem, revoke, token,
+    self, ADMIN_KEY, Device, certificate, cut_off, onboard, reconnect, redeem, revoke, token,
 };
 use crate::support::mosquitto::Broker;
 use crate::support::proxy::Proxy;
 use crate::support::redis::Redis;
 use crate::support::service::Service;
-use crate::support::{check_error, csr, wait};
+use crate::support::{check_error, csr, https, wait};
 
 /// In so much time an answer is true everywhere.
 const SOON: Duration = Duration::from_secs(2);
@@ -405,6 +405,23 @@ fn share_record_must_be_the_same_everywhere() {
     });
     assert_eq!(one.http.get("/ready").status, 200);
     assert_eq!(record(&two)["shared"], false);
+}
+
+/// It is in the record of the instance beside which it was signed only, but in every list.
+#[test]
+fn a_servers_certificate_that_is_revoked_stands_in_every_list() {
+    let redis = Redis::start(&[]);
+    let [one, two] = instances(&redis.url(), &[]);
+    https::server_certificate(&one, &["d"], &one.dir().join("broker"));
+    one.signal("HUP");
+    one.wait_for_log("of the server d is entered");
+    let serial = one.index_of_servers()[0][3].to_lowercase();
+    let path = format!("/api/v1/devices/d/certificates/{serial}");
+    let bearer = format!("Bearer {ADMIN_KEY}");
+    let answer = one.http.request("DELETE", &path, &[("Authorization", &bearer)], b"");
+    assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(true)));
+    soon("listed", &[&one, &two], |service| listed(service).contains(&serial));
+    assert_eq!((status(&one, "d"), status(&two, "d")), (None, None));
 }
 
 /// Rows are exchanged all the same, and with them revocations of all that a device has.

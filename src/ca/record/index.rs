@@ -85,14 +85,18 @@ fn is_torn(line: &[u8]) -> bool {
 impl Row {
     /// Status, end, revocation, serial, place and subject, as OpenSSL's `ca` writes them.
     pub(super) fn line(&self) -> String {
+        self.line_of(self.device.as_ref().map_or("", DeviceId::as_str))
+    }
+
+    /// The same for what is no device's, by its common name.
+    pub(super) fn line_of(&self, name: &str) -> String {
         let (status, revocation) = match self.revoked {
             Some(revoked) => ('R', revocation(revoked)),
             None => ('V', String::new()),
         };
         let (end, serial) = (time_text(self.expires_at), self.serial);
         let place = place_text(self.place, self.newer);
-        let device = self.device.as_ref().map_or("", DeviceId::as_str);
-        format!("{status}\t{end}\t{revocation}\t{serial:X}\t{place}\t/CN={device}\n")
+        format!("{status}\t{end}\t{revocation}\t{serial:X}\t{place}\t/CN={name}\n")
     }
 }
 

@@ -28,7 +28,7 @@ impl Record {
         if gone.is_empty() {
             return Ok(Vec::new());
         }
-        for slot in gone.iter().filter(|slot| slot.place == Place::Own) {
+        for slot in gone.iter().filter(|slot| !matches!(slot.place, Place::Others(_))) {
             files::remove_if_there(&self.pem_path(&slot.serial))?;
         }
         let places = self.rewrite_others(ended_before)?;

@@ -9,9 +9,9 @@ use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::index::Change;
 use super::rows::{Place, Row};
 use super::{CERTS, Record, RecordError};
-use crate::ca::der::time_text;
 use crate::ca::issuer::{Issuer, ServerCertificate};
 use crate::ca::server::Server;
 use crate::clock::Now;
@@ -72,15 +72,28 @@ impl Record {
         }
         let mut writer = self.lock_writer();
         found.retain(|server| self.read().by_serial(&server.serial).is_none());
-        self.append(&mut writer, found.iter().map(line).collect())?;
+        let rows = self.read();
+        let row = |server: &Server| Row {
+            place: Place::Server,
+            // A copy of the folder may know of the revocation before the certificate is entered.
+            revoked: rows.is_foretold(&server.serial),
+            ..Row::new(server.serial, None, server.not_after)
+        };
+        let new: Vec<Row> = found.iter().map(row).collect();
+        drop(rows);
+        let lines = new.iter().zip(&found).map(|(row, server)| row.line_of(name(server)));
+        let foretold = new.iter().filter(|row| row.revoked.is_some());
+        let gone = foretold.map(|row| (row.serial, Change::Gone)).collect();
+        self.write_index(&mut writer, lines.collect(), gone)?;
         let mut rows = self.write();
-        for server in &found {
-            let row = Row::new(server.serial, None, server.not_after);
-            rows.insert(&Row { place: Place::Server, ..row });
-            log::info!("certificate {} of the server {} is entered", server.serial, name(server));
+        for row in &new {
+            rows.insert(row);
         }
         drop(rows);
-        self.servers.lock().append(&mut found);
+        self.servers.lock().extend(found.iter().cloned());
+        for server in &found {
+            log::info!("certificate {} of the server {} is entered", server.serial, name(server));
+        }
         Ok(())
     }
 
@@ -103,7 +116,8 @@ impl Record {
 
     /// Whether this is the certificate of a server of this name.
     pub fn is_of_server(&self, serial: &Serial, of: &str) -> bool {
-        self.servers.lock().iter().any(|s| s.serial == *serial && name(s) == of)
+        let known = self.servers.lock().iter().any(|s| s.serial == *serial && name(s) == of);
+        known && self.read().by_serial(serial).is_some()
     }
 
     /// Whether the certificate, anybody's, is revoked.
@@ -153,14 +167,10 @@ fn name(server: &Server) -> &str {
     server.names.first().map_or("", String::as_str)
 }
 
-fn line(server: &Server) -> String {
-    let end = time_text(server.not_after);
-    format!("V\t{end}\t\t{:X}\tserver\t/CN={}\n", server.serial, name(server))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::crl::Crl;
     use crate::ca::openssl::run;
     use crate::ca::record::fixture::{Fixture, device, enter};
     use crate::ca::record::{INDEX, Reason};
@@ -222,6 +232,21 @@ mod tests {
     }
 
     #[test]
+    fn what_ended_long_ago_goes_and_does_not_come_back() {
+        let fixture = Fixture::new();
+        let record = fixture.open();
+        let made = fixture.server("a.lan", 9);
+        deposit_server(&fixture.dir, &made).unwrap();
+        record.enter_servers(fixture.issuer()).unwrap();
+        assert_eq!(record.prune(later(10).unix_s()), Ok(vec![made.serial]));
+        assert!(!record.is_of_server(&made.serial, "a.lan"));
+        for record in [record, fixture.open()] {
+            record.enter_servers(fixture.issuer()).unwrap();
+            assert_eq!((fixture.index(), fixture.pems()), (String::new(), 0));
+        }
+    }
+
+    #[test]
     fn a_revoked_one_stands_in_the_list() {
         let fixture = Fixture::new();
         let record = fixture.open();
@@ -234,9 +259,18 @@ mod tests {
         record.revoke_these(&[made.serial], Reason::KeyCompromise, now).unwrap();
         let line = format!(",keyCompromise\t{:X}\tserver\t/CN=a.lan\n", made.serial);
         assert!(fixture.index().ends_with(&line), "{}", fixture.index());
+        let listed = record.revoked(now);
         for record in [record, fixture.open()] {
-            assert_eq!(record.revoked(now)[0].serial, made.serial);
+            assert_eq!(record.revoked(now), listed);
             assert_eq!(record.ending_servers(now), [""; 0]);
+        }
+        // A copy whose `index.txt` is older than its list.
+        Crl::sign(fixture.issuer(), &listed, 0, now).unwrap().write(&fixture.dir).unwrap();
+        fs::write(fixture.dir.join(INDEX), "").unwrap();
+        for _ in 0..2 {
+            let record = fixture.open();
+            assert!(record.is_revoked(&made.serial) && record.revoked(now).len() == 1);
+            assert_eq!(fixture.index().lines().count(), 1, "{}", fixture.index());
         }
         // OpenSSL's own look at it.
         let dir = &fixture.dir;
