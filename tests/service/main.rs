@@ -15,6 +15,7 @@ mod support;
 mod bounds;
 mod ca;
 mod clock;
+mod clones;
 mod command_line;
 mod configuration;
 mod console;
