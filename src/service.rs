@@ -22,8 +22,9 @@ use crate::ca::{self, Ca};
 use crate::clock::{self, Now};
 use crate::config::{self, Config, ConfigError};
 use crate::device::DeviceId;
+use crate::devices::identity::{self, Identity};
 use crate::devices::table::Devices;
-use crate::devices::{self, Instance, Row};
+use crate::devices::{self, Row};
 use crate::files::{self, FolderLock};
 use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
@@ -44,8 +45,8 @@ use crate::store::{Rows, TokenStore};
 const TOKEN_SECRET: (&str, usize) = ("jwt-secret", 32);
 /// The file below `DATA_DIR` that holds the run id of the Redis that served last.
 const REDIS_RUN: &str = "redis-run-id";
-/// The same as a secret's for the name of this instance in Redis.
-const INSTANCE_ID: (&str, usize) = ("instance-id", 16);
+/// The file below `DATA_DIR` that holds the name of this instance in Redis.
+const INSTANCE_ID: &str = "instance-id";
 /// The file below `DATA_DIR` that holds the rows of devices.
 const DEVICES: &str = "devices.txt";
 /// Enough for the threads that wait most of the time.
@@ -93,10 +94,10 @@ pub fn run(
     let signer = Signer::new(&token_secret(config)?);
     let ledger = Arc::new(load_ledger(config, &ca));
     let metrics = Arc::new(Metrics::new(api::endpoints()));
-    let instance = instance_id(config)?;
-    let devices = Devices::open(&config.data_dir.join(DEVICES), instance, clock::now());
+    let identity = Identity::open(&config.data_dir.join(INSTANCE_ID)).map_err(failed)?;
+    let devices = Devices::open(&config.data_dir.join(DEVICES), identity.id, clock::now());
     let devices = Arc::new(devices.map_err(failed)?);
-    let store = open_store(config, instance, &signer, &ledger, &devices, &metrics)?;
+    let store = open_store(config, identity, &signer, &ledger, &devices, &metrics)?;
     revoke_dead(&ca, &devices)?;
     let publisher = publish(config, &ca, &metrics)?;
     let sharing = share_record(config, &store, &publisher, &devices, &ledger)?;
@@ -185,17 +186,18 @@ pub struct Rehearsal {
 
 /// The files that a first start makes, if they are there.
 fn try_files(config: &Config) -> Result<(), String> {
-    let made = [(TOKEN_SECRET, config.jwt_secret.is_none()), (INSTANCE_ID, true)];
-    for ((name, bytes), _) in made.into_iter().filter(|(_, counts)| *counts) {
+    if config.jwt_secret.is_none() {
+        let (name, bytes) = TOKEN_SECRET;
         files::read_secret(&config.data_dir.join(name), bytes).map_err(|e| e.to_string())?;
     }
+    identity::check(&config.data_dir.join(INSTANCE_ID)).map_err(|e| e.to_string())?;
     devices::table::check(&config.data_dir.join(DEVICES)).map_err(|e| e.to_string())
 }
 
 /// Connects and logs in as a start does, and asks for every right that is needed.
 fn try_redis(redis: &config::Redis) -> Result<Hello, String> {
     let metrics = Arc::new(Metrics::new(api::endpoints()));
-    let store = RedisStore::new(redis, String::new(), Signer::new(b"none"), metrics);
+    let store = RedisStore::new(redis, None, Signer::new(b"none"), metrics);
     store.connect(None).map_err(|e| e.to_string())
 }
 
@@ -290,12 +292,6 @@ struct Stores {
     failover: Option<Arc<Failover>>,
 }
 
-fn instance_id(config: &Config) -> Result<Instance, RunError> {
-    let (name, bytes) = INSTANCE_ID;
-    let id = files::read_or_create_secret(&config.data_dir.join(name), bytes).map_err(failed)?;
-    Instance::from_hex(&id).ok_or_else(|| failed(format!("{name} is no id")))
-}
-
 impl Rows for Devices {
     fn to_be_told(&self, now: Now) -> Vec<DeviceId> {
         Devices::to_be_told(self, now)
@@ -314,7 +310,7 @@ impl Rows for Devices {
 
 fn open_store(
     config: &Config,
-    instance: Instance,
+    identity: Identity,
     signer: &Signer,
     ledger: &Arc<Ledger>,
     devices: &Arc<Devices>,
@@ -334,7 +330,7 @@ fn open_store(
         return Ok(Stores { tokens, memory, failover: None });
     };
     log::info!("💾 Initializing Redis (Token Persistence)...");
-    let remote = RedisStore::new(redis, instance.to_string(), signer.clone(), Arc::clone(metrics));
+    let remote = RedisStore::new(redis, Some(identity), signer.clone(), Arc::clone(metrics));
     let failover = Arc::new(Failover::new(
         Box::new(remote),
         Arc::clone(&memory),

@@ -1387,7 +1387,7 @@ def _(s):
     "35b",
     "the same, and the clone is asked before it has a name of its own",
     "the origin takes the clone's mark for a dead one: two certificates",
-    also=["name first"],
+    without=["name first"],
 )
 def _(s):
     return clone(s)
@@ -1397,7 +1397,6 @@ def _(s):
     "35c",
     "the same, when the origin has not renewed its lease of the id",
     "the clone has the id, and takes the origin's mark for a dead one: two certificates",
-    needs=["name first", "name waits"],
 )
 def _(s):
     return clone(s, more={"time.passes": passes(31)})
@@ -1407,8 +1406,7 @@ def _(s):
     "35d",
     "no clone: an instance dies between mark and record, and is started at once",
     "its own lease makes it a stranger to its marks: the token is burnt",
-    also=["name waits"],
-    needs=["name first"],
+    without=["name waits"],
 )
 def _(s):
     start = held(world("a", "b"), T1, "b")

@@ -10,6 +10,7 @@
 pub mod codec;
 pub mod enrol;
 mod file;
+pub mod identity;
 mod merge;
 pub mod secret;
 pub mod table;
@@ -107,7 +108,7 @@ impl fmt::Debug for SecretHash {
 }
 
 /// The id of an instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Instance(pub [u8; 16]);
 
 impl Instance {

@@ -66,9 +66,9 @@ fn after_use() {
     assert!((595_000..=600_000).contains(&left), "{left} ms");
 
     let value = redis.cli(&["GET", &mark]);
-    let (instance, serial) = value.split_once(' ').unwrap();
-    assert_eq!(instance, service.read("instance-id").trim());
-    assert!(instance.len() >= 22, "128 random bits: {instance}");
+    let (name, serial) = value.split_once(' ').unwrap();
+    assert_eq!(name, instance::id(&service));
+    assert!(name.len() >= 22, "128 random bits: {name}");
     assert_eq!(serial.to_lowercase(), signed.field("serial_number"));
     let left = redis.pttl(&mark);
     assert!(((TTL_S + 60) * 1000 - 5000..=(TTL_S + 60) * 1000).contains(&left), "{left} ms");
@@ -125,10 +125,7 @@ fn after_replacement() {
     );
     assert_eq!((redis.cli(&["HKEYS", &row]), redis.pttl(&row)), ("d".to_owned(), -1));
     assert_eq!(redis.cli(&["GET", "mqtt-lite:device:d"]), new);
-    assert_eq!(
-        redis.cli(&["GET", &mark]),
-        format!("{} killed", service.read("instance-id").trim())
-    );
+    assert_eq!(redis.cli(&["GET", &mark]), instance::mark(&service, "killed"));
     wait::for_true("only the new one is counted", || {
         redis.cli(&["ZRANGE", "mqtt-lite:live", "0", "-1"]) == token::live_member(&new)
     });
@@ -433,7 +430,7 @@ fn with(redis: &Redis, env: &[(&str, &str)]) -> Service {
 }
 
 /// What every instance that shares its record has there; the rest of each name is the CA's.
-const SHARED: [&str; 2] = ["changes:*", "share:*"];
+const SHARED: [&str; 3] = ["changes:*", "instance:*", "share:*"];
 /// What a certificate adds to that.
 const CERTIFICATE: [&str; 2] = ["certs:*", "holder:d"];
 

@@ -160,7 +160,12 @@ pub fn claim_key(device: &Device) -> String {
 
 /// The mark that this instance makes for a certificate with `serial`, or `killed`.
 pub fn mark(service: &Service, what: &str) -> String {
-    format!("{} {what}", service.read("instance-id").trim())
+    format!("{} {what}", id(service))
+}
+
+/// The id of this instance.
+pub fn id(service: &Service) -> String {
+    service.read("instance-id").lines().next().unwrap().to_owned()
 }
 
 /// Certificates in the records of all these instances, each counted once.

@@ -128,7 +128,7 @@ impl Redis {
         };
         let config = Config::from_lookup(setting, |path| std::fs::read(path)).unwrap();
         let metrics = Arc::new(Metrics::new(std::iter::empty()));
-        let store = RedisStore::new(&config.redis.unwrap(), "0".repeat(32), signer(), metrics);
+        let store = RedisStore::new(&config.redis.unwrap(), None, signer(), metrics);
         while store.connect(None).is_err() {
             thread::sleep(Duration::from_millis(20));
         }

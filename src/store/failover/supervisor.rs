@@ -11,7 +11,7 @@ use crate::store::{Away, Down, StoreError, locked};
 /// Time between two attempts to connect, doubled up to the second figure, with jitter.
 const BACK_OFF: Duration = Duration::from_millis(100);
 const BACK_OFF_MOST: Duration = Duration::from_secs(5);
-/// So often an idle Redis is looked at.
+/// So often Redis is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// With more to tell than this, an interrupted return begins anew: 32 bytes each, most of them.
 const FOLLOW_UPS_MOST: usize = 500_000;
@@ -22,24 +22,28 @@ impl Failover {
     pub fn supervise(&self) {
         let mut back_off = BACK_OFF;
         let mut kept = locked(&self.state).last_run.clone();
+        let mut looked_ms = clock::now().mono_ms;
         loop {
             self.keep_run(&mut kept);
             let state = locked(&self.state);
             let idle = |state: &mut State| {
                 !state.stopped && state.mode == Mode::Primary && state.follow_ups.is_empty()
             };
-            let waited = self.changed.wait_timeout_while(state, LOOK_EVERY, idle);
-            let (state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+            let passed_ms = || clock::now().mono_ms.saturating_sub(looked_ms);
+            let left = LOOK_EVERY.saturating_sub(Duration::from_millis(passed_ms()));
+            let waited = self.changed.wait_timeout_while(state, left, idle);
+            let state = waited.unwrap_or_else(PoisonError::into_inner).0;
             let (stopped, primary) = (state.stopped, state.mode == Mode::Primary);
             drop(state);
             if stopped {
                 return;
             }
             if primary {
-                if waited.timed_out() {
-                    self.look()
+                if Duration::from_millis(passed_ms()) >= LOOK_EVERY {
+                    looked_ms = clock::now().mono_ms;
+                    self.look();
                 } else {
-                    self.tidy_up()
+                    self.tidy_up();
                 }
                 continue;
             }
@@ -69,8 +73,8 @@ impl Failover {
         *kept = Some(run_id);
     }
 
-    /// Nobody has asked Redis for a while, so nobody would notice that it was started again, perhaps
-    /// with older data.
+    /// Renews the lease of our id. And where nobody asks Redis for a while, nobody would notice that it
+    /// was started again, perhaps with older data.
     fn look(&self) {
         let (epoch, run_id) = {
             let state = locked(&self.state);

@@ -42,6 +42,7 @@ use std::sync::{Mutex, OnceLock};
 
 use super::command::Commands;
 use super::layout::Layout;
+use super::name::Whose;
 use super::reply::{Info, Replies, Reply, maybe_done, unexpected};
 use super::rows::{Killing, LookAgain, LookOnce, Then};
 use crate::clock::Now;
@@ -450,10 +451,11 @@ impl Flow for Consume {
             if mark == context.layout.mark(Mark::Serial(self.serial)) {
                 return self.marked(fate);
             }
-            if context.layout.is_own_attempt(&mark) {
-                return Next::trip(TakeMarkOver { attempt: *self, dead: mark });
+            match context.layout.attempt_of(&mark) {
+                Whose::Ours => Next::trip(TakeMarkOver { attempt: *self, dead: mark }),
+                Whose::Unknown => Err(StoreError::Undecided),
+                Whose::Others => Next::done(Outcome::AlreadyUsed),
             }
-            Next::done(Outcome::AlreadyUsed)
         }))
     }
 }
@@ -750,7 +752,7 @@ mod tests {
 
     fn context() -> Context {
         Context::new(
-            Layout { prefix: String::new(), instance: "a".to_owned(), share_record: true },
+            Layout { prefix: String::new(), name: None, share_record: true },
             Signer::new(b"secret"),
             1000,
         )

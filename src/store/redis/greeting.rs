@@ -6,6 +6,7 @@ use super::command::Commands;
 use super::connection::Connection;
 use super::flow::Context;
 use super::layout::Layout;
+use super::name::CLAIM;
 use super::reply::{Info, Replies, Reply};
 use crate::clock;
 use crate::store::StoreError;
@@ -26,6 +27,9 @@ pub(super) fn greet(
     commands.push(&layout.time());
     let rights = push_every_kind(layout, &mut commands);
     let about_rows = push_about_rows(layout, &mut commands);
+    if let Some(name) = &layout.name {
+        name.push_claim(layout, &mut commands);
+    }
     if let Some(ca) = ca {
         commands.push(&layout.enter_ca(ca));
     }
@@ -43,6 +47,9 @@ pub(super) fn greet(
     replies.by_ref().take(rights).find_map(Result::err).map_or(Ok(()), Err)?;
     let about_rows: Vec<Reply> = replies.by_ref().take(about_rows).collect();
     let rows_refused = about_rows.into_iter().find_map(Result::err);
+    if let Some(name) = &layout.name {
+        name.claimed(replies.by_ref().take(CLAIM).collect(), clock::now())?;
+    }
     let mut replies = Replies::new(replies.collect());
     if ca.is_some() {
         replies.text()?;

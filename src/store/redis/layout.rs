@@ -1,6 +1,7 @@
 //! The layout of the keys: their names, their values, how long they live, and the commands on them.
 
 use super::command::{Command, decimal};
+use super::name::{Name, Whose};
 use crate::config;
 use crate::device::DeviceId;
 use crate::devices::codec;
@@ -24,15 +25,16 @@ const COMPARE_AND_SET_FIELD: &str = "if (redis.call('HGET',KEYS[1],ARGV[1]) or '
 #[derive(Debug)]
 pub(super) struct Layout {
     pub prefix: String,
-    pub instance: String,
+    /// None where no marks are set.
+    pub name: Option<Name>,
     /// Certificates are shared, and with them who holds which.
     pub share_record: bool,
 }
 
 impl Layout {
-    pub fn of(config: &config::Redis, instance: String) -> Self {
+    pub fn of(config: &config::Redis, name: Option<Name>) -> Self {
         let config::Redis { key_prefix, share_record, .. } = config;
-        Layout { prefix: key_prefix.clone(), instance, share_record: *share_record }
+        Layout { prefix: key_prefix.clone(), name, share_record: *share_record }
     }
 
     /// A command whose first word is a key.
@@ -167,16 +169,20 @@ impl Layout {
 
     /// `<instance> <serial>` or `<instance> killed`.
     pub fn mark(&self, mark: Mark) -> String {
+        let instance = self.name.as_ref().map(Name::own).unwrap_or_default();
         match mark {
-            Mark::Serial(serial) => format!("{} {serial}", self.instance),
-            Mark::Killed => format!("{} killed", self.instance),
+            Mark::Serial(serial) => format!("{instance} {serial}"),
+            Mark::Killed => format!("{instance} killed"),
         }
     }
 
-    /// A mark of this instance that names a serial. It is dead if no certificate came of it.
-    pub fn is_own_attempt(&self, mark: &str) -> bool {
-        mark.split_once(' ')
-            .is_some_and(|(instance, what)| instance == self.instance && what != "killed")
+    /// Whose attempt it was that set this mark. One of this instance is dead if no certificate came of
+    /// it.
+    pub fn attempt_of(&self, mark: &str) -> Whose {
+        match (mark.split_once(' '), &self.name) {
+            (Some((name, what)), Some(ours)) if what != "killed" => ours.whose(name),
+            _ => Whose::Others,
+        }
     }
 
     /// Enters the fingerprint of our CA unless there is one.
@@ -188,7 +194,7 @@ impl Layout {
         self.on("GET", "ca", "")
     }
 
-    fn compare_and_set(
+    pub fn compare_and_set(
         &self,
         (kind, name): (&str, &str),
         from: &str,

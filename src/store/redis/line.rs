@@ -25,7 +25,7 @@ pub(crate) struct Line {
 impl Line {
     /// A line without a connection yet.
     pub fn new(config: &config::Redis) -> Self {
-        let layout = Layout::of(config, String::new());
+        let layout = Layout::of(config, None);
         Line { pool: Pool::new(config, 1), layout, timeout: config.timeout.max(PATIENCE) }
     }
 

@@ -8,6 +8,7 @@
 //! | `live` | sorted set: hash, expiry in ms | entries pruned |
 //! | `devices:<hh>`, by the id's SHA-256 | hash: device id, its row | for good |
 //! | `ca` | SHA-256 of the CA certificate | for good |
+//! | `instance:<id>` | the process that runs under this id | 30 s, renewed |
 //!
 //! What else instances exchange, `share::redis` has; of that `holder:<id>` is read here.
 //!
@@ -24,6 +25,7 @@ mod greeting;
 mod layout;
 mod line;
 mod locate;
+mod name;
 mod pool;
 mod reply;
 mod rows;
@@ -35,6 +37,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock::{self, Now};
 use crate::config;
+use crate::devices::identity::Identity;
 use crate::jwt::Signer;
 use crate::metrics::Metrics;
 use crate::store::failover::{Hello, OurCa, Remote};
@@ -45,6 +48,7 @@ use connection::Connection;
 use flow::{Context, Flow, Next};
 use layout::Layout;
 pub(crate) use line::Line;
+use name::{CLAIM, Name};
 use pool::Pool;
 use reply::Info;
 pub(crate) use reply::{Replies, Reply};
@@ -69,11 +73,10 @@ pub struct RedisStore {
 }
 
 impl RedisStore {
-    /// A store without a connection yet; see [`Remote::connect`]. `instance` is this instance's id,
-    /// 32 hexadecimal digits.
+    /// A store without a connection yet; see [`Remote::connect`]. Without an identity it sets no marks.
     pub fn new(
         config: &config::Redis,
-        instance: String,
+        identity: Option<Identity>,
         signer: Signer,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -81,7 +84,7 @@ impl RedisStore {
             // One is a line of its own.
             pool: Pool::new(config, config.pool_size.saturating_sub(1)),
             context: Context::new(
-                Layout::of(config, instance),
+                Layout::of(config, identity.map(Name::new)),
                 signer,
                 u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
             ),
@@ -252,21 +255,32 @@ impl Remote for RedisStore {
     }
 
     fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError> {
+        let layout = &self.context.layout;
         let mut commands = Commands::default();
+        if let Some(name) = &layout.name {
+            name.push_claim(layout, &mut commands);
+        }
         match run_id {
             Some(_) => Info::ask(&mut commands),
             // It may not be asked who it is; an answer is all there is to have.
-            None => commands.push(&self.context.layout.time()),
+            None => commands.push(&layout.time()),
         }
-        while let Some(mut connection) = self.pool.take_idle(now) {
-            let deadline = Instant::now() + self.timeout;
-            let replies = connection.round_trip(&commands, deadline);
-            let info = Replies::new(replies.map_err(StoreError::Down)?).info();
+        let deadline = || Instant::now() + self.timeout;
+        let any = self.pool.take(self.pool.generation(), deadline()).map_err(StoreError::Down)?;
+        let mut next = Some(any);
+        while let Some(mut connection) = next {
+            let replies = connection.round_trip(&commands, deadline()).map_err(StoreError::Down)?;
+            let mut replies = replies.into_iter();
+            if let Some(name) = &layout.name {
+                name.claimed(replies.by_ref().take(CLAIM).collect(), now)?;
+            }
+            let info = Replies::new(replies.collect()).info();
             if run_id.is_some() && info.run_id.as_deref() != run_id {
                 let why = "it is another server, or was started again";
                 return Err(StoreError::Down(self.pool.lost(why)));
             }
             self.pool.put_back(connection, clock::now());
+            next = self.pool.take_idle(now);
         }
         Ok(())
     }
