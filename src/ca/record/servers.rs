@@ -60,7 +60,11 @@ impl Record {
         if !self.servers.may_have_come(&self.dir.join(CERTS)) {
             return Ok(());
         }
-        self.trial.note(self.enter_strays_of_servers(ca)).inspect_err(|_| self.servers.look_again())
+        // That there was nothing to write does not say that it could be written.
+        self.enter_strays_of_servers(ca).or_else(|error| {
+            self.servers.look_again();
+            self.trial.note(Err(error))
+        })
     }
 
     fn enter_strays_of_servers(&self, ca: &Issuer) -> Result<(), RecordError> {
