@@ -71,6 +71,8 @@ pub struct Seen {
     pub leased: Option<Token>,
     /// The latest `iat` of the tokens that are known, in seconds since 1970.
     pub latest_iat: Option<u64>,
+    /// Redis has said so, not this instance by itself.
+    pub by_redis: bool,
 }
 
 /// A device whose past is to die: every token up to the bound in its row, which is on this

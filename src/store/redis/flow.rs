@@ -151,7 +151,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
             let issue = Issue::new(token.clone(), context, now);
             match replaces.as_deref() {
                 Some(kill) => {
-                    Killing::new(Kill::clone(kill), Then::Replace(issue), now).raise(context)
+                    Killing::new(Kill::clone(kill), Then::Replace(issue), now).begin(context)
                 }
                 None => Box::new(issue),
             }
@@ -164,7 +164,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
             Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
         }
         Op::Look(device) => Box::new(LookOnce(device.clone())),
-        Op::Kill(kill) => Killing::new(Kill::clone(kill), Then::Kill, now).raise(context),
+        Op::Kill(kill) => Killing::new(Kill::clone(kill), Then::Kill, now).begin(context),
         Op::Tell(device, row) => {
             let kill = Kill { device: device.clone(), row: row.clone(), seen: Seen::default() };
             Box::new(LookAgain(Killing::new(kill, Then::Tell { was_lost: false }, now)))
@@ -817,5 +817,33 @@ mod tests {
         take_over().send(&context().layout, now, &mut commands);
         assert_eq!(commands.count(), 4);
         assert_eq!(commands.name(3), "GET", "the mark is read, last");
+    }
+
+    /// Memory was asked in its place, so the bound need not reach the token that is there.
+    #[test]
+    fn a_kill_without_a_look_at_redis_begins_with_one() {
+        let now = Now { unix_ms: 1000, mono_ms: 0 };
+        let begin = |by_redis| {
+            let bound = crate::devices::Bound { t: 10, c: 0 };
+            let row = crate::devices::Row { bound, ..Default::default() };
+            let device = DeviceId::parse("d").unwrap();
+            let kill = Kill { device, row, seen: Seen { by_redis, ..Seen::default() } };
+            Killing::new(kill, Then::Kill, now).begin(&context())
+        };
+        let commands = |flow: &dyn Flow| {
+            let mut commands = Commands::default();
+            flow.send(&context().layout, now, &mut commands);
+            (0..commands.count()).map(|n| commands.name(n).to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(commands(&*begin(false)), ["GET", "HGET"]);
+        assert!(commands(&*begin(true)).is_empty(), "without a key no row is written");
+        let leased = |iat| {
+            let claims = Claims { iat, ..attempt().token.claims };
+            let lease = text(&Signer::new(b"secret").sign(claims).compact);
+            begin(false).receive(&context(), vec![lease, Ok(Value::Nil)])
+        };
+        let Next::Trip(kills) = leased(10) else { panic!("it is killed") };
+        assert_eq!(commands(&*kills), ["SET", "DEL", "ZREM", "EVAL"]);
+        assert!(matches!(leased(11), Next::Done(Err(StoreError::Undecided))));
     }
 }

@@ -56,7 +56,7 @@ impl Context {
             compact: compact.into(),
         });
         let latest_iat = leased.as_ref().map(|token| token.claims.iat);
-        Ok(Seen { row, value, leased, latest_iat })
+        Ok(Seen { row, value, leased, latest_iat, by_redis: true })
     }
 }
 
@@ -102,9 +102,12 @@ impl Killing {
         Killing { kill, then, now, tries: TRIES }
     }
 
-    /// The trip that raises the bound, if that or anything else is to be done in Redis.
-    pub fn raise(self, context: &Context) -> Box<dyn Flow> {
-        Box::new(Raise::new(self, context))
+    /// The trip that raises the bound; where Redis could not be asked before, it is asked first.
+    pub fn begin(self, context: &Context) -> Box<dyn Flow> {
+        match self.kill.seen.by_redis {
+            true => Box::new(Raise::new(self, context)),
+            false => Box::new(LookAgain(self)),
+        }
     }
 
     /// The leased token, if the row says that it is dead.
@@ -212,7 +215,7 @@ fn stands(reply: Reply) -> Result<bool, StoreError> {
     }
 }
 
-/// Another instance has changed the row meanwhile; or, with a carry-over, it was not looked at yet.
+/// Another instance has changed the row meanwhile; or Redis was not asked yet.
 pub(super) struct LookAgain(pub Killing);
 
 impl Flow for LookAgain {
@@ -223,8 +226,13 @@ impl Flow for LookAgain {
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
         Next::of(context.seen(&self.0.kill.device, replies).and_then(|seen| {
             let mut killing = self.0;
+            let Bound { t, .. } = killing.kill.row.bound;
+            let is_told = matches!(killing.then, Then::Tell { .. });
+            // The bound was raised without a look, and does not reach this token.
+            if !killing.kill.seen.by_redis && !is_told && seen.latest_iat > Some(t) {
+                return Err(StoreError::Undecided);
+            }
             if let Then::Tell { was_lost } = &mut killing.then {
-                let Bound { t, .. } = killing.kill.row.bound;
                 *was_lost |=
                     t > seen.row.bound.t && killing.kill.row.bound.is_recent(killing.now.unix_s());
             }
