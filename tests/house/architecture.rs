@@ -372,7 +372,8 @@ fn paths_of(code: &str) -> Vec<String> {
     let mut paths = Vec::new();
     while let Some((token, after)) = rest.split_first() {
         rest = match *token {
-            "use" => use_tree("", after, &mut paths),
+            // `use<'a>` in a type says what is captured.
+            "use" if after.first() != Some(&"<") => use_tree("", after, &mut paths),
             name if is_name(name) && after.first() == Some(&"::") => inline(rest, &mut paths),
             _ => after,
         };
@@ -434,7 +435,7 @@ fn use_tree<'a, 'b>(before: &str, tokens: &'a [&'b str], out: &mut Vec<String>) 
         match *token {
             "{" => {
                 rest = after;
-                while !matches!(rest.first(), None | Some(&"}")) {
+                while !matches!(rest.first(), None | Some(&"}" | &";")) {
                     rest = use_tree(&path, rest, out);
                     rest = rest.strip_prefix(&[","]).unwrap_or(rest);
                 }
@@ -456,7 +457,8 @@ fn use_tree<'a, 'b>(before: &str, tokens: &'a [&'b str], out: &mut Vec<String>) 
 #[test]
 fn paths_are_found_and_written_out() {
     let code = "use a::b::{self, c as d, e::{f, g}};\n// use no::comment;\nuse crate::x::*;\n\
-        fn f() { let t = std::time::Instant::now(); g::<u8>(h::i) }";
+        fn f() -> impl X + use<'_> { let t = std::time::Instant::now(); g::<u8>(h::i); }\n\
+        let torn = \"use j::{k;\";";
     let expected = [
         "a::b",
         "a::b::c",
@@ -466,6 +468,7 @@ fn paths_are_found_and_written_out() {
         "std::time::Instant::now",
         "g",
         "h::i",
+        "j::k",
     ];
     assert_eq!(paths_of(code), expected);
 }
