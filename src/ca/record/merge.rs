@@ -668,6 +668,13 @@ mod tests {
         let mut expected = vec![before.serial, renewed.serial];
         expected.sort();
         assert_eq!(revoked, expected);
+        // When it was paid for another instance knows after a start, too.
+        let third_dir = TestDir::new();
+        let third = fixture.open_other(&third_dir);
+        third.merge(vec![shared(&one, &renewed)], &[], &fixture.judge()).unwrap();
+        for third in [third, fixture.open_other(&third_dir)] {
+            assert_eq!(third.paid(&renewed.serial), 1_000);
+        }
         assert_eq!(one.apply_bounds(&[(device("device-1"), 0)]), Ok(vec![]));
         assert_eq!(one.apply_bounds(&[(device("device-1"), 1_500)]), Ok(expected));
         assert_eq!(one.apply_bounds(&[(device("device-1"), 1_500)]), Ok(vec![]));

@@ -651,7 +651,8 @@ fn read_stored(text: &str) -> Option<Stored> {
     let [pem::Block { der, .. }] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
     let (_, certificate) = X509Certificate::from_der(&der).ok()?;
     let not_before = u64::try_from(certificate.validity().not_before.timestamp()).unwrap_or(0);
-    let is_origin = |line: &&str| [TOKEN_LINE, RENEWAL_LINE].iter().any(|l| line.starts_with(l));
+    let lines = [TOKEN_LINE, RENEWAL_LINE, PAID_LINE];
+    let is_origin = |line: &&str| lines.iter().any(|begin| line.starts_with(begin));
     let origin = match before.lines().find(is_origin) {
         Some(line) => Some(Origin::read(line)?),
         None => None,
