@@ -4,9 +4,9 @@
 # usage: scripts/record-scale.sh [CERTIFICATES [REVOKED]]      (default 100000 and 10000)
 #
 # Makes a record of that many certificates by hand (one real certificate under many serial numbers:
-# what is read of each at start is its line), starts the program on it and measures. MPL_BIN names the
-# program; else target/release. Wants curl and openssl, and some 700 MB below TMPDIR, since each
-# certificate is a file.
+# what is read of each at start is its line), starts the program on it and measures; then one of as many
+# that other instances have signed. MPL_BIN names the program; else target/release. Wants curl and
+# openssl, and some 700 MB below TMPDIR, since each certificate is a file.
 set -eu
 me="record-scale"
 # shellcheck source=scripts/lib.sh
@@ -42,6 +42,8 @@ stop() {
     wait "$server" || true
     server=
 }
+# The processor time that the program has taken so far.
+used() { awk '{ sum += $1 } END { printf "%d ms of processor time", sum / 1000000 }' /proc/"$server"/task/*/schedstat; }
 memory() { awk '/^VmRSS|^VmHWM/ { printf "%s %d KiB  ", $1, $2 }' "/proc/$server/status"; }
 # The milliseconds that curl took for a request.
 timed() { curl --silent --show-error --fail --output "$work/answer" --write-out '%{time_total}' "$@" | awk '{ printf "%.1f ms", $1 * 1000 }'; }
@@ -63,8 +65,11 @@ stop
 ca=$work/data/ca
 openssl req -new -key "$work/key" -subj /CN=old -out "$work/csr" 2>/dev/null
 if command -v faketime >/dev/null 2>&1; then back="faketime -f -30d"; else back=; fi
-$back openssl x509 -req -in "$work/csr" -CA "$ca/root-ca.crt" -CAkey "$ca/root-ca.key" -days 90 \
-    -set_serial 0x41 -out "$work/old.pem" 2>/dev/null
+old() {
+    $back openssl x509 -req -in "$work/csr" -CA "$ca/root-ca.crt" -CAkey "$ca/root-ca.key" -days 90 \
+        -set_serial "0x$1" 2>/dev/null
+}
+old 41 >"$work/old.pem"
 mv "$ca/index.txt" "$work/last"
 end=$(date -u -d '+60 days' +%y%m%d%H%M%SZ)
 now=$(date -u +%y%m%d%H%M%SZ)
@@ -85,10 +90,10 @@ cat "$work/last" >>"$ca/index.txt"
 echo "record of $count certificates, $revoked revoked, index.txt $(wc -c <"$ca/index.txt") bytes"
 
 start
-echo "first start: answers after $took ms, $(memory)"
+echo "first start: answers after $took ms, $(used), $(memory)"
 stop
 start
-echo "second start: answers after $took ms, $(memory)"
+echo "second start: answers after $took ms, $(used), $(memory)"
 echo "crl.pem: $(wc -c <"$ca/crl.pem") bytes, $(openssl crl -noout -text -in "$ca/crl.pem" | grep -c 'Serial Number') entries"
 echo "GET /api/v1/crl: $(timed "$url/api/v1/crl"), $(timed "$url/api/v1/crl")"
 echo "signing one: $(sign new-1), $(sign new-2), $(sign new-3)"
@@ -105,3 +110,34 @@ done | sed 1d >"$work/many"
 curl --parallel --parallel-max 16 --config "$work/many" 2>/dev/null || true
 echo "50 revocations, 16 at a time: $((($(date +%s%N) - begun) / 1000000)) ms"
 echo "after all that: $(memory)"
+stop
+
+# Others' certificates lie in one file. The last hundred are real ones: some of them are read at start.
+rm -r "$ca/certs" "$ca/crl.pem"
+mkdir "$ca/certs"
+for n in $(seq 100); do
+    echo "Paid: 1700000000"
+    old "$(printf '43%030X' "$n")"
+done >"$work/real"
+awk -v count="$count" -v revoked="$revoked" -v end="$end" -v now="$now" -v index_file="$ca/index.txt" \
+    -v real="$work/real" -v others="$ca/certs/others.pem" '
+    function add(n, text) {
+        status = n <= revoked ? "R\t" end "\t" now : "V\t" end "\t"
+        printf "%s\t43%030X\tothers.pem+%d\t/CN=device-%06d\n", status, n, length_, n >index_file
+        printf "%s", text >others
+        length_ += length(text)
+    }
+    BEGIN {
+        while ((getline line <real) > 0) {
+            if (line ~ /^Paid/) last++
+            texts[last] = texts[last] line "\n"
+        }
+        printf "" >index_file
+        for (n = last + 1; n <= count; n++) add(n, texts[1])
+        for (n = 1; n <= last; n++) add(n, texts[n])
+    }'
+start
+echo "others' certificates, first start: answers after $took ms, $(used), $(memory)"
+stop
+start
+echo "others' certificates, second start: answers after $took ms, $(used), $(memory)"

@@ -31,10 +31,12 @@ impl Serial {
     pub fn from_hex(text: &str) -> Option<Self> {
         let (digits, negative) = text.strip_prefix('-').map_or((text, false), |t| (t, true));
         let fits = (2..=2 * OCTETS).contains(&digits.len()) && digits.len().is_multiple_of(2);
-        (fits && digits.bytes().all(|b| b.is_ascii_hexdigit())).then_some(())?;
+        fits.then_some(())?;
+        let digit = |b: u8| b.is_ascii_hexdigit().then_some((b & 15) + 9 * (b >> 6));
         let mut bytes = [0; OCTETS];
-        for (byte, at) in bytes.iter_mut().rev().zip((0..digits.len()).step_by(2).rev()) {
-            *byte = u8::from_str_radix(digits.get(at..at + 2)?, 16).ok()?;
+        for (byte, pair) in bytes.iter_mut().rev().zip(digits.as_bytes().rchunks(2)) {
+            let [high, low] = pair else { return None };
+            *byte = digit(*high)? << 4 | digit(*low)?;
         }
         let serial = Serial(if negative { negated(bytes) } else { bytes });
         // Of 160 bits one is the sign.

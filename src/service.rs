@@ -486,7 +486,6 @@ impl Running<'_> {
         loop {
             self.report(manager);
             let now = clock::now();
-            self.tend(now);
             if now.mono_ms >= note_at_ms {
                 self.note_certificate(now);
                 note_at_ms = now.mono_ms + clock::DAY_S * 1000;
@@ -507,7 +506,8 @@ impl Running<'_> {
                     return Err(failed(format!("the edge failed: {error}")));
                 }
                 Ok(Event::Answering) => manager.alive(),
-                Ok(Event::ClockSet) | Err(RecvTimeoutError::Timeout) => {}
+                // What a start does, too.
+                Ok(Event::ClockSet) | Err(RecvTimeoutError::Timeout) => self.tend(clock::now()),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(failed("no thread is left that could report a signal"));
                 }

@@ -3,17 +3,18 @@
 //! It is valid from a little before it is signed, since a broker whose clock lags would otherwise
 //! refuse every device, and a week long, though renewed daily.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use rcgen::{CertificateRevocationListParams, SerialNumber};
-use x509_parser::asn1_rs::FromDer as _;
+use x509_parser::asn1_rs::{FromDer as _, Tag};
 use x509_parser::certificate::X509Certificate;
-use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
+use x509_parser::revocation_list::CertificateRevocationList;
+use x509_parser::verify::verify_signature;
 
+use super::CaError;
+use super::der::{self, Reader};
 use super::issuer::{self, BACKDATE_S, Issuer};
 use super::record::{Reason, Revocation};
-use super::{CaError, der};
 use crate::clock::Now;
 use crate::files;
 use crate::pem;
@@ -63,8 +64,7 @@ impl Crl {
             revoked_certs: Vec::new(),
             key_identifier_method: issuer.key_identifier(),
         };
-        let entries: Vec<u8> = revoked.iter().flat_map(|entry| der_of(entry, made_at)).collect();
-        let der = issuer.signed_list(&params, &entries)?;
+        let der = issuer.signed_list(&params, &entries_of(revoked, made_at))?;
         Ok(Crl { pem: pem::encode("X509 CRL", &der), der, number, made_at })
     }
 
@@ -90,59 +90,78 @@ impl Crl {
 /// The list in the folder, if there is nothing to renew: it is signed by `issuer`, names just what is
 /// `revoked`, and is not due. Then a start writes nothing.
 pub fn current(dir: &Path, issuer: &Issuer, revoked: &[Revocation], now: Now) -> Option<Crl> {
-    let (pem, der) = read_whole(dir)?;
-    let (_, ca) = X509Certificate::from_der(issuer.certificate_der()).ok()?;
-    let (_, list) = CertificateRevocationList::from_der(&der).ok()?;
-    list.verify_signature(ca.public_key()).ok()?;
-    // A CA may be issued anew for the same key; brokers look for the list by its name.
-    let ours = list.issuer().as_raw() == ca.subject().as_raw();
-    let named = entries(&list);
-    let number = u64::try_from(list.crl_number()?).ok()?;
-    let made_at = u64::try_from(list.last_update().timestamp()).ok()? + BACKDATE_S;
-    let is_named = |r: &Revocation| named.get(&r.serial) == Some(&(r.at.min(made_at), r.reason));
-    let same = ours && named.len() == revoked.len() && revoked.iter().all(is_named);
-    Some(Crl { pem, der, number, made_at }).filter(|list| same && !list.is_due(now))
+    let Found { list, entries, is_by_name } = find(dir, issuer)?;
+    let due = list.number == 0 || list.is_due(now);
+    (is_by_name && !due && entries == entries_of(revoked, list.made_at)).then_some(list)
 }
 
-/// The number of the list in the folder; 0 if there is none that can be read.
-pub fn last_number(dir: &Path) -> u64 {
-    let number = |list: &CertificateRevocationList<'_>| u64::try_from(list.crl_number()?).ok();
-    read(dir, number).flatten().unwrap_or(0)
+/// The number of the CA's list in the folder; 0 if there is none that can be read.
+pub fn last_number(dir: &Path, issuer: &Issuer) -> u64 {
+    find(dir, issuer).map_or(0, |found| found.list.number)
 }
 
 /// What the list in the folder names. Empty if there is none by this CA.
 pub fn listed(dir: &Path, issuer: &Issuer) -> Vec<Revocation> {
-    let by_ca = |list: &CertificateRevocationList<'_>| {
-        let (_, ca) = X509Certificate::from_der(issuer.certificate_der()).ok()?;
-        list.verify_signature(ca.public_key()).ok()?;
-        Some(entries(list))
+    let entries = find(dir, issuer).map_or_else(Vec::new, |found| found.entries);
+    let entries = Reader(&entries).elements().unwrap_or_default();
+    entries.into_iter().filter_map(read_entry).collect()
+}
+
+/// A list in the folder that the CA has signed.
+struct Found {
+    list: Crl,
+    /// The entries as they stand in it, one behind the other.
+    entries: Vec<u8>,
+    /// Whether it bears the CA's name. A CA may be issued anew for the same key, and brokers look for
+    /// the list by its name.
+    is_by_name: bool,
+}
+
+fn find(dir: &Path, issuer: &Issuer) -> Option<Found> {
+    let pem = String::from_utf8(files::read(&dir.join(FILE)).ok()??).ok()?;
+    let [pem::Block { der, .. }] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
+    let parts = Reader(der::whole(&der, Tag::Sequence)?).elements()?;
+    let [signed, algorithm, signature] = parts.try_into().ok()?;
+    let mut parts = Reader(der::whole(signed, Tag::Sequence)?).elements()?;
+    // The entries, if there are any, follow the dates. A start may find tens of thousands of them, and
+    // x509_parser takes long for each, so it is shown the rest.
+    let dates_end = 1 + parts.iter().rposition(|part| matches!(part, [0x17 | 0x18, ..]))?;
+    let entries = match parts.get(dates_end) {
+        Some([0x30, ..]) => der::whole(parts.remove(dates_end), Tag::Sequence)?.to_vec(),
+        _ => Vec::new(),
     };
-    let listed = read(dir, by_ca).flatten().unwrap_or_default().into_iter();
-    listed.map(|(serial, (at, reason))| Revocation { serial, at, reason }).collect()
+    let rest = der::tlv(0x30, &[&der::tlv(0x30, &parts.concat()), algorithm, signature].concat());
+    let (_, list) = CertificateRevocationList::from_der(&rest).ok()?;
+    let (_, ca) = X509Certificate::from_der(issuer.certificate_der()).ok()?;
+    let (algorithm, signature) = (&list.signature_algorithm, &list.signature_value);
+    verify_signature(ca.public_key(), algorithm, signature, signed).ok()?;
+    let is_by_name = list.issuer().as_raw() == ca.subject().as_raw();
+    let number = list.crl_number().and_then(|number| u64::try_from(number).ok()).unwrap_or(0);
+    let made_at = u64::try_from(list.last_update().timestamp()).ok()? + BACKDATE_S;
+    Some(Found { list: Crl { pem, der, number, made_at }, entries, is_by_name })
 }
 
-fn entries(list: &CertificateRevocationList<'_>) -> HashMap<Serial, (u64, Reason)> {
-    let entry = |r: &RevokedCertificate<'_>| {
-        let serial = Serial::from_der(r.raw_serial())?;
-        let reason =
-            r.reason_code().map_or(Reason::Unspecified, |(_, code)| Reason::numbered(code.0));
-        Some((serial, (u64::try_from(r.revocation_date.timestamp()).ok()?, reason)))
-    };
-    list.iter_revoked_certificates().filter_map(entry).collect()
+/// Reads one entry.
+fn read_entry(entry: &[u8]) -> Option<Revocation> {
+    let mut parts = Reader(der::whole(entry, Tag::Sequence)?);
+    let serial = Serial::from_der(parts.next(Tag::Integer)?)?;
+    let at = der::read_time(std::str::from_utf8(parts.any()?.data).ok()?)?;
+    let extensions = parts.next(Tag::Sequence).and_then(|all| Reader(all).elements());
+    let reason = extensions.unwrap_or_default().into_iter().find_map(read_reason);
+    Some(Revocation { serial, at, reason: reason.unwrap_or(Reason::Unspecified) })
 }
 
-fn read<T>(dir: &Path, take: impl FnOnce(&CertificateRevocationList<'_>) -> T) -> Option<T> {
-    let (_, der) = read_whole(dir)?;
-    let (_, list) = CertificateRevocationList::from_der(&der).ok()?;
-    Some(take(&list))
+/// The reason, if the extension tells it.
+fn read_reason(extension: &[u8]) -> Option<Reason> {
+    let parts = Reader(der::whole(extension, Tag::Sequence)?).elements()?;
+    let code = der::whole(parts.last()?, Tag::OctetString)?;
+    let is_reason = parts.first() == Some(&REASON_CODE);
+    let number = der::whole(code, Tag::Enumerated)?.first().copied();
+    number.filter(|_| is_reason).map(Reason::numbered)
 }
 
-/// PEM and DER.
-fn read_whole(dir: &Path) -> Option<(String, Vec<u8>)> {
-    let text = String::from_utf8(files::read(&dir.join(FILE)).ok()??).ok()?;
-    let [block] = <[_; 1]>::try_from(pem::blocks(&text)?).ok()?;
-    let der = block.der;
-    Some((text, der))
+fn entries_of(revoked: &[Revocation], made_at: u64) -> Vec<u8> {
+    revoked.iter().flat_map(|entry| der_of(entry, made_at)).collect()
 }
 
 /// An entry (RFC 5280, 5.1.2.6). One that a clock which was ahead has dated is dated now: some
@@ -176,19 +195,19 @@ mod tests {
         let dir = TestDir::new();
         let now = clock::now();
         let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
-        assert_eq!(last_number(&dir), 0);
+        assert_eq!(last_number(&dir, &issuer), 0);
         let empty = Crl::sign(&issuer, &[], 0, now).unwrap();
         empty.write(&dir).unwrap();
         let text = must(&dir, "crl -in crl.pem -CAfile root-ca.crt -noout -text");
         assert!(text.contains("verify OK") && text.contains("No Revoked Certificates"), "{text}");
         assert!(text.contains("Version 2") && text.contains("Authority Key Identifier"), "{text}");
-        assert_eq!((empty.number, last_number(&dir)), (now.unix_s(), now.unix_s()));
+        assert_eq!((empty.number, last_number(&dir, &issuer)), (now.unix_s(), now.unix_s()));
 
         let serial = Serial::random().unwrap();
         let list =
             Crl::sign(&issuer, &[revoked(serial, 1_700_000_000)], empty.number, now).unwrap();
         list.write(&dir).unwrap();
-        assert_eq!((list.number, last_number(&dir)), (now.unix_s() + 1, now.unix_s() + 1));
+        assert_eq!((list.number, last_number(&dir, &issuer)), (now.unix_s() + 1, now.unix_s() + 1));
         let text = must(&dir, "crl -in crl.pem -CAfile root-ca.crt -noout -text");
         assert!(text.contains(&format!("Serial Number: {serial:X}\n")), "{text}");
         assert!(text.contains("Revocation Date: Nov 14 22:13:20 2023 GMT"), "{text}");

@@ -1,6 +1,6 @@
 //! DER (X.690, 10): elements read one after the other, and written.
 
-use time::OffsetDateTime;
+use time::{Date, Month, OffsetDateTime, Time};
 use x509_parser::asn1_rs::{Any, FromDer as _, Tag};
 
 /// DER elements, one after the other.
@@ -85,6 +85,22 @@ pub fn time_text(unix_s: u64) -> String {
     let (month, day) = (u8::from(at.month()), at.day());
     let (hour, minute, second) = at.to_hms();
     format!("{year}{month:02}{day:02}{hour:02}{minute:02}{second:02}Z")
+}
+
+/// Reads what [`time_text`] writes, and four digits of any year; a date before 1970 is 1970.
+pub fn read_time(text: &str) -> Option<u64> {
+    let digits = text.strip_suffix('Z').filter(|d| d.bytes().all(|b| b.is_ascii_digit()))?;
+    let (year, rest) = digits.split_at_checked(digits.len().checked_sub(10)?)?;
+    let year = match (year.len(), year.parse::<i32>().ok()?) {
+        (2, year @ 0..50) => 2000 + year,
+        (2, year) => 1900 + year,
+        (4, year) => year,
+        _ => return None,
+    };
+    let pair = |at: usize| rest.get(at..at + 2)?.parse::<u8>().ok();
+    let date = Date::from_calendar_date(year, Month::try_from(pair(0)?).ok()?, pair(2)?).ok()?;
+    let time = Time::from_hms(pair(4)?, pair(6)?, pair(8)?).ok()?;
+    Some(u64::try_from(date.with_time(time).assume_utc().unix_timestamp()).unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -213,7 +213,7 @@ impl Ca {
         let issuer = self.issuer.get().ok_or(CaError::ClockNotSet)?;
         let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = &self.settings.dir;
-        let last = self.crl().map_or_else(|| crl::last_number(dir), |c| c.number);
+        let last = self.crl().map_or_else(|| crl::last_number(dir, issuer), |c| c.number);
         let made = Arc::new(Crl::sign(issuer, &self.record.revoked(now), last, now)?);
         made.write(dir)?;
         *self.crl.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&made));

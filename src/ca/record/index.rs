@@ -4,11 +4,9 @@
 use std::collections::HashMap;
 use std::io::{self, BufRead};
 
-use time::{Date, Month, Time};
-
 use super::Reason;
 use super::rows::{Place, Revoked, Row, Rows};
-use crate::ca::der::time_text;
+use crate::ca::der::{read_time, time_text};
 use crate::device::DeviceId;
 use crate::serial::Serial;
 
@@ -214,22 +212,6 @@ fn changed_line(line: &[u8], changes: &mut HashMap<Serial, Change>) -> Option<St
             Some(format!("{status}\t{end}\t{was}\t{serial}\t{to}\t{subject}"))
         }
     }
-}
-
-/// Reads either form; a date before 1970 is 1970.
-fn read_time(text: &str) -> Option<u64> {
-    let digits = text.strip_suffix('Z').filter(|d| d.bytes().all(|b| b.is_ascii_digit()))?;
-    let (year, rest) = digits.split_at_checked(digits.len().checked_sub(10)?)?;
-    let year = match (year.len(), year.parse::<i32>().ok()?) {
-        (2, year @ 0..50) => 2000 + year,
-        (2, year) => 1900 + year,
-        (4, year) => year,
-        _ => return None,
-    };
-    let pair = |at: usize| rest.get(at..at + 2)?.parse::<u8>().ok();
-    let date = Date::from_calendar_date(year, Month::try_from(pair(0)?).ok()?, pair(2)?).ok()?;
-    let time = Time::from_hms(pair(4)?, pair(6)?, pair(8)?).ok()?;
-    Some(u64::try_from(date.with_time(time).assume_utc().unix_timestamp()).unwrap_or(0))
 }
 
 #[cfg(test)]

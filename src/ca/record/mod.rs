@@ -430,10 +430,6 @@ impl Record {
             servers: Servers::default(),
         };
         record.put_in_order(tail, is_missing, ca)?;
-        if let Some(ca) = ca {
-            record.load_servers(ca);
-            record.enter_servers(ca)?;
-        }
         record.load_last_day(now.map(|n| n.unix_s()));
         Ok(record)
     }

@@ -67,17 +67,22 @@ impl Record {
         ca: Option<&Issuer>,
     ) -> Result<(), RecordError> {
         if is_missing {
-            return self.begin_index(ca);
+            self.begin_index(ca)?;
         }
         let torn = index::torn_revocation(&tail.bytes);
         self.mend_tail(tail, ca)?;
         // Without a CA nobody can tell whose certificates these are.
         let Some(ca) = ca else { return Ok(()) };
-        let mut revoked = crl::listed(&self.dir, ca);
+        self.begin_servers(ca);
+        let (mut revoked, mut servers) = (crl::listed(&self.dir, ca), Vec::new());
         let mut strays = self.strays_of_others(ca)?;
         for serial in self.strays()? {
+            if let Some(server) = self.server_at(&serial, ca) {
+                servers.push(server);
+                continue;
+            }
             let Some(stray) = self.device_certificate(&serial, ca)? else {
-                self.move_aside(&serial, ca)?;
+                self.move_aside(&serial)?;
                 continue;
             };
             if torn.as_ref().is_some_and(|torn| format!("{serial:X}").starts_with(torn)) {
@@ -86,7 +91,8 @@ impl Record {
             }
             strays.push(stray);
         }
-        self.enter_strays(strays, &revoked, ca)
+        self.enter_strays(strays, &revoked, ca)?;
+        self.enter_these_servers(servers)
     }
 
     fn begin_index(&self, ca: Option<&Issuer>) -> Result<(), RecordError> {
@@ -110,15 +116,18 @@ impl Record {
         let certs = self.dir.join(CERTS);
         let unreadable =
             |e: io::Error| RecordError::Unreadable(format!("cannot read {}: {e}", certs.display()));
-        let rows = self.read();
-        let mut strays = Vec::new();
+        let mut named = Vec::new();
         for entry in certs.read_dir().map_err(unreadable)? {
             let name = entry.map_err(unreadable)?.file_name();
-            let name = name.to_str().and_then(|n| n.strip_suffix(".pem")).unwrap_or_default();
-            let stray = Serial::from_hex(name).filter(|serial| rows.by_serial(serial).is_none());
-            strays.extend(stray.filter(|serial| format!("{serial:X}") == name));
+            named.extend(name.to_str().and_then(|n| Serial::from_hex(n.strip_suffix(".pem")?)));
         }
-        Ok(strays)
+        let rows = self.read();
+        if rows.have_files(&named) {
+            return Ok(Vec::new());
+        }
+        // Another spelling of the name is nobody's business.
+        named.retain(|s| rows.by_serial(s).is_none() && self.pem_path(s).exists());
+        Ok(named)
     }
 
     /// What the file of this serial number holds, if that is a device's certificate by this CA.
@@ -260,12 +269,9 @@ impl Record {
         cut().map_err(not_written)
     }
 
-    /// What it is to somebody nobody knows, so it is not deleted. A server's certificate stays.
-    fn move_aside(&self, serial: &Serial, ca: &Issuer) -> Result<(), RecordError> {
+    /// What it is to somebody nobody knows, so it is not deleted.
+    fn move_aside(&self, serial: &Serial) -> Result<(), RecordError> {
         let path = self.pem_path(serial);
-        if self.server_at(serial, ca).is_some() {
-            return Ok(());
-        }
         let aside = files::move_into(&path, &self.dir.join(ASIDE))?;
         log::warn!(
             "{} is no certificate of a device by this CA: moved to {}",

@@ -4,7 +4,7 @@
 //! A certificate takes 56 bytes, its name (held once for each device, however many certificates it
 //! has) as many as it has characters and one more, and two indexes of four bytes a place each.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher as _, Hash, RandomState};
 
 use super::{CLOCK_SLACK_S, Certificate, Reason, Redeemed, Revocation, Spent};
@@ -25,7 +25,7 @@ pub(super) struct Rows {
     by_device: Places,
     hasher: RandomState,
     /// Revocations of certificates that are not here yet.
-    foretold: HashMap<Serial, Revoked>,
+    foretold: BTreeMap<Serial, Revoked>,
     tokens: HashMap<TokenHash, TokenRow>,
     /// The number of tokens at which those that have ended are dropped next.
     crowded: usize,
@@ -116,6 +116,12 @@ impl Slot {
         self.name != NONE
     }
 
+    /// What `names` holds for it.
+    fn name<'a>(&self, names: &'a [u8]) -> Option<&'a [u8]> {
+        let [length, rest @ ..] = names.get(self.name as usize..)? else { return None };
+        rest.get(..usize::from(*length))
+    }
+
     fn revocation(&self) -> Option<Revocation> {
         self.revoked().map(|(at, reason)| Revocation { serial: self.serial, at, reason })
     }
@@ -126,6 +132,7 @@ impl Rows {
     pub(super) fn with_room(count: usize) -> Self {
         let mut rows = Rows { list: Vec::with_capacity(count), ..Rows::default() };
         rows.by_serial.make_room(count, |_| 0);
+        rows.by_device.make_room(count, |_| 0);
         rows
     }
 
@@ -151,6 +158,16 @@ impl Rows {
         self.list.get(self.place_of(serial)?)
     }
 
+    /// Whether these are just the certificates that have a file of their own. Their sums are compared:
+    /// to look up each of many takes a fifth of a start.
+    pub(super) fn have_files(&self, named: &[Serial]) -> bool {
+        let sum = |count_and_sum: (u32, u64), serial: &Serial| {
+            (count_and_sum.0 + 1, count_and_sum.1.wrapping_add(self.hash(serial)))
+        };
+        let own = self.list.iter().filter(|slot| !matches!(slot.place, Place::Others(_)));
+        named.iter().fold((0, 0), sum) == own.map(|slot| &slot.serial).fold((0, 0), sum)
+    }
+
     /// Where a row stands in the order of `index.txt`.
     pub(super) fn place_of(&self, serial: &Serial) -> Option<usize> {
         let is = |at: u32| self.list.get(at as usize).is_some_and(|slot| slot.serial == *serial);
@@ -165,18 +182,13 @@ impl Rows {
     }
 
     fn newest(&self, name: &[u8]) -> Option<u32> {
-        let is = |at: u32| self.list.get(at as usize).and_then(|s| self.name(s)) == Some(name);
+        let is = |at: u32| self.slot(at).and_then(|slot| slot.name(&self.names)) == Some(name);
         self.by_device.find(self.hash(name), is)
-    }
-
-    fn name(&self, slot: &Slot) -> Option<&[u8]> {
-        let [length, rest @ ..] = self.names.get(slot.name as usize..)? else { return None };
-        rest.get(..usize::from(*length))
     }
 
     /// Whose certificate it is.
     pub(super) fn device(&self, slot: &Slot) -> Option<DeviceId> {
-        DeviceId::parse(std::str::from_utf8(self.name(slot)?).ok()?)
+        DeviceId::parse(std::str::from_utf8(slot.name(&self.names)?).ok()?)
     }
 
     /// What is known of a device's certificate.
@@ -241,64 +253,79 @@ impl Rows {
 
     /// Adds a row that is read, unless there is one of its serial number.
     pub(super) fn accept(&mut self, row: &Row) -> Result<(), &'static str> {
-        if self.by_serial(&row.serial).is_some() {
-            return Err("the serial number stands twice");
+        match self.add(row) {
+            (_, None) => Ok(()),
+            (_, Some(_)) => Err("the serial number stands twice"),
         }
-        self.insert(row);
-        Ok(())
     }
 
     /// Adds a row, and returns where it is.
     pub(super) fn insert(&mut self, row: &Row) -> u32 {
+        self.add(row).0
+    }
+
+    /// Adds a row. Returns where it is, and where one of the same serial number was found.
+    fn add(&mut self, row: &Row) -> (u32, Option<u32>) {
         let at = self.list.len() as u32;
         let (revoked_at, reason) = row.revoked.unwrap_or((0, Reason::Unspecified));
         self.foretold.remove(&row.serial);
         if self.list.len() == self.list.capacity() {
             self.list.reserve_exact(self.list.len() / 16 + 64); // a doubled list is half empty
         }
+        self.make_room();
         let Row { serial, expires_at, place, .. } = *row;
+        let (list, hash) = (&self.list, self.hash(&serial));
+        let is = |at: u32| list.get(at as usize).is_some_and(|slot| slot.serial == serial);
+        let twin = self.by_serial.put(hash, at, is);
         let mut slot =
             Slot { serial, expires_at, revoked_at, reason, place, name: NONE, older: NONE };
         if let Some(device) = &row.device {
             (slot.name, slot.older) = self.chain(device.as_str().as_bytes(), at, row.newer);
         }
         self.list.push(slot);
-        self.by_serial.make_room(self.list.len(), |at| hash_serial(&self.hasher, &self.list, at));
-        self.by_serial.insert(self.hasher.hash_one(row.serial), at);
-        at
+        (at, twin)
     }
 
     /// Puts the row at `at` below `newer` of the device's rows. Returns where its name is, and the
     /// next older.
     fn chain(&mut self, name: &[u8], at: u32, newer: u32) -> (u32, u32) {
-        let Some(newest) = self.newest(name) else { return (self.add_name(name, at), NONE) };
+        let (list, names, hash) = (&self.list, &self.names, self.hash(name));
+        let is = |at: u32| list.get(at as usize).and_then(|slot| slot.name(names)) == Some(name);
+        let Some(newest) = self.by_device.put(hash, at, is) else {
+            return (self.add_name(name), NONE);
+        };
         let name_at = self.slot(newest).map_or(NONE, |slot| slot.name);
         let (mut above, mut below) = (NONE, newest);
         for _ in 0..newer {
             let Some(slot) = self.slot(below) else { break };
             (above, below) = (below, slot.older);
         }
-        match self.list.get_mut(above as usize) {
-            Some(above) => above.older = at,
-            None => self.by_device.replace(self.hasher.hash_one(name), newest, at),
+        if let Some(above) = self.list.get_mut(above as usize) {
+            above.older = at;
+            self.by_device.put(hash, newest, |found| found == at);
         }
         (name_at, below)
     }
 
-    /// Adds a device whose only row is the one at `at`.
-    fn add_name(&mut self, name: &[u8], at: u32) -> u32 {
+    fn add_name(&mut self, name: &[u8]) -> u32 {
         let name_at = self.names.len() as u32;
         if self.names.capacity() - self.names.len() <= name.len() {
             self.names.reserve_exact(self.names.len() / 16 + 1024);
         }
         self.names.push(name.len() as u8);
         self.names.extend(name);
-        let mut by_device = std::mem::take(&mut self.by_device);
-        let hash = |at| self.slot(at).and_then(|s| self.name(s)).map_or(0, |n| self.hash(n));
-        by_device.make_room(by_device.len + 1, hash);
-        by_device.insert(self.hash(name), at);
-        self.by_device = by_device;
         name_at
+    }
+
+    /// For one row more, in both indexes: a place holds any row's number.
+    fn make_room(&mut self) {
+        let mut indexes =
+            (std::mem::take(&mut self.by_serial), std::mem::take(&mut self.by_device));
+        let count = self.list.len() + 1;
+        let name = |at| self.slot(at).and_then(|slot| slot.name(&self.names));
+        indexes.0.make_room(count, |at| self.slot(at).map_or(0, |slot| self.hash(&slot.serial)));
+        indexes.1.make_room(count, |at| name(at).map_or(0, |name| self.hash(name)));
+        (self.by_serial, self.by_device) = indexes;
     }
 
     fn slot(&self, at: u32) -> Option<&Slot> {
@@ -344,59 +371,69 @@ impl Rows {
     }
 }
 
-fn hash_serial(hasher: &RandomState, list: &[Slot], at: u32) -> u64 {
-    list.get(at as usize).map_or(0, |slot| hasher.hash_one(slot.serial))
-}
-
 /// An index: where rows are, found by a hash of what they are looked up by. Four bytes a place, at
-/// most seven of eight of which are taken (`HashMap` would hold the keys again).
+/// most seven of eight of which are taken (`HashMap` would hold the keys again). The bits of a place
+/// that no row's number needs hold some of the hash, so that hardly any row but the right one is looked
+/// at.
 #[derive(Debug, Default)]
 struct Places {
     /// A power of two of them, or none.
     table: Vec<u32>,
-    len: usize,
 }
 
 impl Places {
     /// The row with this hash that `is` it.
     fn find(&self, hash: u64, is: impl Fn(u32) -> bool) -> Option<u32> {
-        self.from(hash).map(|(_, at)| at).take_while(|at| *at != NONE).find(|at| is(*at))
+        self.look(hash, is).1
     }
 
-    /// Adds one; there is room, and it is not there yet.
-    fn insert(&mut self, hash: u64, at: u32) {
-        self.put(hash, NONE, at);
-        self.len += 1;
-    }
-
-    /// Puts one in the place of another of the same hash.
-    fn replace(&mut self, hash: u64, old: u32, new: u32) {
-        self.put(hash, old, new);
-    }
-
-    fn put(&mut self, hash: u64, old: u32, new: u32) {
-        let found = self.from(hash).find(|(_, at)| *at == old).map(|(place, _)| place);
-        if let Some(place) = found.and_then(|place| self.table.get_mut(place)) {
-            *place = new;
+    /// Puts a row in the place of the one with this hash that `is` it, which is returned; else in a free
+    /// place. There is room.
+    fn put(&mut self, hash: u64, at: u32, is: impl Fn(u32) -> bool) -> Option<u32> {
+        let (place, found) = self.look(hash, is);
+        let tag = self.tag(hash);
+        if let Some(place) = self.table.get_mut(place) {
+            *place = tag | at;
         }
+        found
     }
 
-    /// Makes room for so many in all. `hash` tells the hash of each that is here.
+    /// The place of the row with this hash that `is` it, and the row; or a free place.
+    fn look(&self, hash: u64, is: impl Fn(u32) -> bool) -> (usize, Option<u32>) {
+        let (mask, tag) = (self.mask(), self.tag(hash));
+        let mut place = hash as usize;
+        for _ in 0..self.table.len() {
+            place &= mask as usize;
+            match self.table.get(place) {
+                None | Some(&NONE) => break,
+                Some(found) if found & !mask == tag && is(found & mask) => {
+                    return (place, Some(found & mask));
+                }
+                Some(_) => place += 1,
+            }
+        }
+        (place, None)
+    }
+
+    /// Makes room for so many rows. `hash` tells the hash of each that is here.
     fn make_room(&mut self, count: usize, hash: impl Fn(u32) -> u64) {
         if count * 8 <= self.table.len() * 7 {
             return;
         }
-        let size = (count * 8 / 7 + 1).next_power_of_two().max(16);
+        let (size, mask) = ((count * 8 / 7 + 1).next_power_of_two().max(16), self.mask());
         let old = std::mem::replace(&mut self.table, vec![NONE; size]);
-        old.into_iter().filter(|at| *at != NONE).for_each(|at| self.put(hash(at), NONE, at));
+        for at in old.into_iter().filter(|found| *found != NONE).map(|found| found & mask) {
+            self.put(hash(at), at, |_| false);
+        }
     }
 
-    /// The places from that of the hash on, each once.
-    fn from(&self, hash: u64) -> impl Iterator<Item = (usize, u32)> {
-        let begin = hash as usize & self.table.len().saturating_sub(1);
-        let (before, behind) = self.table.split_at(begin.min(self.table.len()));
-        let behind = (begin..).zip(behind.iter().copied());
-        behind.chain((0..).zip(before.iter().copied()))
+    /// The bits of a place that hold the row's number.
+    fn mask(&self) -> u32 {
+        self.table.len().saturating_sub(1) as u32
+    }
+
+    fn tag(&self, hash: u64) -> u32 {
+        (hash >> 32) as u32 & !self.mask()
     }
 }
 

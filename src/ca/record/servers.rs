@@ -60,17 +60,17 @@ impl Record {
         if !self.servers.may_have_come(&self.dir.join(CERTS)) {
             return Ok(());
         }
+        let at =
+            |strays: Vec<Serial>| strays.iter().filter_map(|s| self.server_at(s, ca)).collect();
+        let entered = self.strays().map(at).and_then(|found| self.enter_these_servers(found));
         // That there was nothing to write does not say that it could be written.
-        self.enter_strays_of_servers(ca).or_else(|error| {
+        entered.or_else(|error| {
             self.servers.look_again();
             self.trial.note(Err(error))
         })
     }
 
-    fn enter_strays_of_servers(&self, ca: &Issuer) -> Result<(), RecordError> {
-        let strays = self.strays()?;
-        let mut found: Vec<Server> =
-            strays.iter().filter_map(|serial| self.server_at(serial, ca)).collect();
+    pub(super) fn enter_these_servers(&self, mut found: Vec<Server>) -> Result<(), RecordError> {
         if found.is_empty() {
             return Ok(());
         }
@@ -101,8 +101,9 @@ impl Record {
         Ok(())
     }
 
-    /// Reads what is known of those that have a line, at start.
-    pub(super) fn load_servers(&self, ca: &Issuer) {
+    /// Reads what is known of those that have a line, at start, before `certs/` is looked through.
+    pub(super) fn begin_servers(&self, ca: &Issuer) {
+        self.servers.may_have_come(&self.dir.join(CERTS));
         let rows = self.read();
         let servers = rows.all().filter(|slot| slot.place == Place::Server).map(|s| s.serial);
         let serials: Vec<Serial> = servers.collect();
