@@ -18,6 +18,7 @@ use signal_hook::iterator::Signals;
 
 use crate::api::{self, Api};
 use crate::ca::publisher::Publisher;
+use crate::ca::retention::Retention;
 use crate::ca::{self, Ca};
 use crate::clock::{self, Now};
 use crate::config::{self, Config, ConfigError};
@@ -30,7 +31,7 @@ use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
 use crate::notify::Manager;
-use crate::provisioner::{Provisioner, Rules};
+use crate::provisioner::{CLOCK_IS_FAR_OFF_MS, Provisioner, Rules};
 use crate::server::Server;
 use crate::share::redis::RedisExchange;
 use crate::share::thread::{Parts, Thread};
@@ -99,7 +100,7 @@ pub fn run(
     let devices = Arc::new(devices.map_err(failed)?);
     let store = open_store(config, identity, &signer, &ledger, &devices, &metrics)?;
     revoke_dead(&ca, &devices)?;
-    let publisher = publish(config, &ca, &metrics)?;
+    let publisher = publish(config, &ca, &store.tokens, &metrics)?;
     let sharing = share_record(config, &store, &publisher, &devices, &ledger)?;
     let provisioner = Arc::new(Provisioner {
         store: Arc::clone(&store.tokens),
@@ -271,10 +272,16 @@ fn rules(config: &Config) -> Rules {
 fn publish(
     config: &Config,
     ca: &Arc<Ca>,
+    tokens: &Arc<dyn TokenStore>,
     metrics: &Arc<Metrics>,
 ) -> Result<Arc<Publisher>, RunError> {
     let (hook, metrics) = (config.crl_hook.clone(), Arc::clone(metrics));
-    let publisher = Arc::new(Publisher::new(Arc::clone(ca), hook, metrics));
+    let tokens = Arc::clone(tokens);
+    let is_disputed =
+        move || tokens.status().clock_is_ahead_ms.unsigned_abs() > CLOCK_IS_FAR_OFF_MS;
+    let retention = Retention::new(config.record_keep_days, is_disputed, clock::now());
+    let publisher = Publisher::new(Arc::clone(ca), hook, metrics).forgetting(retention);
+    let publisher = Arc::new(publisher);
     publisher.keep_fresh(clock::now());
     if config.renew_revokes {
         publisher.load_superseded(clock::now());

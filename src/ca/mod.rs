@@ -1,6 +1,7 @@
 //! The certificate authority: who signs ([`issuer`]), what may be signed ([`csr`]), what has been
 //! signed ([`record`]), who shows it ([`identity`]) and what of it no longer counts ([`crl`], which
-//! [`publisher`] keeps fresh and [`hook`] tells the broker of).
+//! [`publisher`] keeps fresh and [`hook`] tells the broker of). What ended long ago is forgotten
+//! ([`retention`]).
 //!
 //! A clock that is not set decides nothing. So a CA is loaded at start, but made or judged by its
 //! dates only once the clock is plausible: [`Ca::settle`] is asked again until then.
@@ -16,6 +17,7 @@ mod key;
 mod openssl;
 pub mod publisher;
 pub mod record;
+pub mod retention;
 pub mod server;
 
 use std::fmt;

@@ -4,7 +4,7 @@
 //! Whoever revokes publishes in its own thread, so that the answer comes after the list. The rest is
 //! done by one thread that sleeps until it is needed; while the hook runs in it, further changes are
 //! noted and make one more run. The same thread tries the record again after it could not be written,
-//! and revokes what was renewed.
+//! revokes what was renewed, and has the record forget what ended long ago.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use super::crl::Crl;
 use super::record::{Certificate, Reason};
+use super::retention::Retention;
 use super::{Ca, CaError, crl, hook};
-use crate::clock::{self, Now};
+use crate::clock::{self, DAY_S, Now};
 use crate::metrics::Metrics;
 use crate::serial::Serial;
 
@@ -36,6 +37,8 @@ pub struct Publisher {
     ca: Arc<Ca>,
     /// `CRL_HOOK`
     hook: Option<PathBuf>,
+    /// Without one the record keeps all.
+    retention: Option<Retention>,
     metrics: Arc<Metrics>,
     state: Mutex<State>,
     changed: Condvar,
@@ -53,6 +56,8 @@ struct State {
     trial_at: Option<u64>,
     /// Certificates that were renewed and are to be revoked.
     superseded: Vec<Superseded>,
+    /// When the record has last forgotten what ended long ago, by [`Now::mono_ms`].
+    forgot_ms: Option<u64>,
 }
 
 /// A certificate that was renewed. It is revoked when the new one is shown, which proves that the device
@@ -68,7 +73,19 @@ struct Superseded {
 impl Publisher {
     /// A publisher that runs `hook` after each new list.
     pub fn new(ca: Arc<Ca>, hook: Option<PathBuf>, metrics: Arc<Metrics>) -> Self {
-        Publisher { ca, hook, metrics, state: Mutex::default(), changed: Condvar::new() }
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        Publisher { ca, hook, retention: None, metrics, state, changed }
+    }
+
+    /// What ended long ago is forgotten.
+    pub fn forgetting(self, retention: Retention) -> Self {
+        Publisher { retention: Some(retention), ..self }
+    }
+
+    /// What ended before this second is kept no more, here and wherever instances share it; 0 if all is.
+    pub fn ended_before(&self, now: Now) -> u64 {
+        let retention = self.retention.as_ref().filter(|_| self.ca.clock_is_plausible(now));
+        retention.map_or(0, |retention| retention.ended_before(now))
     }
 
     /// The CA whose list it is.
@@ -127,6 +144,9 @@ impl Publisher {
     /// Publishes a new list if the clock that dated the last one was ahead: brokers take a list of the
     /// future for none, and refuse everybody. Cheap; to be asked whenever the clock may have been set.
     pub fn check_clock(&self, now: Now) {
+        if let Some(retention) = &self.retention {
+            retention.look(now);
+        }
         if self.was_ahead(now) {
             self.keep_fresh(now);
         }
@@ -266,6 +286,24 @@ impl Publisher {
         }
     }
 
+    /// Once a day has the record forget what ended long ago.
+    fn forget(&self, now: Now) {
+        let is_fresh = |forgot_ms| now.mono_ms.saturating_sub(forgot_ms) < DAY_S * 1000;
+        let ended_before = self.ended_before(now);
+        if ended_before == 0 || self.lock().forgot_ms.is_some_and(is_fresh) {
+            return;
+        }
+        match self.ca.record().prune(ended_before) {
+            Ok(gone) => {
+                self.lock().forgot_ms = Some(now.mono_ms);
+                if !gone.is_empty() {
+                    log::info!("{} certificates that ended long ago are forgotten", gone.len());
+                }
+            }
+            Err(error) => log::error!("what ended long ago could not be forgotten yet: {error}"),
+        }
+    }
+
     /// Does what is due, now and whenever it becomes so.
     pub fn work_forever(&self) {
         let mut pause = LOOK;
@@ -279,6 +317,7 @@ impl Publisher {
             }
             self.revoke_superseded(now);
             self.keep_fresh(now);
+            self.forget(now);
             pause = match self.failure() {
                 None => LOOK,
                 Some(_) if pause > RETRY.1 => RETRY.0,
@@ -330,7 +369,7 @@ impl Publisher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::DAY_S;
+    use crate::ca::der;
     use crate::config;
     use crate::files::test_dir::TestDir;
     use std::os::unix::fs::MetadataExt as _;
@@ -379,6 +418,24 @@ mod tests {
         assert_eq!(start(DAY_S - 1), first);
         let second = start(DAY_S);
         assert!(second.0 > first.0 && second.1 != first.1);
+    }
+
+    #[test]
+    fn what_ended_long_ago_is_forgotten_once_a_day() {
+        let (dir, now) = (TestDir::new(), clock::now());
+        drop(publisher(&dir, 1, now));
+        let index = dir.join("ca/index.txt");
+        let end = |day: u64| der::time_text(now.unix_s() + day * DAY_S);
+        let line = |day: u64| format!("V\t{}\t\t4{day}\tunknown\t/CN=d{day}\n", end(day));
+        std::fs::write(&index, [1, 2, 9].map(line).concat()).unwrap();
+        let retention = Retention::new(5, || false, now);
+        let publisher = publisher(&dir, 1, now).forgetting(retention);
+        let left = |hours: u64| {
+            let ms = hours * 3_600_000;
+            publisher.forget(Now { unix_ms: now.unix_ms + ms, mono_ms: now.mono_ms + ms });
+            std::fs::read_to_string(&index).unwrap().lines().count()
+        };
+        assert_eq!([23, 140, 145, 165, 170, 190].map(left), [3, 3, 3, 2, 2, 1]);
     }
 
     #[test]

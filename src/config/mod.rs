@@ -83,6 +83,8 @@ pub struct Config {
     pub renew_revokes: bool,
     /// For how many days after its expiry a certificate can be renewed.
     pub renew_after_expiry_days: u32,
+    /// For how many days after its end a certificate stays in the record; 0: for good.
+    pub record_keep_days: u32,
     /// Who started us and wants to hear from us.
     pub supervision: Supervision,
     /// What the operator should know although it does not stop the start: one line each.
@@ -223,6 +225,7 @@ impl Config {
             crl_hook: vars.optional_path(&var::CRL_HOOK)?,
             renew_revokes: vars.flag(&var::RENEW_REVOKES)?,
             renew_after_expiry_days: vars.number(&var::RENEW_AFTER_EXPIRY_DAYS)?,
+            record_keep_days: record_keep_days(&vars)?,
             supervision: Supervision::from_vars(&vars)?,
             warnings,
             shown: Vec::new(),
@@ -462,6 +465,21 @@ fn run_dir(vars: &Vars<'_>, data_dir: &Path) -> Result<PathBuf, ConfigError> {
     let reason =
         format!("the path {dir:?} for private sockets must be at most {MAX_RUN_DIR_BYTES} bytes");
     Err(ConfigError::bare(name, reason))
+}
+
+/// What can still be renewed must be known, so it stays longer than that.
+fn record_keep_days(vars: &Vars<'_>) -> Result<u32, ConfigError> {
+    let (variable, renewable) = (&var::RECORD_KEEP_DAYS, &var::RENEW_AFTER_EXPIRY_DAYS);
+    let (keep, renewed): (u32, u32) = (vars.number(variable)?, vars.number(renewable)?);
+    if keep > renewed || keep == 0 {
+        return Ok(keep);
+    }
+    if let Some(given) = vars.given(variable.name)? {
+        let reason = format!("must be 0 or more than {}, which is {renewed}", renewable.name);
+        return Err(ConfigError::new(variable, &given, reason));
+    }
+    vars.show(variable, renewed + 1);
+    Ok(renewed + 1)
 }
 
 fn jwt_secret(

@@ -138,6 +138,9 @@ variables! {
     REENROLL = "deny", OneOf(&["deny", "allow"]), "onboard a device that has a certificate?";
     RENEW_REVOKES = "false", Flag, "revoke the old certificate on renewal?";
     RENEW_AFTER_EXPIRY_DAYS = "0", Number(0, 365), "days after its expiry that a certificate renews";
+    /// What has ended costs its hundred bytes of memory here and six hundred in Redis, until it goes.
+    RECORD_KEEP_DAYS = "90", Number(0, 36_500),
+        "days that the record keeps what has ended";
     OUTAGE_REDEEM = "own", OneOf(&["own", "none"]), "tokens to redeem while Redis is away";
     /// Each costs its text, some 300 bytes, its hash and its place in the tables.
     MEMORY_MAX_TOKENS = "100000", Number(1, 10_000_000), "most tokens held in memory";

@@ -15,8 +15,8 @@ use crate::store::{Answer, Kill, Op, Outcome};
 /// A clock that is further from that of Redis is warned of: the next kill may miss a token of an
 /// instance that is as far off the other way.
 const CLOCK_IS_OFF_MS: u64 = 2000;
-/// By one that is further off nothing is killed.
-const CLOCK_IS_FAR_OFF_MS: u64 = 3_600_000;
+/// By one that is further off nothing is killed, nor forgotten.
+pub const CLOCK_IS_FAR_OFF_MS: u64 = 3_600_000;
 
 impl Provisioner {
     /// The device's past was killed after the token was issued, as far as is known here.

@@ -29,6 +29,8 @@ use crate::share::{self, Sharing};
 use crate::store::ledger::Ledger;
 use crate::store::{Op, Status, StoreError, TokenStore};
 
+pub use kill::CLOCK_IS_FAR_OFF_MS;
+
 /// Issues tokens and redeems them.
 pub struct Provisioner {
     /// Where tokens are.

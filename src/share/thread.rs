@@ -88,6 +88,8 @@ struct Progress {
     /// Where something stood that none of our instances has written. Each is told of once, so that who
     /// knows better puts it right, and not for ever where nobody does.
     doubted: BTreeSet<Name>,
+    /// Certificates that were found and have ended too long ago to be kept.
+    passed: BTreeSet<Serial>,
     /// Something was revoked that the published list does not name yet.
     crl_is_due: bool,
     /// Nothing is tried before, by [`Now::mono_ms`].
@@ -443,7 +445,8 @@ impl<E: Exchange> Thread<E> {
         let Some(issuer) = self.parts.publisher.ca().issuer() else { return Ok(()) };
         if !certificates.is_empty() || !revocations.is_empty() {
             let bound = |device: &DeviceId| self.parts.devices.bound(device).0.c;
-            let judge = Judge { ca: &issuer, bound: &bound, ended_before: 0, now };
+            let ended_before = self.parts.publisher.ended_before(now);
+            let judge = Judge { ca: &issuer, bound: &bound, ended_before, now };
             let merged = self.record().merge(certificates, &revocations, &judge);
             self.merged_in(merged.map_err(|error| not_kept(error.to_string()))?, now);
         }
@@ -467,7 +470,8 @@ impl<E: Exchange> Thread<E> {
     /// What the record has found when it took certificates in. Their tokens are used, whatever Redis
     /// says of them after a return.
     fn merged_in(&mut self, merged: Merged, now: Now) {
-        let Merged { revoked, ignored, spent, twice, both_active, .. } = merged;
+        let Merged { revoked, ignored, passed, spent, twice, both_active, .. } = merged;
+        self.progress.passed.extend(passed);
         self.note_revoked(&revoked);
         self.ignore(ignored.len());
         let lasts = |spent: &Spent| spent.token.exp.saturating_add(CLOCKS_APART_S) > now.unix_s();
@@ -547,12 +551,27 @@ impl<E: Exchange> Thread<E> {
         let theirs: Vec<Serial> = fields.iter().filter_map(|f| Serial::from_hex(f)).collect();
         let unknown = self.record().unknown(&theirs).into_iter().map(Name::Certificate);
         self.take_in(keys, &unknown.collect::<Vec<_>>())?;
+        self.remove_passed(keys)?;
         let theirs: BTreeSet<Serial> = theirs.into_iter().collect();
-        let ours = buckets.iter().flat_map(|of| self.record().serials_of(*of));
+        let ended_before = self.parts.publisher.ended_before(clock::now());
+        let ours = buckets.iter().flat_map(|of| self.record().serials_of(*of, ended_before));
         let lacking = ours.filter(|serial| !theirs.contains(serial)).map(Name::Certificate);
         let lacking: Vec<Name> = lacking.collect();
         self.progress.unsent.extend(lacking);
         self.send(keys)
+    }
+
+    /// Removes what ended too long ago to be kept. Revocations go first: one whose certificate is not
+    /// there is kept until that comes.
+    fn remove_passed(&mut self, keys: &Keys) -> Result<(), Fault> {
+        let passed: Vec<Serial> = std::mem::take(&mut self.progress.passed).into_iter().collect();
+        for passed in passed.chunks(BATCH) {
+            for name in [Name::Revocation, Name::Certificate] {
+                let places = passed.iter().map(|serial| keys.place(&name(*serial)));
+                self.parts.exchange.remove(&places.collect::<Vec<_>>())?;
+            }
+        }
+        Ok(())
     }
 
     fn compare_revocations(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), Fault> {
@@ -565,7 +584,8 @@ impl<E: Exchange> Thread<E> {
         }
         let revocations = theirs.values().copied().collect();
         self.enter(Learnt { revocations, ..Learnt::default() })?;
-        let ours = buckets.iter().flat_map(|of| self.record().revocations_of(*of));
+        let ended_before = self.parts.publisher.ended_before(clock::now());
+        let ours = buckets.iter().flat_map(|of| self.record().revocations_of(*of, ended_before));
         let lacking = ours.filter(|known| theirs.get(&known.serial) != Some(known));
         let lacking: Vec<Name> = lacking.map(|known| Name::Revocation(known.serial)).collect();
         self.progress.unsent.extend(lacking);

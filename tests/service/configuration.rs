@@ -77,6 +77,8 @@ const BAD: &[(&str, &str, &[Variable])] = &[
     ("RENEW_REVOKES", "perhaps", &[]),
     ("RENEW_AFTER_EXPIRY_DAYS", "366", &[]),
     ("RENEW_AFTER_EXPIRY_DAYS", "-1", &[]),
+    ("RECORD_KEEP_DAYS", "36501", &[]),
+    ("RECORD_KEEP_DAYS", "30", &[("RENEW_AFTER_EXPIRY_DAYS", "30")]),
     ("ONBOARDING_RATE_LIMIT", "-1", &[]),
     ("ONBOARDING_RATE_LIMIT", "few", &[]),
     ("TLS_CERT", "no/such/file.pem", &[("TLS_KEY", "no/such/file.pem")]),

@@ -60,6 +60,8 @@ pub struct Merged {
     pub revoked: Vec<Serial>,
     /// What this CA has not signed for a device, or is not what its serial number says.
     pub ignored: Vec<Serial>,
+    /// What ended too long ago to be entered.
+    pub passed: Vec<Serial>,
     /// The tokens of the new certificates, which count as used.
     pub spent: Vec<Spent>,
     /// Tokens that paid for two certificates, the one that was known first.
@@ -254,16 +256,22 @@ impl Record {
         Some(Revocation { serial: *serial, at, reason })
     }
 
-    /// The devices' certificates in a bucket (see [`bucket`]).
-    pub fn serials_of(&self, of: u8) -> Vec<Serial> {
+    /// The devices' certificates in a bucket (see [`bucket`]), but for those that have ended before.
+    pub fn serials_of(&self, of: u8, ended_before: u64) -> Vec<Serial> {
         let rows = self.read();
-        let devices = rows.all().filter(|slot| slot.is_devices());
+        let counts = |slot: &&Slot| slot.is_devices() && slot.expires_at >= ended_before;
+        let devices = rows.all().filter(counts);
         devices.map(|slot| slot.serial).filter(|serial| bucket(serial) == of).collect()
     }
 
-    /// All revocations in a bucket.
-    pub fn revocations_of(&self, of: u8) -> Vec<Revocation> {
-        self.read().revocations().filter(|revoked| bucket(&revoked.serial) == of).collect()
+    /// All revocations in a bucket, but for those of certificates that have ended before.
+    pub fn revocations_of(&self, of: u8, ended_before: u64) -> Vec<Revocation> {
+        let rows = self.read();
+        let has_passed = |of: &Revocation| {
+            rows.by_serial(&of.serial).is_some_and(|slot| slot.expires_at < ended_before)
+        };
+        let of_bucket = rows.revocations().filter(|revoked| bucket(&revoked.serial) == of);
+        of_bucket.filter(|revoked| !has_passed(revoked)).collect()
     }
 
     /// Merges what comes from elsewhere; on disk when it returns. Merging again changes nothing.
@@ -277,19 +285,21 @@ impl Record {
         judge: &Judge<'_>,
     ) -> Result<Merged, RecordError> {
         let mut merged = Merged::default();
-        let (mut incoming, mut passed) = (Vec::new(), Vec::new());
+        let mut incoming = Vec::new();
         for shared in certificates {
             if self.by_serial(&shared.serial).is_some() {
                 continue;
             }
             match Incoming::shared(shared, judge.ca) {
-                Ok(new) if new.row.expires_at < judge.ended_before => passed.push(new.row.serial),
+                Ok(new) if new.row.expires_at < judge.ended_before => {
+                    merged.passed.push(new.row.serial);
+                }
                 Ok(new) => incoming.push(new),
                 Err(serial) => merged.ignored.push(serial),
             }
         }
         let revocations: Vec<Revocation> =
-            revocations.iter().filter(|r| !passed.contains(&r.serial)).copied().collect();
+            revocations.iter().filter(|r| !merged.passed.contains(&r.serial)).copied().collect();
         let mut writer = self.lock_writer();
         let signed_at = |slot: &Slot| self.stored_at(slot).ok().map(|stored| stored.created_at);
         let mut plan = self.read().plan(incoming, &revocations, judge.bound, &signed_at);
@@ -578,9 +588,9 @@ mod tests {
         let serials = leaves.each_ref().map(|leaf| leaf.serial);
         assert_eq!(other.unknown(&serials), serials);
         let buckets = || 0x40..=0x7f;
-        let of_one: Vec<Serial> = buckets().flat_map(|bucket| one.serials_of(bucket)).collect();
+        let of_one: Vec<Serial> = buckets().flat_map(|bucket| one.serials_of(bucket, 0)).collect();
         assert_eq!(of_one.len(), 2);
-        let revoked: Vec<_> = buckets().flat_map(|bucket| one.revocations_of(bucket)).collect();
+        let revoked: Vec<_> = buckets().flat_map(|bucket| one.revocations_of(bucket, 0)).collect();
         let news = || leaves.iter().map(|leaf| shared(&one, leaf)).collect::<Vec<_>>();
         assert_eq!(news()[0].token, Some((spent.hash, spent.exp)));
         assert_eq!(news()[0].paid, spent.iat);
@@ -722,7 +732,8 @@ mod tests {
         enter(&one, &late, None).unwrap();
         let revoked = Revocation { serial: late.serial, at: 5, reason: Reason::Unspecified };
         let merged = other.merge(vec![shared(&one, &late)], &[revoked], &old).unwrap();
-        assert!(merged.certificates.is_empty() && merged.revoked.is_empty(), "it has passed");
+        assert!(merged.certificates.is_empty() && merged.revoked.is_empty());
+        assert_eq!(merged.passed, [late.serial]);
     }
 
     /// Any two of the files may be of different moments in a copy.

@@ -1,0 +1,112 @@
+//! For how long the record keeps what has ended.
+//!
+//! What is forgotten does not come back, and by a clock that is ahead what is valid would have ended
+//! long ago. So nothing is forgotten within a day of a start or of a step of the clock, nor by a clock
+//! that others do not agree with.
+
+use std::fmt;
+use std::sync::{Mutex, PoisonError};
+
+use crate::clock::{DAY_S, Now};
+
+/// How long the clock must have been steady.
+const STEADY_MS: u64 = DAY_S * 1000;
+/// Smaller steps than this are what keeping a clock right takes.
+const STEP_MS: u64 = 60_000;
+
+/// For how long what has ended is kept, and whether the clock may be believed.
+pub struct Retention {
+    /// For good if there is no number.
+    keep_s: Option<u64>,
+    /// Others do not agree with our clock.
+    is_disputed: Box<dyn Fn() -> bool + Send + Sync>,
+    steady: Mutex<Steady>,
+}
+
+/// Since when the wall clock goes as the monotonic one does.
+#[derive(Clone, Copy)]
+struct Steady {
+    /// By [`Now::mono_ms`].
+    since_ms: u64,
+    /// What the wall clock shows when the monotonic one shows nothing.
+    base_ms: u64,
+}
+
+impl fmt::Debug for Retention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Retention({:?})", self.keep_s)
+    }
+}
+
+impl Retention {
+    /// Keeps what has ended for so many days, or for good if that is 0. `is_disputed` says whether
+    /// others do not agree with our clock.
+    pub fn new(
+        days: u32,
+        is_disputed: impl Fn() -> bool + Send + Sync + 'static,
+        now: Now,
+    ) -> Self {
+        let keep_s = (days > 0).then_some(u64::from(days) * DAY_S);
+        let steady = Mutex::new(Steady { since_ms: now.mono_ms, base_ms: base_ms(now) });
+        Retention { keep_s, is_disputed: Box::new(is_disputed), steady }
+    }
+
+    /// What ended before this second is to be forgotten, and does not come in again. Nothing (0) as
+    /// long as the clock is not believed.
+    pub fn ended_before(&self, now: Now) -> u64 {
+        let is_steady = now.mono_ms.saturating_sub(self.look(now)) >= STEADY_MS;
+        let keep_s = self.keep_s.filter(|_| is_steady && !(self.is_disputed)());
+        keep_s.map_or(0, |keep_s| now.unix_s().saturating_sub(keep_s))
+    }
+
+    /// Returns since when the clock was not set, by [`Now::mono_ms`]. To be called whenever it may have
+    /// been: a step that is taken back before anybody looks is not seen.
+    pub fn look(&self, now: Now) -> u64 {
+        let mut steady = self.steady.lock().unwrap_or_else(PoisonError::into_inner);
+        let base_ms = base_ms(now);
+        if base_ms.abs_diff(steady.base_ms) > STEP_MS {
+            steady.since_ms = now.mono_ms;
+        }
+        steady.base_ms = base_ms;
+        steady.since_ms
+    }
+}
+
+fn base_ms(now: Now) -> u64 {
+    now.unix_ms.saturating_sub(now.mono_ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn only_a_steady_clock_that_nobody_disputes_forgets() {
+        const BEGIN_MS: u64 = 1_800_000_000_000;
+        let hours = |hours: u64, ahead_ms: u64| {
+            let mono_ms = hours * 3_600_000;
+            Now { unix_ms: BEGIN_MS + mono_ms + ahead_ms, mono_ms }
+        };
+        let limit = |now: Now| now.unix_s() - 90 * DAY_S;
+        let disputed = Arc::new(AtomicBool::new(false));
+        let is_disputed = Arc::clone(&disputed);
+        let asked = move || is_disputed.load(Ordering::SeqCst);
+        let retention = Retention::new(90, asked, hours(0, 0));
+        assert_eq!(retention.ended_before(hours(23, 0)), 0, "within a day of the start");
+        assert_eq!(retention.ended_before(hours(24, 0)), limit(hours(24, 0)));
+        disputed.store(true, Ordering::SeqCst);
+        assert_eq!(retention.ended_before(hours(24, 0)), 0, "others see another time");
+        disputed.store(false, Ordering::SeqCst);
+        assert_ne!(retention.ended_before(hours(25, STEP_MS)), 0, "the clock was put right");
+        let year_ms = 365 * DAY_S * 1000;
+        for (at, ahead_ms) in [(26, year_ms), (50, 0)] {
+            assert_eq!(retention.ended_before(hours(at, ahead_ms)), 0, "the clock was set");
+            assert_eq!(retention.ended_before(hours(at + 23, ahead_ms)), 0);
+        }
+        assert_eq!(retention.ended_before(hours(74, 0)), limit(hours(74, 0)));
+        let forever = Retention::new(0, || false, hours(0, 0));
+        assert_eq!(forever.ended_before(hours(99, 0)), 0);
+    }
+}
