@@ -28,6 +28,73 @@ pub fn object(bytes: &[u8], names: &[&str]) -> Result<Map<String, Value>, serde_
     Ok(fields)
 }
 
+/// Reads `bytes` as one JSON array, of whose objects it keeps the fields with these names, as
+/// [`object`] does.
+///
+/// # Errors
+/// As there.
+pub fn list(bytes: &[u8], names: &[&str]) -> Result<Vec<Value>, serde_json::Error> {
+    let text = str::from_utf8(bytes).map_err(serde_json::Error::custom)?;
+    let mut document = serde_json::Deserializer::from_str(text);
+    let items = Items(names).deserialize(&mut document)?;
+    document.end()?;
+    Ok(items)
+}
+
+/// An array, each item as [`Item`].
+struct Items<'n>(&'n [&'n str]);
+
+impl<'de> DeserializeSeed<'de> for Items<'_> {
+    type Value = Vec<Value>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Items<'_> {
+    type Value = Vec<Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Self::Value, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = access.next_element_seed(Item(self.0))? {
+            items.push(item);
+        }
+        Ok(items)
+    }
+}
+
+/// An object as its fields with these names, or a text.
+struct Item<'n>(&'n [&'n str]);
+
+impl<'de> DeserializeSeed<'de> for Item<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Item<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object or a text")
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, access: A) -> Result<Value, A::Error> {
+        Fields(self.0).visit_map(access).map(Value::Object)
+    }
+}
+
 /// An object, as its fields with these names.
 struct Fields<'n>(&'n [&'n str]);
 

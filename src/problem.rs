@@ -40,6 +40,7 @@ codes! {
     CsrSignatureInvalid 400 "CSR_SIGNATURE_INVALID" "The signature of the CSR is invalid";
     CsrDeviceMismatch 400 "CSR_DEVICE_MISMATCH" "The CSR must have exactly one common name, equal to the device id";
     UnsupportedCsrKeyType 400 "UNSUPPORTED_CSR_KEY_TYPE" "The CSR needs an ECDSA P-256 or P-384, Ed25519 or RSA 2048 to 4096 key, signed with SHA-256, SHA-384 or SHA-512";
+    SecretInvalid 401 "SECRET_INVALID" "The secret of the device's registration is required in the Authorization header (Bearer)";
     ApiKeyRequired 401 "API_KEY_REQUIRED" "A valid API key is required in the Authorization header (Bearer)";
     ClientCertificateRequired 401 "CLIENT_CERTIFICATE_REQUIRED" "A client certificate is required";
     ClientCertificateInvalid 401 "CLIENT_CERTIFICATE_INVALID" "The client certificate was not issued by this CA";
@@ -56,8 +57,11 @@ codes! {
     AdminDisabled 403 "ADMIN_DISABLED" "Admin endpoints are disabled: ADMIN_API_KEY is not set";
     AdminForbidden 403 "ADMIN_FORBIDDEN" "A valid admin API key is required in the Authorization header (Bearer)";
     ReplaceForbidden 403 "REPLACE_FORBIDDEN" "replace needs the onboarding API key";
+    DeviceBlocked 403 "DEVICE_BLOCKED" "The device is blocked";
+    DeviceNotRegistered 403 "DEVICE_NOT_REGISTERED" "The device has no registration that permits it to enrol";
     NotFound 404 "NOT_FOUND" "Not found";
     CertificateNotFound 404 "CERTIFICATE_NOT_FOUND" "Certificate not found";
+    DeviceNotFound 404 "DEVICE_NOT_FOUND" "Nothing is known of this device";
     MethodNotAllowed 405 "METHOD_NOT_ALLOWED" "Method not allowed";
     RequestTimeout 408 "REQUEST_TIMEOUT" "The request did not arrive in time";
     TokenAlreadyActive 409 "TOKEN_ALREADY_ACTIVE" "A provisioning token for this device is already active.";

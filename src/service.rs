@@ -31,7 +31,7 @@ use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
 use crate::notify::Manager;
-use crate::provisioner::{CLOCK_IS_FAR_OFF_MS, Provisioner, Rules};
+use crate::provisioner::{CLOCK_IS_FAR_OFF_MS, Provisioner, Rules, Spending};
 use crate::server::Server;
 use crate::share::redis::RedisExchange;
 use crate::share::thread::{Parts, Thread};
@@ -111,7 +111,9 @@ pub fn run(
         signer,
         rules: rules(config),
         metrics: Arc::clone(&metrics),
+        spending: Spending::default(),
     });
+    provisioner.make_up(clock::now());
     seek_redis(config, &ca, &store)?;
     let (events, happened) = mpsc::channel();
     watch_clock(publisher, store.failover.clone(), events.clone())?;
@@ -263,6 +265,7 @@ fn rules(config: &Config) -> Rules {
     Rules {
         token_ttl_s: config.token_ttl_s,
         reenroll: config.reenroll,
+        registered_only: config.enrolment == Some(config::Enrolment::Registered),
         renew_revokes: config.renew_revokes,
         renew_after_expiry_days: config.renew_after_expiry_days,
     }

@@ -89,7 +89,8 @@ pub(super) fn crl(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Proble
 /// `DELETE /api/v1/certificates/{device_id}`
 pub(super) fn revoke(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let device = device(asked.name).ok_or_else(no_certificate)?;
-    let job = api.provisioner.plan_revoke(device, asked.request.client, now)?;
+    let block = asked.request.flag("block")?;
+    let job = api.provisioner.plan_revoke(device, block, asked.by(), now)?;
     Ok(Plan::Job(job, render_revoked))
 }
 
@@ -132,6 +133,6 @@ fn find(record: &Record, name: &str) -> Option<Certificate> {
 }
 
 /// The device that a path segment names; its `:` may be percent-encoded.
-fn device(segment: &str) -> Option<DeviceId> {
+pub(super) fn device(segment: &str) -> Option<DeviceId> {
     DeviceId::parse(&percent_decode_str(segment).decode_utf8().ok()?)
 }

@@ -5,6 +5,8 @@
 //! between the jobs of all requests that wait are run together.
 
 mod certificates;
+mod csv;
+mod devices;
 mod onboarding;
 mod operations;
 mod rate_limit;
@@ -23,14 +25,15 @@ use rustls::sign::CertifiedKey;
 
 use crate::ca;
 use crate::clock::{self, Now};
-use crate::config::{Config, Secret};
+use crate::config::{AdminKey, Config, Enrolment, Secret};
+use crate::devices::Text;
 use crate::http::Reply;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job, Provisioner};
 use crate::store::Op;
 
-use rate_limit::OnboardingLimits;
+use rate_limit::{OnboardingLimits, RateLimit};
 use refusals::{Refusals, Sum};
 pub use request::Request;
 use routes::{Asked, Caller, Endpoint, endpoint};
@@ -41,6 +44,10 @@ pub struct Api {
     provisioner: Arc<Provisioner>,
     settings: RwLock<Arc<Settings>>,
     onboarding_limits: OnboardingLimits,
+    /// Counts failed authentications.
+    auth_failures: RateLimit,
+    /// Who may onboard, if that was said.
+    enrolment: Option<Enrolment>,
     refusals: Refusals,
     metrics: Arc<Metrics>,
 }
@@ -50,8 +57,10 @@ pub struct Api {
 struct Settings {
     /// What callers must bear; `None` as in [`Config`].
     onboarding_key: Option<Secret>,
-    /// The same for the admin endpoints.
-    admin_key: Option<Secret>,
+    /// Who may onboard.
+    enrolment: Enrolment,
+    /// Keys of the admin endpoints, each with its name.
+    admin_keys: Vec<(Text, Secret)>,
     /// First and last second of the certificate that we show, since 1970.
     certificate: Option<(u64, u64)>,
     /// What the configuration has that is allowed, but unwise.
@@ -59,10 +68,13 @@ struct Settings {
 }
 
 impl Settings {
-    fn of(config: &Config) -> Arc<Self> {
+    /// `enrolment` is as it was said at the start: it stays.
+    fn of(config: &Config, enrolment: Option<Enrolment>) -> Arc<Self> {
+        let admin = |admin: &AdminKey| Some((Text::parse(&admin.name)?, admin.key.clone()));
         Arc::new(Settings {
             onboarding_key: config.onboarding_api_key.clone(),
-            admin_key: config.admin_api_key.clone(),
+            enrolment: enrolment.unwrap_or(config.enrolment()),
+            admin_keys: config.admin_keys.iter().filter_map(admin).collect(),
             certificate: config.tls.as_deref().and_then(validity),
             warnings: config.warnings.clone(),
         })
@@ -91,8 +103,10 @@ impl Api {
     pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
         Api {
             provisioner,
-            settings: RwLock::new(Settings::of(config)),
+            settings: RwLock::new(Settings::of(config, config.enrolment)),
             onboarding_limits: OnboardingLimits::new(config.http.onboarding_rate_limit),
+            auth_failures: RateLimit::new(config.http.auth_failures),
+            enrolment: config.enrolment,
             refusals: Refusals::new(),
             metrics,
         }
@@ -100,7 +114,8 @@ impl Api {
 
     /// From the next request on, the keys are those of `config`, and its certificate is watched.
     pub fn reload(&self, config: &Config) {
-        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Settings::of(config);
+        let settings = Settings::of(config, self.enrolment);
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
     /// Another certificate is shown from now on.
@@ -190,6 +205,11 @@ impl Api {
             _ => Level::Debug,
         };
         self.metrics.problem(problem.code);
+        let failed = [Code::ApiKeyRequired, Code::SecretInvalid, Code::AdminForbidden];
+        if request.authorization.is_some() && failed.contains(&problem.code) {
+            // At the limit it is refused before it can fail.
+            let _ = self.auth_failures.admit(request.client, now);
+        }
         let Request { method, path, client, .. } = request;
         if log::log_enabled!(level) && self.refusals.is_shown(problem.code, level, now) {
             // A path may be 8 KiB, and anyone can send one.

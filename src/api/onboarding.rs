@@ -5,9 +5,10 @@ use serde_json::Value;
 use super::{Api, Asked, Caller, Plan};
 use crate::clock::Now;
 use crate::device::DeviceId;
+use crate::devices::enrol::Shown;
 use crate::http::{Json, Reply};
 use crate::problem::{Code, Problem};
-use crate::provisioner::Done;
+use crate::provisioner::{Done, Onboarding};
 
 pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let body = &asked.body;
@@ -16,13 +17,19 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     let device = DeviceId::parse(device).ok_or(Code::DeviceIdInvalid)?;
     let replace = match body.get("replace") {
         None | Some(Value::Null | Value::Bool(false)) => false,
-        Some(Value::Bool(true)) if matches!(asked.caller, Caller::Keyed) => true,
+        Some(Value::Bool(true)) if matches!(asked.caller, Caller::Onboarding(_, Shown::Key)) => {
+            true
+        }
         Some(Value::Bool(true)) => return Err(Code::ReplaceForbidden.into()),
         Some(_) => {
             return Err(Problem::from(Code::InvalidJson).text("replace must be true or false"));
         }
     };
-    let job = api.provisioner.plan_issue(device, replace, asked.request.client, now)?;
+    let Caller::Onboarding(rule, shown) = asked.caller else {
+        return Err(Code::InternalError.into());
+    };
+    let onboarding = Onboarding { device, replace, rule, shown, client: asked.request.client };
+    let job = api.provisioner.plan_issue(onboarding, now)?;
     Ok(Plan::Job(job, render))
 }
 

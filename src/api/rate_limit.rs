@@ -1,4 +1,4 @@
-//! `ONBOARDING_RATE_LIMIT`: a token bucket for each client address.
+//! `ONBOARDING_RATE_LIMIT` and `AUTH_FAILURES`: a token bucket for each client address.
 //!
 //! A client may use a minute's worth at once and gets it back evenly. An IPv6 client is its /64,
 //! which is what one subscriber has (RFC 6177). Memory is bounded: beyond the bound the clients that
@@ -71,18 +71,34 @@ impl RateLimit {
             return Ok(());
         }
         let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = client.into();
+        let client: Subscriber = client.into();
         if buckets.len() >= MOST_CLIENTS && !buckets.contains_key(&client) {
             self.forget_some(&mut buckets, now);
         }
-        let used = buckets.get(&client).map_or(0, |bucket| self.still_used(bucket, now));
-        let would_use = used + MINUTE_MS;
-        let over = would_use.saturating_sub(self.per_minute * MINUTE_MS);
-        if over > 0 {
-            return Err(over.div_ceil(self.per_minute * 1000));
-        }
-        buckets.insert(client, Bucket { used: would_use, at_ms: now.mono_ms });
+        let used = self.would_use(buckets.get(&client), now)?;
+        buckets.insert(client, Bucket { used, at_ms: now.mono_ms });
         Ok(())
+    }
+
+    /// As [`RateLimit::admit`], but nothing is counted.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn look(&self, client: IpAddr, now: Now) -> Result<(), u64> {
+        if self.per_minute == 0 {
+            return Ok(());
+        }
+        let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        self.would_use(buckets.get(&client.into()), now).map(drop)
+    }
+
+    /// What the client has used with one request more.
+    fn would_use(&self, bucket: Option<&Bucket>, now: Now) -> Result<u64, u64> {
+        let used = bucket.map_or(0, |bucket| self.still_used(bucket, now)) + MINUTE_MS;
+        match used.saturating_sub(self.per_minute * MINUTE_MS) {
+            0 => Ok(used),
+            over => Err(over.div_ceil(self.per_minute * 1000)),
+        }
     }
 
     /// A minute gives back a minute's worth.
@@ -125,6 +141,8 @@ mod tests {
             assert_eq!(limit.admit(client, at(0)), Ok(()));
         }
         assert_eq!(limit.admit(client, at(0)), Err(20));
+        assert_eq!(limit.look(client, at(0)), Err(20));
+        assert_eq!(limit.look(client, at(20_000)), limit.look(client, at(20_000)), "not counted");
         assert_eq!(limit.admit(client, at(19_999)), Err(1));
         assert_eq!(limit.admit(client, at(20_000)), Ok(()));
         assert_eq!(limit.admit(client, at(20_000)), Err(20));

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
 
 use crate::config::Secret;
@@ -41,14 +42,18 @@ impl Request {
         if self.body.is_empty() {
             return Ok(Map::new());
         }
-        let media_type = self.content_type.as_deref().unwrap_or_default();
-        let media_type = media_type.split(';').next().unwrap_or_default().trim();
-        if !media_type.eq_ignore_ascii_case("application/json") {
+        if self.media_type() != "application/json" {
             return Err(Code::UnsupportedMediaType.into());
         }
         json::object(&self.body, names).map_err(|error| {
             Problem::from(Code::InvalidJson).log(format!("{:?} in the body", error.classify()))
         })
+    }
+
+    /// The media type of the body, in lower case and without parameters.
+    pub fn media_type(&self) -> String {
+        let media_type = self.content_type.as_deref().unwrap_or_default();
+        media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
     }
 
     /// The credential of `Authorization: Bearer <credential>` (RFC 6750, 2.1).
@@ -68,6 +73,24 @@ impl Request {
         self.query.split('&').filter_map(|pair| pair.strip_prefix("format=")).any(|v| v == name)
     }
 
+    /// What the query says of `name`, the first time.
+    pub fn query(&self, name: &str) -> Option<String> {
+        let mut pairs = form_urlencoded(&self.query);
+        pairs.find(|(key, _)| key == name).map(|(_, value)| value)
+    }
+
+    /// Whether the query says `<name>=true`.
+    ///
+    /// # Errors
+    /// When it says something else than that or `false`.
+    pub fn flag(&self, name: &str) -> Result<bool, Problem> {
+        match self.query(name).as_deref() {
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
+            Some(_) => Err(bad_query(format!("{name} must be true or false"))),
+        }
+    }
+
     /// Whether `Accept` names the media type (RFC 9110, 12.5.1; a weight is not looked at).
     pub fn accepts(&self, media_type: &str) -> bool {
         let ranges = self.accept.as_deref().unwrap_or_default().split(',');
@@ -75,6 +98,23 @@ impl Request {
             .filter_map(|range| range.split(';').next())
             .any(|range| range.trim().eq_ignore_ascii_case(media_type))
     }
+}
+
+/// The value in a query, or in a body, that is not allowed.
+pub(super) fn bad_query(what: String) -> Problem {
+    Problem::from(Code::BadRequest).text(what)
+}
+
+/// The pairs of a query, decoded; what is not UTF-8 then is left out.
+fn form_urlencoded(query: &str) -> impl Iterator<Item = (String, String)> {
+    let decode = |text: &str| {
+        let text = text.replace('+', " ");
+        percent_decode_str(&text).decode_utf8().ok().map(|text| text.into_owned())
+    };
+    query.split('&').filter_map(move |pair| {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        Some((decode(name)?, decode(value)?))
+    })
 }
 
 #[cfg(test)]

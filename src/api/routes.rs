@@ -6,11 +6,15 @@
 
 use serde_json::{Map, Value};
 
-use super::{Api, Plan, Request, certificates, onboarding, operations, renew, sign_csr};
+use super::{Api, Plan, Request, certificates, devices, onboarding, operations, renew, sign_csr};
 use crate::ca::record::Certificate;
 use crate::clock::Now;
+use crate::config::{Enrolment, Secret};
+use crate::devices::enrol::Shown;
+use crate::devices::{SecretHash, Text};
 use crate::http::{Class, LaneKind, Method, Reply};
 use crate::problem::{Code, Problem};
+use crate::provisioner::By;
 
 /// One row.
 pub(super) struct Route {
@@ -33,11 +37,11 @@ pub(super) type Handler = fn(&Api, &Asked<'_>, Now) -> Result<Plan, Problem>;
 pub(super) enum Credentials {
     /// Nothing.
     None,
-    /// `ONBOARDING_API_KEY` where it is set; and not more often than the limit allows.
-    OnboardingKey,
+    /// What `ENROLMENT` asks for; and not more often than the limits allow.
+    Onboarding,
     /// A provisioning token, which may be in the body: the handler looks.
     Token,
-    /// `ADMIN_API_KEY`.
+    /// One of `ADMIN_API_KEY` and `ADMIN_API_KEYS`.
     AdminKey,
     /// A certificate of ours, with its key.
     ClientCertificate,
@@ -47,8 +51,10 @@ pub(super) enum Credentials {
 pub(super) enum Caller {
     /// Nothing that was asked for here.
     Anyone,
-    /// The key.
-    Keyed,
+    /// This, where this is the rule. Whether it fits the device is not judged yet.
+    Onboarding(Enrolment, Shown),
+    /// The admin key of this name.
+    Admin(Text),
     /// This certificate.
     Certified(Certificate),
 }
@@ -78,10 +84,15 @@ const fn route(method: Method, path: &'static str, what: &'static str, plan: Han
     }
 }
 
+/// A row that an admin key opens.
+const fn admin(method: Method, path: &'static str, what: &'static str, plan: Handler) -> Route {
+    Route { credentials: Credentials::AdminKey, ..route(method, path, what, plan) }
+}
+
 /// All endpoints; `HEAD` and `OPTIONS` come with them.
 pub(super) const ROUTES: &[Route] = &[
     Route {
-        credentials: Credentials::OnboardingKey,
+        credentials: Credentials::Onboarding,
         fields: &["device_id", "replace"],
         ..route(Method::Post, "/api/v1/onboarding", "issue a provisioning token", onboarding::plan)
     },
@@ -108,15 +119,12 @@ pub(super) const ROUTES: &[Route] = &[
         "a certificate and its CA",
         certificates::download,
     ),
-    Route {
-        credentials: Credentials::AdminKey,
-        ..route(
-            Method::Delete,
-            "/api/v1/certificates/{device_id}",
-            "revoke a device (admin)",
-            certificates::revoke,
-        )
-    },
+    admin(
+        Method::Delete,
+        "/api/v1/certificates/{device_id}",
+        "revoke a device (admin)",
+        certificates::revoke,
+    ),
     Route {
         lane: LaneKind::Certificate,
         credentials: Credentials::AdminKey,
@@ -140,6 +148,35 @@ pub(super) const ROUTES: &[Route] = &[
         )
     },
     route(Method::Get, "/api/v1/ca", "the CA certificate", certificates::ca),
+    admin(
+        Method::Get,
+        "/api/v1/devices/{device_id}",
+        "a device and its certificates (admin)",
+        devices::show,
+    ),
+    Route {
+        fields: devices::FIELDS,
+        ..admin(
+            Method::Put,
+            "/api/v1/devices/{device_id}",
+            "register, block or unblock a device (admin)",
+            devices::change,
+        )
+    },
+    admin(
+        Method::Delete,
+        "/api/v1/devices/{device_id}",
+        "forget a device's registration (admin)",
+        devices::forget,
+    ),
+    Route {
+        lane: LaneKind::Bulk,
+        ..admin(Method::Post, "/api/v1/devices", "register devices (admin)", devices::register)
+    },
+    Route {
+        lane: LaneKind::Bulk,
+        ..admin(Method::Get, "/api/v1/devices", "all devices (admin)", devices::list)
+    },
     Route {
         lane: LaneKind::Bulk,
         ..route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl)
@@ -198,6 +235,17 @@ pub(super) fn endpoint(method: Method, path: &str) -> Option<Endpoint<'_>> {
         .find_map(|(row, route)| Some(Endpoint { row, route, names: captured(route.path, path)? }))
 }
 
+impl Asked<'_> {
+    /// Who asks, for the log.
+    pub fn by(&self) -> By {
+        let name = match &self.caller {
+            Caller::Admin(name) => Some(name.clone()),
+            _ => None,
+        };
+        By { name, client: self.request.client }
+    }
+}
+
 impl Api {
     /// The first half of what is done for a request.
     pub(super) fn plan(
@@ -226,14 +274,19 @@ impl Api {
     ) -> Result<Caller, Problem> {
         match credentials {
             Credentials::None | Credentials::Token => Ok(Caller::Anyone),
-            Credentials::OnboardingKey => self.authorise_onboarding(request, now),
+            Credentials::Onboarding => self.authorise_onboarding(request, now),
             Credentials::AdminKey => {
                 let settings = self.settings();
-                let key = settings.admin_key.as_ref().ok_or(Code::AdminDisabled)?;
-                if !request.bears(key) {
-                    return Err(Code::AdminForbidden.into());
+                if settings.admin_keys.is_empty() {
+                    return Err(Code::AdminDisabled.into());
                 }
-                Ok(Caller::Keyed)
+                self.check_failures(request, now)?;
+                // SECURITY: all are compared, so that the time does not tell which it was
+                let compare = |found, (name, key): &(Text, Secret)| {
+                    if request.bears(key) { Some(name.clone()) } else { found }
+                };
+                let found = settings.admin_keys.iter().fold(None, compare);
+                found.map(Caller::Admin).ok_or(Code::AdminForbidden.into())
             }
             Credentials::ClientCertificate => {
                 let der = request.client_certificate.as_deref();
@@ -245,18 +298,35 @@ impl Api {
     fn authorise_onboarding(&self, request: &Request, now: Now) -> Result<Caller, Problem> {
         let settings = self.settings();
         let key = settings.onboarding_key.as_ref();
-        let has_key = key.is_some_and(|key| request.bears(key));
-        let admitted = self.onboarding_limits.admit(request.client, has_key, now);
-        admitted.map_err(|seconds| Problem {
-            retry_after_s: Some(seconds),
-            ..Code::RateLimited.into()
-        })?;
-        match key {
-            Some(_) if has_key => Ok(Caller::Keyed),
-            Some(_) => Err(Code::ApiKeyRequired.into()),
-            None => Ok(Caller::Anyone),
+        let shown = match request.bearer() {
+            _ if key.is_some_and(|key| request.bears(key)) => Shown::Key,
+            Some(given) => SecretHash::of_typed(given).map_or(Shown::Wrong, Shown::Secret),
+            None => Shown::Nothing,
+        };
+        let admitted = self.onboarding_limits.admit(request.client, shown == Shown::Key, now);
+        admitted.map_err(wait)?;
+        self.check_failures(request, now)?;
+        match (settings.enrolment, shown) {
+            (rule, Shown::Key) => Ok(Caller::Onboarding(rule, shown)),
+            (Enrolment::Key, _) => Err(Code::ApiKeyRequired.into()),
+            (Enrolment::Registered, Shown::Nothing | Shown::Wrong) => {
+                Err(Code::SecretInvalid.into())
+            }
+            (rule, _) => Ok(Caller::Onboarding(rule, shown)),
         }
     }
+
+    /// Whoever has failed too often is not even looked at: also a right guess must not be told.
+    fn check_failures(&self, request: &Request, now: Now) -> Result<(), Problem> {
+        match request.authorization {
+            Some(_) => self.auth_failures.look(request.client, now).map_err(wait),
+            None => Ok(()),
+        }
+    }
+}
+
+fn wait(seconds: u64) -> Problem {
+    Problem { retry_after_s: Some(seconds), ..Code::RateLimited.into() }
 }
 
 /// What is answered where there is no row.

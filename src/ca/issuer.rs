@@ -344,9 +344,24 @@ impl Issuer {
         serial: Serial,
         now: Now,
     ) -> Result<Leaf, CaError> {
+        self.sign_for(csr, device, serial, self.validity_days, now)
+    }
+
+    /// The same, valid for so many days.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn sign_for(
+        &self,
+        csr: &Csr,
+        device: &DeviceId,
+        serial: Serial,
+        days: u32,
+        now: Now,
+    ) -> Result<Leaf, CaError> {
         self.check_dates(now)?;
         csr.belongs_to(device).map_err(CaError::signing)?;
-        let (not_before, not_after) = self.validity(u64::from(self.validity_days) * DAY_S, now);
+        let (not_before, not_after) = self.validity(u64::from(days) * DAY_S, now);
         let mut params = leaf_params(not_before, not_after, serial)?;
         params.distinguished_name.push(DnType::CommonName, device.as_str());
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];

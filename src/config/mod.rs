@@ -67,8 +67,10 @@ pub struct Config {
     pub jwt_secret: Option<Secret<Vec<u8>>>,
     /// What onboarding asks for; `None`: it is open.
     pub onboarding_api_key: Option<Secret>,
-    /// What the admin endpoints ask for; `None`: they are disabled.
-    pub admin_api_key: Option<Secret>,
+    /// What the admin endpoints ask for; if there is none, they are disabled.
+    pub admin_keys: Vec<AdminKey>,
+    /// Who may onboard, if that was said.
+    pub enrolment: Option<Enrolment>,
     /// May a device that has an active certificate onboard again?
     pub reenroll: Reenroll,
     /// Where tokens are kept; `None`: in memory only.
@@ -121,6 +123,17 @@ pub struct Http {
     pub trusted_proxies: Vec<Cidr>,
     /// Onboardings a minute and client address; 0: no limit.
     pub onboarding_rate_limit: u32,
+    /// Failed authentications a minute and client address; 0: no limit.
+    pub auth_failures: u32,
+}
+
+/// A key of the admin endpoints.
+#[derive(Clone, Debug)]
+pub struct AdminKey {
+    /// Who has it, for the log.
+    pub name: String,
+    /// The key.
+    pub key: Secret,
 }
 
 /// PEM files.
@@ -216,7 +229,8 @@ impl Config {
             token_ttl_s: vars.number(&var::PROVISIONING_TOKEN_TTL)?,
             jwt_secret: jwt_secret(&vars, &mut warnings)?,
             onboarding_api_key: api_key(&vars, &var::ONBOARDING_API_KEY)?,
-            admin_api_key: api_key(&vars, &var::ADMIN_API_KEY)?,
+            admin_keys: admin_keys(&vars)?,
+            enrolment: enrolment(&vars)?,
             reenroll: vars.choice(&var::REENROLL, &[Reenroll::Deny, Reenroll::Allow])?,
             redis: Redis::from_vars(&vars, &mut warnings)?,
             outage_redeem: vars
@@ -230,6 +244,10 @@ impl Config {
             warnings,
             shown: Vec::new(),
         };
+        if config.enrolment == Some(Enrolment::Key) && config.onboarding_api_key.is_none() {
+            let reason = "ENROLMENT=key needs it";
+            return Err(ConfigError::bare(var::ONBOARDING_API_KEY.name, reason));
+        }
         config.show(&vars);
         config.warn();
         Ok(config)
@@ -263,9 +281,16 @@ impl Config {
         names
     }
 
+    /// Who may onboard: if it was not said, whoever has the key where there is one.
+    pub fn enrolment(&self) -> Enrolment {
+        let by_key = self.onboarding_api_key.is_some();
+        self.enrolment.unwrap_or(if by_key { Enrolment::Key } else { Enrolment::Open })
+    }
+
     /// Keys are, and another certificate; that there is one at all is fixed.
     fn is_taken_up(&self, name: &str, later: &Config) -> bool {
-        let is_key = [&var::ONBOARDING_API_KEY, &var::ADMIN_API_KEY].iter().any(|v| v.name == name);
+        let keys = [&var::ONBOARDING_API_KEY, &var::ADMIN_API_KEY, &var::ADMIN_API_KEYS];
+        let is_key = keys.iter().any(|v| v.name == name);
         let tls = [&var::TLS, &var::TLS_NAMES, &var::TLS_CERT, &var::TLS_KEY];
         let is_tls = tls.iter().any(|v| v.name == name);
         is_key || (is_tls && self.http.tls.is_some() == later.http.tls.is_some())
@@ -305,10 +330,10 @@ impl Config {
     /// Adds what is allowed but unwise in combination.
     fn warn(&mut self) {
         let keys = [
-            (var::ONBOARDING_API_KEY.name, &self.onboarding_api_key),
-            (var::ADMIN_API_KEY.name, &self.admin_api_key),
+            (var::ONBOARDING_API_KEY.name, self.onboarding_api_key.is_some()),
+            (var::ADMIN_API_KEY.name, !self.admin_keys.is_empty()),
         ];
-        let names: Vec<_> = keys.iter().filter(|(_, k)| k.is_some()).map(|(n, _)| *n).collect();
+        let names: Vec<_> = keys.iter().filter(|(_, is_set)| *is_set).map(|(n, _)| *n).collect();
         if !names.is_empty() && self.http.tls.is_none() && !self.http.host.is_loopback() {
             self.warnings.push(format!(
                 "{} used without TLS on {}: whoever sees the traffic can read it",
@@ -316,11 +341,17 @@ impl Config {
                 self.http.host
             ));
         }
-        if self.onboarding_api_key.is_none() {
-            self.warn_of_open_onboarding();
+        match self.enrolment() {
+            Enrolment::Open => self.warn_of_open_onboarding(),
+            Enrolment::Registered if self.admin_keys.is_empty() => {
+                let text =
+                    "ENROLMENT=registered without ADMIN_API_KEY: no device can be registered here";
+                self.warnings.push(text.to_owned());
+            }
+            Enrolment::Registered | Enrolment::Key => {}
         }
-        if let (Some(onboarding), Some(admin)) = (&self.onboarding_api_key, &self.admin_api_key)
-            && admin.matches(onboarding.reveal().as_bytes())
+        if let Some(onboarding) = &self.onboarding_api_key
+            && self.admin_keys.iter().any(|a| a.key.matches(onboarding.reveal().as_bytes()))
         {
             let text =
                 "ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke";
@@ -347,9 +378,13 @@ impl Config {
     fn warn_of_open_onboarding(&mut self) {
         let Http { host, .. } = self.http;
         if !host.is_loopback() {
+            let (why, mend) = match self.onboarding_api_key {
+                Some(_) => ("ENROLMENT=open", "set ENROLMENT=key"),
+                None => ("ONBOARDING_API_KEY is unset", "set it"),
+            };
             self.warnings.push(format!(
-                "ONBOARDING_API_KEY is unset: whoever reaches {host} can onboard any device that has no \
-                 certificate; set it, or HTTP_HOST=127.0.0.1"
+                "{why}: whoever reaches {host} can onboard any device that has no certificate; {mend}, \
+                 or HTTP_HOST=127.0.0.1"
             ));
         }
         if self.reenroll == Reenroll::Allow {
@@ -357,6 +392,19 @@ impl Config {
                         certificate in the name of any device; set the key";
             self.warnings.push(text.to_owned());
         }
+    }
+}
+
+impl AdminKey {
+    /// `ADMIN_API_KEY` alone, which is all that a client of the service needs.
+    ///
+    /// # Errors
+    /// When it is not allowed, or its file cannot be read.
+    pub fn from_lookup(
+        lookup: impl Fn(&str) -> Option<OsString>,
+        read: impl Fn(&Path) -> io::Result<Vec<u8>>,
+    ) -> Result<Option<Secret>, ConfigError> {
+        api_key(&Vars::new(&lookup, &read), &var::ADMIN_API_KEY)
     }
 }
 
@@ -386,6 +434,7 @@ impl Http {
             tls_handshake: Duration::from_secs(vars.number(&var::TLS_HANDSHAKE_SECONDS)?),
             trusted_proxies: vars.optional(&var::TRUSTED_PROXIES, cidrs)?.unwrap_or_default(),
             onboarding_rate_limit: vars.number(&var::ONBOARDING_RATE_LIMIT)?,
+            auth_failures: vars.number(&var::AUTH_FAILURES)?,
         })
     }
 }
@@ -513,9 +562,51 @@ fn checked_jwt_secret(
 
 fn api_key(vars: &Vars<'_>, variable: &Variable) -> Result<Option<Secret>, ConfigError> {
     let Some(key) = vars.secret_text(variable)? else { return Ok(None) };
-    let length = (16..=1024).contains(&key.reveal().len());
-    if !length || !key.reveal().bytes().all(|b| b.is_ascii_graphic()) {
+    if !is_api_key(key.reveal()) {
         return Err(ConfigError::bare(variable.name, variable.allowed));
     }
     Ok(Some(key))
+}
+
+/// Not what a device's secret looks like: who shows one must not be taken for the other.
+fn is_api_key(key: &str) -> bool {
+    let is_secret = key.get(..4).is_some_and(|head| head.eq_ignore_ascii_case("mpl-"));
+    (16..=1024).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_graphic()) && !is_secret
+}
+
+fn admin_keys(vars: &Vars<'_>) -> Result<Vec<AdminKey>, ConfigError> {
+    let named_admin = |key| AdminKey { name: "admin".to_owned(), key };
+    let mut keys: Vec<AdminKey> =
+        api_key(vars, &var::ADMIN_API_KEY)?.map(named_admin).into_iter().collect();
+    let more = vars.secret_text(&var::ADMIN_API_KEYS)?;
+    let lines = more.iter().flat_map(|text| text.reveal().lines()).map(str::trim);
+    for (n, line) in (1..).zip(lines).filter(|(_, line)| !line.is_empty()) {
+        let fault = |what: &str| {
+            let reason = format!("line {n} {what}; {}", var::ADMIN_API_KEYS.allowed);
+            ConfigError::bare(var::ADMIN_API_KEYS.name, reason)
+        };
+        let (name, key) = line.split_once(':').ok_or_else(|| fault("has no colon"))?;
+        let (name, key) = (name.trim().to_owned(), Secret::new(key.trim().to_owned()));
+        if !(1..=64).contains(&name.len()) || !name.bytes().all(|b| matches!(b, b' '..=b'~')) {
+            return Err(fault("has no name of 1 to 64 printable characters"));
+        }
+        if !is_api_key(key.reveal()) {
+            return Err(fault("has no key that is allowed"));
+        }
+        let taken = |a: &AdminKey| a.name == name || a.key.matches(key.reveal().as_bytes());
+        if keys.iter().any(taken) {
+            return Err(fault("has a name or a key that stands there already"));
+        }
+        keys.push(AdminKey { name, key });
+    }
+    Ok(keys)
+}
+
+fn enrolment(vars: &Vars<'_>) -> Result<Option<Enrolment>, ConfigError> {
+    if vars.given(var::ENROLMENT.name)?.is_none() {
+        vars.show(&var::ENROLMENT, "");
+        return Ok(None);
+    }
+    let meanings = [Enrolment::Open, Enrolment::Key, Enrolment::Registered];
+    vars.choice(&var::ENROLMENT, &meanings).map(Some)
 }

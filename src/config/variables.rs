@@ -77,7 +77,7 @@ macro_rules! variables {
 
 use Allowed::{Flag, Number, OneOf, Secret, Text};
 
-const API_KEY: Allowed = Secret("16 to 1024 visible ASCII characters");
+const API_KEY: Allowed = Secret("16 to 1024 visible ASCII characters, not beginning with mpl-");
 const PEM_CERT: Allowed = Text("a readable PEM file with at least one certificate");
 const REDIS_ADDRESS: Allowed = Secret(
     "redis:// or rediss://[[user]:password@]host[:port][/database] (or valkey://, valkeys://) without \
@@ -135,6 +135,13 @@ variables! {
     /// A shorter key can be guessed; a longer one leaves no room in a request's head.
     ONBOARDING_API_KEY = "", API_KEY, "bearer key that onboarding asks for; unset: open";
     ADMIN_API_KEY = "", API_KEY, "bearer key of the admin endpoints; unset: disabled";
+    ADMIN_API_KEYS = "", Secret("name:key lines, each name once, each key 16 to 1024 visible ASCII characters"),
+        "further ones, one name:key a line";
+    ENROLMENT = "", OneOf(&["open", "key", "registered"]),
+        "who may onboard; unset: key if one is set, else open";
+    /// Whoever shares an address with somebody who guesses waits with them, for two seconds a guess.
+    AUTH_FAILURES = "30", Number(0, 1_000_000),
+        "failed authentications a minute and client; 0: no limit";
     REENROLL = "deny", OneOf(&["deny", "allow"]), "onboard a device that has a certificate?";
     RENEW_REVOKES = "false", Flag, "revoke the old certificate on renewal?";
     RENEW_AFTER_EXPIRY_DAYS = "0", Number(0, 365), "days after its expiry that a certificate renews";

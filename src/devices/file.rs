@@ -270,7 +270,7 @@ fn optional<T>(field: &str, parse: impl FnOnce(&str) -> Option<T>) -> Option<Opt
 }
 
 fn parse_secret(field: &str) -> Option<SecretHash> {
-    TokenHash::from_hex(field).map(|hash| SecretHash(hash.0))
+    SecretHash::from_hex(field)
 }
 
 /// Digits only, without a sign.

@@ -161,6 +161,11 @@ impl Block {
 }
 
 impl Row {
+    /// Whether the device is listed for its row alone: a bound is no sign that there is such a device.
+    pub fn is_listed(&self) -> bool {
+        self.registration.is_some() || self.block.blocked > 0 || !self.spent.is_empty()
+    }
+
     /// Whether anything would be different without this row. One of which nothing matters any more
     /// is dropped, on each instance for itself; should it come back from elsewhere, it does no harm.
     ///

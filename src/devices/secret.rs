@@ -10,6 +10,7 @@ use std::fmt;
 use sha2::{Digest as _, Sha256};
 
 use super::SecretHash;
+use crate::jwt::TokenHash;
 
 const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
 const CHARACTERS: usize = 26;
@@ -58,6 +59,11 @@ impl SecretHash {
         let rest = plain.strip_prefix("mpl")?;
         let fits = rest.len() == CHARACTERS && rest.bytes().all(|b| ALPHABET.contains(&b));
         fits.then(|| hash_of(&format!("mpl-{rest}")))
+    }
+
+    /// Reads 64 hexadecimal digits.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        TokenHash::from_hex(&text.to_ascii_lowercase()).map(|hash| SecretHash(hash.0))
     }
 
     /// Whether the two are equal; how long that takes does not depend on where they differ.

@@ -12,6 +12,7 @@ use std::borrow::Borrow;
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
@@ -115,6 +116,20 @@ impl Devices {
     pub fn row(&self, device: &DeviceId) -> Row {
         let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
         rows.get(device.as_str().as_bytes()).map(Packed::unpack).unwrap_or_default().row
+    }
+
+    /// The devices behind `after` whose names begin with `prefix` and that are listed: the first
+    /// `most`, by name.
+    pub fn listed_after(&self, after: &str, prefix: &str, most: usize) -> Vec<(DeviceId, Row)> {
+        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let begin = match after < prefix {
+            true => ops::Bound::Included(prefix.as_bytes()),
+            false => ops::Bound::Excluded(after.as_bytes()),
+        };
+        let behind = rows.range::<[u8], _>((begin, ops::Bound::Unbounded));
+        let wanted = behind.take_while(|row| row.parts().0.starts_with(prefix.as_bytes()));
+        let listed = wanted.filter_map(|packed| Some((packed.device()?, packed.unpack().row)));
+        listed.filter(|(_, row)| row.is_listed()).take(most).collect()
     }
 
     /// Raises the bound of a device, never lowers it; on disk when it returns.

@@ -22,6 +22,8 @@ pub enum Method {
     Head,
     /// `POST`
     Post,
+    /// `PUT`
+    Put,
     /// `DELETE`
     Delete,
     /// `OPTIONS`
@@ -32,7 +34,7 @@ pub enum Method {
 
 impl Method {
     /// All that some endpoint has, as a 405 of the edge has to name them (RFC 9110, 15.5.6).
-    pub const ALLOW: &str = "GET, HEAD, POST, DELETE, OPTIONS";
+    pub const ALLOW: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
 
     /// As it stands on the wire.
     pub fn name(self) -> &'static str {
@@ -40,6 +42,7 @@ impl Method {
             Method::Get => "GET",
             Method::Head => "HEAD",
             Method::Post => "POST",
+            Method::Put => "PUT",
             Method::Delete => "DELETE",
             Method::Options => "OPTIONS",
             Method::Other => "another method",
@@ -52,6 +55,7 @@ impl Method {
             "GET" => Method::Get,
             "HEAD" => Method::Head,
             "POST" => Method::Post,
+            "PUT" => Method::Put,
             "DELETE" => Method::Delete,
             "OPTIONS" => Method::Options,
             _ => Method::Other,

@@ -1,43 +1,39 @@
-//! Running a batch of jobs, in fixed phases: if a device's past is to die, how far, on disk → the
-//! store, first round → under the record's lock: check,
+//! Running a batch of jobs, in fixed phases: [`super::prepare`] → the store, first round → under the record's lock: check,
 //! sign and enter one after the other, then make all durable at once → if anything was revoked, one
 //! new list → the store, second round: what must be given back before the answer. What can wait until
 //! after the answer is returned as [`Batch::after`].
 
-use std::net::IpAddr;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::{
-    Batch, Done, Issue, Job, Provisioner, Redeem, Renew, Revoke, Signed, no_certificate,
-    not_issued, refused,
+    Batch, By, Change, Changed, Done, Issue, Job, Provisioner, Redeem, Renew, Revoke, Rewrite,
+    Signed, no_certificate, not_issued, refused,
 };
 use crate::ca::identity::IdentityError;
 use crate::ca::issuer::Leaf;
-use crate::ca::record::{Entries, Origin, Reason, RecordError, Redeemed, Renewal};
+use crate::ca::record::{Entries, Origin, Reason, RecordError, Redeemed, Renewal, Spent};
 use crate::clock::{self, Now};
-use crate::config::Reenroll;
 use crate::device::DeviceId;
+use crate::devices::enrol::{Edit, Stage};
+use crate::devices::{Row, Terms};
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
-use crate::store::{Answer, Kill, New, Op, Outcome, StoreError};
+use crate::store::{Answer, Found, Op, Outcome, StoreError};
 
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
-        let mut kills = self.raise_bounds(&jobs, now).into_iter();
-        let (ready, ops): (Vec<_>, Vec<_>) =
-            jobs.into_iter().map(|job| self.ready(job, &mut kills, now)).unzip();
-        let ops: Vec<Op> = ops.into_iter().flatten().collect();
-        let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
-        let mut answers = answers.into_iter();
-        let killed: Vec<DeviceId> = ops.iter().filter_map(killed_by).cloned().collect();
-        let shared = killed.is_empty() || self.share_kills(&killed);
-        let mut follow_up = FollowUp { shared, ..FollowUp::default() };
-        let steps: Vec<Step> = ready
-            .into_iter()
-            .map(|job| self.decide(job, &mut answers, &mut follow_up, now))
-            .collect();
+        let mut follow_up = FollowUp::default();
+        let steps = self.ask(jobs, &mut follow_up, now).into_iter().map(|step| match step {
+            Step::Again(issue) => {
+                let steps = self.ask(vec![Job::Issue(issue)], &mut follow_up, now);
+                steps.into_iter().next().unwrap_or(Step::Done(Err(Code::InternalError.into())))
+            }
+            step => step,
+        });
+        let steps = steps.collect();
         let mut done = self.record(steps, &mut follow_up, now);
         self.publish_revoked(&mut done, &follow_up);
         self.publisher.watch_record(clock::now());
@@ -47,64 +43,56 @@ impl Provisioner {
         Batch { done, after: follow_up.after }
     }
 
-    /// The job with what the store is asked for it, if it is asked and the job can be done.
-    fn ready(
-        &self,
-        job: Job,
-        kills: &mut impl Iterator<Item = Result<Kill, Problem>>,
-        now: Now,
-    ) -> (Result<Job, Problem>, Option<Op>) {
-        let mut kill = || kills.next().unwrap_or_else(|| Err(Code::InternalError.into()));
-        let op = match &job {
-            Job::Issue(Issue { device, jti, replaces, client }) => {
-                replaces.then(|| kill().map(Box::new)).transpose().map(|replaces| {
-                    let token = self.token(device.clone(), *jti, now);
-                    Some(Op::Issue(New { token, replaces, subscriber: (*client).into() }))
-                })
-            }
-            Job::Redeem(redeem) => Ok(Some(Op::Consume(redeem.token.clone(), redeem.serial))),
-            Job::Renew(_) => Ok(None),
-            Job::Count => Ok(Some(Op::Count)),
-            Job::Revoke(_) => kill().map(|kill| Some(Op::Kill(Box::new(kill)))),
-        };
-        match op {
-            Ok(op) => (Ok(job), op),
-            Err(problem) => (Err(problem), None),
+    /// Prepares the jobs and asks the store.
+    fn ask(&self, jobs: Vec<Job>, follow_up: &mut FollowUp, now: Now) -> Vec<Step> {
+        let mut ops = Vec::new();
+        let mut asked = Vec::new();
+        for prepared in self.prepare(jobs, now) {
+            let before = ops.len();
+            let job = prepared.map(|prepared| prepared.into_ops(self, now, &mut ops));
+            asked.push((job, ops.len() - before));
         }
+        let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
+        let killed: Vec<DeviceId> = asked
+            .iter()
+            .flat_map(|(job, _)| job.as_ref().map(Job::kills))
+            .flatten()
+            .cloned()
+            .collect();
+        follow_up.shared = killed.is_empty() || self.share_kills(&killed);
+        let mut answers = answers.into_iter();
+        let decide = |(job, count)| match job {
+            Ok(job) => self.decide(job, answers.by_ref().take(count).collect(), follow_up, now),
+            Err(problem) => Step::Done(Err(problem)),
+        };
+        asked.into_iter().map(decide).collect()
     }
 
-    /// Runs what could wait until after the answers.
+    /// Runs what could wait until after the answers: what others have to know of a device, before its
+    /// lease is free.
     pub fn clean_up(&self, after: &[Op]) {
-        if !after.is_empty() {
-            self.store.run(after, clock::now());
+        let is_row = |op: &&Op| matches!(op, Op::Tell(..));
+        let (rows, rest): (Vec<_>, Vec<_>) = after.iter().cloned().partition(|op| is_row(&op));
+        for ops in [rows, rest].iter().filter(|ops| !ops.is_empty()) {
+            self.store.run(ops, clock::now());
         }
     }
 
-    /// Reads the store's answer; only what is to be signed has anything left to do.
-    fn decide(
-        &self,
-        job: Result<Job, Problem>,
-        answers: &mut impl Iterator<Item = Answer>,
-        follow_up: &mut FollowUp,
-        now: Now,
-    ) -> Step {
-        let job = match job {
-            Ok(job) => job,
-            Err(problem) => return Step::Done(Err(problem)),
-        };
+    /// Reads the store's answers; only what is to be signed has anything left to do.
+    fn decide(&self, job: Job, answers: Vec<Answer>, follow_up: &mut FollowUp, now: Now) -> Step {
+        let mut answers = answers.into_iter();
         let mut answer = || answers.next().unwrap_or(Err(StoreError::Undecided));
         match job {
-            Job::Issue(Issue { device, client, .. }) => {
-                Step::Done(self.issued(device, client, answer(), &mut follow_up.give_back, now))
-            }
-            Job::Redeem(redeem) => match granted(&redeem, answer()) {
-                Ok(()) => Step::Granted(Grant::Token(redeem)),
+            Job::Issue(issue) => self.issued(issue, answer(), &mut follow_up.give_back, now),
+            Job::Redeem(redeem) => match granted(*redeem, answer()) {
+                Ok(redeem) => Step::Granted(Grant::Token(Box::new(redeem))),
                 Err(problem) => Step::Done(Err(problem)),
             },
             Job::Renew(renew) => Step::Granted(Grant::Certificate(renew)),
             Job::Revoke(revoke) => {
                 Step::Done(self.revoked(revoke, answer(), follow_up.shared, follow_up))
             }
+            Job::Rewrite(rewrite) => Step::Done(Ok(self.rewritten(rewrite, answers, now))),
             Job::Count => Step::Done(match answer() {
                 Ok(Outcome::Counted(count)) => Ok(Done::Counted(count)),
                 other => Err(unexpected(other)),
@@ -112,43 +100,46 @@ impl Provisioner {
         }
     }
 
-    fn issued(
-        &self,
-        device: DeviceId,
-        client: IpAddr,
-        answer: Answer,
-        give_back: &mut Vec<Op>,
-        now: Now,
-    ) -> Result<Done, Problem> {
-        let (token, killed) = match answer {
-            Ok(Outcome::Issued { token, killed, holder }) => {
-                if !self.knows_holder(&device, holder) {
+    fn issued(&self, issue: Issue, answer: Answer, give_back: &mut Vec<Op>, now: Now) -> Step {
+        let Issue { device, client, .. } = &issue;
+        let (token, killed, row) = match answer {
+            Ok(Outcome::Issued { token, killed, found }) => {
+                let Found { row, holder } = *found;
+                if !self.knows_holder(device, holder) {
                     give_back.push(Op::TakeBack(token));
-                    return Err(not_issued(Code::ServiceUnavailable, &device));
+                    return Step::Done(Err(not_issued(Code::ServiceUnavailable, device)));
                 }
-                (token, killed)
+                (token, killed, row)
             }
-            Ok(Outcome::AlreadyActive { expires_at_ms }) => {
-                let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
-                return Err(not_issued(Code::TokenAlreadyActive, &device)
-                    .field("expiresAt", clock::rfc3339(expires_at_ms))
-                    .field("expiresInSeconds", left_s));
+            // The device has lost its token, or somebody with its secret has it.
+            Ok(Outcome::AlreadyActive { .. }) if issue.by_secret && !issue.replace => {
+                return Step::Again(Issue { replace: true, ..issue });
             }
-            other => return Err(unexpected(other).log_more(format!("device {device}"))),
+            other => return Step::Done(Err(not_issued(not_given(other, now), device))),
         };
-        // The device may have redeemed another token between the first look and the claim.
-        if self.rules.reenroll == Reenroll::Deny && self.ca().record().has_active(&device, now) {
-            let problem = not_issued(Code::DeviceHasActiveCertificate, &device);
+        // The device may have redeemed another token between the first look and the claim, or others
+        // know what this instance does not.
+        let known = self.devices.row(device).merge(row.clone());
+        if let Err(code) = issue.judge(&known, self, now) {
             give_back.push(Op::TakeBack(token));
-            return Err(problem);
+            return Step::Done(Err(not_issued(code, device)));
         }
+        self.learn(device, row, now);
         log::info!("token {} issued for {device}, to {client}", token.hash.short());
         self.metrics.tokens_issued.add(1);
         if let Some(old) = killed {
             self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed: replaced, by {client}", old.hash.short());
         }
-        Ok(Done::Issued(token))
+        Step::Done(Ok(Done::Issued(token)))
+    }
+
+    /// Keeps a registration of which only others knew: this instance decides on the redemption, too.
+    fn learn(&self, device: &DeviceId, row: Row, now: Now) {
+        let news = Row { bound: Default::default(), ..row.news_for(&self.devices.row(device)) };
+        if let Err(error) = self.devices.enter(vec![(device.clone(), news)], false, now) {
+            log::error!("what Redis says of {device} was not kept: {error}");
+        }
     }
 
     /// Tells the other instances of these kills, and learns of certificates that only they know. Where
@@ -160,7 +151,7 @@ impl Provisioner {
     /// Another instance has signed for the device, which is not in the record yet: it is entered now.
     /// `false` if that is not done in time; where nothing is shared the holder does not count.
     fn knows_holder(&self, device: &DeviceId, holder: Option<Serial>) -> bool {
-        let denies = self.rules.reenroll == Reenroll::Deny;
+        let denies = !self.may_reenroll();
         let unknown = |serial: Serial| denies && self.ca().record().by_serial(&serial).is_none();
         !holder.is_some_and(unknown)
             || self.sharing.look_up(std::slice::from_ref(device))
@@ -174,9 +165,9 @@ impl Provisioner {
         shared: bool,
         follow_up: &mut FollowUp,
     ) -> Result<Done, Problem> {
-        let Revoke { device, client } = revoke;
-        let dead = match answer {
-            Ok(Outcome::Killed(dead)) => dead,
+        let Revoke { device, edit, by } = revoke;
+        let (dead, shared) = match answer {
+            Ok(Outcome::Killed { dead, told }) => (dead, shared && told),
             other => return Err(unexpected(other)),
         };
         let record = self.ca().record();
@@ -184,15 +175,19 @@ impl Provisioner {
         let dead = dead.filter(|dead| !record.knows_token(&dead.hash));
         if let Some(dead) = &dead {
             self.metrics.tokens_killed.add(1);
-            log::info!("token {} of {device} killed, by {client}", dead.hash.short());
+            log::info!("token {} of {device} killed, {by}", dead.hash.short());
         }
         let serials = record.revoke(&device, Reason::Unspecified, clock::now())?;
         follow_up.revoked |= !serials.is_empty();
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
-            log::info!("certificate {serial} of {device} revoked, by {client}");
+            log::info!("certificate {serial} of {device} revoked, {by}");
         }
-        if self.ledger.knows_device(&device) || record.knows_device(&device) {
+        if edit.is_some() {
+            log::info!("device {device} blocked, {by}");
+        }
+        let is_listed = self.devices.row(&device).is_listed();
+        if is_listed || self.ledger.knows_device(&device) || record.knows_device(&device) {
             return Ok(Done::Revoked { device, shared });
         }
         let status = self.store.status();
@@ -202,6 +197,25 @@ impl Provisioner {
             return Err(Problem::from(Code::ServiceUnavailable).log(why));
         }
         Err(no_certificate())
+    }
+
+    /// The rows are on disk; has Redis been told of all?
+    fn rewritten(&self, rewrite: Rewrite, answers: impl Iterator<Item = Answer>, now: Now) -> Done {
+        let Rewrite { changes, by } = rewrite;
+        let mut shared = true;
+        for answer in answers {
+            match answer {
+                Ok(Outcome::Killed { dead, told }) => {
+                    shared &= told;
+                    self.metrics.tokens_killed.add(u64::from(dead.is_some()));
+                }
+                // It is tried again by itself.
+                _ => shared = false,
+            }
+        }
+        self.sharing.wake();
+        log_rewritten(&changes, &by, now);
+        Done::Rewritten { changes, shared }
     }
 
     /// Publishes one list for all that the batch has revoked. A revocation that no broker can learn of
@@ -235,6 +249,8 @@ impl Provisioner {
         let mut committed = committed.into_iter();
         let mut end = |step| match step {
             Step::Done(done) => done,
+            // All that were to be asked again have been.
+            Step::Again(issue) => Err(not_issued(Code::InternalError, &issue.device)),
             // Every granted one was entered or refused above.
             Step::Granted(grant) => Err(grant.refused(Code::InternalError.into())),
             Step::Entered(grant, signed) => {
@@ -242,7 +258,75 @@ impl Provisioner {
                 self.recorded(grant, signed, result, follow_up)
             }
         };
-        steps.into_iter().map(&mut end).collect()
+        let done = steps.into_iter().map(&mut end).collect();
+        self.enter_spent(follow_up, now);
+        done
+    }
+
+    /// The registrations that were used are used up here before anybody is answered, and in Redis
+    /// before the devices' leases are free.
+    fn enter_spent(&self, follow_up: &mut FollowUp, now: Now) {
+        let used = std::mem::take(&mut follow_up.used);
+        let device = |used: &Used| used.token.claims.device_id.clone();
+        let spent: Vec<(DeviceId, Row)> =
+            used.iter().filter_map(|used| Some((device(used), used.spends.clone()?))).collect();
+        if let Err(error) = self.devices.enter(spent.clone(), true, now) {
+            log::error!("registrations that were used are not marked so on disk: {error}");
+        }
+        for (device, _) in &spent {
+            self.spending.lock().remove(device);
+        }
+        for Used { token, serial, spends } in used {
+            let device = token.claims.device_id.clone();
+            // Where others are told of the record, they are told of the row before the lease goes.
+            let Some(token) = self.sharing.free_when_shared(serial, token) else { continue };
+            follow_up.after.extend(spends.map(|row| Op::Tell(device, row)));
+            follow_up.after.push(Op::Finish(token));
+        }
+    }
+
+    /// At the start: what the process that ran before has recorded and not brought to its end. The first
+    /// token of a device after its registration was begun has used that up, and the certificates
+    /// before it are to be revoked.
+    pub fn make_up(&self, now: Now) {
+        let mut spent = self.ca().record().spent_tokens();
+        spent.sort_by_key(|spent| spent.token.iat);
+        let mut used = BTreeMap::new();
+        for Spent { token, serial, device } in spent {
+            let row = self.devices.row(&device);
+            // Beginning a registration kills all that was before it.
+            if row.registration.is_some() && token.iat > row.bound.t {
+                used.entry(device).or_insert(serial);
+            }
+        }
+        let mut rows = Vec::new();
+        for (device, serial) in used {
+            let row = self.devices.row(&device);
+            if [Stage::Open, Stage::Spent].contains(&row.stage(now.unix_s())) {
+                self.supersede_older(&device, serial, now);
+            }
+            rows.extend(row.spend(now.unix_s()).map(|row| (device, row)));
+        }
+        if let Err(error) = self.devices.enter(rows, true, now) {
+            log::error!("registrations that were used are not marked so on disk: {error}");
+        }
+    }
+
+    fn not_spent(&self, grant: &Grant) {
+        if let Grant::Token(redeem) = grant
+            && redeem.spends.is_some()
+        {
+            self.spending.lock().remove(&redeem.token.claims.device_id);
+        }
+    }
+
+    /// A device that has enrolled again by a registration needs its older certificates no more.
+    fn supersede_older(&self, device: &DeviceId, new: Serial, now: Now) {
+        let older = self.ca().record().of_device(device);
+        let older = older.iter().skip_while(|newer| newer.serial != new).skip(1);
+        for old in older.filter(|old| old.revoked_at.is_none()) {
+            self.publisher.supersede(old.serial, new, now);
+        }
     }
 
     fn enter(
@@ -252,8 +336,8 @@ impl Provisioner {
         follow_up: &mut FollowUp,
         now: Now,
     ) -> Step {
-        let Step::Granted(grant) = step else { return step };
-        match self.sign(&grant, entries, now) {
+        let Step::Granted(mut grant) = step else { return step };
+        match self.sign(&mut grant, entries, now) {
             Ok(signed) if signed.again => {
                 grant.log_again(&signed.leaf);
                 Step::Done(Ok(Done::Signed(Box::new(signed))))
@@ -267,33 +351,41 @@ impl Provisioner {
                 if !grant.is_recorded(entries) {
                     follow_up.give_back.extend(grant.give_back());
                 }
+                self.not_spent(&grant);
                 Step::Done(Err(grant.refused(problem)))
             }
         }
     }
 
     /// The last look, then the signature. A panic in it costs this request alone.
-    fn sign(&self, grant: &Grant, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
-        let (csr, device, serial) = match grant {
+    fn sign(&self, grant: &mut Grant, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
+        let (csr, device, serial, days) = match grant {
             Grant::Token(redeem) => {
                 self.look_again(redeem, entries, now)?;
-                (&redeem.csr, &redeem.token.claims.device_id, redeem.serial)
+                let days = redeem.row.living(now.unix_s()).and_then(|terms| terms.cert_days);
+                (&redeem.csr, &redeem.token.claims.device_id, redeem.serial, days)
             }
             Grant::Certificate(renew) => {
+                self.check_block(&renew.old.device)?;
                 self.judge_again(renew, now)?;
                 if let Some(leaf) = renew.judge(entries, now)? {
                     return Ok(Signed { leaf, issuer: self.issuer(now)?, again: true });
                 }
-                (&renew.csr, &renew.old.device, renew.serial)
+                (&renew.csr, &renew.old.device, renew.serial, None)
             }
         };
         let issuer = self.issuer(now)?;
-        let leaf = catch_unwind(AssertUnwindSafe(|| issuer.sign(csr, device, serial, now)))
+        let sign = || match days {
+            Some(days) => issuer.sign_for(csr, device, serial, days, now),
+            None => issuer.sign(csr, device, serial, now),
+        };
+        let leaf = catch_unwind(AssertUnwindSafe(sign))
             .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
         Ok(Signed { leaf, issuer, again: false })
     }
 
-    fn look_again(&self, redeem: &Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
+    /// Notes what the redemption uses up: nobody else may use it until that is known, or not so.
+    fn look_again(&self, redeem: &mut Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
         if !is_in_time(now, clock::now()) {
             return Err(Code::ServiceUnavailable);
         }
@@ -303,8 +395,19 @@ impl Provisioner {
             return Err(Code::TokenAlreadyUsed);
         }
         let device = &token.claims.device_id;
-        if self.rules.reenroll == Reenroll::Deny && entries.has_active(device, now) {
-            return Err(Code::DeviceHasActiveCertificate);
+        self.check_block(device)?;
+        redeem.row = std::mem::take(&mut redeem.row).merge(self.devices.row(device));
+        redeem.spends = redeem.row.spend(now.unix_s());
+        if redeem.spends.is_none() {
+            if self.rules.registered_only && redeem.row.stage(now.unix_s()) == Stage::Spent {
+                return Err(Code::TokenAlreadyUsed);
+            }
+            if !self.may_reenroll() && entries.has_active(device, now) {
+                return Err(Code::DeviceHasActiveCertificate);
+            }
+        } else if !self.spending.lock().insert(device.clone()) {
+            redeem.spends = None;
+            return Err(Code::ServiceUnavailable);
         }
         Ok(())
     }
@@ -343,8 +446,12 @@ impl Provisioner {
                 self.count(&grant);
                 match grant {
                     Grant::Token(redeem) => {
-                        let held = self.sharing.free_when_shared(redeem.serial, redeem.token);
-                        follow_up.after.extend(held.map(Op::Finish));
+                        let Redeem { token, serial, spends, .. } = *redeem;
+                        if spends.is_some() {
+                            let device = &token.claims.device_id;
+                            self.supersede_older(device, signed.leaf.serial, clock::now());
+                        }
+                        follow_up.used.push(Used { token, serial, spends });
                     }
                     Grant::Certificate(renew) if self.rules.renew_revokes => {
                         let new = signed.leaf.serial;
@@ -358,6 +465,7 @@ impl Provisioner {
                 if !error.left_behind() {
                     follow_up.give_back.extend(grant.give_back());
                 }
+                self.not_spent(&grant);
                 let problem = Problem::from(error);
                 log::error!("certificate {} could not be recorded: {problem}", signed.leaf.serial);
                 Err(grant.refused(problem))
@@ -373,6 +481,8 @@ struct FollowUp {
     give_back: Vec<Op>,
     /// After the answers.
     after: Vec<Op>,
+    /// Tokens that certificates were recorded for.
+    used: Vec<Used>,
     /// Something was revoked that a new list has to name.
     revoked: bool,
     /// What was killed, the other instances have been told of.
@@ -381,28 +491,28 @@ struct FollowUp {
 
 impl Job {
     /// The device whose past it kills, if it does.
-    pub(super) fn kills(&self) -> Option<&DeviceId> {
+    fn kills(&self) -> Option<&DeviceId> {
         match self {
-            Job::Issue(Issue { device, replaces: true, .. })
+            Job::Issue(Issue { device, replace: true, .. })
             | Job::Revoke(Revoke { device, .. }) => Some(device),
             _ => None,
         }
     }
 }
 
-/// The device whose past the operation has killed, if it does that.
-fn killed_by(op: &Op) -> Option<&DeviceId> {
-    match op {
-        Op::Kill(kill) => Some(&kill.device),
-        Op::Issue(New { replaces, .. }) => replaces.as_ref().map(|kill| &kill.device),
-        _ => None,
-    }
+/// A token for which a certificate is recorded, and what of the device's row it has used up.
+struct Used {
+    token: Token,
+    serial: Serial,
+    spends: Option<Row>,
 }
 
 /// A job on its way through the phases.
 enum Step {
     /// Nothing is left to do.
     Done(Result<Done, Problem>),
+    /// The device has a token, and is entitled to another in its place.
+    Again(Issue),
     /// The store has answered: the certificate is still to be signed.
     Granted(Grant),
     /// It is signed and entered; whether it is recorded, the commit says.
@@ -513,15 +623,63 @@ fn is_in_time(sent: Now, now: Now) -> bool {
     now.mono_ms.saturating_sub(sent.mono_ms) < MS
 }
 
-/// Whether the attempt may sign.
-fn granted(redeem: &Redeem, answer: Answer) -> Result<(), Problem> {
+/// The attempt, if it may sign.
+fn granted(redeem: Redeem, answer: Answer) -> Result<Redeem, Problem> {
     let problem = match answer {
-        Ok(Outcome::Granted) => return Ok(()),
+        Ok(Outcome::Granted(row)) => return Ok(Redeem { row: redeem.row.merge(*row), ..redeem }),
+        Ok(Outcome::Blocked) => Problem::from(Code::DeviceBlocked),
         Ok(Outcome::AlreadyUsed) => Problem::from(Code::TokenAlreadyUsed),
         Ok(Outcome::Unknown { .. }) => Problem::from(Code::TokenNotFound),
         other => unexpected(other),
     };
     Err(redeem.refused(problem))
+}
+
+/// Why no token was issued.
+fn not_given(answer: Answer, now: Now) -> Problem {
+    match answer {
+        Ok(Outcome::AlreadyActive { expires_at_ms }) => {
+            let left_s = expires_at_ms.saturating_sub(now.unix_ms) / 1000;
+            Problem::from(Code::TokenAlreadyActive)
+                .field("expiresAt", clock::rfc3339(expires_at_ms))
+                .field("expiresInSeconds", left_s)
+        }
+        Ok(Outcome::Blocked) => Code::DeviceBlocked.into(),
+        other => unexpected(other),
+    }
+}
+
+/// What was done to which devices: one line, however many they are.
+fn log_rewritten(changes: &[Changed], by: &By, now: Now) {
+    const NAMED: usize = 20;
+    let said = |changed: &Changed| match &changed.change {
+        Change::Keep => "unchanged".to_owned(),
+        Change::Forget => "registration forgotten".to_owned(),
+        Change::Edit { edit, .. } => said_of(edit, changed.row.living(now.unix_s())),
+    };
+    let named: Vec<String> =
+        changes.iter().take(NAMED).map(|c| format!("{} {}", c.device, said(c))).collect();
+    let more = match changes.len().checked_sub(NAMED).filter(|more| *more > 0) {
+        Some(more) => format!(" and {more} more"),
+        None => String::new(),
+    };
+    log::info!("device {}{more}, {by}", named.join("; "));
+}
+
+fn said_of(edit: &Edit, living: Option<&Terms>) -> String {
+    let end = living.map(|terms| clock::rfc3339(terms.end.saturating_mul(1000)));
+    let parts = [
+        edit.register.map(|secret| match secret {
+            Some(_) => "registered with a secret",
+            None => "registered without a secret",
+        }),
+        edit.register.is_none().then_some("changed"),
+        edit.blocked.map(|blocked| if blocked { "blocked" } else { "unblocked" }),
+    ];
+    let is_block_only = edit.register.is_none() && edit.blocked.is_some();
+    let parts = parts.into_iter().flatten().filter(|part| !(is_block_only && *part == "changed"));
+    let until = end.filter(|_| edit.register.is_some()).map(|end| format!(", until {end}"));
+    parts.collect::<Vec<_>>().join(" and ") + &until.unwrap_or_default()
 }
 
 /// What a store answers when it does not do what it was asked.
@@ -549,15 +707,16 @@ mod tests {
     use crate::ca::publisher::Publisher;
     use crate::config;
     use crate::devices::Instance;
+    use crate::devices::enrol::Shown;
     use crate::devices::table::Devices;
     use crate::files::test_dir::TestDir;
     use crate::jwt::{Signer, TokenHash};
     use crate::metrics::Metrics;
-    use crate::provisioner::Rules;
+    use crate::provisioner::{Onboarding, Rules, Spending};
     use crate::share::{Mode, Sharing};
     use crate::store::ledger::Ledger;
     use crate::store::{Status, TokenStore};
-    use std::net::Ipv4Addr;
+    use std::net::{IpAddr, Ipv4Addr};
     use std::sync::mpsc;
     use std::sync::{Arc, Mutex};
     use std::thread;
@@ -572,16 +731,18 @@ mod tests {
     impl TokenStore for Willing {
         fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
             let answer = |op: &Op| match op {
-                Op::Issue(new) => {
-                    Ok(Outcome::Issued { token: new.token.clone(), killed: None, holder: None })
-                }
+                Op::Issue(new) => Ok(Outcome::Issued {
+                    token: new.token.clone(),
+                    killed: None,
+                    found: Box::default(),
+                }),
                 Op::Look(_) => Ok(Outcome::Seen(Box::default())),
-                Op::Kill(_) => Ok(Outcome::Killed(None)),
-                Op::Consume(..) => Ok(Outcome::Granted),
+                Op::Consume(..) => Ok(Outcome::Granted(Box::default())),
                 Op::GiveBack(token, _) => {
                     self.given_back.lock().unwrap().push(token.hash);
                     Ok(Outcome::Done)
                 }
+                Op::Kill(_) => Ok(Outcome::Killed { dead: None, told: true }),
                 Op::Count => Ok(Outcome::Counted(1)),
                 _ => Err(StoreError::Undecided),
             };
@@ -601,7 +762,8 @@ mod tests {
         };
         let rules = Rules {
             token_ttl_s: 300,
-            reenroll: Reenroll::Deny,
+            reenroll: config::Reenroll::Deny,
+            registered_only: false,
             renew_revokes: true,
             renew_after_expiry_days: 0,
         };
@@ -617,12 +779,20 @@ mod tests {
             signer: Signer::new(b"a secret of the test"),
             rules,
             metrics,
+            spending: Spending::default(),
         }
     }
 
     fn plan_issue(provisioner: &Provisioner, now: Now) -> Job {
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        provisioner.plan_issue(DeviceId::parse("d").unwrap(), false, client, now).unwrap()
+        let asked = Onboarding {
+            device: DeviceId::parse("d").unwrap(),
+            replace: false,
+            rule: config::Enrolment::Open,
+            shown: Shown::Nothing,
+            client,
+        };
+        provisioner.plan_issue(asked, now).unwrap()
     }
 
     #[test]
@@ -650,7 +820,8 @@ mod tests {
         let provisioner = provisioner(&dir, Arc::default(), now);
         let device = DeviceId::parse("d").unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let revoke = provisioner.plan_revoke(device, client, now).unwrap();
+        let by = By { name: None, client };
+        let revoke = provisioner.plan_revoke(device, false, by, now).unwrap();
         let issue = plan_issue(&provisioner, now);
         let done = provisioner.run(vec![revoke, issue], now).done;
         let [Err(_nothing_is_known), Ok(Done::Issued(token))] = &done[..] else {

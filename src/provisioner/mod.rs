@@ -2,15 +2,18 @@
 //!
 //! It knows no HTTP and no Redis. What can be refused without the store is refused when a job is
 //! planned ([`plan`]); what is left is done in batches, which share their round trips to the store and
-//! their `fsync` ([`batch`]). Before a device's past is killed, how far is put on disk ([`kill`]).
+//! their `fsync` ([`batch`]). What others know of a device, where that matters, is asked for first, and
+//! what changes of its row is put on disk ([`prepare`]).
 
 mod batch;
-mod kill;
 mod plan;
+mod prepare;
 mod revoke_one;
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf};
@@ -18,9 +21,12 @@ use crate::ca::publisher::Publisher;
 use crate::ca::record::Certificate;
 use crate::ca::{Ca, CaError};
 use crate::clock::Now;
-use crate::config::Reenroll;
+use crate::config::{Enrolment, Reenroll};
 use crate::device::DeviceId;
+use crate::devices::enrol::{Edit, Shown};
+use crate::devices::secret::NewSecret;
 use crate::devices::table::Devices;
+use crate::devices::{Row, Text};
 use crate::jwt::{Signer, Token, TokenHash};
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
@@ -29,7 +35,7 @@ use crate::share::{self, Sharing};
 use crate::store::ledger::Ledger;
 use crate::store::{Op, Status, StoreError, TokenStore};
 
-pub use kill::CLOCK_IS_FAR_OFF_MS;
+pub use prepare::CLOCK_IS_FAR_OFF_MS;
 
 /// Issues tokens and redeems them.
 pub struct Provisioner {
@@ -49,6 +55,19 @@ pub struct Provisioner {
     pub rules: Rules,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Registrations that are being used.
+    pub spending: Spending,
+}
+
+/// Devices whose registration is being used for a certificate that is not recorded yet.
+#[derive(Debug, Default)]
+pub struct Spending(Mutex<BTreeSet<DeviceId>>);
+
+impl Spending {
+    /// Locks, also after a panic elsewhere: every critical section leaves the set whole.
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<DeviceId>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What the configuration says of tokens and certificates.
@@ -58,6 +77,8 @@ pub struct Rules {
     pub token_ttl_s: u64,
     /// May a device that has an active certificate onboard again?
     pub reenroll: Reenroll,
+    /// Only registered devices enrol: a token is worth nothing once the registration is used.
+    pub registered_only: bool,
     /// Renewal revokes the certificate that it replaces.
     pub renew_revokes: bool,
     /// For how many days after its expiry a certificate can be renewed.
@@ -75,18 +96,40 @@ pub enum Job {
     Renew(Box<Renew>),
     /// Revoke a device's certificates and kill its token.
     Revoke(Revoke),
+    /// Change what is kept of devices.
+    Rewrite(Rewrite),
     /// Count the live tokens.
     Count,
 }
 
-/// A planned onboarding. The token is dated when what the batch kills is dead.
-#[derive(Debug)]
+/// An onboarding, as it is asked for.
+#[derive(Clone, Debug)]
+pub struct Onboarding {
+    /// Who is to have a token.
+    pub device: DeviceId,
+    /// In place of the one that the device may have.
+    pub replace: bool,
+    /// Who may onboard.
+    pub rule: Enrolment,
+    /// What was shown.
+    pub shown: Shown,
+    /// Who asks.
+    pub client: IpAddr,
+}
+
+/// A planned onboarding. Its token is dated when what is known of the device's past is known.
+#[derive(Clone, Debug)]
 pub struct Issue {
     device: DeviceId,
-    jti: [u8; 16],
-    /// In place of the token that the device may have.
-    replaces: bool,
+    replace: bool,
+    rule: Enrolment,
+    shown: Shown,
     client: IpAddr,
+    jti: [u8; 16],
+    /// What others know of the device may change the answer.
+    look: bool,
+    /// The secret of the device's registration was shown.
+    by_secret: bool,
 }
 
 /// A planned redemption.
@@ -97,6 +140,10 @@ pub struct Redeem {
     serial: Serial,
     user_id: Option<String>,
     client: IpAddr,
+    /// The device's row, as far as is known.
+    row: Row,
+    /// What of it is used up by this.
+    spends: Option<Row>,
 }
 
 /// A planned renewal.
@@ -109,11 +156,73 @@ pub struct Renew {
     client: IpAddr,
 }
 
-/// A planned revocation.
+/// A planned revocation, and what else is to change of the device.
 #[derive(Debug)]
 pub struct Revoke {
     device: DeviceId,
-    client: IpAddr,
+    edit: Option<Edit>,
+    by: By,
+}
+
+/// Planned changes of what is kept of devices: all are made, or none.
+#[derive(Debug)]
+pub struct Rewrite {
+    changes: Vec<Changed>,
+    by: By,
+}
+
+/// What is to change of a device, and then what has changed.
+#[derive(Debug)]
+pub struct Changed {
+    /// The device.
+    pub device: DeviceId,
+    /// The change; [`Change::Keep`] afterwards where nothing was to change.
+    pub change: Change,
+    /// The secret of the new registration, to be shown once.
+    pub secret: Option<NewSecret>,
+    /// What is kept of the device afterwards.
+    pub row: Row,
+}
+
+/// What is to be done to a device's row.
+#[derive(Debug)]
+pub enum Change {
+    /// Nothing.
+    Keep,
+    /// Change it so; not if `unless_living` and a registration lives.
+    Edit {
+        /// How.
+        edit: Edit,
+        /// A registration that lives stays.
+        unless_living: bool,
+    },
+    /// Forget the registration.
+    Forget,
+}
+
+impl Changed {
+    /// A change to be made.
+    pub fn new(device: DeviceId, change: Change, secret: Option<NewSecret>) -> Self {
+        Changed { device, change, secret, row: Row::default() }
+    }
+}
+
+/// Who does something: for the log, and for the row.
+#[derive(Clone, Debug)]
+pub struct By {
+    /// The name of the key that was shown.
+    pub name: Option<Text>,
+    /// From where.
+    pub client: IpAddr,
+}
+
+impl fmt::Display for By {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "by {}, from {}", name.as_str(), self.client),
+            None => write!(f, "by {}", self.client),
+        }
+    }
 }
 
 /// What became of a [`Job`].
@@ -128,6 +237,13 @@ pub enum Done {
         /// Whose.
         device: DeviceId,
         /// All other instances will have heard of it in a moment; else when Redis is back.
+        shared: bool,
+    },
+    /// What is kept of devices is as was asked.
+    Rewritten {
+        /// One for each device.
+        changes: Vec<Changed>,
+        /// As above.
         shared: bool,
     },
     /// So many tokens are live.
@@ -208,6 +324,10 @@ impl Provisioner {
         let lasting = lasting
             .map(|away| format!("Redis is away and will not be back by itself: {}", away.why));
         self.publisher.warnings(now).into_iter().chain(lasting).chain(self.clock_is_off()).collect()
+    }
+
+    fn may_reenroll(&self) -> bool {
+        self.rules.reenroll == Reenroll::Allow
     }
 
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {

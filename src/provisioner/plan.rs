@@ -2,35 +2,45 @@
 
 use std::net::IpAddr;
 
-use super::{Issue, Job, Provisioner, Redeem, Renew, Revoke, not_issued, refused};
+use super::{
+    By, Changed, Issue, Job, Onboarding, Provisioner, Redeem, Renew, Revoke, Rewrite, not_issued,
+    refused,
+};
 use crate::ca::csr::Csr;
 use crate::ca::record::Certificate;
 use crate::clock::Now;
-use crate::config::Reenroll;
 use crate::device::DeviceId;
+use crate::devices::Row;
+use crate::devices::enrol::{Edit, Shown};
 use crate::jwt::{Claims, Token, TokenHash};
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 
 impl Provisioner {
-    /// Plans a new token for `device`; with `replace` in place of the one that it may have.
+    /// Plans a new token for a device.
     ///
     /// # Errors
-    /// When the clock is not set, the CA cannot sign, or the device has an active certificate.
-    pub fn plan_issue(
-        &self,
-        device: DeviceId,
-        replace: bool,
-        client: IpAddr,
-        now: Now,
-    ) -> Result<Job, Problem> {
+    /// When the clock is not set, the CA cannot sign, or the device may have none, by what this
+    /// instance knows and no other can know better.
+    pub fn plan_issue(&self, asked: Onboarding, now: Now) -> Result<Job, Problem> {
         self.issuer(now)?;
-        if self.rules.reenroll == Reenroll::Deny && self.ca().record().has_active(&device, now) {
-            return Err(not_issued(Code::DeviceHasActiveCertificate, &device));
-        }
+        let Onboarding { device, replace, rule, shown, client } = asked;
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        Ok(Job::Issue(Issue { device, jti, replaces: replace, client }))
+        let (look, by_secret) = (false, false);
+        let issue = Issue { device, replace, rule, shown, client, jti, look, by_secret };
+        let row = self.devices.row(&issue.device);
+        let look = match issue.judge(&row, self, now) {
+            // A registration of which only others know asks for the secret, or excuses.
+            Ok(()) => {
+                matches!(shown, Shown::Secret(_)) && !row.has_shown_secret(&shown, now.unix_s())
+            }
+            Err(
+                Code::SecretInvalid | Code::DeviceNotRegistered | Code::DeviceHasActiveCertificate,
+            ) if self.store.status().redis_enabled => true,
+            Err(code) => return Err(not_issued(code, &issue.device)),
+        };
+        Ok(Job::Issue(Issue { look, ..issue }))
     }
 
     /// A token of now, or of the second after the device's past.
@@ -79,20 +89,26 @@ impl Provisioner {
         }
         csr.belongs_to(owner).map_err(|error| refused(error, &token.hash, owner))?;
         self.issuer(now)?;
-        self.look(&token, now).map_err(|code| refused(code, &token.hash, owner))?;
+        let row = self.devices.row(owner);
+        self.look(&token, &row, now).map_err(|code| refused(code, &token.hash, owner))?;
         let serial = Serial::random();
         let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        Ok(Job::Redeem(Box::new(Redeem { token, csr, serial, user_id, client })))
+        let spends = None;
+        Ok(Job::Redeem(Box::new(Redeem { token, csr, serial, user_id, client, row, spends })))
     }
 
     /// A token that this instance knows as spent is refused before an active certificate, which is
     /// most likely its own.
-    fn look(&self, token: &Token, now: Now) -> Result<(), Code> {
+    fn look(&self, token: &Token, row: &Row, now: Now) -> Result<(), Code> {
+        if row.block.stands() {
+            return Err(Code::DeviceBlocked);
+        }
         let look = self.ca().record().look(&token.hash, &token.claims.device_id, now);
         if look.recorded_token || self.ledger.knows_as_spent(&token.hash) || self.is_dead(token) {
             return Err(Code::TokenAlreadyUsed);
         }
-        if self.rules.reenroll == Reenroll::Deny && look.active_certificate {
+        let excused = self.may_reenroll() || row.living(now.unix_s()).is_some();
+        if look.active_certificate && !excused {
             return Err(Code::DeviceHasActiveCertificate);
         }
         Ok(())
@@ -106,8 +122,17 @@ impl Provisioner {
         let der = der.ok_or(Code::ClientCertificateRequired)?;
         self.issuer(now)?;
         let shown = self.ca().identify(der, self.rules.renew_after_expiry_days, now)?;
+        self.check_block(&shown.device).map_err(|code| not_issued(code, &shown.device))?;
         self.publisher.is_shown(&shown.serial);
         Ok(shown)
+    }
+
+    /// A device that is blocked here gets nothing.
+    pub(super) fn check_block(&self, device: &DeviceId) -> Result<(), Code> {
+        match self.devices.bound(device).1.stands() {
+            true => Err(Code::DeviceBlocked),
+            false => Ok(()),
+        }
     }
 
     /// Plans the renewal of the checked certificate `old` for the key in `csr`.
@@ -122,12 +147,28 @@ impl Provisioner {
         Ok(Job::Renew(Box::new(Renew { old, csr, serial, client })))
     }
 
-    /// Plans the revocation of what `device` has.
+    /// Plans the revocation of what `device` has, and that it is blocked.
     ///
     /// # Errors
     /// When the clock is not set: a revocation has a date.
-    pub fn plan_revoke(&self, device: DeviceId, client: IpAddr, now: Now) -> Result<Job, Problem> {
+    pub fn plan_revoke(
+        &self,
+        device: DeviceId,
+        block: bool,
+        by: By,
+        now: Now,
+    ) -> Result<Job, Problem> {
         self.ca().check_clock(now)?;
-        Ok(Job::Revoke(Revoke { device, client }))
+        let edit = block.then(|| Edit { blocked: Some(true), ..Edit::default() });
+        Ok(Job::Revoke(Revoke { device, edit, by }))
+    }
+
+    /// Plans changes of what is kept of devices.
+    ///
+    /// # Errors
+    /// When the clock is not set: a registration has an end.
+    pub fn plan_rewrite(&self, changes: Vec<Changed>, by: By, now: Now) -> Result<Job, Problem> {
+        self.ca().check_clock(now)?;
+        Ok(Job::Rewrite(Rewrite { changes, by }))
     }
 }

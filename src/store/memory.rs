@@ -136,7 +136,7 @@ impl Memory {
             token = dated(&token, t.saturating_add(1), &self.signer);
         }
         self.insert(&mut table, &New { token: token.clone(), ..new.clone() }, InRedis::No, now)?;
-        Ok(Outcome::Issued { token, killed, holder: None })
+        Ok(Outcome::Issued { token, killed, found: Box::default() })
     }
 
     /// Stores a copy of what Redis has, over whatever lease there is. Without room it is left out:
@@ -408,7 +408,7 @@ impl Memory {
             }
             Op::Kill(kill) => {
                 let killed = self.kill(&kill.device, kill.row.bound.t, now);
-                Ok(Outcome::Killed(killed.into_iter().next()))
+                Ok(Outcome::Killed { dead: killed.into_iter().next(), told: true })
             }
             Op::Count => Ok(Outcome::Counted(self.count())),
             // Only what is somewhere else is ever told anything.
@@ -425,7 +425,10 @@ impl Memory {
             self.ledger.release(&token.hash, serial);
             return Outcome::Unknown { lossless_run: None };
         }
-        if self.ledger.grant(&token.hash, serial) { Outcome::Granted } else { Outcome::AlreadyUsed }
+        match self.ledger.grant(&token.hash, serial) {
+            true => Outcome::Granted(Box::default()),
+            false => Outcome::AlreadyUsed,
+        }
     }
 }
 
@@ -472,7 +475,7 @@ mod tests {
     }
 
     fn killed(answer: Answer) -> Option<Dead> {
-        let Ok(Outcome::Killed(dead)) = answer else { panic!("{answer:?}") };
+        let Ok(Outcome::Killed { dead, .. }) = answer else { panic!("{answer:?}") };
         dead
     }
 
@@ -495,7 +498,7 @@ mod tests {
 
     fn issued(token: &Token, killed: Option<&Token>) -> Answer {
         let killed = killed.map(dead);
-        Ok(Outcome::Issued { token: token.clone(), killed, holder: None })
+        Ok(Outcome::Issued { token: token.clone(), killed, found: Box::default() })
     }
 
     fn dead(token: &Token) -> Dead {
@@ -531,10 +534,10 @@ mod tests {
         let consume = |serial| one(&memory, Op::Consume(t.clone(), serial), at(1));
         assert_eq!(consume(first), Ok(Outcome::Unknown { lossless_run: None }));
         assert_eq!(one(&memory, issue(t.clone()), at(0)), issued(&t, None));
-        assert_eq!(consume(first), Ok(Outcome::Granted));
+        assert_eq!(consume(first), Ok(Outcome::Granted(Box::default())));
         assert_eq!(consume(second), Ok(Outcome::AlreadyUsed));
         assert_eq!(one(&memory, Op::GiveBack(t.clone(), first), at(1)), Ok(Outcome::Done));
-        assert_eq!(consume(second), Ok(Outcome::Granted));
+        assert_eq!(consume(second), Ok(Outcome::Granted(Box::default())));
         assert_eq!(one(&memory, Op::Finish(t.clone()), at(1)), Ok(Outcome::Done));
         assert_eq!(consume(first), Ok(Outcome::AlreadyUsed));
         assert_eq!(one(&memory, issue(token("d", 2)), at(2)), issued(&token("d", 2), None));
@@ -548,7 +551,10 @@ mod tests {
         let ops: Vec<Op> = [issue(t.clone())].into_iter().chain(attempts).collect();
         let answers = memory.run(&ops, at(0));
         let used = Ok(Outcome::AlreadyUsed);
-        assert_eq!(answers, [issued(&t, None), Ok(Outcome::Granted), used.clone(), used]);
+        assert_eq!(
+            answers,
+            [issued(&t, None), Ok(Outcome::Granted(Box::default())), used.clone(), used]
+        );
     }
 
     #[test]
@@ -585,7 +591,7 @@ mod tests {
             let Claims { iat, exp, .. } = token.claims;
             assert_eq!((iat, exp), (t.claims.iat + late + 1, t.claims.exp + late + 1));
             let granted = one(&memory, Op::Consume(token, Serial::from([1; 16])), at(1));
-            assert_eq!(granted, Ok(Outcome::Granted));
+            assert_eq!(granted, Ok(Outcome::Granted(Box::default())));
         }
     }
 
@@ -595,7 +601,7 @@ mod tests {
         let t = token("d", 0);
         one(&memory, issue(t.clone()), at(0)).unwrap();
         let granted = one(&memory, Op::Consume(t.clone(), Serial::from([1; 16])), at(1));
-        assert_eq!(granted, Ok(Outcome::Granted));
+        assert_eq!(granted, Ok(Outcome::Granted(Box::default())));
         assert_eq!(killed(one(&memory, Op::Kill(Box::new(kill(&t, 5))), at(1))), Some(dead(&t)));
         assert!(memory.ledger.knows_as_killed(&t.hash), "whoever signs looks at this last");
         one(&memory, Op::GiveBack(t.clone(), Serial::from([1; 16])), at(1)).unwrap();

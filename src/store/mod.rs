@@ -26,7 +26,7 @@ use crate::subscriber::Subscriber;
 pub enum Op {
     /// Store a new token and lease its device to it.
     Issue(New),
-    /// Say what there is of this device, so that its past can be killed.
+    /// Say what there is of this device, before something of it is changed or decided.
     Look(DeviceId),
     /// Remove a new token that was issued but not handed out, and its lease.
     TakeBack(Token),
@@ -36,11 +36,12 @@ pub enum Op {
     GiveBack(Token, Serial),
     /// The certificate is recorded: remove the token and its lease.
     Finish(Token),
-    /// Kill the device's past, and free its lease.
+    /// Merge the device's row, kill the past that it says is dead, and free its lease.
     Kill(Box<Kill>),
     /// Count the live tokens.
     Count,
-    /// Carry-over: merge a device's row, and kill the leased token if the row says that it is dead.
+    /// Merge a device's row that was changed here, and kill the leased token if the row says that it
+    /// is dead.
     Tell(DeviceId, Row),
     /// Carry-over: enter what is known here as used or killed, over whatever stands there.
     Mark(TokenHash, Mark, Claims),
@@ -119,6 +120,15 @@ fn dated(token: &Token, iat: u64, signer: &Signer) -> Token {
     signer.sign(Claims { iat, exp, ..claims })
 }
 
+/// What Redis has of a device beside its token.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Its row.
+    pub row: Row,
+    /// Its newest certificate, whoever has signed it, if that was lately.
+    pub holder: Option<Serial>,
+}
+
 /// What became of an [`Op`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -129,8 +139,8 @@ pub enum Outcome {
         token: Token,
         /// The token that was replaced, if there was one.
         killed: Option<Dead>,
-        /// The device's newest certificate, whoever has signed it, if that was lately.
-        holder: Option<Serial>,
+        /// What Redis had of the device in the same trip.
+        found: Box<Found>,
     },
     /// `Look`.
     Seen(Box<Seen>),
@@ -139,8 +149,10 @@ pub enum Outcome {
         /// When that token ends, in milliseconds since 1970.
         expires_at_ms: u64,
     },
-    /// `Consume`: this attempt, and no other, may sign.
-    Granted,
+    /// `Consume`: this attempt, and no other, may sign. With the device's row as Redis had it.
+    Granted(Box<Row>),
+    /// `Issue`, `Consume`: not done, for the device is blocked.
+    Blocked,
     /// `Consume`: another attempt took the token, or it was killed.
     AlreadyUsed,
     /// `Consume`: no such token.
@@ -149,8 +161,13 @@ pub enum Outcome {
         /// and lacks, somebody has deleted.
         lossless_run: Option<String>,
     },
-    /// `Kill`: done. The token that was live, if there was one.
-    Killed(Option<Dead>),
+    /// `Kill`: done.
+    Killed {
+        /// The token that was live, if there was one.
+        dead: Option<Dead>,
+        /// Every instance can know of it: the row stands in Redis, or there is no Redis.
+        told: bool,
+    },
     /// `Tell`.
     Told(Box<Told>),
     /// `Mark`: done.

@@ -40,7 +40,7 @@ fn what_is_wrong_takes_one_line_and_exits_2() {
     check(
         &["check-config"],
         &[("ADMIN_API_KEY", "hunter2")],
-        "ADMIN_API_KEY: must be 16 to 1024 visible ASCII characters",
+        "ADMIN_API_KEY: must be 16 to 1024 visible ASCII characters, not beginning with mpl-",
     );
     check(
         &["check-config"],

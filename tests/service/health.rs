@@ -15,7 +15,7 @@ use mqtt_publisher_lite::devices::table::Devices;
 use mqtt_publisher_lite::http::Method;
 use mqtt_publisher_lite::jwt::Signer;
 use mqtt_publisher_lite::metrics::Metrics;
-use mqtt_publisher_lite::provisioner::{Provisioner, Rules};
+use mqtt_publisher_lite::provisioner::{Provisioner, Rules, Spending};
 use mqtt_publisher_lite::share::{Mode, Sharing};
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
@@ -181,6 +181,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
     let rules = Rules {
         token_ttl_s: config.token_ttl_s,
         reenroll: config.reenroll,
+        registered_only: false,
         renew_revokes: config.renew_revokes,
         renew_after_expiry_days: config.renew_after_expiry_days,
     };
@@ -202,6 +203,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
         signer,
         rules,
         metrics: Arc::clone(&metrics),
+        spending: Spending::default(),
     };
     let api = Api::new(Arc::new(provisioner), &config, Arc::clone(&metrics));
     let ready = || {

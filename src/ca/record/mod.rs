@@ -445,6 +445,20 @@ impl Record {
         rows.of_device(device).next().and_then(|slot| rows.certificate(slot))
     }
 
+    /// The device's certificates, the newest first.
+    pub fn of_device(&self, device: &DeviceId) -> Vec<Certificate> {
+        let rows = self.read();
+        rows.of_device(device).filter_map(|slot| rows.certificate(slot)).collect()
+    }
+
+    /// The newest certificate of each device whose name comes behind `after` and begins with `prefix`:
+    /// the first `most`, by name.
+    pub fn newest_after(&self, after: &str, prefix: &str, most: usize) -> Vec<Certificate> {
+        let rows = self.read();
+        let found = rows.newest_after(after.as_bytes(), prefix.as_bytes(), most);
+        found.into_iter().filter_map(|slot| rows.certificate(slot)).collect()
+    }
+
     /// The certificate with this serial number.
     pub fn by_serial(&self, serial: &Serial) -> Option<Certificate> {
         let rows = self.read();

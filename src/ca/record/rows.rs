@@ -181,6 +181,21 @@ impl Rows {
         std::iter::successors(newest, move |found| slot(found.older))
     }
 
+    /// As [`Record::newest_after`](super::Record::newest_after). All are gone through: names have no
+    /// order here, which would cost memory, and a list is asked for by people.
+    pub(super) fn newest_after(&self, after: &[u8], prefix: &[u8], most: usize) -> Vec<&Slot> {
+        let newest = self.by_device.table.iter().filter_map(|at| self.list.get(*at as usize));
+        let named = newest.filter_map(|slot| Some((self.name(slot)?, slot)));
+        let wanted = named.filter(|(name, _)| *name > after && name.starts_with(prefix));
+        let mut found: Vec<(&[u8], &Slot)> = wanted.collect();
+        if found.len() > most {
+            found.select_nth_unstable_by_key(most, |(name, _)| *name);
+            found.truncate(most);
+        }
+        found.sort_unstable_by_key(|(name, _)| *name);
+        found.into_iter().map(|(_, slot)| slot).collect()
+    }
+
     fn newest(&self, name: &[u8]) -> Option<u32> {
         let is = |at: u32| self.slot(at).and_then(|slot| slot.name(&self.names)) == Some(name);
         self.by_device.find(self.hash(name), is)

@@ -66,19 +66,19 @@ impl Failover {
         let hash = &token.hash;
         let is_only_here =
             || self.memory.live(hash, now).is_some_and(|copy| copy.in_redis == InRedis::No);
-        if late || result != Ok(Outcome::Granted) && is_only_here() {
+        if late || !matches!(result, Ok(Outcome::Granted(_))) && is_only_here() {
             // While the attempt ran, the token was left out of the lists (`docs/model`, row 34e).
             self.carry_again(state, hash, now);
         }
         match result {
-            Ok(Outcome::Granted) => {
+            Ok(Outcome::Granted(row)) => {
                 if !self.ledger.grant(hash, serial) {
                     return Ok(Outcome::AlreadyUsed); // killed here meanwhile
                 }
                 if late {
                     state.follow_ups.mark(*hash);
                 }
-                Ok(Outcome::Granted)
+                Ok(Outcome::Granted(row))
             }
             Err(StoreError::Down(Down { maybe_done: true, .. })) => {
                 self.ledger.lose(hash, serial);
@@ -196,7 +196,7 @@ impl Failover {
             return Ok(Outcome::AlreadyUsed);
         }
         state.follow_ups.mark(*hash);
-        Ok(Outcome::Granted)
+        Ok(Outcome::Granted(Box::default()))
     }
 
     /// The attempt came to nothing. `withdrawn`: Redis has confirmed that the mark is gone.

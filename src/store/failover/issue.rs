@@ -24,7 +24,7 @@ impl Failover {
     ) -> Answer {
         forget_issue(state, &new.token);
         match result {
-            Ok(Outcome::Issued { token, killed, holder }) => {
+            Ok(Outcome::Issued { token, killed, found }) => {
                 let copy = self.kill_replaced(state, new, late, now);
                 if let Some(dead) = &killed {
                     self.mark_dead(state, dead, late, now);
@@ -34,7 +34,7 @@ impl Failover {
                 if late {
                     state.follow_ups.carry(token.hash);
                 }
-                Ok(Outcome::Issued { token, killed: killed.or(copy), holder })
+                Ok(Outcome::Issued { token, killed: killed.or(copy), found })
             }
             Err(StoreError::Down(down)) => self.issue_cut_off(state, new, &down, now),
             Err(StoreError::Failed(why)) => {
@@ -85,9 +85,9 @@ impl Failover {
             return Ok(Outcome::AlreadyActive { expires_at_ms: token.claims.exp * 1000 });
         }
         let answer = self.memory.issue(new, now);
-        if let Ok(Outcome::Issued { token, .. }) = answer {
+        if let Ok(Outcome::Issued { token, found, .. }) = answer {
             state.follow_ups.carry(token.hash);
-            return Ok(Outcome::Issued { token, killed: replaced, holder: None });
+            return Ok(Outcome::Issued { token, killed: replaced, found });
         }
         answer
     }

@@ -32,7 +32,7 @@ impl Failover {
         now: Now,
     ) -> Answer {
         match result {
-            Ok(Outcome::Killed(dead)) => {
+            Ok(Outcome::Killed { dead, told }) => {
                 if late {
                     state.follow_ups.row(kill.device.clone());
                 }
@@ -40,7 +40,8 @@ impl Failover {
                 if let Some(dead) = &dead {
                     self.mark_dead(state, dead, late, now);
                 }
-                Ok(Outcome::Killed(dead.or(copies.into_iter().next())))
+                let dead = dead.or(copies.into_iter().next());
+                Ok(Outcome::Killed { dead, told: told && !late })
             }
             Err(StoreError::Down(_) | StoreError::Undecided) => {
                 self.kill_from_memory(state, kill, now)
@@ -55,7 +56,7 @@ impl Failover {
     pub(super) fn kill_from_memory(&self, state: &mut State, kill: &Kill, now: Now) -> Answer {
         state.follow_ups.row(kill.device.clone());
         let copies = self.kill_copies(state, &kill.device, kill.row.bound.t, now);
-        Ok(Outcome::Killed(copies.into_iter().next()))
+        Ok(Outcome::Killed { dead: copies.into_iter().next(), told: false })
     }
 
     /// Kills the copies of the device's tokens that were issued at `until_s` or before; returns which

@@ -421,7 +421,13 @@ impl Failover {
                 Ok(Outcome::Done)
             }
             Op::Count => result.or_else(|_| Ok(Outcome::Counted(self.memory.count()))),
-            Op::Tell(..) | Op::Mark(..) | Op::Carry(..) => result,
+            Op::Tell(device, _) => {
+                if result.is_err() || late {
+                    state.follow_ups.row(device.clone());
+                }
+                result
+            }
+            Op::Mark(..) | Op::Carry(..) => result,
         }
     }
 
@@ -445,7 +451,11 @@ impl Failover {
                 Ok(Outcome::Done)
             }
             Op::Count => Ok(Outcome::Counted(self.memory.count())),
-            Op::Tell(..) | Op::Mark(..) | Op::Carry(..) => Err(StoreError::Undecided),
+            Op::Tell(device, _) => {
+                state.follow_ups.row(device.clone());
+                Err(StoreError::Undecided)
+            }
+            Op::Mark(..) | Op::Carry(..) => Err(StoreError::Undecided),
         }
     }
 

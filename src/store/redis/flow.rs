@@ -9,11 +9,13 @@
 //!
 //! ```text
 //! Issue ──── SET token · SET lease NX · GET lease · ZADD live · HGET row · GET holder
+//!   │ it is blocked ──▶ Remove ─▶ Blocked
 //!   │ ours ───────────▶ Issued
 //!   │ it is born dead ▶ Reissue ── CAD lease · DEL token · ZREM live · as Issue, for a later token
 //!   └ another's ─▶ Contest ── DEL token · ZREM live · EXISTS other · GET, PTTL its mark · PTTL lease
 //!       │ it is alive ─▶ AlreadyActive
-//!       └ it is stale ─▶ TakeOver ── SET token · ZADD live · CAS lease · SET lease NX · GET lease · GET holder
+//!       └ it is stale ─▶ TakeOver ── SET token · ZADD live · CAS lease · SET lease NX · GET lease · HGET row
+//!           │   · GET holder
 //!           │ ours ───────▶ Issued
 //!           └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
 //!
@@ -22,7 +24,7 @@
 //!
 //! Consume ── SET mark NX · EXISTS token · HGET row · GET mark
 //!   │ ours, the token is there ─▶ Granted
-//!   │ ours, it is dead by the row ─▶ Withdraw ── CAD mark ─▶ AlreadyUsed
+//!   │ ours, its row says no ─▶ Withdraw ── CAD mark ─▶ Blocked, AlreadyUsed
 //!   │ ours, it is not ─▶ Missing ── CAD mark · INFO ─▶ Unknown
 //!   │ of a dead attempt of this instance ─▶ TakeMarkOver ── CAS mark, and the rest
 //!   │                                         └─▶ as above
@@ -47,11 +49,14 @@ use super::reply::{Info, Replies, Reply, maybe_done, unexpected};
 use super::rows::{Killing, LookAgain, LookOnce, Then};
 use crate::clock::Now;
 use crate::device::DeviceId;
+use crate::devices::Row;
 use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
 use crate::mac::MacKey;
 use crate::serial::Serial;
 use crate::store::ledger::lasts_ms;
-use crate::store::{Answer, Dead, Kill, Mark, New, Op, Outcome, Seen, StoreError, dated, locked};
+use crate::store::{
+    Answer, Dead, Found, Kill, Mark, New, Op, Outcome, Seen, StoreError, dated, locked,
+};
 
 /// A lease whose token has been marked for this long is not waited for.
 const MARKED_LONG_MS: u64 = 30_000;
@@ -211,21 +216,28 @@ impl Issue {
         Issue::new(dated(&self.token, iat, &context.signer), context, self.now)
     }
 
-    /// Asked last, when the lease is ours: who had it before tells of the certificate first.
-    fn push_holder(&self, layout: &Layout, out: &mut Commands) {
+    /// Asked last, when the lease is ours: who had it before tells of the certificate, and of the
+    /// registration that is used up, first.
+    fn push_found(&self, layout: &Layout, out: &mut Commands) {
+        out.push(&layout.get_row(&self.token.claims.device_id));
         if layout.share_record {
             out.push(&layout.get_holder(&self.token.claims.device_id));
         }
     }
 
-    fn note_holder(&mut self, context: &Context, replies: &mut Vec<Reply>) {
+    /// Notes the holder, and gives the row.
+    fn found(&mut self, context: &Context, replies: &mut Vec<Reply>) -> Result<Row, StoreError> {
         if context.layout.share_record {
             self.holder = holder_of(replies.pop());
         }
+        let row = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
+        let row = context.row_of(&self.token.claims.device_id, row);
+        Ok(row.map_err(|error| maybe_done(error, true))?.0)
     }
 
-    fn issued(self, killed: Option<Dead>) -> Result<Next, StoreError> {
-        Next::done(Outcome::Issued { token: self.token, killed, holder: self.holder })
+    fn issued(self, killed: Option<Dead>, row: Row) -> Result<Next, StoreError> {
+        let found = Box::new(Found { row, holder: self.holder });
+        Next::done(Outcome::Issued { token: self.token, killed, found })
     }
 
     fn already_active(&self, context: &Context, other: &str, lease_left: i64) -> Outcome {
@@ -241,25 +253,26 @@ impl Flow for Issue {
         out.push(&layout.lease_if_free(&self.token, self.left_ms));
         out.push(&layout.get_lease(&self.token.claims.device_id));
         out.push(&layout.add_live(&self.token.hash, self.ends_ms));
-        out.push(&layout.get_row(&self.token.claims.device_id));
-        self.push_holder(layout, out);
+        self.push_found(layout, out);
     }
 
     fn receive(mut self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
-        self.note_holder(context, &mut replies);
-        let row = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
+        let row = self.found(context, &mut replies);
         Next::of(Replies::all_or_error(replies).and_then(|mut replies| {
             replies.skip();
             replies.skip();
             let leased = replies.text()?;
-            let row = context.row_of(&self.token.claims.device_id, row);
-            let t = row.map_err(|error| maybe_done(error, true))?.0.bound.t;
+            let row = row?;
+            let t = row.bound.t;
+            if row.block.stands() {
+                return Next::trip(Remove { token: self.token, then: Outcome::Blocked });
+            }
             if self.token.claims.iat <= t {
                 let later = self.dated(t.saturating_add(1), context);
                 return Next::trip(Reissue { dead: self.token, later });
             }
             match leased {
-                Some(leased) if *leased == *self.token.compact => self.issued(None),
+                Some(leased) if *leased == *self.token.compact => self.issued(None, row),
                 // An older lease ended between the two commands, just now.
                 None => Next::trip(*self),
                 Some(other) => Next::trip(Contest { issue: *self, other, t }),
@@ -321,7 +334,7 @@ impl Flow for Contest {
             replies.skip();
             replies.skip();
             let gone = replies.number()? == 0;
-            let marked = replies.text()?.is_some();
+            let mark = replies.text()?;
             let mark_left = replies.number()?;
             let lease_left = replies.number()?;
             let claims = context.claims_of(&self.other, &self.issue.token.claims.device_id);
@@ -330,9 +343,12 @@ impl Flow for Contest {
             let ended =
                 verified.is_ok_and(|c| c.exp.saturating_mul(1000) <= self.issue.now.unix_ms);
             let age = age_ms(claims.lifetime_s() * 1000, lease_left);
-            let marked_long =
-                marked && age_ms(lasts_ms(&claims, self.issue.now), mark_left) > MARKED_LONG_MS;
-            let killed = (1..=self.t).contains(&claims.iat);
+            let is_old = age_ms(lasts_ms(&claims, self.issue.now), mark_left) > MARKED_LONG_MS;
+            let marked_long = mark.is_some() && is_old;
+            // Whoever has marked it before it was killed may be about to record a certificate, for
+            // which a registration is used up: nobody else is to have it meanwhile.
+            let is_redeemed = !is_old && mark.is_some_and(|mark| !mark.ends_with(" killed"));
+            let killed = (1..=self.t).contains(&claims.iat) && !is_redeemed;
             let stale = ended || killed || age > 2 * context.patience_ms && (gone || marked_long);
             if !stale {
                 let outcome = self.issue.already_active(context, &self.other, lease_left);
@@ -383,11 +399,11 @@ impl Flow for TakeOver {
         }
         out.push(&layout.lease_if_free(token, *left_ms));
         out.push(&layout.get_lease(&token.claims.device_id));
-        self.issue.push_holder(layout, out);
+        self.issue.push_found(layout, out);
     }
 
     fn receive(mut self: Box<Self>, context: &Context, mut replies: Vec<Reply>) -> Next {
-        self.issue.note_holder(context, &mut replies);
+        let row = self.issue.found(context, &mut replies);
         let lease = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
         Next::of(Replies::all_or_error(replies).and_then(|_| {
             let killed = match self.old {
@@ -395,7 +411,9 @@ impl Flow for TakeOver {
                 _ => None,
             };
             match Replies::new(vec![lease]).text()? {
-                Some(holder) if *holder == *self.issue.token.compact => self.issue.issued(killed),
+                Some(holder) if *holder == *self.issue.token.compact => {
+                    self.issue.issued(killed, row?)
+                }
                 holder => Next::trip(Yield { issue: self.issue, holder }),
             }
         }))
@@ -466,7 +484,8 @@ impl Consume {
     fn marked(self, fate: Fate) -> Result<Next, StoreError> {
         let (hash, serial) = (self.token.hash, self.serial);
         match fate {
-            Fate::Live => Next::done(Outcome::Granted),
+            Fate::Live(row) => Next::done(Outcome::Granted(row)),
+            Fate::Blocked => Next::trip(Withdraw { hash, serial, then: Outcome::Blocked }),
             Fate::Dead => Next::trip(Withdraw { hash, serial, then: Outcome::AlreadyUsed }),
             Fate::Missing => Next::trip(Missing { hash, serial }),
         }
@@ -475,7 +494,9 @@ impl Consume {
 
 /// How it is with a token, whatever its mark says.
 enum Fate {
-    Live,
+    Live(Box<Row>),
+    /// Its device is blocked.
+    Blocked,
     /// By the row of its device.
     Dead,
     Missing,
@@ -503,8 +524,9 @@ fn judgement(
         replies.skip();
         let there = replies.number()? == 1;
         let fate = match (token.claims.iat <= row.bound.t, there) {
+            _ if row.block.stands() => Fate::Blocked,
             (true, _) => Fate::Dead,
-            (false, true) => Fate::Live,
+            (false, true) => Fate::Live(Box::new(row)),
             (false, false) => Fate::Missing,
         };
         Ok((fate, replies.text()?))
@@ -785,14 +807,21 @@ mod tests {
         let take_over = TakeOver { issue, old: Some(Old::Stale("another".to_owned())) };
         let mut commands = Commands::default();
         take_over.send(&context().layout, now, &mut commands);
-        assert_eq!((commands.count(), commands.name(5)), (6, "GET"), "after the lease");
+        assert_eq!((commands.count(), commands.name(6)), (7, "GET"), "after the lease");
         let done = || Ok(Value::Int(1));
         let holder = Serial::from([0x41; 16]);
-        let replies =
-            vec![done(), done(), done(), done(), text(&compact), text(&holder.to_string())];
+        let replies = vec![
+            done(),
+            done(),
+            done(),
+            done(),
+            text(&compact),
+            Ok(Value::Nil),
+            text(&holder.to_string()),
+        ];
         let answer = end(take_over, replies);
         let told =
-            matches!(&answer, Ok(Outcome::Issued { holder: Some(told), .. }) if *told == holder);
+            matches!(&answer, Ok(Outcome::Issued { found, .. }) if found.holder == Some(holder));
         assert!(told, "{answer:?}");
     }
 
@@ -806,7 +835,7 @@ mod tests {
         let replies = |taken, mark| {
             [Ok(Value::Int(taken))].into_iter().chain(there()).chain([text(mark)]).collect()
         };
-        assert_eq!(end(take_over(), replies(1, &ours)), Ok(Outcome::Granted));
+        assert_eq!(end(take_over(), replies(1, &ours)), Ok(Outcome::Granted(Box::default())));
         assert_eq!(end(take_over(), replies(1, "b 02")), Ok(Outcome::AlreadyUsed));
         assert_eq!(end(take_over(), replies(0, "b 02")), Ok(Outcome::AlreadyUsed));
         let withdrawn =

@@ -95,11 +95,13 @@ pub(super) struct Killing {
     then: Then,
     now: Now,
     tries: u8,
+    /// The row stands, or did already.
+    told: bool,
 }
 
 impl Killing {
     pub fn new(kill: Kill, then: Then, now: Now) -> Self {
-        Killing { kill, then, now, tries: TRIES }
+        Killing { kill, then, now, tries: TRIES, told: true }
     }
 
     /// The trip that raises the bound; where Redis could not be asked before, it is asked first.
@@ -120,10 +122,10 @@ impl Killing {
     fn raised(self, replies: Vec<Reply>) -> Result<Next, StoreError> {
         let replies = Replies::all_or_error(replies)?;
         let dead = self.dead().cloned();
-        let Killing { kill, then, now, .. } = self;
+        let Killing { kill, then, now, told, .. } = self;
         match then {
             Then::Replace(issue) => replaced(issue, dead, now, replies),
-            Then::Kill => Next::done(Outcome::Killed(killed(dead, replies)?)),
+            Then::Kill => Next::done(Outcome::Killed { dead: killed(dead, replies)?, told }),
             Then::Tell { was_lost } => {
                 let told = Told { row: kill.row, dead: killed(dead, replies)?, was_lost };
                 Next::done(Outcome::Told(Box::new(told)))
@@ -192,7 +194,10 @@ impl Flow for Raise {
     fn receive(self: Box<Self>, _: &Context, mut replies: Vec<Reply>) -> Next {
         let Raise { mut killing, news } = *self;
         let merged = match news {
-            Some(_) => replies.drain(..1).next().map_or(Ok(true), stands),
+            Some(_) => replies.drain(..1).next().map_or(Ok(true), |reply| {
+                killing.told = !reply.as_ref().is_err_and(is_denied);
+                stands(reply)
+            }),
             None => Ok(true),
         };
         Next::of(merged.and_then(|merged| {

@@ -1,0 +1,138 @@
+//! Tables as text (RFC 4180), in and out.
+//!
+//! A spreadsheet runs a cell that begins with `=`, `+`, `-`, `@`, a tab or a carriage return, whoever has
+//! written it. Such a cell is written with an apostrophe before it, which reading takes off again.
+
+/// The media type.
+pub const CSV: &str = "text/csv";
+
+/// What a spreadsheet takes for the beginning of a formula; and the apostrophe itself, so that one that
+/// was there is told from one that was added.
+const RISKY: [char; 7] = ['=', '+', '-', '@', '\t', '\r', '\''];
+
+/// Reads the lines of a table, which may end with LF or CRLF, and of which empty ones are left out.
+/// `None` if a quote is not closed or stands within a cell.
+pub fn read(text: &str) -> Option<Vec<Vec<String>>> {
+    let mut rest = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut lines = vec![Vec::new()];
+    while !rest.is_empty() {
+        let (cell, behind) = read_cell(rest)?;
+        lines.last_mut()?.push(cell);
+        rest = match behind.strip_prefix(',') {
+            // A line that ends with a comma has an empty cell behind it.
+            Some("") => {
+                lines.last_mut()?.push(String::new());
+                ""
+            }
+            Some(next) => next,
+            None => {
+                lines.push(Vec::new());
+                behind.strip_prefix("\r\n").or(behind.strip_prefix('\n')).unwrap_or(behind)
+            }
+        };
+    }
+    lines.retain(|line| line.iter().any(|cell| !cell.is_empty()));
+    Some(lines)
+}
+
+/// A cell, and what stands behind it: a comma, the end of the line, or nothing.
+fn read_cell(text: &str) -> Option<(String, &str)> {
+    let Some(quoted) = text.strip_prefix('"') else {
+        let end = text.find([',', '\n']).unwrap_or(text.len());
+        let (cell, behind) = text.split_at(end);
+        let (cell, behind) = match cell.strip_suffix('\r') {
+            Some(cell) if behind.starts_with('\n') || behind.is_empty() => (cell, behind),
+            _ => (cell, behind),
+        };
+        return (!cell.contains('"')).then(|| (without_apostrophe(cell), behind));
+    };
+    let mut cell = String::new();
+    let mut rest = quoted;
+    loop {
+        let (before, after) = rest.split_once('"')?;
+        cell.push_str(before);
+        match after.strip_prefix('"') {
+            Some(more) => {
+                cell.push('"');
+                rest = more;
+            }
+            None => {
+                let ends =
+                    after.is_empty() || after.starts_with([',', '\n']) || after.starts_with("\r\n");
+                return ends.then(|| (without_apostrophe(&cell), after));
+            }
+        }
+    }
+}
+
+fn without_apostrophe(cell: &str) -> String {
+    let plain = cell.strip_prefix('\'').filter(|rest| rest.starts_with(RISKY));
+    plain.unwrap_or(cell).to_owned()
+}
+
+/// A line of a table.
+pub fn line(cells: &[&str]) -> String {
+    let cells: Vec<String> = cells.iter().map(|cell| written(cell)).collect();
+    cells.join(",") + "\r\n"
+}
+
+fn written(cell: &str) -> String {
+    let safe = if cell.starts_with(RISKY) { format!("'{cell}") } else { cell.to_owned() };
+    match safe.contains([',', '"', '\n', '\r']) {
+        true => format!("\"{}\"", safe.replace('"', "\"\"")),
+        false => safe,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, expected: &[&[&str]]) {
+        let lines = read(text).unwrap_or_else(|| panic!("{text:?}"));
+        let lines: Vec<Vec<&str>> =
+            lines.iter().map(|line| line.iter().map(String::as_str).collect()).collect();
+        assert_eq!(lines, expected, "{text:?}");
+    }
+
+    #[test]
+    fn tables_as_people_and_spreadsheets_write_them() {
+        check("", &[]);
+        check("a", &[&["a"]]);
+        check("a,b\nc,d\n", &[&["a", "b"], &["c", "d"]]);
+        check("\u{feff}a,b\r\nc,\r\n\r\n", &[&["a", "b"], &["c", ""]]);
+        check("a,b\nc,", &[&["a", "b"], &["c", ""]]);
+        check("\"a,\"\"b\"\"\nc\",d", &[&["a,\"b\"\nc", "d"]]);
+        check(",\n,x", &[&["", "x"]]);
+        check("'=1+1,'x,''=,'", &[&["=1+1", "'x", "'=", "'"]]);
+        for bad in ["\"", "\"a", "a\"b", "\"a\"b", "a,\"b\"c\n"] {
+            assert_eq!(read(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_reads_back_and_runs_in_no_spreadsheet() {
+        let cells = [
+            "device-1",
+            "=HYPERLINK(\"http://x\")",
+            "+1",
+            "-1",
+            "@SUM(A1)",
+            "\tx",
+            "\rx",
+            "'=x",
+            "'",
+            "a,b",
+            "a\nb",
+            "\"",
+            "",
+        ];
+        let text = line(&cells);
+        for cell in text.trim_end().split(',') {
+            let shown = cell.trim_start_matches('"');
+            assert!(!shown.starts_with(['=', '+', '-', '@', '\t', '\r']), "{cell:?}");
+        }
+        let back = read(&text).unwrap();
+        assert_eq!(back, [cells.map(str::to_owned)]);
+    }
+}

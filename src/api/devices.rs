@@ -1,0 +1,518 @@
+//! `/api/v1/devices`: who may enrol, who is blocked, and what there is.
+
+use std::iter::Peekable;
+
+use serde_json::{Map, Value};
+
+use super::certificates::device as device_of;
+use super::csv::{self, CSV};
+use super::request::bad_query as bad;
+use super::{Api, Asked, Plan};
+use crate::ca::record::Certificate;
+use crate::clock::{self, DAY_S, Now};
+use crate::device::DeviceId;
+use crate::devices::enrol::{Edit, Stage};
+use crate::devices::secret::NewSecret;
+use crate::devices::{Row, SecretHash, Text};
+use crate::http::{Json, Reply};
+use crate::json;
+use crate::problem::{Code, Problem};
+use crate::provisioner::{Change, Changed, Done};
+
+/// The fields of a device in a `PUT`.
+pub(super) const FIELDS: &[&str] =
+    &["register", "secret", "expires_in", "cert_days", "note", "blocked"];
+/// The columns of a table of devices to be registered.
+const COLUMNS: &[&str] =
+    &["device_id", "secret", "secret_sha256", "expires_in", "cert_days", "note"];
+/// The longest lifetime of a certificate, in days.
+const MOST_CERT_DAYS: u64 = 36_500;
+/// How many devices are looked at for one page: so a filter that nothing passes is bounded, too.
+const LOOKED_AT: usize = 10_000;
+/// The most devices of one page.
+const LARGEST_PAGE: u64 = 1_000;
+
+/// `PUT /api/v1/devices/{id}`
+pub(super) fn change(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let device = device_of(asked.name).ok_or(Code::DeviceIdInvalid)?;
+    let register = flag(&asked.body, "register")?.unwrap_or(false);
+    let changed = changed(device, &asked.body, register, false)?;
+    let job = api.provisioner.plan_rewrite(vec![changed], asked.by(), now)?;
+    Ok(Plan::Job(job, render_changed))
+}
+
+/// `DELETE /api/v1/devices/{id}`
+pub(super) fn forget(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let device = device_of(asked.name).ok_or(Code::DeviceNotFound)?;
+    let changed = Changed::new(device, Change::Forget, None);
+    let job = api.provisioner.plan_rewrite(vec![changed], asked.by(), now)?;
+    Ok(Plan::Job(job, render_forgotten))
+}
+
+fn render_changed(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let (changed, shared) = the_only(done)?;
+    let mut json = Json::new();
+    json.field("success", true);
+    registration(&mut json, api, &changed, now).field("shared", shared);
+    Ok(Reply::json(json.timestamp(now)))
+}
+
+fn render_forgotten(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let (Changed { device, row, .. }, shared) = the_only(done)?;
+    let newest = api.provisioner.ca().record().newest(&device);
+    let mut json = Json::new();
+    json.field("success", true)
+        .field("device_id", device.as_str())
+        .field("state", state(&row, newest.as_ref(), now))
+        .field("shared", shared);
+    Ok(Reply::json(json.timestamp(now)))
+}
+
+fn the_only(done: Done) -> Result<(Changed, bool), Problem> {
+    let Done::Rewritten { changes, shared } = done else { return Err(Code::InternalError.into()) };
+    let changed = changes.into_iter().next().ok_or(Code::InternalError)?;
+    Ok((changed, shared))
+}
+
+/// `POST /api/v1/devices`: all that the table names are registered, or none.
+pub(super) fn register(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let request = asked.request;
+    let replace = request.flag("replace")?;
+    let entries = match request.media_type().as_str() {
+        CSV => read_table(&request.body)?,
+        "application/json" => read_list(&request.body)?,
+        _ => {
+            let text = "Content-Type must be application/json or text/csv";
+            return Err(Problem::from(Code::UnsupportedMediaType).text(text));
+        }
+    };
+    let mut changes: Vec<Changed> = Vec::new();
+    for (place, fields) in entries {
+        let at = |problem: Problem| {
+            let text = format!("{place}: {}", problem.message());
+            problem.text(text)
+        };
+        let id = fields.get("device_id").and_then(Value::as_str).unwrap_or_default();
+        let device = DeviceId::parse(id.trim()).ok_or_else(|| at(Code::DeviceIdInvalid.into()))?;
+        changes.push(changed(device, &fields, true, !replace).map_err(at)?);
+    }
+    let mut ids: Vec<&str> = changes.iter().map(|change| change.device.as_str()).collect();
+    ids.sort_unstable();
+    if let Some((id, _)) = ids.iter().zip(ids.iter().skip(1)).find(|(a, b)| a == b) {
+        return Err(bad(format!("{id} stands twice")));
+    }
+    let job = api.provisioner.plan_rewrite(changes, asked.by(), now)?;
+    let as_table = request.accepts(CSV)
+        || (request.media_type() == CSV && !request.accepts("application/json"));
+    Ok(Plan::Job(job, if as_table { render_table } else { render_list }))
+}
+
+fn render_list(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let Done::Rewritten { changes, shared } = done else { return Err(Code::InternalError.into()) };
+    let entry = |changed: &Changed| {
+        let mut json = Json::new();
+        registration(&mut json, api, changed, now).field("result", result_of(changed));
+        json.end()
+    };
+    let entries: Vec<String> = changes.iter().map(entry).collect();
+    let mut json = Json::new();
+    json.field("success", true).array("devices", &entries).field("shared", shared);
+    Ok(Reply::json(json.timestamp(now)))
+}
+
+fn render_table(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let Done::Rewritten { changes, shared } = done else { return Err(Code::InternalError.into()) };
+    let mut table = csv::line(&[
+        "device_id",
+        "state",
+        "enrolment",
+        "enrolment_secret",
+        "enrolment_expires_at",
+        "result",
+        "shared",
+    ]);
+    for changed in &changes {
+        let Changed { device, row, secret, .. } = changed;
+        let newest = api.provisioner.ca().record().newest(device);
+        table += &csv::line(&[
+            device.as_str(),
+            state(row, newest.as_ref(), now),
+            row.stage(now.unix_s()).as_str(),
+            secret.as_ref().map_or("", NewSecret::reveal),
+            &enrolment_end(row, now).unwrap_or_default(),
+            result_of(changed),
+            if shared { "true" } else { "false" },
+        ]);
+    }
+    Ok(table_reply(table))
+}
+
+fn table_reply(table: String) -> Reply {
+    Reply::of_type("text/csv; charset=utf-8", table)
+        .field("Content-Disposition", "attachment; filename=\"devices.csv\"")
+}
+
+fn result_of(changed: &Changed) -> &'static str {
+    match changed.change {
+        Change::Keep => "unchanged",
+        _ => "registered",
+    }
+}
+
+/// What a change has made of a device, with its secret if it has a new one: that is shown here and
+/// never again.
+fn registration<'j>(json: &'j mut Json, api: &Api, changed: &Changed, now: Now) -> &'j mut Json {
+    let Changed { device, row, secret, .. } = changed;
+    let newest = api.provisioner.ca().record().newest(device);
+    json.field("device_id", device.as_str())
+        .field("state", state(row, newest.as_ref(), now))
+        .field("enrolment", row.stage(now.unix_s()).as_str());
+    if let Some(secret) = secret {
+        json.text("enrolment_secret", secret.reveal());
+    }
+    optional(json, "enrolment_expires_at", enrolment_end(row, now))
+}
+
+fn optional<'j>(json: &'j mut Json, name: &str, value: Option<String>) -> &'j mut Json {
+    match value {
+        Some(value) => json.text(name, &value),
+        None => json,
+    }
+}
+
+/// What a device is, in one word.
+fn state(row: &Row, newest: Option<&Certificate>, now: Now) -> &'static str {
+    match newest {
+        _ if row.block.stands() => "blocked",
+        _ if row.living(now.unix_s()).is_some() => "registered",
+        Some(certificate) => certificate.status(now).as_str(),
+        None => "unknown",
+    }
+}
+
+/// When the registration ends, or has ended, unless it was used before.
+fn enrolment_end(row: &Row, now: Now) -> Option<String> {
+    let terms = row.registration.as_ref()?.terms.as_ref()?;
+    let counts = row.stage(now.unix_s()) != Stage::Spent;
+    counts.then(|| clock::rfc3339(terms.end.saturating_mul(1000)))
+}
+
+/// What the fields say of a device.
+fn changed(
+    device: DeviceId,
+    fields: &Map<String, Value>,
+    register: bool,
+    unless_living: bool,
+) -> Result<Changed, Problem> {
+    let given = secret_hash(fields)?;
+    let wants_secret = flag(fields, "secret")?.unwrap_or(false);
+    if wants_secret && given.is_some() {
+        return Err(bad("secret and secret_sha256 exclude each other".to_owned()));
+    }
+    let secret = wants_secret.then(NewSecret::random).transpose();
+    let secret = secret.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
+    let begins = register || secret.is_some();
+    let edit = Edit {
+        register: begins.then(|| given.or(secret.as_ref().map(NewSecret::hash))),
+        expires_in_s: number(fields, "expires_in", Edit::LONGEST_S)?,
+        cert_days: number(fields, "cert_days", MOST_CERT_DAYS)?.map(|days| days as u32),
+        note: note(fields)?,
+        blocked: flag(fields, "blocked")?,
+    };
+    Ok(Changed::new(device, Change::Edit { edit, unless_living }, secret))
+}
+
+/// The field, unless it is left out or null.
+fn given<'f>(fields: &'f Map<String, Value>, name: &str) -> Option<&'f Value> {
+    fields.get(name).filter(|value| !value.is_null())
+}
+
+fn flag(fields: &Map<String, Value>, name: &str) -> Result<Option<bool>, Problem> {
+    let wrong = || bad(format!("{name} must be true or false"));
+    given(fields, name).map(|value| value.as_bool().ok_or_else(wrong)).transpose()
+}
+
+fn number(fields: &Map<String, Value>, name: &str, most: u64) -> Result<Option<u64>, Problem> {
+    let wrong = || bad(format!("{name} must be a whole number from 1 to {most}"));
+    let read = |value: &Value| value.as_u64().filter(|n| (1..=most).contains(n));
+    given(fields, name).map(|value| read(value).ok_or_else(wrong)).transpose()
+}
+
+fn note(fields: &Map<String, Value>) -> Result<Option<Option<Text>>, Problem> {
+    let wrong = || bad("note must be at most 64 printable characters".to_owned());
+    match given(fields, "note").map(Value::as_str) {
+        None => Ok(None),
+        Some(Some("")) => Ok(Some(None)),
+        Some(text) => Ok(Some(Some(text.and_then(Text::parse).ok_or_else(wrong)?))),
+    }
+}
+
+fn secret_hash(fields: &Map<String, Value>) -> Result<Option<SecretHash>, Problem> {
+    let wrong = || bad("secret_sha256 must be 64 hexadecimal digits".to_owned());
+    let read = |value: &Value| SecretHash::from_hex(value.as_str()?);
+    given(fields, "secret_sha256").map(|value| read(value).ok_or_else(wrong)).transpose()
+}
+
+/// Devices to be registered, each with its place for who has made a mistake.
+type Entries = Vec<(String, Map<String, Value>)>;
+
+fn read_list(body: &[u8]) -> Result<Entries, Problem> {
+    let entries = json::list(body, COLUMNS).map_err(|error| {
+        let text = "The request body must be a JSON array of objects or device ids";
+        let why = format!("{:?} in the body", error.classify());
+        Problem::from(Code::InvalidJson).text(text).log(why)
+    })?;
+    let entry = |(n, entry): (usize, Value)| {
+        let fields = match entry {
+            Value::Object(fields) => fields,
+            id => Map::from_iter([("device_id".to_owned(), id)]),
+        };
+        (format!("device {n}"), fields)
+    };
+    Ok((1..).zip(entries).map(entry).collect())
+}
+
+fn read_table(body: &[u8]) -> Result<Entries, Problem> {
+    let text = std::str::from_utf8(body).map_err(|_| bad("the table is not UTF-8".to_owned()))?;
+    let lines = csv::read(text).ok_or_else(|| bad("a quote in the table has no end".to_owned()))?;
+    let mut lines = (1..).zip(lines);
+    let (_, head) = lines.next().ok_or_else(|| bad("the table has no header".to_owned()))?;
+    let head: Vec<&str> = head.iter().map(|name| name.trim()).collect();
+    if let Some(unknown) = head.iter().find(|name| !COLUMNS.contains(name)) {
+        return Err(bad(format!("no column is called {unknown:?}: {}", COLUMNS.join(", "))));
+    }
+    let entry = |(n, cells): (usize, Vec<String>)| {
+        let place = format!("line {n}");
+        if cells.len() > head.len() {
+            return Err(bad(format!("{place} has more cells than the header")));
+        }
+        let cells = head.iter().zip(cells).filter(|(_, cell)| !cell.is_empty());
+        let fields = cells.map(|(name, cell)| ((*name).to_owned(), value_of(name, cell)));
+        Ok((place, fields.collect()))
+    };
+    lines.map(entry).collect()
+}
+
+/// A cell as the same field would be in JSON; what it cannot be is left to who reads that.
+fn value_of(name: &str, cell: String) -> Value {
+    match (name, cell.as_str()) {
+        ("secret", "true") => true.into(),
+        ("secret", "false") => false.into(),
+        ("expires_in" | "cert_days", digits) => match digits.trim().parse::<u64>() {
+            Ok(number) => number.into(),
+            Err(_) => cell.into(),
+        },
+        _ => cell.into(),
+    }
+}
+
+/// `GET /api/v1/devices/{id}`
+pub(super) fn show(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let device = device_of(asked.name).ok_or(Code::DeviceNotFound)?;
+    let record = api.provisioner.ca().record();
+    let row = api.provisioner.devices.row(&device);
+    let certificates = record.of_device(&device);
+    if !row.is_listed() && certificates.is_empty() {
+        return Err(Code::DeviceNotFound.into());
+    }
+    let listed: Vec<String> = certificates
+        .iter()
+        .take(LARGEST_PAGE as usize)
+        .map(|certificate| {
+            let stored = record.stored(&certificate.serial).ok();
+            let mut json = Json::new();
+            json.field("serial_number", certificate.serial.to_string())
+                .field("status", certificate.status(now).as_str())
+                .field("created_at", stored.map(|s| clock::rfc3339(s.created_at * 1000)))
+                .field("expires_at", clock::rfc3339(certificate.expires_at * 1000));
+            let revoked_at = certificate.revoked_at.map(|at| clock::rfc3339(at * 1000));
+            optional(&mut json, "revoked_at", revoked_at).end()
+        })
+        .collect();
+    let mut json = Json::new();
+    json.field("success", true)
+        .field("device_id", device.as_str())
+        .field("state", state(&row, certificates.first(), now))
+        .field("enrolment", row.stage(now.unix_s()).as_str());
+    optional(&mut json, "enrolment_expires_at", enrolment_end(&row, now));
+    let terms = row.registration.as_ref().and_then(|latest| latest.terms.as_ref());
+    if let Some(days) = terms.and_then(|terms| terms.cert_days) {
+        json.field("cert_days", days);
+    }
+    optional(&mut json, "note", note_of(&row).map(ToOwned::to_owned));
+    json.array("certificates", &listed);
+    let (changed_at, changed_by) = last_change(&row);
+    optional(&mut json, "changed_at", changed_at.map(clock::rfc3339));
+    optional(&mut json, "changed_by", changed_by);
+    Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+}
+
+fn note_of(row: &Row) -> Option<&str> {
+    let terms = row.registration.as_ref()?.terms.as_ref()?;
+    terms.note.as_ref().map(Text::as_str)
+}
+
+/// When the row was changed last, in milliseconds since 1970, and by whom, which a block does not say.
+fn last_change(row: &Row) -> (Option<u64>, Option<String>) {
+    let registered = row.registration.as_ref();
+    let version = registered.map_or(0, |latest| latest.version);
+    let by = registered.filter(|_| version > row.block.blocked).and_then(|r| r.made_by.as_ref());
+    let at = version.max(row.block.blocked);
+    ((at > 0).then_some(at), by.map(|by| by.as_str().to_owned()))
+}
+
+/// A device of the list.
+struct Listed {
+    device: DeviceId,
+    row: Row,
+    newest: Option<Certificate>,
+}
+
+/// What the list is asked for.
+struct Filter {
+    state: Option<String>,
+    /// The newest certificate is active and ends before this second.
+    ends_before: Option<u64>,
+}
+
+impl Filter {
+    fn passes(&self, listed: &Listed, now: Now) -> bool {
+        let newest = listed.newest.as_ref();
+        let is = |wanted: &String| *wanted == state(&listed.row, newest, now);
+        let active = newest.filter(|certificate| certificate.status(now).as_str() == "active");
+        let ends = |before: u64| active.is_some_and(|active| active.expires_at < before);
+        self.state.as_ref().is_none_or(is) && self.ends_before.is_none_or(ends)
+    }
+}
+
+/// `GET /api/v1/devices`
+pub(super) fn list(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+    let request = asked.request;
+    let within = |name, least, most| {
+        let wrong = || bad(format!("{name} must be a whole number from {least} to {most}"));
+        let read = |text: String| text.parse().ok().filter(|n| (least..=most).contains(n));
+        request.query(name).map(|text| read(text).ok_or_else(wrong)).transpose()
+    };
+    let limit = within("limit", 1, LARGEST_PAGE)?.unwrap_or(100) as usize;
+    let days = within("expires_within", 0, MOST_CERT_DAYS)?;
+    let known = ["blocked", "registered", "active", "expired", "revoked", "unknown"];
+    let state = request.query("state");
+    if state.as_deref().is_some_and(|state| !known.contains(&state)) {
+        return Err(bad(format!("state must be one of {}", known.join(", "))));
+    }
+    let ends_before = days.map(|days| now.unix_s().saturating_add(days * DAY_S));
+    let filter = Filter { state, ends_before };
+    let (after, prefix) = (request.query("after"), request.query("q"));
+    let (after, prefix) = (after.unwrap_or_default(), prefix.unwrap_or_default());
+    let (found, next) = page(api, &after, &prefix, limit, &filter, now);
+    Ok(Plan::Reply(match request.accepts(CSV) {
+        true => list_table(&found, next, now),
+        false => list_json(&found, next, now),
+    }))
+}
+
+/// The devices behind `after` that pass, and the last that was looked at if there may be more.
+fn page(
+    api: &Api,
+    after: &str,
+    prefix: &str,
+    limit: usize,
+    filter: &Filter,
+    now: Now,
+) -> (Vec<Listed>, Option<DeviceId>) {
+    let filtered = filter.state.is_some() || filter.ends_before.is_some();
+    let most = if filtered { LOOKED_AT } else { limit.saturating_add(1) };
+    let rows = api.provisioner.devices.listed_after(after, prefix, most);
+    let newest = api.provisioner.ca().record().newest_after(after, prefix, most);
+    let all = Merged { rows: rows.into_iter().peekable(), newest: newest.into_iter().peekable() };
+    let (mut found, mut last) = (Vec::new(), None);
+    for (looked_at, listed) in all.enumerate() {
+        if looked_at == LOOKED_AT || looked_at == most || found.len() == limit {
+            return (found, last);
+        }
+        last = Some(listed.device.clone());
+        if filter.passes(&listed, now) {
+            found.push(listed);
+        }
+    }
+    (found, None)
+}
+
+/// Rows and certificates side by side, sorted by device.
+struct Merged<R: Iterator<Item = (DeviceId, Row)>, C: Iterator<Item = Certificate>> {
+    rows: Peekable<R>,
+    newest: Peekable<C>,
+}
+
+impl<R: Iterator<Item = (DeviceId, Row)>, C: Iterator<Item = Certificate>> Iterator
+    for Merged<R, C>
+{
+    type Item = Listed;
+
+    fn next(&mut self) -> Option<Listed> {
+        let by_row = self.rows.peek().map(|(device, _)| device.as_str());
+        let by_certificate = self.newest.peek().map(|certificate| certificate.device.as_str());
+        let first = by_row.into_iter().chain(by_certificate).min()?.to_owned();
+        let row = self.rows.next_if(|(device, _)| device.as_str() == first);
+        let newest = self.newest.next_if(|certificate| certificate.device.as_str() == first);
+        let device = row.as_ref().map(|(device, _)| device.clone());
+        let device = device.or_else(|| newest.as_ref().map(|c| c.device.clone()))?;
+        Some(Listed { device, row: row.map(|(_, row)| row).unwrap_or_default(), newest })
+    }
+}
+
+fn list_json(found: &[Listed], next: Option<DeviceId>, now: Now) -> Reply {
+    let entry = |listed: &Listed| {
+        let Listed { device, row, newest } = listed;
+        let mut json = Json::new();
+        json.field("device_id", device.as_str())
+            .field("state", state(row, newest.as_ref(), now))
+            .field("enrolment", row.stage(now.unix_s()).as_str());
+        optional(&mut json, "enrolment_expires_at", enrolment_end(row, now));
+        optional(&mut json, "note", note_of(row).map(ToOwned::to_owned));
+        if let Some(newest) = newest {
+            let mut certificate = Json::new();
+            certificate
+                .field("serial_number", newest.serial.to_string())
+                .field("status", newest.status(now).as_str())
+                .field("expires_at", clock::rfc3339(newest.expires_at * 1000));
+            json.object("certificate", &mut certificate);
+        }
+        json.end()
+    };
+    let entries: Vec<String> = found.iter().map(entry).collect();
+    let mut json = Json::new();
+    json.field("success", true).array("devices", &entries);
+    optional(&mut json, "next", next.map(|next| next.to_string()));
+    Reply::json(json.timestamp(now))
+}
+
+fn list_table(found: &[Listed], next: Option<DeviceId>, now: Now) -> Reply {
+    let mut table = csv::line(&[
+        "device_id",
+        "state",
+        "enrolment",
+        "enrolment_expires_at",
+        "note",
+        "serial_number",
+        "status",
+        "expires_at",
+    ]);
+    for Listed { device, row, newest } in found {
+        let newest = newest.as_ref();
+        table += &csv::line(&[
+            device.as_str(),
+            state(row, newest, now),
+            row.stage(now.unix_s()).as_str(),
+            &enrolment_end(row, now).unwrap_or_default(),
+            note_of(row).unwrap_or_default(),
+            &newest.map(|newest| newest.serial.to_string()).unwrap_or_default(),
+            newest.map_or("", |newest| newest.status(now).as_str()),
+            &newest.map(|n| clock::rfc3339(n.expires_at * 1000)).unwrap_or_default(),
+        ]);
+    }
+    match next {
+        Some(next) => table_reply(table).field("X-Next", next.as_str()),
+        None => table_reply(table),
+    }
+}

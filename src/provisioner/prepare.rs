@@ -1,0 +1,251 @@
+//! What comes before the store is asked for tokens. Where a job depends on what others know of a
+//! device, that is looked up; and what is to change of a device's row is on this instance's disk
+//! before any store hears of it.
+//!
+//! How far a device's past is dead is a time, and it is never taken back. So a clock that is hours away
+//! from that of Redis, which all instances can read, kills nothing: one that is ahead would kill what
+//! is yet to come, and one that is behind would not reach what is there.
+
+use super::batch::unexpected;
+use super::{Change, Changed, Issue, Job, Provisioner, not_issued};
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::devices::enrol::{Maker, Refusal};
+use crate::devices::{self, Bound, Row, Text};
+use crate::jwt::Token;
+use crate::problem::{Code, Problem};
+use crate::store::{Answer, Kill, New, Op, Outcome, Seen};
+
+/// A clock that is further from that of Redis is warned of: the next kill may miss a token of an
+/// instance that is as far off the other way.
+const CLOCK_IS_OFF_MS: u64 = 2000;
+/// By one that is further off nothing is killed, nor forgotten.
+pub const CLOCK_IS_FAR_OFF_MS: u64 = 3_600_000;
+
+/// A job that can go on.
+pub(super) struct Prepared {
+    job: Job,
+    /// The rows that it changes.
+    kills: Vec<Kill>,
+}
+
+impl Prepared {
+    /// The job, and what the store is asked for it. A token is dated here, when all that the batch
+    /// kills is dead.
+    pub(super) fn into_ops(self, provisioner: &Provisioner, now: Now, ops: &mut Vec<Op>) -> Job {
+        let mut kills = self.kills.into_iter().map(Box::new);
+        match &self.job {
+            Job::Issue(Issue { device, jti, client, .. }) => {
+                let token = provisioner.token(device.clone(), *jti, now);
+                let (replaces, subscriber) = (kills.next(), (*client).into());
+                ops.push(Op::Issue(New { token, replaces, subscriber }));
+            }
+            Job::Redeem(redeem) => ops.push(Op::Consume(redeem.token.clone(), redeem.serial)),
+            Job::Renew(_) => {}
+            Job::Revoke(_) | Job::Rewrite(_) => ops.extend(kills.map(Op::Kill)),
+            Job::Count => ops.push(Op::Count),
+        }
+        self.job
+    }
+}
+
+impl Job {
+    /// The devices that are looked up first.
+    fn looks_at(&self) -> Vec<&DeviceId> {
+        match self {
+            Job::Issue(issue) if issue.look || issue.replace => vec![&issue.device],
+            Job::Revoke(revoke) => vec![&revoke.device],
+            Job::Rewrite(rewrite) => rewrite.changes.iter().map(|change| &change.device).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl Issue {
+    /// Whether the device may have a token, by what is known of it.
+    pub(super) fn judge(&self, row: &Row, provisioner: &Provisioner, now: Now) -> Result<(), Code> {
+        row.may_enrol(self.rule, &self.shown, now.unix_s()).map_err(|refusal| match refusal {
+            Refusal::KeyRequired => Code::ApiKeyRequired,
+            Refusal::SecretInvalid => Code::SecretInvalid,
+            Refusal::Blocked => Code::DeviceBlocked,
+            Refusal::NotRegistered => Code::DeviceNotRegistered,
+        })?;
+        let excused = provisioner.may_reenroll() || row.living(now.unix_s()).is_some();
+        if !excused && provisioner.ca().record().has_active(&self.device, now) {
+            return Err(Code::DeviceHasActiveCertificate);
+        }
+        Ok(())
+    }
+}
+
+impl Provisioner {
+    /// The device's past was killed after the token was issued, as far as is known here.
+    pub(super) fn is_dead(&self, token: &Token) -> bool {
+        token.claims.iat <= self.devices.bound(&token.claims.device_id).0.t
+    }
+
+    /// Prepares all jobs: one trip to the store, then one sync of the disk.
+    pub(super) fn prepare(&self, jobs: Vec<Job>, now: Now) -> Vec<Result<Prepared, Problem>> {
+        let looks: Vec<Op> = jobs.iter().flat_map(Job::looks_at).cloned().map(Op::Look).collect();
+        let seen = if looks.is_empty() { Vec::new() } else { self.store.run(&looks, now) };
+        let mut seen = seen.into_iter();
+        let prepare = |job: Job| {
+            let answers: Vec<Answer> = seen.by_ref().take(job.looks_at().len()).collect();
+            let seen = job.looks_at().into_iter().zip(answers).map(seen_of);
+            let seen = seen.collect::<Result<Vec<_>, _>>()?;
+            self.prepare_one(job, seen, now)
+        };
+        let mut prepared: Vec<_> = jobs.into_iter().map(prepare).collect();
+        let kills = prepared.iter().flatten().flat_map(|prepared| &prepared.kills);
+        let rows = kills.map(|kill| (kill.device.clone(), kill.row.clone())).collect();
+        if let Err(error) = self.devices.enter(rows, true, now) {
+            log::error!("nothing was changed: {error}");
+            let problem = Problem::from(Code::ServiceUnavailable).log(error);
+            let changes =
+                |p: &&mut Result<Prepared, _>| p.as_ref().is_ok_and(|p| !p.kills.is_empty());
+            prepared.iter_mut().filter(changes).for_each(|p| *p = Err(problem.clone()));
+        }
+        prepared
+    }
+
+    fn prepare_one(&self, job: Job, seen: Vec<Seen>, now: Now) -> Result<Prepared, Problem> {
+        match job {
+            Job::Issue(issue) => self.prepare_issue(issue, seen.into_iter().next(), now),
+            Job::Revoke(revoke) => {
+                let maker = self.maker(revoke.by.name.clone(), now);
+                let kill = |seen| {
+                    let (known, t) = self.past_of(&revoke.device, &seen, now)?;
+                    let edit = revoke.edit.as_ref().map(|edit| known.edited(edit, &maker));
+                    let news =
+                        edit.transpose().map_err(|_| Code::InternalError)?.unwrap_or_default();
+                    let bound = Row { bound: Bound { t, c: t }, ..Row::default() };
+                    let row = known.merge(news).merge(bound);
+                    Ok(Kill { device: revoke.device.clone(), row, seen })
+                };
+                let kills = seen.into_iter().map(kill).collect::<Result<_, Problem>>()?;
+                Ok(Prepared { job: Job::Revoke(revoke), kills })
+            }
+            Job::Rewrite(mut rewrite) => {
+                let maker = self.maker(rewrite.by.name.clone(), now);
+                let mut kills = Vec::new();
+                for (change, seen) in rewrite.changes.iter_mut().zip(seen) {
+                    change.row = self.changed(change, &seen, &maker)?;
+                    kills.push(Kill {
+                        device: change.device.clone(),
+                        row: change.row.clone(),
+                        seen,
+                    });
+                }
+                Ok(Prepared { job: Job::Rewrite(rewrite), kills })
+            }
+            job => Ok(Prepared { job, kills: Vec::new() }),
+        }
+    }
+
+    fn prepare_issue(
+        &self,
+        mut issue: Issue,
+        seen: Option<Seen>,
+        now: Now,
+    ) -> Result<Prepared, Problem> {
+        let is_alone = issue.look && seen.as_ref().is_some_and(|seen| !seen.by_redis);
+        let seen = seen.unwrap_or_default();
+        let known = self.devices.row(&issue.device).merge(seen.row.clone());
+        issue.judge(&known, self, now).map_err(|code| match code {
+            // Elsewhere it may be registered, and nobody can be asked.
+            Code::SecretInvalid | Code::DeviceNotRegistered if is_alone => {
+                not_issued(Code::ServiceUnavailable, &issue.device)
+            }
+            code => not_issued(code, &issue.device),
+        })?;
+        issue.by_secret = known.has_shown_secret(&issue.shown, now.unix_s());
+        if !issue.replace {
+            return Ok(Prepared { job: Job::Issue(issue), kills: Vec::new() });
+        }
+        let device = issue.device.clone();
+        let (known, t) = self.past_of(&device, &seen, now)?;
+        if let Some(wait_s) = devices::too_far_ahead(t, now) {
+            let problem = not_issued(Code::RateLimited, &device);
+            return Err(Problem { retry_after_s: Some(wait_s), ..problem });
+        }
+        let row = known.merge(Row { bound: Bound { t, c: 0 }, ..Row::default() });
+        Ok(Prepared { job: Job::Issue(issue), kills: vec![Kill { device, row, seen }] })
+    }
+
+    /// The device's row as it is to be.
+    fn changed(&self, change: &mut Changed, seen: &Seen, maker: &Maker) -> Result<Row, Problem> {
+        let known = self.devices.row(&change.device).merge(seen.row.clone());
+        let lives = known.living(maker.now.unix_s()).is_some();
+        let news = match &change.change {
+            Change::Forget
+                if !known.is_listed() && !self.ca().record().knows_device(&change.device) =>
+            {
+                let alone = !seen.by_redis && self.store.status().redis_enabled;
+                let code = if alone { Code::ServiceUnavailable } else { Code::DeviceNotFound };
+                return Err(not_issued(code, &change.device));
+            }
+            Change::Forget => known.forgotten(maker),
+            Change::Edit { unless_living, .. } if *unless_living && lives => {
+                (change.change, change.secret) = (Change::Keep, None);
+                return Ok(known);
+            }
+            Change::Edit { edit, .. } => known.edited(edit, maker).map_err(|_| {
+                Problem::from(Code::BadRequest).text(
+                    "expires_in, cert_days and note are a registration's, and the device has none \
+                     that can be changed so: \"register\":true begins one",
+                )
+            })?,
+            Change::Keep => return Ok(known),
+        };
+        let begins = matches!(&change.change, Change::Edit { edit, .. } if edit.register.is_some());
+        let bound = match begins {
+            true => Bound { t: self.past_of(&change.device, seen, maker.now)?.1, c: 0 },
+            false => Bound::default(),
+        };
+        Ok(known.merge(news).merge(Row { bound, ..Row::default() }))
+    }
+
+    /// The device's row, as far as is known, and how far its past is to die where it is to: past the
+    /// tokens that the last bound may have caused, too, which are dated just after it (`docs/model`,
+    /// row 27).
+    fn past_of(&self, device: &DeviceId, seen: &Seen, now: Now) -> Result<(Row, u64), Problem> {
+        if let Some(why) = self.clock_is_far_off() {
+            return Err(not_issued(Problem::from(Code::ServiceUnavailable).log(why), device));
+        }
+        let known = self.devices.row(device).merge(seen.row.clone());
+        let t = devices::kill_time(now, seen.latest_iat).max(known.bound.t.saturating_add(1));
+        Ok((known, t))
+    }
+
+    fn maker(&self, name: Option<Text>, now: Now) -> Maker {
+        Maker { name, instance: self.devices.own(), now }
+    }
+
+    /// Why nothing can be killed by our clock.
+    pub(super) fn clock_is_far_off(&self) -> Option<String> {
+        clock_off(self.store.status().clock_is_ahead_ms, CLOCK_IS_FAR_OFF_MS)
+    }
+
+    /// Why a kill may not reach what it should.
+    pub(super) fn clock_is_off(&self) -> Option<String> {
+        let said = self.clock_is_far_off().is_some();
+        clock_off(self.store.status().clock_is_ahead_ms, CLOCK_IS_OFF_MS).filter(|_| !said)
+    }
+}
+
+fn seen_of((device, answer): (&DeviceId, Answer)) -> Result<Seen, Problem> {
+    match answer {
+        Ok(Outcome::Seen(seen)) => Ok(*seen),
+        other => Err(unexpected(other).log_more(format!("device {device}"))),
+    }
+}
+
+fn clock_off(ahead_ms: i64, most_ms: u64) -> Option<String> {
+    let off_ms = ahead_ms.unsigned_abs();
+    let seconds = off_ms / 1000;
+    let said = match ahead_ms > 0 {
+        true => format!("the clock is {seconds} s ahead of that of Redis"),
+        false => format!("the clock is {seconds} s behind that of Redis"),
+    };
+    Some(said).filter(|_| off_ms > most_ms)
+}
