@@ -18,6 +18,7 @@ instance: it does nothing until a third of the certificate's lifetime is left, t
   --device-id ID          the device's name
   --dir DIR               where the files are; made if it is missing
   --api-key-file FILE     holds the key that onboarding asks for
+  --secret-file FILE      holds the secret of the device's registration, instead of a key
   --ca-fingerprint SHA256 the CA to trust, as the service logs it at its start; without it the CA
                           that the service hands out the first time is trusted, with a warning
   --server-ca FILE        over HTTPS: the CA of the server's certificate, if that is another one
@@ -31,7 +32,7 @@ with no other that this device may trust; without curl, whose place wget cannot 
 verifies nothing), all requests go through openssl s_client. Renewal needs HTTPS. Over plain HTTP a
 device gets its next certificate by onboarding again, which the service allows when the old one has
 ended (or with REENROLL=allow). Under the wget of busybox or OpenWrt, so over plain HTTP only, an API
-key stands in the process list while it is sent.
+key stands in the process list while it is sent; a secret is not sent by them at all.
 
 Two attempts are 1 to 60 seconds apart, more and more, by chance. What a lost answer or a power cut
 has interrupted is taken up by the next run: DIR/device.key.new is a key whose certificate may
@@ -64,14 +65,14 @@ fail() {
 
 # --- what was asked for
 
-url='' id='' dir='' key_file='' pin='' server_ca='' splay=0 tries=6
+url='' id='' dir='' key_file='' secret_file='' pin='' server_ca='' splay=0 tries=6
 while [ $# -gt 0 ]; do
     case $1 in
     --help)
         usage
         exit 0
         ;;
-    --url | --device-id | --dir | --api-key-file | --ca-fingerprint | --server-ca | --splay | --tries) ;;
+    --url | --device-id | --dir | --api-key-file | --secret-file | --ca-fingerprint | --server-ca | --splay | --tries) ;;
     *) fail $USAGE "unknown option $1, see --help" ;;
     esac
     [ $# -ge 2 ] || fail $USAGE "$1 needs a value"
@@ -80,6 +81,7 @@ while [ $# -gt 0 ]; do
     --device-id) id=$2 ;;
     --dir) dir=${2%/} ;;
     --api-key-file) key_file=$2 ;;
+    --secret-file) secret_file=$2 ;;
     --ca-fingerprint) pin=$(printf %s "$2" | tr -d ': ' | tr A-F a-f) ;;
     --server-ca) server_ca=$2 ;;
     --splay) splay=$2 ;;
@@ -125,13 +127,14 @@ case $authority in
 \[*\]:*) host=${authority%:*} port=${authority##*:} ;;
 *:*) host=${authority%:*} port=${authority##*:} ;;
 esac
-key=''
-if [ -n "$key_file" ]; then
-    [ -r "$key_file" ] || fail $LOCAL "cannot read $key_file"
+[ -z "$key_file" ] || [ -z "$secret_file" ] || fail $USAGE "--api-key-file and --secret-file exclude each other"
+key='' credential=$key_file$secret_file
+if [ -n "$credential" ]; then
+    [ -r "$credential" ] || fail $LOCAL "cannot read $credential"
     # Its first line, without what the editors of other systems leave: CR, blanks, a byte order mark.
-    key=$(head -n 1 "$key_file" | tr -d '\r\t ')
+    key=$(head -n 1 "$credential" | tr -d '\r\t ')
     key=${key#"$(printf '\357\273\277')"}
-    case $key in '' | *[!!-~]*) fail $LOCAL "the first line of $key_file is no key: visible ASCII is" ;; esac
+    case $key in '' | *[!!-~]*) fail $LOCAL "the first line of $credential is no key: visible ASCII is" ;; esac
 fi
 [ -z "$server_ca" ] || [ -r "$server_ca" ] || fail $LOCAL "cannot read $server_ca"
 
@@ -155,6 +158,8 @@ else
     *--header*--post-file*) wget=uclient ;; # OpenWrt's
     *) fail $LOCAL "this wget cannot send JSON: curl is needed" ;;
     esac
+    # SECURITY: they take a field of the head as an argument only, which every process can read.
+    [ "$wget" = gnu ] || [ -z "$secret_file" ] || fail $LOCAL "this wget would show the secret: curl is needed, or https"
 fi
 
 work=$(mktemp -d) || fail $LOCAL "no temporary folder"
@@ -662,7 +667,7 @@ conflict() {
         ;;
     esac
     token=
-    [ -z "$key" ] || replace=',"replace":true'
+    [ -z "$key_file" ] || replace=',"replace":true' # with a secret, that goes without saying
 }
 
 has_certificate() {

@@ -1,7 +1,7 @@
 //! The command line: what is asked for, and the text of `--help`.
 //!
-//! Written by hand, because there are five commands and six options. All settings are environment
-//! variables; the command line has none, so that no secret can get into a process list.
+//! Written by hand, because there are few commands and options. All settings are environment variables;
+//! the command line has none, so that no secret can get into a process list.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -37,6 +37,68 @@ pub enum Command {
     Healthcheck,
     /// Sign a server's certificate with the CA.
     ServerCertificate(ServerCertificate),
+    /// Ask the running server for something about devices.
+    Device(Device),
+}
+
+/// The arguments of `device`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Device {
+    /// What is to be done.
+    pub action: Action,
+    /// To which devices.
+    pub ids: Vec<String>,
+    /// The registration ends in so many days.
+    pub expires_days: Option<u64>,
+    /// Lifetime of the certificate, in days.
+    pub cert_days: Option<u64>,
+    /// A note for people.
+    pub note: Option<String>,
+    /// A table instead of text.
+    pub csv: bool,
+    /// Only devices of this state.
+    pub state: Option<String>,
+    /// Only those whose certificate ends within so many days.
+    pub expires_within: Option<String>,
+    /// Block it, too.
+    pub block: bool,
+    /// The server, if it is not on this machine.
+    pub url: Option<String>,
+    /// The CA of its certificate.
+    pub ca: Option<PathBuf>,
+}
+
+/// What is to be done with devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Action {
+    /// Register them, each with a secret.
+    Add,
+    /// List them.
+    #[default]
+    List,
+    /// Show one.
+    Show,
+    /// Block them.
+    Block,
+    /// Unblock them.
+    Unblock,
+    /// Forget their registrations.
+    Remove,
+    /// Revoke their certificates.
+    Revoke,
+}
+
+impl Action {
+    /// Its name, and the options that it has beside `--url` and `--ca`.
+    const ALL: [(&str, Action, &[&str]); 7] = [
+        ("add", Action::Add, &["--expires", "--days", "--note", "--csv"]),
+        ("list", Action::List, &["--state", "--expires-within", "--csv"]),
+        ("show", Action::Show, &[]),
+        ("block", Action::Block, &[]),
+        ("unblock", Action::Unblock, &[]),
+        ("remove", Action::Remove, &[]),
+        ("revoke", Action::Revoke, &["--block"]),
+    ];
 }
 
 /// The arguments of `server-certificate`.
@@ -111,6 +173,7 @@ fn command(args: Vec<String>) -> Result<Command, UsageError> {
         }
         "healthcheck" => Command::Healthcheck,
         "server-certificate" => return server_certificate(args).map(Command::ServerCertificate),
+        "device" => return device(args).map(Command::Device),
         _ => return Err(UsageError(format!("unknown argument {first:?}"))),
     };
     match args.next() {
@@ -130,7 +193,7 @@ fn server_certificate(
             None => (arg.as_str(), None),
         };
         match option {
-            "--days" => parsed.days = Some(days(&value_of(option, value, &mut args)?)?),
+            "--days" => parsed.days = Some(days(option, &value_of(option, value, &mut args)?)?),
             "--out" => out = Some(value_of(option, value, &mut args)?),
             "--renew" => {
                 (parsed.renew, parsed.out) = (true, value_of(option, value, &mut args)?.into());
@@ -154,6 +217,46 @@ fn server_certificate(
     Err(UsageError(text.to_owned()))
 }
 
+fn device(mut args: impl Iterator<Item = String>) -> Result<Device, UsageError> {
+    let given = args.next().unwrap_or_default();
+    let known = Action::ALL.iter().find(|(name, ..)| *name == given);
+    let (_, action, options) = known.ok_or_else(|| {
+        let names = Action::ALL.map(|(name, ..)| name).join(", ");
+        UsageError(format!("device needs one of {names}, not {given:?}"))
+    })?;
+    let mut parsed = Device { action: *action, ..Device::default() };
+    while let Some(arg) = args.next() {
+        let (option, value) = match arg.split_once('=') {
+            Some((option, value)) => (option, Some(value.to_owned())),
+            None => (arg.as_str(), None),
+        };
+        if !arg.starts_with("--") {
+            parsed.ids.push(arg);
+            continue;
+        }
+        if !["--url", "--ca"].iter().chain(*options).any(|known| *known == option) {
+            return Err(UsageError(format!("device {given} has no option {option:?}")));
+        }
+        let mut value = || value_of(option, value.clone(), &mut args);
+        match option {
+            "--csv" => parsed.csv = true,
+            "--block" => parsed.block = true,
+            "--expires" => parsed.expires_days = Some(days(option, &value()?)?.into()),
+            "--days" => parsed.cert_days = Some(days(option, &value()?)?.into()),
+            "--note" => parsed.note = Some(value()?),
+            "--state" => parsed.state = Some(value()?),
+            "--expires-within" => parsed.expires_within = Some(value()?),
+            "--url" => parsed.url = Some(value()?),
+            _ => parsed.ca = Some(value()?.into()),
+        }
+    }
+    match (parsed.action, parsed.ids.is_empty()) {
+        (Action::List, false) => Err(UsageError("device list takes no device id".to_owned())),
+        (Action::List, true) | (_, false) => Ok(parsed),
+        _ => Err(UsageError(format!("device {given} needs a device id"))),
+    }
+}
+
 /// What stands behind the `=`, else the next argument.
 fn value_of(
     option: &str,
@@ -166,9 +269,9 @@ fn value_of(
         .ok_or_else(|| UsageError(format!("{option} needs a value")))
 }
 
-fn days(text: &str) -> Result<u32, UsageError> {
+fn days(option: &str, text: &str) -> Result<u32, UsageError> {
     text.parse().ok().filter(|days| (1..=MAX_DAYS).contains(days)).ok_or_else(|| {
-        UsageError(format!("--days must be a whole number from 1 to {MAX_DAYS}, not {text:?}"))
+        UsageError(format!("{option} must be a whole number from 1 to {MAX_DAYS}, not {text:?}"))
     })
 }
 
@@ -199,6 +302,17 @@ Commands:
   server-certificate --renew DIR [--days N] [--force]
                       the next one for the same key, names and time, once a third of that is left, and
                       a line if so; --force: now, and with a new key
+  device add ID... [--expires DAYS] [--days N] [--note TEXT] [--csv]
+                      register devices, each with a secret of its own, which is shown once; it ends in
+                      DAYS (90), and the certificate is valid for N days
+  device list [--state STATE] [--expires-within DAYS] [--csv]
+                      all devices, or those of a state, or whose certificate ends soon
+  device show|block|unblock|remove ID...
+                      what is known of a device; shut it out; let it in; forget its registration
+  device revoke ID... [--block]
+                      revoke its certificates
+                      (all of these ask the local service, or that of --url https://HOST[:PORT] with
+                      --ca FILE, and need ADMIN_API_KEY or ADMIN_API_KEY_FILE)
   --help, -h          print this
   --version, -V       print the version
 

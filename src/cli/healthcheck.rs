@@ -29,7 +29,7 @@ const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Why the server does not count as well.
 #[derive(Debug)]
-enum HealthError {
+pub(super) enum HealthError {
     /// No connection, or it broke before the status line.
     Io(SocketAddr, io::Error),
     /// It did not answer in time.
@@ -85,7 +85,7 @@ fn check(http: &Http, deadline: Duration) -> Result<(), HealthError> {
 }
 
 /// Whoever listens on every address is asked over loopback.
-fn reachable(host: IpAddr) -> IpAddr {
+pub(super) fn reachable(host: IpAddr) -> IpAddr {
     match host {
         IpAddr::V4(v4) if v4.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(v6) if v6.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
@@ -114,7 +114,7 @@ fn exchange(stream: &mut (impl Read + Write)) -> io::Result<String> {
     Ok(String::from_utf8_lossy(line.trim_ascii_end()).into_owned())
 }
 
-fn tls_session(cert: &Path, ip: IpAddr) -> Result<ClientConnection, HealthError> {
+pub(super) fn tls_session(cert: &Path, ip: IpAddr) -> Result<ClientConnection, HealthError> {
     let unreadable = |why: String| HealthError::Certificate(cert.to_owned(), why);
     let file = fs::read(cert).map_err(|e| unreadable(e.to_string()))?;
     let chain = certificates(&file).map_err(unreadable)?;

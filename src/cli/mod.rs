@@ -2,6 +2,7 @@
 
 mod args;
 mod check_config;
+mod device;
 mod healthcheck;
 mod serve;
 mod server_certificate;
@@ -41,6 +42,7 @@ pub fn run(
         Command::Version => print(&format!("{}\n", args::version())),
         Command::CheckConfig { offline } => check_config::run(&given, offline),
         Command::Healthcheck => healthcheck::run(&given),
+        Command::Device(request) => device::run(&given, &request),
         Command::ServerCertificate(request) => server_certificate::run(&given, &request),
     }
 }

@@ -27,6 +27,7 @@ mod drain;
 mod enroll;
 mod enroll_attacks;
 mod enroll_tools;
+mod enrolment;
 mod errors;
 mod faults;
 mod flash_wear;
