@@ -185,7 +185,7 @@ impl Rows {
     /// order here, which would cost memory, and a list is asked for by people.
     pub(super) fn newest_after(&self, after: &[u8], prefix: &[u8], most: usize) -> Vec<&Slot> {
         let newest = self.by_device.table.iter().filter_map(|at| self.list.get(*at as usize));
-        let named = newest.filter_map(|slot| Some((self.name(slot)?, slot)));
+        let named = newest.filter_map(|slot| Some((slot.name(&self.names)?, slot)));
         let wanted = named.filter(|(name, _)| *name > after && name.starts_with(prefix));
         let mut found: Vec<(&[u8], &Slot)> = wanted.collect();
         if found.len() > most {
