@@ -90,7 +90,8 @@ pub(super) fn crl(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Proble
 pub(super) fn revoke(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let device = device(asked.name).ok_or_else(no_certificate)?;
     let block = asked.request.flag("block")?;
-    let job = api.provisioner.plan_revoke(device, block, asked.by(), now)?;
+    let reason = reason(asked)?;
+    let job = api.provisioner.plan_revoke(device, block, reason, asked.by(), now)?;
     Ok(Plan::Job(job, render_revoked))
 }
 
@@ -108,14 +109,7 @@ fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 pub(super) fn revoke_one(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let serial = Serial::from_hex(asked.serial).ok_or(Code::CertificateNotFound)?;
     let name = percent_decode_str(asked.name).decode_utf8_lossy();
-    let reason = match asked.body.get("reason") {
-        None => Reason::Unspecified,
-        Some(given) => given.as_str().and_then(Reason::parse).ok_or_else(|| {
-            let text =
-                "reason must be keyCompromise, superseded, cessationOfOperation or unspecified";
-            Problem::from(Code::BadRequest).text(text)
-        })?,
-    };
+    let reason = reason(asked)?;
     let shared = api.provisioner.revoke_one(&name, &serial, reason, asked.request.client, now)?;
     let mut json = Json::new();
     json.field("success", true)
@@ -124,6 +118,14 @@ pub(super) fn revoke_one(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan,
         .field("serial_number", serial.to_string())
         .field("shared", shared);
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+}
+
+/// Why something is revoked.
+fn reason(asked: &Asked<'_>) -> Result<Reason, Problem> {
+    let Some(given) = asked.body.get("reason") else { return Ok(Reason::Unspecified) };
+    let text = "reason must be keyCompromise, superseded, cessationOfOperation or unspecified";
+    let reason = given.as_str().and_then(Reason::parse);
+    reason.ok_or_else(|| Problem::from(Code::BadRequest).text(text))
 }
 
 /// A serial wins over a device id.

@@ -119,12 +119,15 @@ pub(super) const ROUTES: &[Route] = &[
         "a certificate and its CA",
         certificates::download,
     ),
-    admin(
-        Method::Delete,
-        "/api/v1/certificates/{device_id}",
-        "revoke a device (admin)",
-        certificates::revoke,
-    ),
+    Route {
+        fields: &["reason"],
+        ..admin(
+            Method::Delete,
+            "/api/v1/certificates/{device_id}",
+            "revoke a device (admin)",
+            certificates::revoke,
+        )
+    },
     Route {
         lane: LaneKind::Certificate,
         credentials: Credentials::AdminKey,

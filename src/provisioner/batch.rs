@@ -12,11 +12,11 @@ use super::{
 };
 use crate::ca::identity::IdentityError;
 use crate::ca::issuer::Leaf;
-use crate::ca::record::{Entries, Origin, Reason, RecordError, Redeemed, Renewal, Spent};
+use crate::ca::record::{Entries, Origin, RecordError, Redeemed, Renewal, Spent};
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::devices::enrol::{Edit, Stage};
-use crate::devices::{Row, Terms};
+use crate::devices::{CLOCKS_APART_S, Row, Terms};
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
@@ -165,7 +165,7 @@ impl Provisioner {
         shared: bool,
         follow_up: &mut FollowUp,
     ) -> Result<Done, Problem> {
-        let Revoke { device, edit, by } = revoke;
+        let Revoke { device, reason, edit, by } = revoke;
         let (dead, shared) = match answer {
             Ok(Outcome::Killed { dead, told }) => (dead, shared && told),
             other => return Err(unexpected(other)),
@@ -177,7 +177,12 @@ impl Provisioner {
             self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, {by}", dead.hash.short());
         }
-        let serials = record.revoke(&device, Reason::Unspecified, clock::now())?;
+        // Dated as others date what the bound kills: of two dates the earlier counts, and of two reasons
+        // of one date the one that says something.
+        let bound_ms = self.devices.bound(&device).0.c.saturating_sub(CLOCKS_APART_S) * 1000;
+        let now = clock::now();
+        let now = Now { unix_ms: now.unix_ms.min(bound_ms), ..now };
+        let serials = record.revoke(&device, reason, now)?;
         follow_up.revoked |= !serials.is_empty();
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in &serials {
@@ -705,6 +710,7 @@ mod tests {
     use super::*;
     use crate::ca::Ca;
     use crate::ca::publisher::Publisher;
+    use crate::ca::record::Reason;
     use crate::config;
     use crate::devices::Instance;
     use crate::devices::enrol::Shown;
@@ -821,7 +827,7 @@ mod tests {
         let device = DeviceId::parse("d").unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let by = By { name: None, client };
-        let revoke = provisioner.plan_revoke(device, false, by, now).unwrap();
+        let revoke = provisioner.plan_revoke(device, false, Reason::Unspecified, by, now).unwrap();
         let issue = plan_issue(&provisioner, now);
         let done = provisioner.run(vec![revoke, issue], now).done;
         let [Err(_nothing_is_known), Ok(Done::Issued(token))] = &done[..] else {

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf};
 use crate::ca::publisher::Publisher;
-use crate::ca::record::Certificate;
+use crate::ca::record::{Certificate, Reason};
 use crate::ca::{Ca, CaError};
 use crate::clock::Now;
 use crate::config::{Enrolment, Reenroll};
@@ -160,6 +160,7 @@ pub struct Renew {
 #[derive(Debug)]
 pub struct Revoke {
     device: DeviceId,
+    reason: Reason,
     edit: Option<Edit>,
     by: By,
 }

@@ -7,7 +7,7 @@ use super::{
     refused,
 };
 use crate::ca::csr::Csr;
-use crate::ca::record::Certificate;
+use crate::ca::record::{Certificate, Reason};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::Row;
@@ -155,12 +155,13 @@ impl Provisioner {
         &self,
         device: DeviceId,
         block: bool,
+        reason: Reason,
         by: By,
         now: Now,
     ) -> Result<Job, Problem> {
         self.ca().check_clock(now)?;
         let edit = block.then(|| Edit { blocked: Some(true), ..Edit::default() });
-        Ok(Job::Revoke(Revoke { device, edit, by }))
+        Ok(Job::Revoke(Revoke { device, reason, edit, by }))
     }
 
     /// Plans changes of what is kept of devices.

@@ -120,6 +120,45 @@ fn agree(services: &[&Service], expected: &[(&str, &str)]) {
 }
 
 #[test]
+fn the_reason_of_a_revocation_stands_in_every_list() {
+    let redis = Redis::start(&[]);
+    let all: [Service; 2] = instances(&redis.url(), &[]);
+    let ask = |service: &Service, path: &str, reason: &str| {
+        let bearer = format!("Bearer {ADMIN_KEY}");
+        let headers = [("Authorization", &*bearer), ("Content-Type", "application/json")];
+        let body = format!(r#"{{"reason":{reason}}}"#);
+        service.http.request("DELETE", &format!("/api/v1/{path}"), &headers, body.as_bytes())
+    };
+    for (n, reason) in ["keyCompromise", "superseded", "cessationOfOperation"].iter().enumerate() {
+        for one in [false, true] {
+            let d = Device::new(&format!("d{n}{one}"));
+            let serial = enrol(&all[0], &d);
+            soon("it is known", &[&all[1]], |service| status(service, &d.name).is_some());
+            let path = match one {
+                true => format!("devices/{}/certificates/{serial}", d.name),
+                false => format!("certificates/{}", d.name),
+            };
+            for wrong in [r#""because""#, "7", "\"\""] {
+                let answer = ask(&all[1], &path, wrong);
+                check_error(&answer, 400, "BAD_REQUEST", wrong);
+                assert!(answer.field("error").starts_with("reason must be keyCompromise, "));
+            }
+            let answer = ask(&all[1], &path, &format!("{reason:?}"));
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            soon("the reason", &[&all[1], &all[0]], |service| {
+                let list = service.data("ca/crl.pem").display().to_string();
+                let list = csr::openssl(&["crl", "-noout", "-text", "-in", &list], "");
+                let (_, entry) = list.split_once(&serial.to_uppercase()).unwrap_or_default();
+                let words = entry.lines().nth(4).unwrap_or_default().replace(' ', "");
+                let line = service.index().into_iter().find(|line| line[5].ends_with(&d.name));
+                words.eq_ignore_ascii_case(reason)
+                    && line.is_some_and(|line| line[2].ends_with(&format!(",{reason}")))
+            });
+        }
+    }
+}
+
+#[test]
 fn what_one_signs_and_another_revokes_is_true_of_all() {
     let redis = Redis::start(&[]);
     let all: [Service; 3] = instances(&redis.url(), &[]);
