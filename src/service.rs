@@ -118,7 +118,9 @@ pub fn run(
     let (events, happened) = mpsc::channel();
     watch_clock(publisher, store.failover.clone(), events.clone())?;
     let mut https = Https::of(config);
-    https.tend(&ca, clock::now());
+    if https.tend(&ca, clock::now()) {
+        enter_servers(&ca);
+    }
     let config = &Config { tls: https.shown(), ..config.clone() };
     if config.http.tls.is_some() && config.tls.is_none() {
         log::warn!("HTTPS opens when there is a certificate, which takes a clock that is set");
@@ -397,6 +399,14 @@ fn seek_redis(config: &Config, ca: &Ca, stores: &Stores) -> Result<(), RunError>
     Ok(())
 }
 
+/// Enters servers' certificates that were left for the record.
+fn enter_servers(ca: &Ca) {
+    if let Some(issuer) = ca.issuer() {
+        // What went wrong is logged and kept there.
+        let _ = ca.record().enter_servers(&issuer);
+    }
+}
+
 fn enter_ca(ca: &Ca, failover: Option<&Arc<Failover>>) {
     if let (Some(failover), Some(issuer)) = (failover, ca.issuer()) {
         let (fingerprint, mac_key) = (issuer.fingerprint().to_owned(), issuer.mac_key.clone());
@@ -546,10 +556,7 @@ impl Running<'_> {
         if self.https.tend(&self.ca, now) {
             self.show();
         }
-        if let Some(issuer) = self.ca.issuer() {
-            // What went wrong is logged and kept there.
-            let _ = self.ca.record().enter_servers(&issuer);
-        }
+        enter_servers(&self.ca);
     }
 
     /// Shows new connections what there is to show.
