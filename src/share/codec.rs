@@ -12,7 +12,7 @@
 
 use std::fmt;
 
-use super::{Name, Place};
+use super::exchange::{Name, Place};
 use crate::ca::record::merge::{Shared, bucket};
 use crate::ca::record::{Reason, Revocation};
 use crate::device::DeviceId;
@@ -24,12 +24,12 @@ use crate::serial::Serial;
 /// The first byte of a value. A value of another format counts as absent.
 const FORMAT: u8 = 1;
 /// The buckets of serials: what is drawn here begins with one of these bytes.
-pub(super) const SERIAL_BUCKETS: std::ops::RangeInclusive<u8> = 0x40..=0x7f;
+pub const SERIAL_BUCKETS: std::ops::RangeInclusive<u8> = 0x40..=0x7f;
 /// Length of a seal.
 const SEAL: usize = 16;
 
 /// By what values are sealed, and what keeps the keys of one CA apart.
-pub(super) struct Keys {
+pub struct Keys {
     pub mac: MacKey,
     /// First 8 digits of the CA's fingerprint.
     pub fp: String,
@@ -37,7 +37,7 @@ pub(super) struct Keys {
 
 /// A value as it was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Value {
+pub enum Value {
     Certificate(Shared),
     Revocation(Revocation),
     Row(DeviceId, Row),
@@ -65,39 +65,25 @@ impl Keys {
         }
     }
 
-    pub fn seal_certificate(&self, shared: &Shared) -> Vec<u8> {
-        let mut head = vec![FORMAT];
-        head.extend(shared.paid.to_be_bytes());
-        match &shared.token {
-            None => head.push(0),
-            Some((hash, exp)) => {
-                head.push(1);
-                head.extend(hash.0);
-                head.extend(exp.to_be_bytes());
+    /// The bytes of a value, for its place.
+    pub fn seal(&self, value: &Value) -> Vec<u8> {
+        let Place { key, field } = self.place(&value.name());
+        let seal = |bytes| self.mac.seal(&key, field.as_bytes(), bytes);
+        match value {
+            Value::Certificate(shared) => {
+                let mut bytes = head(shared);
+                let length = bytes.len();
+                bytes.extend(&shared.der);
+                let mut sealed = seal(bytes);
+                // The seal stands before the DER, which has no fixed length.
+                sealed.get_mut(length..).unwrap_or_default().rotate_right(SEAL);
+                sealed
             }
+            Value::Revocation(Revocation { at, reason, .. }) => {
+                seal([&[FORMAT], &at.to_be_bytes()[..], &[reason.number()]].concat())
+            }
+            Value::Row(device, row) => codec::seal(&self.mac, device, row),
         }
-        let length = head.len();
-        head.extend(&shared.der);
-        let mut sealed = self.seal(&Name::Certificate(shared.serial), head);
-        // The seal stands before the DER, which has no fixed length.
-        sealed.get_mut(length..).unwrap_or_default().rotate_right(SEAL);
-        sealed
-    }
-
-    pub fn seal_revocation(&self, revocation: &Revocation) -> Vec<u8> {
-        let mut value = vec![FORMAT];
-        value.extend(revocation.at.to_be_bytes());
-        value.push(revocation.reason.number());
-        self.seal(&Name::Revocation(revocation.serial), value)
-    }
-
-    pub fn seal_row(&self, device: &DeviceId, row: &Row) -> Vec<u8> {
-        codec::seal(&self.mac, device, row)
-    }
-
-    fn seal(&self, name: &Name, value: Vec<u8>) -> Vec<u8> {
-        let Place { key, field } = self.place(name);
-        self.mac.seal(&key, field.as_bytes(), value)
     }
 
     /// What stands there, or `None` if no instance of our CA has written it for this name.
@@ -139,6 +125,39 @@ impl Keys {
         };
         let at = u64::from_be_bytes(at.try_into().ok()?);
         Some(Value::Revocation(Revocation { serial, at, reason: Reason::numbered(*reason) }))
+    }
+}
+
+/// What stands before seal and DER of a certificate.
+fn head(shared: &Shared) -> Vec<u8> {
+    let mut head = vec![FORMAT];
+    head.extend(shared.paid.to_be_bytes());
+    head.push(u8::from(shared.token.is_some()));
+    if let Some((hash, exp)) = &shared.token {
+        head.extend(hash.0);
+        head.extend(exp.to_be_bytes());
+    }
+    head
+}
+
+impl Value {
+    pub fn name(&self) -> Name {
+        match self {
+            Value::Certificate(shared) => Name::Certificate(shared.serial),
+            Value::Revocation(revocation) => Name::Revocation(revocation.serial),
+            Value::Row(device, _) => Name::Row(device.clone()),
+        }
+    }
+
+    /// What two instances know of the same name. A certificate never changes.
+    pub fn merge(self, other: Value) -> Value {
+        match (self, other) {
+            (Value::Revocation(one), Value::Revocation(other)) => {
+                Value::Revocation(std::cmp::min_by_key(one, other, |r| (r.at, r.reason)))
+            }
+            (Value::Row(device, one), Value::Row(_, other)) => Value::Row(device, one.merge(other)),
+            (_, other) => other,
+        }
     }
 }
 
@@ -195,14 +214,14 @@ mod tests {
         let device = DeviceId::parse("d").unwrap();
         let row = Row { bound: Bound { t: 3, c: 2 }, ..Row::default() };
         let mut values = Vec::new();
-        for shared in [certificate(token), certificate(None)] {
-            let bytes = keys.seal_certificate(&shared);
-            values.push((Name::Certificate(serial(0x41)), Value::Certificate(shared), bytes));
+        for value in [
+            Value::Certificate(certificate(token)),
+            Value::Certificate(certificate(None)),
+            Value::Revocation(revocation),
+            Value::Row(device, row),
+        ] {
+            values.push((value.name(), value.clone(), keys.seal(&value)));
         }
-        let bytes = keys.seal_revocation(&revocation);
-        values.push((Name::Revocation(serial(0x41)), Value::Revocation(revocation), bytes));
-        let bytes = keys.seal_row(&device, &row);
-        values.push((Name::Row(device.clone()), Value::Row(device, row), bytes));
         values
     }
 

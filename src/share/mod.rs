@@ -6,14 +6,19 @@
 //! older Redis makes instances disagree for good. What each rule is good for is shown by
 //! `docs/model/record.py`.
 //!
-//! One thread ([`thread`]) does all of it, over an [`Exchange`] of its own; nobody else waits for it,
-//! but who must know what another instance has of a device ([`Sharing::look_up`]).
+//! One thread ([`thread`]) does all of it, over an [`exchange::Exchange`] of its own: it tells what is
+//! new here ([`out`]), takes in what is new elsewhere ([`inward`]), and compares everything where the
+//! stream of names cannot be trusted ([`whole`]). Nobody else waits for it, but who must know what
+//! another instance has of a device ([`Sharing::look_up`]).
 
 mod codec;
+mod exchange;
+mod inward;
+mod out;
 pub mod redis;
 pub mod thread;
+mod whole;
 
-use std::fmt;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -22,170 +27,13 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::Token;
 use crate::serial::Serial;
+use crate::store::StoreError;
 
 /// An instance that has read nothing for so long may have missed a holder, which lives for twice as
 /// long.
 const STALE_MS: u64 = 300_000;
 /// Longest that somebody waits for an answer to what was asked; as `REDIS_TIMEOUT_MS` is.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// What stands in Redis under a place of its own.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Name {
-    /// A certificate.
-    Certificate(Serial),
-    /// That a certificate is revoked.
-    Revocation(Serial),
-    /// What is kept of a device by itself.
-    Row(DeviceId),
-}
-
-/// A field of a hash, without the prefix of all keys.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
-    /// The hash.
-    pub key: String,
-    /// The field.
-    pub field: String,
-}
-
-/// A value that is set if the place still holds what was seen there; nothing is the empty value.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Swap {
-    /// Where.
-    pub place: Place,
-    /// What was seen.
-    pub seen: Vec<u8>,
-    /// What is to stand there.
-    pub value: Vec<u8>,
-}
-
-/// What is told in one go: the values stand when they are announced.
-#[derive(Clone, Debug, Default)]
-pub struct News {
-    /// Values that never change, set where there is none.
-    pub new: Vec<(Place, Vec<u8>)>,
-    /// Values that do.
-    pub swaps: Vec<Swap>,
-    /// The newest certificate of each of these devices.
-    pub holders: Vec<(DeviceId, Serial)>,
-    /// What is announced.
-    pub names: Vec<Name>,
-}
-
-/// What became of it: whether each value stands there now.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
-    /// One for each of [`News::new`].
-    pub new: Vec<bool>,
-    /// One for each of [`News::swaps`].
-    pub swaps: Vec<bool>,
-}
-
-/// What was announced after a place in the stream.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Changes {
-    /// The names, by whoever announced them.
-    pub names: Vec<Name>,
-    /// The place after them.
-    pub cursor: String,
-    /// Entries are gone that were not read, or the stream is an older one.
-    pub gap: bool,
-    /// There may be more.
-    pub more: bool,
-}
-
-/// What a server says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hello {
-    /// Changes with every start of the server; `None` if it may not be asked.
-    pub run_id: Option<String>,
-    /// Whether the record is shared, as the first instance has entered it.
-    pub shares_record: Option<bool>,
-}
-
-/// Why something could not be exchanged.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// The connection is lost.
-    Lost(String),
-    /// The server refuses: a right is missing, or it is full.
-    Refused(String),
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Fault::Lost(why) | Fault::Refused(why) => f.write_str(why),
-        }
-    }
-}
-
-impl std::error::Error for Fault {}
-
-/// Where instances exchange what they know. Only the sharing thread uses it; each call is one round
-/// trip.
-pub trait Exchange: Send {
-    /// Connects anew.
-    ///
-    /// # Errors
-    /// Why the server cannot be used.
-    fn connect(&mut self, fp: &str, shares_record: bool) -> Result<Hello, Fault>;
-
-    /// Where the stream ends.
-    ///
-    /// # Errors
-    /// As all of these: when the server does not answer, or not what was asked.
-    fn end(&mut self, fp: &str) -> Result<String, Fault>;
-
-    /// What was announced after `cursor`.
-    ///
-    /// # Errors
-    /// As above.
-    fn changes(&mut self, fp: &str, cursor: &str) -> Result<Changes, Fault>;
-
-    /// The fields of these hashes.
-    ///
-    /// # Errors
-    /// As above.
-    fn fields(&mut self, keys: &[String]) -> Result<Vec<String>, Fault>;
-
-    /// The fields of these hashes and their values.
-    ///
-    /// # Errors
-    /// As above.
-    fn all(&mut self, keys: &[String]) -> Result<Vec<(String, Vec<u8>)>, Fault>;
-
-    /// What stands in these places; nothing is the empty value.
-    ///
-    /// # Errors
-    /// As above.
-    fn values(&mut self, places: &[Place]) -> Result<Vec<Vec<u8>>, Fault>;
-
-    /// Sets values, then the holders, then announces the names.
-    ///
-    /// # Errors
-    /// As above. Part of it may have been done.
-    fn tell(&mut self, fp: &str, news: &News) -> Result<Told, Fault>;
-
-    /// The newest certificates of these devices, if they were signed lately.
-    ///
-    /// # Errors
-    /// As above.
-    fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Option<Serial>>, Fault>;
-
-    /// Removes these values.
-    ///
-    /// # Errors
-    /// As above.
-    fn remove(&mut self, places: &[Place]) -> Result<(), Fault>;
-
-    /// So much of its memory is used that certificates are not put there any more.
-    ///
-    /// # Errors
-    /// As above.
-    fn is_filling(&mut self) -> Result<bool, Fault>;
-}
 
 /// What is exchanged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -232,7 +80,7 @@ struct State {
     mode: Mode,
     contradicts: bool,
     /// Why nothing is exchanged.
-    trouble: Option<Fault>,
+    trouble: Option<StoreError>,
     ignored: u64,
     /// When all was read that had been announced, by [`Now::mono_ms`].
     read_ms: Option<u64>,
@@ -318,6 +166,27 @@ impl Sharing {
             ignored: state.ignored,
             contradicts: state.contradicts,
         }
+    }
+
+    /// Waits until there is something to do, at most so long; whether that cannot wait for the end of
+    /// a pause.
+    fn wait(&self, longest: Duration) -> bool {
+        let idle = |state: &mut State| !state.woken;
+        let waited = self.changed.wait_timeout_while(self.lock(), longest, idle);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        state.woken = false;
+        std::mem::take(&mut state.hurry)
+    }
+
+    fn begin(&self) {
+        self.lock().begun += 1;
+    }
+
+    fn end(&self) {
+        let mut state = self.lock();
+        state.ended = state.begun;
+        drop(state);
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

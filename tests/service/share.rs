@@ -536,7 +536,7 @@ fn a_redis_that_is_nearly_full_takes_no_certificate() {
     assert!(!redis.keys().iter().any(|key| key.starts_with("mqtt-lite:certs:")));
     let answer = revoke(&all[1], &d);
     assert_eq!(answer.status, 404, "nothing is known of it where it was asked: {}", answer.text());
-    soon("it is dead all the same", &[&all[0]], |service| {
+    within(Duration::from_secs(5), "it is dead all the same", &[&all[0]], |service| {
         status(service, "d").as_deref() == Some("revoked")
     });
     assert_eq!(status(&all[0], "e").as_deref(), Some("active"));

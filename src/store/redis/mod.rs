@@ -50,8 +50,7 @@ use layout::Layout;
 pub(crate) use line::Line;
 use name::{CLAIM, Name};
 use pool::Pool;
-use reply::Info;
-pub(crate) use reply::{Replies, Reply};
+pub(crate) use reply::{Info, Replies, Reply};
 
 /// The set of live tokens is pruned with every so many additions, of twice as many entries at most …
 const PRUNE_EVERY: u64 = 64;

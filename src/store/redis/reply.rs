@@ -84,13 +84,15 @@ impl Replies {
     }
 
     /// What a server answers to [`Info::ask`]. One that may not be asked says nothing.
-    pub(super) fn info(&mut self) -> Info {
+    pub fn info(&mut self) -> Info {
         let mut text = || self.text().ok().flatten().unwrap_or_default();
         let (server, memory) = (text(), text());
         Info {
             run_id: info(&server, "run_id"),
             mode: info(&server, "redis_mode"),
             policy: info(&memory, "maxmemory_policy"),
+            used: info(&memory, "used_memory").and_then(|bytes| bytes.parse().ok()),
+            most: info(&memory, "maxmemory").and_then(|bytes| bytes.parse().ok()),
         }
     }
 
@@ -125,13 +127,17 @@ impl Replies {
 const KEEPS_ALL: &str = "noeviction";
 
 /// What a server says of itself.
-pub(super) struct Info {
+pub(crate) struct Info {
     /// Changes with every start of the server.
     pub run_id: Option<String>,
     /// `standalone`, `sentinel` or `cluster`.
     pub mode: Option<String>,
     /// What it does when its memory is full.
     pub policy: Option<String>,
+    /// The memory that it uses, in bytes.
+    pub used: Option<u64>,
+    /// The most that it may use; 0 if there is no limit.
+    pub most: Option<u64>,
 }
 
 impl Info {

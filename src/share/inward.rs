@@ -1,0 +1,191 @@
+//! In: what others have announced is read, judged, and made durable before the place in the stream is
+//! passed.
+
+use std::collections::BTreeSet;
+
+use super::Asked;
+use super::codec::{Keys, Value};
+use super::exchange::{Exchange, Name, Place};
+use super::out::to_put;
+use super::thread::{BATCH, Progress, Thread};
+use crate::ca::record::Spent;
+use crate::ca::record::merge::{Judge, Merged, Twice};
+use crate::clock::{self, Now};
+use crate::device::DeviceId;
+use crate::jwt::Claims;
+use crate::serial::Serial;
+use crate::store::StoreError;
+
+/// So often, at most, values that are not ours are told of in the log.
+const HOUR_MS: u64 = 3_600_000;
+/// A token that has ended by our clock may be alive by another's, in seconds.
+const CLOCKS_APART_S: u64 = 120;
+
+impl<E: Exchange> Thread<E> {
+    /// Reads what was announced, until there is nothing more.
+    pub(super) fn read(&mut self, keys: &Keys) -> Result<(), StoreError> {
+        loop {
+            let begun = clock::now();
+            let changes = self.parts.exchange.changes(&self.progress.cursor)?;
+            if changes.gap {
+                self.progress.compared = false;
+                self.parts.sharing.wake();
+                return Ok(());
+            }
+            self.take_in(keys, changes.names)?;
+            self.progress.cursor = changes.cursor;
+            if !changes.more {
+                self.parts.sharing.lock().read_ms = Some(begun.mono_ms);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Somebody waits for what others have of a device.
+    pub(super) fn answer(&mut self, keys: &Keys) -> Result<(), StoreError> {
+        let asked = std::mem::take(&mut self.parts.sharing.lock().asked);
+        if asked.is_empty() {
+            return Ok(());
+        }
+        if self.parts.shares_record {
+            let devices = asked.iter().flat_map(|asked| asked.devices.clone());
+            let holders = self.parts.exchange.holders(&devices.collect::<Vec<_>>())?;
+            self.take_in_unknown(keys, &holders)?;
+        }
+        for Asked { answer, .. } in asked {
+            // Who has waited too long does not listen any more.
+            let _ = answer.try_send(());
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_in_unknown(
+        &mut self,
+        keys: &Keys,
+        serials: &[Serial],
+    ) -> Result<(), StoreError> {
+        let unknown = self.record().unknown(serials);
+        self.take_in(keys, unknown.into_iter().map(Name::Certificate))
+    }
+
+    /// Reads the values of these names and enters them. What stands there is put right where none of our
+    /// instances has written it, or it says less than is known here: a bound revokes earlier than the
+    /// revocation by name that another has told, say.
+    fn take_in(
+        &mut self,
+        keys: &Keys,
+        names: impl IntoIterator<Item = Name>,
+    ) -> Result<(), StoreError> {
+        let counts = |name: &Name| self.parts.shares_record || matches!(name, Name::Row(_));
+        let told = &mut self.progress.told;
+        // One entry of ours is passed over: a second one of the same name may be another's.
+        let names = names.into_iter().filter(|name| !told.remove(name) && counts(name));
+        let names: BTreeSet<Name> = names.collect();
+        let names: Vec<Name> = names.into_iter().collect();
+        for names in names.chunks(BATCH) {
+            let places: Vec<Place> = names.iter().map(|name| keys.place(name)).collect();
+            let values = self.parts.exchange.values(&places)?;
+            let opened =
+                names.iter().zip(&values).map(|(name, value)| self.open(keys, name, value));
+            let opened: Vec<Option<Value>> = opened.collect();
+            self.enter(opened.iter().flatten().cloned().collect())?;
+            for ((name, value), opened) in names.iter().zip(values).zip(opened) {
+                let is_forged = opened.is_none() && !value.is_empty();
+                // A certificate never changes.
+                let says_less = !matches!(name, Name::Certificate(_))
+                    && opened.is_some()
+                    && to_put(self.known(name), opened.as_ref()).is_some();
+                let Progress { unsent, doubted, .. } = &mut self.progress;
+                if says_less || is_forged && doubted.insert(name.clone()) {
+                    unsent.insert(name.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The value, if one of our instances has written it.
+    pub(super) fn open(&mut self, keys: &Keys, name: &Name, value: &[u8]) -> Option<Value> {
+        let opened = keys.open(name, value);
+        if opened.is_none() && !value.is_empty() {
+            self.ignore(1);
+        }
+        opened
+    }
+
+    fn ignore(&mut self, values: usize) {
+        if values == 0 {
+            return;
+        }
+        self.parts.sharing.lock().ignored += values as u64;
+        let now_ms = clock::now().mono_ms;
+        let lately = |warned: u64| now_ms.saturating_sub(warned) < HOUR_MS;
+        if !self.progress.warned_ms.is_some_and(lately) {
+            log::warn!("Redis holds values of the record that none of our instances has written");
+            self.progress.warned_ms = Some(now_ms);
+        }
+    }
+
+    /// Makes durable what was read. A bound that was not known here revokes what is, and what comes
+    /// later.
+    pub(super) fn enter(&mut self, learnt: Vec<Value>) -> Result<(), StoreError> {
+        let (mut certificates, mut revocations, mut rows) = (Vec::new(), Vec::new(), Vec::new());
+        for value in learnt {
+            match value {
+                Value::Certificate(shared) => certificates.push(shared),
+                Value::Revocation(revocation) => revocations.push(revocation),
+                Value::Row(device, row) => rows.push((device, row)),
+            }
+        }
+        let now = clock::now();
+        let bounds = rows.iter().map(|(device, row)| (device.clone(), row.bound.c));
+        let is_news = |(device, c): &(DeviceId, u64)| *c > self.parts.devices.bound(device).0.c;
+        let bounds: Vec<(DeviceId, u64)> = bounds.filter(is_news).collect();
+        self.parts.devices.enter(rows, false, now).map_err(not_kept)?;
+        let revoked = self.record().apply_bounds(&bounds).map_err(not_kept)?;
+        self.note_revoked(&revoked);
+        let Some(issuer) = self.parts.publisher.ca().issuer() else { return Ok(()) };
+        if !certificates.is_empty() || !revocations.is_empty() {
+            let bound = |device: &DeviceId| self.parts.devices.bound(device).0.c;
+            let ended_before = self.parts.publisher.ended_before(now);
+            let judge = Judge { ca: &issuer, bound: &bound, ended_before, now };
+            let merged = self.record().merge(certificates, &revocations, &judge);
+            self.merged_in(merged.map_err(not_kept)?, now);
+        }
+        Ok(())
+    }
+
+    fn note_revoked(&mut self, serials: &[Serial]) {
+        for serial in serials {
+            log::info!("certificate {serial} revoked, at another instance");
+        }
+        self.progress.crl_is_due |= !serials.is_empty();
+    }
+
+    /// What the record has found when it took certificates in. Their tokens are used, whatever Redis
+    /// says of them after a return.
+    fn merged_in(&mut self, merged: Merged, now: Now) {
+        let Merged { revoked, ignored, passed, spent, twice, both_active, .. } = merged;
+        self.progress.passed.extend(passed);
+        self.note_revoked(&revoked);
+        self.ignore(ignored.len());
+        let lasts = |spent: &Spent| spent.token.exp.saturating_add(CLOCKS_APART_S) > now.unix_s();
+        for Spent { token, serial, device } in spent.into_iter().filter(lasts) {
+            let claims = Claims { device_id: device, iat: token.iat, exp: token.exp, jti: None };
+            self.parts.ledger.load(token.hash, serial, claims, now);
+        }
+        for Twice { token, serials: [one, other] } in twice {
+            let token = token.short();
+            log::error!("token {token} was redeemed twice: for certificates {one} and {other}");
+        }
+        for (device, serials) in both_active {
+            let serials: Vec<String> = serials.iter().map(Serial::to_string).collect();
+            let serials = serials.join(", ");
+            log::warn!("device {device} has several active certificates: {serials}");
+        }
+    }
+}
+
+fn not_kept(error: impl std::fmt::Display) -> StoreError {
+    StoreError::Failed(format!("what was read is not kept: {error}"))
+}

@@ -1,0 +1,118 @@
+//! The whole: where the stream of names cannot be trusted, everything is compared.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::codec::{Keys, SERIAL_BUCKETS};
+use super::exchange::{Exchange, Name};
+use super::thread::{BATCH, Thread};
+use crate::clock::{self, DAY_S, Now};
+use crate::devices::codec as rows;
+use crate::serial::Serial;
+use crate::store::StoreError;
+
+/// Hashes read at once.
+const BUCKETS: usize = 16;
+
+impl<E: Exchange> Thread<E> {
+    /// Reads everything that is not known here, and tells everything that is not known there. Where
+    /// the stream ends is read first: what is announced meanwhile is read after that (`docs/model`,
+    /// row r3). What is put is announced, for others may have compared before (row r6c).
+    pub(super) fn compare_all(&mut self, keys: &Keys, now: Now) -> Result<(), StoreError> {
+        self.progress.told.clear();
+        self.progress.doubted.clear();
+        let cursor = self.parts.exchange.end()?;
+        if self.parts.shares_record {
+            let buckets: Vec<u8> = SERIAL_BUCKETS.collect();
+            for buckets in buckets.chunks(BUCKETS) {
+                self.compare_certificates(keys, buckets)?;
+                self.compare_revocations(keys, buckets)?;
+                self.answer(keys)?;
+            }
+        }
+        self.compare_rows(keys, now)?;
+        self.announce_recent(now);
+        let progress = &mut self.progress;
+        progress.cursor = cursor;
+        progress.compared = true;
+        progress.compare_ms = now.mono_ms + DAY_S * 1000;
+        Ok(())
+    }
+
+    fn compare_certificates(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), StoreError> {
+        let hashes: Vec<String> = buckets.iter().map(|of| keys.certificates(*of)).collect();
+        let fields = self.parts.exchange.fields(&hashes)?;
+        let theirs: Vec<Serial> = fields.iter().filter_map(|f| Serial::from_hex(f)).collect();
+        self.take_in_unknown(keys, &theirs)?;
+        self.remove_passed(keys)?;
+        let theirs: BTreeSet<Serial> = theirs.into_iter().collect();
+        let ended_before = self.parts.publisher.ended_before(clock::now());
+        let ours = buckets.iter().flat_map(|of| self.record().serials_of(*of, ended_before));
+        let lacking = ours.filter(|serial| !theirs.contains(serial)).map(Name::Certificate);
+        let lacking: Vec<Name> = lacking.collect();
+        self.progress.unsent.extend(lacking);
+        self.send(keys)
+    }
+
+    /// Removes what ended too long ago to be kept. Revocations go first: one whose certificate is not
+    /// there is kept until that comes.
+    fn remove_passed(&mut self, keys: &Keys) -> Result<(), StoreError> {
+        let passed: Vec<Serial> = std::mem::take(&mut self.progress.passed).into_iter().collect();
+        for passed in passed.chunks(BATCH) {
+            for name in [Name::Revocation, Name::Certificate] {
+                let places = passed.iter().map(|serial| keys.place(&name(*serial)));
+                self.parts.exchange.remove(&places.collect::<Vec<_>>())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn compare_revocations(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), StoreError> {
+        let hashes: Vec<String> = buckets.iter().map(|of| keys.revocations(*of)).collect();
+        let ended_before = self.parts.publisher.ended_before(clock::now());
+        let ours = buckets.iter().flat_map(|of| self.record().revocations_of(*of, ended_before));
+        let ours = ours.map(|known| Name::Revocation(known.serial)).collect();
+        self.compare_values(keys, "revoked", &hashes, ours)
+    }
+
+    fn compare_rows(&mut self, keys: &Keys, now: Now) -> Result<(), StoreError> {
+        let mut ours: BTreeMap<String, Vec<Name>> = BTreeMap::new();
+        for device in self.parts.devices.all(now) {
+            ours.entry(rows::bucket(&device)).or_default().push(Name::Row(device));
+        }
+        let hashes: Vec<String> = (0..=u8::MAX).map(rows::bucket_key).collect();
+        for hashes in hashes.chunks(BUCKETS) {
+            let ours = hashes.iter().filter_map(|key| ours.remove(key)).flatten().collect();
+            self.compare_values(keys, "device", hashes, ours)?;
+        }
+        Ok(())
+    }
+
+    /// Compares names of one kind, in these hashes, with what is known here.
+    fn compare_values(
+        &mut self,
+        keys: &Keys,
+        kind: &str,
+        hashes: &[String],
+        ours: Vec<Name>,
+    ) -> Result<(), StoreError> {
+        let mut theirs = BTreeMap::new();
+        for (field, value) in self.parts.exchange.all(hashes)? {
+            let Some(name) = Name::read(kind, &field) else { continue };
+            theirs.extend(self.open(keys, &name, &value).map(|value| (name, value)));
+        }
+        self.enter(theirs.values().cloned().collect())?;
+        let lacks = |name: &Name| theirs.get(name) != self.known(name).as_ref();
+        let lacking: Vec<Name> = ours.into_iter().filter(lacks).collect();
+        self.progress.unsent.extend(lacking);
+        self.send(keys)
+    }
+
+    /// What this instance has changed it may have put and not announced before it ended (`docs/model`,
+    /// row r10b). What it has recorded lately is news to the record after a start (row r1).
+    fn announce_recent(&mut self, now: Now) {
+        if self.parts.sharing.lock().read_ms.is_none() {
+            let changed = self.parts.devices.to_be_told(now);
+            self.progress.unsent.extend(changed.into_iter().map(Name::Row));
+        }
+    }
+}
