@@ -1,0 +1,584 @@
+//! Instances that share through an exchange in memory, which loses, repeats, forgets and lies.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::codec::{Keys, Value};
+use super::exchange::{Changes, Exchange, Name, News, Place, Swap};
+use super::thread::{Parts, Thread};
+use super::{Mode, Sharing};
+use crate::ca::Ca;
+use crate::ca::csr::Csr;
+use crate::ca::publisher::Publisher;
+use crate::ca::record::{Origin, Reason, Record, Redeemed};
+use crate::clock::{self, Now};
+use crate::config;
+use crate::device::DeviceId;
+use crate::devices::table::Devices;
+use crate::devices::{Bound, Instance as Id, Row};
+use crate::files::test_dir::TestDir;
+use crate::jwt::{Claims, Signer, Token, TokenHash};
+use crate::metrics::Metrics;
+use crate::serial::Serial;
+use crate::store::ledger::Ledger;
+use crate::store::{Answer, Down, DownKind, Op, Outcome, Status, StoreError, TokenStore};
+
+/// What stands in the server.
+#[derive(Clone, Default)]
+struct Data {
+    values: BTreeMap<Place, Vec<u8>>,
+    stream: Vec<(u64, Vec<Name>)>,
+    holders: BTreeMap<DeviceId, Serial>,
+}
+
+#[derive(Default)]
+struct Server {
+    data: Data,
+    /// Of the stream; never goes back, as time does not.
+    last_id: u64,
+    run: u64,
+    is_full: bool,
+    is_filling: bool,
+}
+
+impl Server {
+    fn append(&mut self, names: Vec<Name>) -> u64 {
+        self.last_id += 1;
+        self.data.stream.push((self.last_id, names));
+        self.last_id
+    }
+}
+
+/// The exchange of one instance. Each step on the server may be the last one before the line is cut,
+/// and a server that starts again cuts all.
+struct Line {
+    server: Arc<Mutex<Server>>,
+    /// The run of the server to which it is connected.
+    run: u64,
+    steps: Arc<Mutex<usize>>,
+}
+
+const FOR_EVER: usize = usize::MAX;
+/// Entries read at once: few, so that reading takes several turns.
+const READ_ENTRIES: usize = 3;
+
+fn down(kind: DownKind, why: &str) -> StoreError {
+    StoreError::Down(Down { why: why.to_owned(), kind, lasting: false, maybe_done: true })
+}
+
+impl Line {
+    fn step(&self) -> Result<MutexGuard<'_, Server>, StoreError> {
+        let mut steps = self.steps.lock().unwrap();
+        let server = self.server.lock().unwrap();
+        let left = steps.checked_sub(1).filter(|_| server.run == self.run);
+        *steps = left.ok_or_else(|| down(DownKind::Lost, "cut"))?;
+        Ok(server)
+    }
+
+    fn write(&self) -> Result<MutexGuard<'_, Server>, StoreError> {
+        let server = self.step()?;
+        match server.is_full {
+            true => Err(down(DownKind::Refused, "OOM command not allowed")),
+            false => Ok(server),
+        }
+    }
+}
+
+impl Exchange for Line {
+    fn connect(&mut self, _: &str, shares: bool) -> Result<(Option<String>, bool), StoreError> {
+        self.run = self.server.lock().unwrap().run;
+        Ok((Some(self.step()?.run.to_string()), shares))
+    }
+
+    fn end(&mut self) -> Result<String, StoreError> {
+        Ok(self.write()?.append(Vec::new()).to_string())
+    }
+
+    fn changes(&mut self, cursor: &str) -> Result<Changes, StoreError> {
+        let from: u64 = cursor.parse().unwrap();
+        let server = self.step()?;
+        let stream = &server.data.stream;
+        let new: Vec<_> = stream.iter().filter(|(id, _)| *id > from).take(READ_ENTRIES).collect();
+        let gap = stream.first().is_none_or(|(id, _)| *id > from)
+            || stream.last().is_none_or(|(id, _)| *id < from);
+        Ok(Changes {
+            names: new.iter().flat_map(|(_, names)| names.clone()).collect(),
+            cursor: new.last().map_or(from, |(id, _)| *id).to_string(),
+            gap,
+            more: new.len() == READ_ENTRIES,
+        })
+    }
+
+    fn fields(&mut self, keys: &[String]) -> Result<Vec<String>, StoreError> {
+        Ok(self.all(keys)?.into_iter().map(|(field, _)| field).collect())
+    }
+
+    fn all(&mut self, keys: &[String]) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let server = self.step()?;
+        let of = server.data.values.iter().filter(|(place, _)| keys.contains(&place.key));
+        Ok(of.map(|(place, value)| (place.field.clone(), value.clone())).collect())
+    }
+
+    fn values(&mut self, places: &[Place]) -> Result<Vec<Vec<u8>>, StoreError> {
+        let server = self.step()?;
+        let value = |place| server.data.values.get(place).cloned().unwrap_or_default();
+        Ok(places.iter().map(value).collect())
+    }
+
+    fn tell(&mut self, news: &News) -> Result<Vec<bool>, StoreError> {
+        let mut stand = Vec::new();
+        for Swap { place, seen, value } in &news.swaps {
+            let mut server = self.write()?;
+            let there = server.data.values.get(place).cloned().unwrap_or_default();
+            stand.push(there == *seen);
+            if there == *seen {
+                server.data.values.insert(place.clone(), value.clone());
+            }
+        }
+        for (device, serial) in &news.holders {
+            self.write()?.data.holders.insert(device.clone(), *serial);
+        }
+        self.write()?.append(news.names.clone());
+        // The reply may be lost, too.
+        self.step().map(|_| stand)
+    }
+
+    fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Serial>, StoreError> {
+        let server = self.step()?;
+        Ok(devices.iter().filter_map(|device| server.data.holders.get(device).copied()).collect())
+    }
+
+    fn remove(&mut self, places: &[Place]) -> Result<(), StoreError> {
+        let mut server = self.step()?;
+        places.iter().for_each(|place| drop(server.data.values.remove(place)));
+        Ok(())
+    }
+
+    fn is_filling(&mut self) -> Result<bool, StoreError> {
+        Ok(self.step()?.is_filling)
+    }
+}
+
+/// The tokens whose leases were freed.
+#[derive(Default)]
+struct Freed(Mutex<Vec<TokenHash>>);
+
+impl TokenStore for Freed {
+    fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
+        let free = |op: &Op| {
+            let Op::Finish(token) = op else { return Err(StoreError::Undecided) };
+            self.0.lock().unwrap().push(token.hash);
+            Ok(Outcome::Done)
+        };
+        ops.iter().map(free).collect()
+    }
+
+    fn status(&self) -> Status {
+        Status::default()
+    }
+}
+
+struct Instance {
+    thread: Thread<Line>,
+    steps: Arc<Mutex<usize>>,
+    freed: Arc<Freed>,
+    /// What it once knew as revoked.
+    revoked: BTreeSet<Serial>,
+    dir: TestDir,
+}
+
+impl Instance {
+    fn record(&self) -> &Record {
+        self.thread.record()
+    }
+
+    fn attempt(&mut self) {
+        self.thread.attempt(clock::now());
+    }
+
+    fn cut_after(&self, steps: usize) {
+        *self.steps.lock().unwrap() = steps;
+    }
+
+    fn serials(&self) -> BTreeSet<Serial> {
+        (0x40..=0x7f).flat_map(|of| self.record().serials_of(of, 0)).collect()
+    }
+
+    /// What is revoked, when and why.
+    fn revocations(&self) -> BTreeMap<Serial, (u64, Reason)> {
+        let all = (0x40..=0x7f).flat_map(|of| self.record().revocations_of(of, 0));
+        all.map(|revoked| (revoked.serial, (revoked.at, revoked.reason))).collect()
+    }
+
+    fn rows(&self) -> Vec<(DeviceId, Row)> {
+        let devices = &self.thread.parts.devices;
+        devices.all(clock::now()).into_iter().map(|d| (d.clone(), devices.row(&d))).collect()
+    }
+
+    fn keys(&self) -> Keys {
+        let issuer = self.thread.parts.publisher.ca().issuer().unwrap();
+        let fp = issuer.fingerprint()[..8].to_owned();
+        Keys { mac: issuer.mac_key.clone(), fp }
+    }
+}
+
+/// Instances of one CA, and what was done at any of them.
+struct World {
+    server: Arc<Mutex<Server>>,
+    all: Vec<Instance>,
+    signed: BTreeMap<Serial, (DeviceId, u64)>,
+    revoked: BTreeSet<Serial>,
+    bounds: BTreeMap<DeviceId, u64>,
+    random: u64,
+    /// Counts seconds, so that each event has a time of its own.
+    time: u64,
+}
+
+impl World {
+    fn new(instances: usize, seed: u64) -> Self {
+        let mut world = World {
+            server: Arc::default(),
+            all: Vec::new(),
+            signed: BTreeMap::new(),
+            revoked: BTreeSet::new(),
+            bounds: BTreeMap::new(),
+            random: seed,
+            time: 1_000,
+        };
+        (0..instances).for_each(|_| world.add_instance());
+        world
+    }
+
+    fn add_instance(&mut self) {
+        let (dir, now) = (TestDir::new(), clock::now());
+        if let Some(first) = self.all.first() {
+            for file in ["root-ca.crt", "root-ca.key"] {
+                fs::copy(first.dir.join(file), dir.join(file)).unwrap();
+            }
+        }
+        let settings = config::Ca {
+            dir: dir.to_path_buf(),
+            root_validity_years: 10,
+            device_validity_days: 90,
+        };
+        let metrics = Arc::new(Metrics::new(std::iter::empty()));
+        let ca = Arc::new(Ca::open(&settings, now).unwrap());
+        let id = Id([self.all.len() as u8; 16]);
+        let devices = Devices::open(&dir.join("devices.txt"), id, now).unwrap();
+        let (steps, freed) = (Arc::new(Mutex::new(FOR_EVER)), Arc::new(Freed::default()));
+        let thread = Thread::new(Parts {
+            exchange: Line { server: Arc::clone(&self.server), run: 0, steps: Arc::clone(&steps) },
+            sharing: Arc::new(Sharing::new(Mode::Record)),
+            publisher: Arc::new(Publisher::new(ca, None, metrics)),
+            devices: Arc::new(devices),
+            store: Arc::clone(&freed) as _,
+            ledger: Arc::new(Ledger::new(100)),
+            shares_record: true,
+        });
+        self.all.push(Instance { thread, steps, freed, revoked: BTreeSet::new(), dir });
+    }
+
+    /// xorshift64.
+    fn below(&mut self, bound: usize) -> usize {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random % bound as u64) as usize
+    }
+
+    fn device(&mut self) -> DeviceId {
+        DeviceId::parse(&format!("d{}", self.below(4))).unwrap()
+    }
+
+    fn pick(&mut self) -> Option<Serial> {
+        let at = self.below(self.signed.len().max(1));
+        self.signed.keys().nth(at).copied()
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.time += 10;
+        self.time
+    }
+
+    fn sign(&mut self, at: usize, device: DeviceId) -> (Serial, Option<Token>) {
+        let mut bytes = [0; 16];
+        bytes.fill_with(|| self.below(256) as u8);
+        bytes[0] = bytes[0] & 0x3f | 0x40;
+        let (serial, now, iat) = (Serial::from(bytes), clock::now(), self.tick());
+        let claims = Claims { device_id: device.clone(), iat, exp: iat + 300, jti: None };
+        let token = Signer::new(b"secret").sign(claims);
+        let publisher = &self.all[at].thread.parts.publisher;
+        let leaf =
+            publisher.ca().issuer().unwrap().sign(&csr(&device), &device, serial, now).unwrap();
+        let mut entries = publisher.ca().record().begin();
+        let redeemed = Redeemed { hash: token.hash, iat, exp: iat + 300 };
+        entries.add(&leaf, Some(Origin::Token(redeemed)), now);
+        entries.commit().remove(0).unwrap();
+        self.signed.insert(serial, (device, iat));
+        (serial, self.all[at].thread.parts.sharing.free_when_shared(serial, token))
+    }
+
+    fn revoke(&mut self, at: usize, serial: Serial) {
+        let record = self.all[at].record();
+        if record.by_serial(&serial).is_some() {
+            record.revoke_these(&[serial], Reason::KeyCompromise, clock::now()).unwrap();
+            self.revoked.insert(serial);
+        }
+    }
+
+    /// Kills what the device has so far.
+    fn kill(&mut self, at: usize, device: DeviceId) {
+        let c = self.tick();
+        let parts = &self.all[at].thread.parts;
+        parts.devices.raise(&device, Bound { t: c, c }, clock::now()).unwrap();
+        self.all[at].record().apply_bounds(&[(device.clone(), c)]).unwrap();
+        self.bounds.insert(device, c);
+    }
+
+    /// Somebody who has no key writes where a value stands, or will.
+    fn forge(&mut self) {
+        let Some(serial) = self.pick() else { return };
+        let (device, _) = self.signed[&serial].clone();
+        let names = [Name::Certificate(serial), Name::Revocation(serial), Name::Row(device)];
+        let name = names[self.below(3)].clone();
+        let other = self.below(self.signed.len());
+        let mut server = self.server.lock().unwrap();
+        let copied = server.data.values.values().nth(other).cloned();
+        let value = copied.unwrap_or_else(|| b"forged".to_vec());
+        server.data.values.insert(self.all[0].keys().place(&name), value);
+        server.append(vec![name]);
+    }
+
+    fn step(&mut self, before: &mut Option<Data>) {
+        let (at, what) = (self.below(self.all.len()), self.below(16));
+        match what {
+            0..=3 => {
+                let device = self.device();
+                drop(self.sign(at, device));
+            }
+            4 | 5 => {
+                self.pick().into_iter().for_each(|serial| self.revoke(at, serial));
+            }
+            6 => {
+                let device = self.device();
+                self.kill(at, device);
+            }
+            7 | 8 => {
+                let steps = self.below(30);
+                self.all[at].cut_after(steps);
+            }
+            9 => self.forge(),
+            10 => self.change_server(before),
+            _ => self.all[at].attempt(),
+        }
+        if self.below(3) == 0 {
+            self.all[at].cut_after(FOR_EVER);
+        }
+        for instance in &mut self.all {
+            let revoked: BTreeSet<Serial> = instance.revocations().into_keys().collect();
+            assert!(revoked.is_superset(&instance.revoked), "something was un-revoked");
+            instance.revoked = revoked;
+        }
+    }
+
+    fn change_server(&mut self, before: &mut Option<Data>) {
+        let (what, at) = (self.below(6), self.below(8));
+        let mut server = self.server.lock().unwrap();
+        match what {
+            // A part of the stream is lost, or told again.
+            0 => {
+                let most = server.data.stream.len();
+                server.data.stream.drain(..at.min(most));
+            }
+            1 => {
+                let entry = server.data.stream.get(at).map(|(_, names)| names.clone());
+                server.append(entry.unwrap_or_default());
+            }
+            2 => *before = Some(server.data.clone()),
+            // It starts again with older data or none, or is emptied.
+            3 => {
+                server.data = before.clone().unwrap_or_default();
+                server.run += 1;
+            }
+            4 => server.data = Data::default(),
+            _ => server.is_full = !server.is_full,
+        }
+    }
+
+    /// Everybody reaches the server again, for long enough.
+    fn heal(&mut self) {
+        self.server.lock().unwrap().is_full = false;
+        for _ in 0..4 {
+            for instance in &mut self.all {
+                instance.cut_after(FOR_EVER);
+                instance.attempt();
+            }
+        }
+    }
+
+    #[track_caller]
+    fn check(&self, what: &str) {
+        let dead = |(_, (device, paid)): &(&Serial, &(DeviceId, u64))| {
+            self.bounds.get(device).is_some_and(|c| paid <= c)
+        };
+        let dead = self.signed.iter().filter(dead).map(|(serial, _)| *serial);
+        let revoked: BTreeSet<Serial> = self.revoked.iter().copied().chain(dead).collect();
+        for (number, instance) in self.all.iter().enumerate() {
+            let signed: BTreeSet<Serial> = self.signed.keys().copied().collect();
+            assert_eq!(instance.serials(), signed, "{what}: what {number} knows");
+            assert_eq!(instance.revocations(), self.all[0].revocations(), "{what}: {number}");
+            assert_eq!(instance.rows(), self.all[0].rows(), "{what}: {number}");
+        }
+        assert_eq!(
+            self.all[0].revocations().into_keys().collect::<BTreeSet<_>>(),
+            revoked,
+            "{what}"
+        );
+    }
+}
+
+/// A request of this device.
+fn csr(device: &DeviceId) -> Csr {
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::CommonName, device.as_str());
+    let key = rcgen::KeyPair::generate().unwrap();
+    Csr::parse(&params.serialize_request(&key).unwrap().pem().unwrap()).unwrap()
+}
+
+#[test]
+fn records_converge_whatever_happens_between_instances() {
+    for seed in [1_u64, 2, 9] {
+        let mut world = World::new(2 + seed as usize % 2, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut before = None;
+        (0..60).for_each(|_| world.step(&mut before));
+        world.heal();
+        world.check(&format!("seed {seed}"));
+        // Whoever comes now learns all of it, also where something was forged.
+        world.add_instance();
+        world.heal();
+        world.check(&format!("seed {seed}, one that is new"));
+    }
+}
+
+/// The entries of both are read at once, by who has told one of them.
+#[test]
+fn what_two_tell_of_one_device_at_the_same_time_both_know() {
+    let mut world = World::new(2, 5);
+    world.heal();
+    let device = DeviceId::parse("d").unwrap();
+    for steps in 0..12 {
+        world.all[0].cut_after(steps);
+        for at in 0..2 {
+            world.kill(at, device.clone());
+            world.all[at].attempt();
+        }
+        world.all[0].cut_after(FOR_EVER);
+        world.all[0].attempt();
+        assert_eq!(world.all[0].rows()[0].1.bound.c, world.bounds[&device], "cut after {steps}");
+    }
+}
+
+/// Every step of telling may be the last; the lease goes when the certificate is there, with its
+/// holder, and announced.
+#[test]
+fn a_lease_stays_until_its_certificate_is_shared() {
+    let mut world = World::new(1, 1);
+    world.all[0].attempt();
+    for steps in 0.. {
+        let device = DeviceId::parse(&format!("d{steps}")).unwrap();
+        let (serial, unshared) = world.sign(0, device.clone());
+        assert!(unshared.is_none(), "it is shared");
+        let instance = &mut world.all[0];
+        instance.cut_after(steps);
+        instance.attempt();
+        let freed = instance.freed.0.lock().unwrap().len();
+        let is_over = match freed {
+            0 => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        };
+        if is_over.is_continue() {
+            instance.cut_after(FOR_EVER);
+            instance.attempt();
+        }
+        assert_eq!(std::mem::take(&mut *instance.freed.0.lock().unwrap()).len(), 1);
+        let keys = instance.keys();
+        let server = world.server.lock().unwrap();
+        let name = Name::Certificate(serial);
+        assert!(server.data.values.contains_key(&keys.place(&name)));
+        assert_eq!(server.data.holders.get(&device), Some(&serial));
+        assert!(server.data.stream.iter().any(|(_, names)| names.contains(&name)));
+        if is_over.is_break() {
+            assert!(steps > 3, "it was cut nowhere");
+            return;
+        }
+    }
+}
+
+/// Tokens go on: nobody waits for a server that takes nothing.
+#[test]
+fn what_a_full_server_refuses_is_told_when_there_is_room() {
+    let mut world = World::new(2, 2);
+    world.heal();
+    world.server.lock().unwrap().is_full = true;
+    let device = DeviceId::parse("d").unwrap();
+    let (serial, unshared) = world.sign(0, device.clone());
+    assert!(unshared.is_none(), "it was shared until now");
+    world.all[0].attempt();
+    assert_eq!(world.all[0].freed.0.lock().unwrap().len(), 1, "nobody waits");
+    assert!(!world.all[0].thread.parts.sharing.status(clock::now()).shared);
+    let (_, unshared) = world.sign(0, device);
+    assert!(unshared.is_some(), "its lease may go at once");
+    world.revoke(0, serial);
+    world.all[0].attempt();
+    world.heal();
+    world.check("there is room");
+    assert!(world.all[0].thread.parts.sharing.status(clock::now()).shared);
+}
+
+#[test]
+fn a_server_that_fills_gets_revocations_and_later_the_rest() {
+    let mut world = World::new(2, 3);
+    let [d, e] = ["d", "e"].map(|name| DeviceId::parse(name).unwrap());
+    let (serial, _) = world.sign(0, d);
+    world.heal();
+    world.server.lock().unwrap().is_filling = true;
+    world.all[0].thread.progress.filling_ms = None;
+    let (later, _) = world.sign(0, e);
+    world.revoke(0, serial);
+    world.heal();
+    assert!(world.all[1].revocations().contains_key(&serial));
+    assert!(!world.all[1].serials().contains(&later));
+    world.server.lock().unwrap().is_filling = false;
+    world.all[0].thread.progress.filling_ms = None;
+    world.revoke(0, later);
+    world.all[0].attempt();
+    let now = clock::now();
+    world.all[0].thread.attempt(Now { mono_ms: now.mono_ms + 61_000, ..now });
+    world.heal();
+    world.check("there is room");
+}
+
+#[test]
+fn a_forged_value_changes_nothing_and_is_put_right() {
+    let mut world = World::new(2, 4);
+    let (serial, _) = world.sign(0, DeviceId::parse("d").unwrap());
+    world.heal();
+    let (keys, name) = (world.all[0].keys(), Name::Certificate(serial));
+    for name in [name.clone(), Name::Revocation(serial)] {
+        let mut server = world.server.lock().unwrap();
+        server.data.values.insert(keys.place(&name), b"forged".to_vec());
+        server.append(vec![name]);
+    }
+    world.heal();
+    world.check("it is put right");
+    let server = world.server.lock().unwrap();
+    let value = keys.open(&name, &server.data.values[&keys.place(&name)]);
+    assert!(matches!(value, Some(Value::Certificate(shared)) if shared.serial == serial));
+    for instance in &world.all {
+        let ignored = instance.thread.parts.sharing.status(clock::now()).ignored;
+        assert!((2..10).contains(&ignored), "{ignored}");
+    }
+}
