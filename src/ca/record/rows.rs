@@ -184,7 +184,7 @@ impl Rows {
     /// As [`Record::newest_after`](super::Record::newest_after). All are gone through: names have no
     /// order here, which would cost memory, and a list is asked for by people.
     pub(super) fn newest_after(&self, after: &[u8], prefix: &[u8], most: usize) -> Vec<&Slot> {
-        let newest = self.by_device.table.iter().filter_map(|at| self.list.get(*at as usize));
+        let newest = self.by_device.rows().filter_map(|at| self.slot(at));
         let named = newest.filter_map(|slot| Some((slot.name(&self.names)?, slot)));
         let wanted = named.filter(|(name, _)| *name > after && name.starts_with(prefix));
         let mut found: Vec<(&[u8], &Slot)> = wanted.collect();
@@ -430,6 +430,12 @@ impl Places {
         (place, None)
     }
 
+    /// All rows, in no order.
+    fn rows(&self) -> impl Iterator<Item = u32> {
+        let mask = self.mask();
+        self.table.iter().filter(|found| **found != NONE).map(move |found| found & mask)
+    }
+
     /// Makes room for so many rows. `hash` tells the hash of each that is here.
     fn make_room(&mut self, count: usize, hash: impl Fn(u32) -> u64) {
         if count * 8 <= self.table.len() * 7 {
@@ -508,5 +514,25 @@ mod tests {
         assert_eq!(order, [6, 2, 3, 1, 4, 5].map(serial));
         assert_eq!(rows.of_device(&device("b")).count(), 6);
         assert_eq!(rows.of_device(&device("c")).count(), 0);
+    }
+
+    #[test]
+    fn devices_are_listed_by_name_and_in_pages() {
+        let mut rows = Rows::default();
+        for n in [7_u8, 3, 9, 1, 5, 3] {
+            let serial = Serial::from([0x40 + rows.len() as u8; 16]);
+            rows.insert(&Row::new(serial, device(&format!("d-{n}")), 100));
+        }
+        rows.insert(&Row::new(Serial::from([0x50; 16]), device("e"), 100));
+        let names = |after: &str, prefix: &str, most| -> Vec<String> {
+            let found = rows.newest_after(after.as_bytes(), prefix.as_bytes(), most);
+            found.into_iter().filter_map(|slot| rows.device(slot)).map(|d| d.to_string()).collect()
+        };
+        assert_eq!(names("", "", 10), ["d-1", "d-3", "d-5", "d-7", "d-9", "e"]);
+        assert_eq!(names("", "d", 2), ["d-1", "d-3"]);
+        assert_eq!(names("d-3", "d", 2), ["d-5", "d-7"]);
+        assert_eq!(names("d-9", "d", 2), [""; 0]);
+        let newest = rows.newest_after(b"d-1", b"", 1);
+        assert_eq!(newest.first().map(|slot| slot.serial), Some(Serial::from([0x45; 16])));
     }
 }
