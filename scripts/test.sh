@@ -4,7 +4,7 @@
 # usage: scripts/test.sh [arguments for cargo test]
 #
 # Tests need real parts: redis-server, mosquitto and its clients, openssl, curl, wget, busybox,
-# faketime, prlimit, setpriv, promtool, shellcheck, and PyJWT in a virtual environment in the build
+# faketime, chromium, zbarimg, prlimit, setpriv, promtool, shellcheck, and PyJWT in a virtual environment in the build
 # folder. On Debian, as root, missing ones are installed by apt-get; elsewhere this says what is missing
 # and fails. No test is ever skipped.
 set -eu
@@ -13,6 +13,7 @@ me="test"
 . "$(dirname "$0")/lib.sh"
 cd "$root"
 tools redis-server redis-cli:redis-tools mosquitto mosquitto_pub:mosquitto-clients busybox \
+    chromium zbarimg:zbar-tools \
     prlimit:util-linux setpriv:util-linux promtool:prometheus openssl curl wget faketime shellcheck cc:gcc
 python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || debian python3-venv
 has cargo || fail "missing: cargo (Rust, with rustfmt and clippy)"

@@ -9,6 +9,7 @@ mod csv;
 mod devices;
 mod onboarding;
 mod operations;
+mod page;
 mod rate_limit;
 mod refusals;
 mod renew;
@@ -65,6 +66,8 @@ struct Settings {
     certificate: Option<(u64, u64)>,
     /// What the configuration has that is allowed, but unwise.
     warnings: Vec<String>,
+    /// Whether there is a page for browsers.
+    page: bool,
 }
 
 impl Settings {
@@ -77,6 +80,7 @@ impl Settings {
             admin_keys: config.admin_keys.iter().filter_map(admin).collect(),
             certificate: config.tls.as_deref().and_then(validity),
             warnings: config.warnings.clone(),
+            page: config.page,
         })
     }
 }

@@ -135,6 +135,11 @@ fn store_state(api: &Api, live: u64, now: Now, page: &mut Page) {
     page.family(name, "gauge", "1 for the store that serves.");
     page.sample(name, &[("mode", "redis")], u8::from(status.redis_serves));
     page.sample(name, &[("mode", "memory")], u8::from(!status.redis_serves));
+    if let Some(since_ms) = status.since_ms {
+        let since_ms = now.unix_ms.saturating_sub(now.mono_ms.saturating_sub(since_ms));
+        let help = "When the store that serves took over, in seconds since 1970.";
+        page.gauge("mqtt_lite_store_since_timestamp_seconds", help, since_ms / 1000);
+    }
     let help = "Whether Redis is configured.";
     page.gauge("mqtt_lite_redis_enabled", help, u8::from(status.redis_enabled));
     let help = "How often Redis was lost, or its connection doubted.";

@@ -6,7 +6,9 @@
 
 use serde_json::{Map, Value};
 
-use super::{Api, Plan, Request, certificates, devices, onboarding, operations, renew, sign_csr};
+use super::{
+    Api, Plan, Request, certificates, devices, onboarding, operations, page, renew, sign_csr,
+};
 use crate::ca::record::Certificate;
 use crate::clock::Now;
 use crate::config::{Enrolment, Secret};
@@ -184,6 +186,7 @@ pub(super) const ROUTES: &[Route] = &[
         lane: LaneKind::Bulk,
         ..route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl)
     },
+    route(Method::Get, "/", "the page for a browser", page::page),
     route(Method::Get, "/health", "how the service is", operations::health),
     route(Method::Get, "/ready", "whether it can issue and sign", operations::ready),
     route(Method::Get, "/metrics", "what was counted, for Prometheus", operations::metrics),

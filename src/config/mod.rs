@@ -73,6 +73,8 @@ pub struct Config {
     pub enrolment: Option<Enrolment>,
     /// May a device that has an active certificate onboard again?
     pub reenroll: Reenroll,
+    /// Whether there is a page for browsers.
+    pub page: bool,
     /// Where tokens are kept; `None`: in memory only.
     pub redis: Option<Redis>,
     /// Which tokens are redeemed while Redis is away.
@@ -232,6 +234,7 @@ impl Config {
             admin_keys: admin_keys(&vars)?,
             enrolment: enrolment(&vars)?,
             reenroll: vars.choice(&var::REENROLL, &[Reenroll::Deny, Reenroll::Allow])?,
+            page: vars.choice(&var::PAGE, &[true, false])?,
             redis: Redis::from_vars(&vars, &mut warnings)?,
             outage_redeem: vars
                 .choice(&var::OUTAGE_REDEEM, &[OutageRedeem::Own, OutageRedeem::None])?,

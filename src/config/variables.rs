@@ -114,6 +114,7 @@ variables! {
     TLS_HANDSHAKE_SECONDS = "15", Number(1, 300), "longest time for a TLS handshake";
     TRUSTED_PROXIES = "", Text("IP addresses or CIDRs, separated by commas"),
         "proxies whose X-Forwarded-For is believed";
+    PAGE = "on", OneOf(&["on", "off"]), "the page for browsers at /";
     ONBOARDING_RATE_LIMIT = "0", Number(0, 1_000_000), "onboardings a minute and client; 0: no limit";
 
     LOG_LEVEL = "info", OneOf(&["error", "warn", "info", "debug", "trace"]), "how much is logged";
@@ -177,8 +178,6 @@ variables! {
     REDIS_SENTINEL_PASSWORD = "", Secret("text"), "password at the sentinels";
     /// Costs every onboarding and redemption while Redis is away.
     REDIS_REQUIRED = "false", Flag, "true: no answer rather than one from memory; the start waits";
-    /// Each redemption waits for the slowest of them.
-    REDIS_WAIT_REPLICAS = "0", Number(0, 16), "replicas that must have a redemption's mark";
     /// Stands in every key of every token, so each byte costs about three a token in Redis.
     REDIS_KEY_PREFIX = "mqtt-lite:", Text("at most 128 bytes without control characters"),
         "start of all our keys; set but empty: none";

@@ -289,6 +289,8 @@ pub struct Status {
     pub full: bool,
     /// How often Redis was lost, or its connection doubted.
     pub losses: u64,
+    /// Since when the store that serves does, by `Now::mono_ms`; `None` where there is no other.
+    pub since_ms: Option<u64>,
     /// How long its answers take at present; nothing for one that is here.
     pub round_trip: Duration,
     /// How far our wall clock is ahead of that of Redis, or was when that was last asked.

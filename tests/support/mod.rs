@@ -8,6 +8,7 @@
 
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
+pub mod browser;
 pub mod clock;
 pub mod command_proxy;
 pub mod csr;

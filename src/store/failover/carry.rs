@@ -240,6 +240,7 @@ impl Failover {
             state.last_run = Some(run_id.clone());
         }
         state.log_return(back);
+        state.since_ms = clock::now().mono_ms;
         state.begun = Begun::InRedis;
         self.changed.notify_all();
         true
@@ -311,7 +312,7 @@ impl fmt::Display for Tally {
 impl State {
     fn log_return(&self, back: &Return<'_>) {
         let Return { hello, full, tally } = back;
-        let after = Duration::from_millis(clock::now().mono_ms.saturating_sub(self.lost_ms));
+        let after = Duration::from_millis(clock::now().mono_ms.saturating_sub(self.since_ms));
         if self.begun != Begun::InRedis {
             log::info!("✅ Redis connected successfully");
             log::debug!("after {after:.1?}: {tally}");

@@ -165,8 +165,8 @@ struct State {
     /// When a token was last found missing and everything was carried over for it, by
     /// [`Now::mono_ms`].
     loss_seen_ms: Option<u64>,
-    /// Since when Redis does not serve, by `Now::mono_ms`.
-    lost_ms: u64,
+    /// Since when Redis serves, or does not, by `Now::mono_ms`.
+    since_ms: u64,
     /// Why, once that is decided.
     away: Option<Away>,
     begun: Begun,
@@ -215,7 +215,7 @@ impl Failover {
             has_forgotten: false,
             grace: Grace::default(),
             loss_seen_ms: None,
-            lost_ms: clock::now().mono_ms,
+            since_ms: clock::now().mono_ms,
             away: None,
             begun: Begun::No,
             ca: None,
@@ -322,6 +322,7 @@ impl TokenStore for Failover {
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
             losses: state.epoch,
+            since_ms: Some(state.since_ms),
             round_trip: if redis_serves { remote.round_trip } else { Duration::ZERO },
             clock_is_ahead_ms: remote.clock_is_ahead_ms,
         }
@@ -522,7 +523,7 @@ impl Failover {
 
     fn lose(&self, state: &mut State) {
         state.epoch += 1;
-        state.lost_ms = clock::now().mono_ms;
+        state.since_ms = clock::now().mono_ms;
         self.remote.disconnect();
         self.changed.notify_all();
     }
