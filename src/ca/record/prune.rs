@@ -45,22 +45,13 @@ impl Record {
 
     /// Writes the file of others' certificates anew, without those that go. Returns where each begins.
     fn rewrite_others(&self, ended_before: u64) -> Result<HashMap<Serial, u32>, RecordError> {
-        let mut kept = Vec::new();
-        let rows = self.read();
-        let mut is_smaller = false;
-        for slot in rows.all() {
-            match slot.place {
-                Place::Others(at) if slot.expires_at >= ended_before => {
-                    kept.push((at, slot.serial))
-                }
-                Place::Others(_) => is_smaller = true,
-                Place::Own | Place::Server => {}
-            }
-        }
-        drop(rows);
+        let all = self.read().others().count();
+        let stays = |(_, slot): &(u32, &Slot)| slot.expires_at >= ended_before;
+        let mut kept: Vec<(u32, Serial)> =
+            self.read().others().filter(stays).map(|(at, slot)| (at, slot.serial)).collect();
         kept.sort_unstable();
         let mut places = kept.iter().map(|(at, serial)| (*serial, *at)).collect();
-        if !is_smaller {
+        if kept.len() == all {
             return Ok(places);
         }
         let path = self.others_path();

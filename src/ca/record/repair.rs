@@ -172,19 +172,15 @@ impl Record {
         let path = self.others_path();
         let unreadable =
             |e: io::Error| RecordError::Unreadable(format!("cannot read {}: {e}", path.display()));
-        let last = self.last_of_others();
         let file = match File::open(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound && last.is_none() => return Ok(vec![]),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return self.place_others(HashMap::new());
+                return self.place_others(&HashMap::new()).map(|()| Vec::new());
             }
             file => file.map_err(unreadable)?,
         };
-        let is_of_one_moment = last.is_none_or(|last| self.stored_at(&last).is_ok());
-        let from = match last.map(|last| last.place) {
-            Some(Place::Others(at)) if is_of_one_moment => u64::from(at),
-            _ => 0,
-        };
+        let last = self.read().others().max_by_key(|(at, _)| *at).map(|(at, slot)| (at, *slot));
+        let is_of_one_moment = last.is_none_or(|(_, last)| self.stored_at(&last).is_ok());
+        let from = last.filter(|_| is_of_one_moment).map_or(0, |(at, _)| u64::from(at));
         let (mut strays, mut places) = (Vec::new(), HashMap::new());
         let end = others::scan(&file, from, |at, text| {
             let Some(stored) = super::read_stored(&text) else { return };
@@ -207,40 +203,27 @@ impl Record {
         read.map_err(unreadable)?;
         self.cut_off(&path, &torn, end)?;
         if !is_of_one_moment {
-            self.place_others(places)?;
+            self.place_others(&places)?;
         }
         Ok(strays)
     }
 
-    /// The one that stands last in the file.
-    fn last_of_others(&self) -> Option<Slot> {
-        let place = |slot: &&Slot| match slot.place {
-            Place::Others(at) => Some(at),
-            Place::Own | Place::Server => None,
-        };
-        let rows = self.read();
-        rows.all().filter(|slot| place(slot).is_some()).max_by_key(place).copied()
-    }
-
     /// Writes into the lines where others' certificates lie; one that is in no file has none.
-    fn place_others(&self, places: HashMap<Serial, Place>) -> Result<Vec<Incoming>, RecordError> {
-        log::warn!(
-            "{} is of another moment than {INDEX}: looked through",
-            self.others_path().display()
-        );
-        let is_others = |slot: &&Slot| matches!(slot.place, Place::Others(_));
-        let moved = |slot: &Slot| {
-            let place = places.get(&slot.serial).copied().unwrap_or(Place::Own);
-            (place != slot.place).then_some((slot.serial, place))
-        };
-        let moved: Vec<(Serial, Place)> =
-            self.read().all().filter(is_others).filter_map(moved).collect();
+    fn place_others(&self, places: &HashMap<Serial, Place>) -> Result<(), RecordError> {
+        let place = |slot: &Slot| places.get(&slot.serial).copied().unwrap_or(Place::Own);
+        let placed: Vec<(Serial, Place)> =
+            self.read().others().map(|(_, slot)| (slot.serial, place(slot))).collect();
+        if placed.is_empty() {
+            return Ok(());
+        }
+        let path = self.others_path();
+        log::warn!("{} is of another moment than {INDEX}: looked through", path.display());
         let change = |(serial, place): &(Serial, Place)| (*serial, Change::Moved(*place, None));
-        let changes = moved.iter().map(change).collect();
+        let changes = placed.iter().map(change).collect();
         self.write_index(&mut self.lock_writer(), String::new(), changes)?;
         let mut rows = self.write();
-        moved.iter().for_each(|(serial, place)| rows.set_place(serial, *place));
-        Ok(Vec::new())
+        placed.iter().for_each(|(serial, place)| rows.set_place(serial, *place));
+        Ok(())
     }
 
     /// Keeps what is cut off from the end of a file beside `index.txt`.

@@ -149,6 +149,14 @@ impl Rows {
         self.list.iter()
     }
 
+    /// Those that other instances have signed, with where each begins in their file.
+    pub(super) fn others(&self) -> impl Iterator<Item = (u32, &Slot)> {
+        self.list.iter().filter_map(|slot| match slot.place {
+            Place::Others(at) => Some((at, slot)),
+            Place::Own | Place::Server => None,
+        })
+    }
+
     /// The row at this place in the order of `index.txt`.
     pub(super) fn at(&self, at: usize) -> Option<&Slot> {
         self.list.get(at)
@@ -441,9 +449,9 @@ impl Places {
         if count * 8 <= self.table.len() * 7 {
             return;
         }
-        let (size, mask) = ((count * 8 / 7 + 1).next_power_of_two().max(16), self.mask());
-        let old = std::mem::replace(&mut self.table, vec![NONE; size]);
-        for at in old.into_iter().filter(|found| *found != NONE).map(|found| found & mask) {
+        let rows: Vec<u32> = self.rows().collect();
+        self.table = vec![NONE; (count * 8 / 7 + 1).next_power_of_two().max(16)];
+        for at in rows {
             self.put(hash(at), at, |_| false);
         }
     }
