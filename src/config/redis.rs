@@ -37,6 +37,8 @@ pub struct Redis {
     pub tls: Option<RedisTls>,
     /// No memory: while Redis is away nothing is issued or redeemed.
     pub required: bool,
+    /// So many replicas must have the mark of a redemption before it is granted.
+    pub wait_replicas: u64,
     /// What all our keys start with.
     pub key_prefix: String,
     /// Longest wait for an answer.
@@ -116,6 +118,7 @@ impl Redis {
         let spoken = vars.flag(&var::REDIS_TLS)? || server.as_ref().is_some_and(|s| s.tls);
         let tls = tls(vars, spoken, is_a_redis)?;
         let required = vars.flag(&var::REDIS_REQUIRED)?;
+        let wait_replicas = vars.number(&var::REDIS_WAIT_REPLICAS)?;
         let key_prefix = key_prefix(vars)?;
         let timeout = Duration::from_millis(vars.number(&var::REDIS_TIMEOUT_MS)?);
         let connect_timeout = Duration::from_millis(vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?);
@@ -141,6 +144,7 @@ impl Redis {
             db,
             tls,
             required,
+            wait_replicas,
             key_prefix,
             timeout,
             connect_timeout,

@@ -178,6 +178,8 @@ variables! {
     REDIS_SENTINEL_PASSWORD = "", Secret("text"), "password at the sentinels";
     /// Costs every onboarding and redemption while Redis is away.
     REDIS_REQUIRED = "false", Flag, "true: no answer rather than one from memory; the start waits";
+    /// Each redemption waits for the slowest of them.
+    REDIS_WAIT_REPLICAS = "0", Number(0, 16), "replicas that must have a redemption's mark";
     /// Stands in every key of every token, so each byte costs about three a token in Redis.
     REDIS_KEY_PREFIX = "mqtt-lite:", Text("at most 128 bytes without control characters"),
         "start of all our keys; set but empty: none";

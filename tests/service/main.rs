@@ -53,6 +53,7 @@ mod redis_returns;
 mod redis_sentinel;
 mod redis_start;
 mod renewal;
+mod replicas;
 mod revocation;
 mod server_certificates;
 mod service_killed;

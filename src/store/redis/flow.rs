@@ -22,7 +22,7 @@
 //! Replace ── Raise (see `rows`) ─▶ TakeOver, and before it in the same trip, of the token that held the
 //!              lease: SET its mark killed · DEL its token · ZREM live
 //!
-//! Consume ── SET mark NX · EXISTS token · HGET row · GET mark
+//! Consume ── SET mark NX · EXISTS token · HGET row · GET mark      (then WAIT, if replicas must have it)
 //!   │ ours, the token is there ─▶ Granted
 //!   │ ours, its row says no ─▶ Withdraw ── CAD mark ─▶ Blocked, AlreadyUsed
 //!   │ ours, it is not ─▶ Missing ── CAD mark · INFO ─▶ Unknown
@@ -125,6 +125,12 @@ pub(super) trait Flow {
     /// Adds this trip's commands.
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands);
 
+    /// Sets a mark that counts only when replicas have it; the reply to one `WAIT` for the whole batch
+    /// is then the last.
+    fn awaits_replicas(&self) -> bool {
+        false
+    }
+
     /// Reads its replies, one for each command.
     fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next;
 }
@@ -166,7 +172,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
         }
         Op::Consume(token, serial) => Box::new(Consume { token: token.clone(), serial: *serial }),
         Op::GiveBack(token, serial) => {
-            Box::new(Withdraw { hash: token.hash, serial: *serial, then: Outcome::Done })
+            Box::new(Withdraw { hash: token.hash, serial: *serial, then: Ok(Outcome::Done) })
         }
         Op::Look(device) => Box::new(LookOnce(device.clone())),
         Op::Kill(kill) => Killing::new(Kill::clone(kill), Then::Kill, now).begin(context),
@@ -456,6 +462,10 @@ struct Consume {
 }
 
 impl Flow for Consume {
+    fn awaits_replicas(&self) -> bool {
+        true
+    }
+
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         let Token { hash, claims, .. } = &self.token;
         let mark = layout.mark(Mark::Serial(self.serial));
@@ -485,9 +495,14 @@ impl Consume {
         let (hash, serial) = (self.token.hash, self.serial);
         match fate {
             Fate::Live(row) => Next::done(Outcome::Granted(row)),
-            Fate::Blocked => Next::trip(Withdraw { hash, serial, then: Outcome::Blocked }),
-            Fate::Dead => Next::trip(Withdraw { hash, serial, then: Outcome::AlreadyUsed }),
+            Fate::Blocked => Next::trip(Withdraw { hash, serial, then: Ok(Outcome::Blocked) }),
+            Fate::Dead => Next::trip(Withdraw { hash, serial, then: Ok(Outcome::AlreadyUsed) }),
             Fate::Missing => Next::trip(Missing { hash, serial }),
+            Fate::Unsafe => {
+                let why = "fewer replicas than REDIS_WAIT_REPLICAS have the mark";
+                let then = Err(StoreError::Failed(why.to_owned()));
+                Next::trip(Withdraw { hash, serial, then })
+            }
         }
     }
 }
@@ -500,6 +515,8 @@ enum Fate {
     /// By the row of its device.
     Dead,
     Missing,
+    /// It lives, but a fail-over might forget the mark (`docs/model`, row 31c).
+    Unsafe,
 }
 
 /// What decides about a token. The mark comes last.
@@ -517,6 +534,11 @@ fn judgement(
     mut replies: Vec<Reply>,
 ) -> Result<(Fate, Option<String>), StoreError> {
     let maybe_marked = replies.first().is_some_and(Result::is_ok);
+    let wanted = context.layout.wait_replicas;
+    let is_safe = wanted == 0 || {
+        let waited = replies.pop().map(|reply| Replies::new(vec![reply]).number());
+        matches!(waited, Some(Ok(have)) if u64::try_from(have).is_ok_and(|have| have >= wanted))
+    };
     let row = if replies.len() > 2 { replies.remove(2) } else { Err(unexpected("no reply")) };
     let judge = || {
         let (row, _) = context.row_of(&token.claims.device_id, row)?;
@@ -526,6 +548,7 @@ fn judgement(
         let fate = match (token.claims.iat <= row.bound.t, there) {
             _ if row.block.stands() => Fate::Blocked,
             (true, _) => Fate::Dead,
+            (false, true) if !is_safe => Fate::Unsafe,
             (false, true) => Fate::Live(Box::new(row)),
             (false, false) => Fate::Missing,
         };
@@ -567,6 +590,10 @@ struct TakeMarkOver {
 }
 
 impl Flow for TakeMarkOver {
+    fn awaits_replicas(&self) -> bool {
+        true
+    }
+
     fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
         let Consume { token, serial } = &self.attempt;
         let (mark, lasts_ms) = (layout.mark(Mark::Serial(*serial)), lasts_ms(&token.claims, now));
@@ -593,7 +620,7 @@ impl Flow for TakeMarkOver {
 struct Withdraw {
     hash: TokenHash,
     serial: Serial,
-    then: Outcome,
+    then: Answer,
 }
 
 impl Flow for Withdraw {
@@ -604,7 +631,7 @@ impl Flow for Withdraw {
     fn receive(self: Box<Self>, _: &Context, replies: Vec<Reply>) -> Next {
         // A refusal leaves the mark where it is.
         let withdrawn = Replies::new(replies).number().map_err(|error| maybe_done(error, true));
-        Next::of(withdrawn.and_then(|_| Next::done(self.then)))
+        Next::of(withdrawn.map(|_| Next::Done(self.then)))
     }
 }
 
@@ -774,7 +801,7 @@ mod tests {
 
     fn context() -> Context {
         Context::new(
-            Layout { prefix: String::new(), name: None, share_record: true },
+            Layout { prefix: String::new(), name: None, wait_replicas: 0, share_record: true },
             Signer::new(b"secret"),
             1000,
         )

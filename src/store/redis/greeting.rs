@@ -88,5 +88,8 @@ fn push_every_kind(layout: &Layout, commands: &mut Commands) -> usize {
     commands.push(&layout.on("ZREM", "live", "").arg(""));
     commands.push(&layout.count_live(u64::MAX / 1000));
     commands.push(&layout.oldest_live(0, 1));
+    if layout.wait_replicas > 0 {
+        commands.push(&layout.wait_for(0, 1));
+    }
     commands.count() - before
 }

@@ -27,14 +27,17 @@ pub(super) struct Layout {
     pub prefix: String,
     /// None where no marks are set.
     pub name: Option<Name>,
+    /// So many replicas must have the mark of a redemption.
+    pub wait_replicas: u64,
     /// Certificates are shared, and with them who holds which.
     pub share_record: bool,
 }
 
 impl Layout {
     pub fn of(config: &config::Redis, name: Option<Name>) -> Self {
-        let config::Redis { key_prefix, share_record, .. } = config;
-        Layout { prefix: key_prefix.clone(), name, share_record: *share_record }
+        let config::Redis { key_prefix, wait_replicas, share_record, .. } = config;
+        let (wait_replicas, share_record) = (*wait_replicas, *share_record);
+        Layout { prefix: key_prefix.clone(), name, wait_replicas, share_record }
     }
 
     /// A command whose first word is a key.
@@ -127,6 +130,11 @@ impl Layout {
 
     pub fn remove_live(&self, hash: &TokenHash) -> Command {
         self.on("ZREM", "live", "").arg(&member(hash))
+    }
+
+    /// How many replicas have what this connection has written, waiting for so many at most so long.
+    pub fn wait_for(&self, replicas: u64, most_ms: u64) -> Command {
+        Command::new("WAIT").number(replicas).number(most_ms)
     }
 
     /// Seconds since 1970 and microseconds, by the clock that all instances share.

@@ -151,13 +151,21 @@ impl RedisStore {
                 .iter()
                 .map(|flow| flow.send(&self.context.layout, now, &mut commands))
                 .collect();
+            let layout = &self.context.layout;
+            let waits = layout.wait_replicas > 0 && flows.iter().any(Running::awaits_replicas);
+            if waits {
+                // Once for the batch; the other half of the time is for what follows.
+                commands.push(&layout.wait_for(layout.wait_replicas, self.context.patience_ms / 2));
+            }
             let sent = Instant::now();
-            let replies = connection.round_trip(&commands, deadline)?;
+            let mut replies = connection.round_trip(&commands, deadline)?;
+            let waited = if waits { replies.pop() } else { None };
             self.metrics.redis_trips.observe(sent.elapsed());
             self.note_round_trip(sent.elapsed());
             let mut replies = replies.into_iter();
             for (flow, count) in flows.iter_mut().zip(counts) {
-                flow.receive(&self.context, replies.by_ref().take(count).collect());
+                let waited = waited.clone().filter(|_| flow.awaits_replicas());
+                flow.receive(&self.context, replies.by_ref().take(count).chain(waited).collect());
             }
         }
         self.pool.put_back(connection, now);
@@ -180,6 +188,10 @@ impl Running {
 
     fn is_waiting(&self) -> bool {
         matches!(self, Running::Waiting(_))
+    }
+
+    fn awaits_replicas(&self) -> bool {
+        matches!(self, Running::Waiting(flow) if flow.awaits_replicas())
     }
 
     /// Adds the commands of this trip; returns how many.

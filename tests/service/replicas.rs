@@ -1,0 +1,76 @@
+//! `REDIS_WAIT_REPLICAS`: a redemption counts when replicas have its mark, so that a fail-over forgets
+//! no use.
+
+use crate::support::instance::{
+    self, Device, certificates, mark_key, redeem, redeem_patiently, refused_as_used, token,
+};
+use crate::support::proxy::Proxy;
+use crate::support::redis::Redis;
+use crate::support::{check_error, wait};
+
+const WAITING: [(&str, &str); 3] =
+    [("REDIS_WAIT_REPLICAS", "1"), ("OUTAGE_REDEEM", "none"), ("SHARE_RECORD", "false")];
+const AT_ONCE: [&str; 2] = ["--repl-diskless-sync-delay", "0"];
+
+fn replica_of(master: &Redis) -> Redis {
+    let port = master.port().to_string();
+    let replica = Redis::start(&[&AT_ONCE[..], &["--replicaof", "127.0.0.1", &port]].concat());
+    // It takes the stream a while after it is listed.
+    assert_eq!(master.cli(&["SET", "in-step", "yes"]), "OK");
+    wait::for_true("the replica is in step", || replica.exists("in-step"));
+    replica
+}
+
+#[test]
+fn a_redemption_waits_for_the_replica() {
+    let master = Redis::start(&AT_ONCE);
+    let replica = replica_of(&master);
+    let service = instance::first(&master.url(), &WAITING);
+    let hasty = instance::another(&service, &master.url(), &[]);
+    let [d, e] = ["d", "e"].map(Device::new);
+    let [first, second] = [&d, &e].map(|device| token(&service, device));
+    let stopped = replica.stop();
+    let answer = redeem(&service, &first, &d);
+    check_error(&answer, 503, "SERVICE_UNAVAILABLE", "the master alone has the mark");
+    assert!(!master.exists(&mark_key(&first)), "it is withdrawn");
+    assert_eq!(redeem(&hasty, &second, &e).status, 200, "by default nobody waits");
+    drop(stopped);
+    assert_eq!(redeem_patiently(&service, &first, &d).status, 200, "{}", service.log());
+    refused_as_used(&[&service], &first, &d);
+}
+
+/// Row 31c of the model: who has redeemed is gone, too.
+#[test]
+fn a_fail_over_forgets_no_use() {
+    const EACH: usize = 10;
+    let mut master = Redis::start(&AT_ONCE);
+    let replica = replica_of(&master);
+    let proxies = [Proxy::start(master.port()), Proxy::start(master.port())];
+    let a = instance::first(&proxies[0].url(), &WAITING);
+    let mut b = instance::another(&a, &proxies[1].url(), &WAITING);
+    let devices: Vec<Device> = (0..2 * EACH).map(|n| Device::new(&format!("d{n}"))).collect();
+    let tokens: Vec<String> = devices.iter().map(|device| token(&a, device)).collect();
+    let mut all = tokens.iter().zip(&devices);
+    for (token, device) in all.by_ref().take(EACH) {
+        assert_eq!(redeem(&b, token, device).status, 200, "{}", b.log());
+    }
+    let stopped = replica.stop();
+    for (token, device) in all {
+        assert_eq!(redeem(&b, token, device).status, 503, "{}", b.log());
+    }
+    b.kill9();
+    master.kill9();
+    drop(stopped);
+    assert_eq!(replica.cli(&["REPLICAOF", "NO", "ONE"]), "OK");
+    let _next = replica_of(&replica);
+    proxies[0].move_to(replica.port());
+    a.wait_for_storage("redis");
+    for (n, (token, device)) in tokens.iter().zip(&devices).enumerate() {
+        if n < EACH {
+            refused_as_used(&[&a], token, device);
+        } else {
+            assert_eq!(redeem_patiently(&a, token, device).status, 200, "{}", a.log());
+        }
+    }
+    assert_eq!(certificates(&[&a, &b]), 2 * EACH);
+}
