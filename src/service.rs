@@ -25,7 +25,7 @@ use crate::config::{self, Config, ConfigError};
 use crate::device::DeviceId;
 use crate::devices::identity::{self, Identity};
 use crate::devices::table::Devices;
-use crate::devices::{self, Row};
+use crate::devices::{self, Bound, Row};
 use crate::files::{self, FolderLock};
 use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
@@ -310,7 +310,11 @@ impl Rows for Devices {
     }
 
     fn row(&self, device: &DeviceId) -> Row {
-        Devices::row(self, device)
+        self.row_as_heard(device)
+    }
+
+    fn hear(&self, device: &DeviceId, bound: Bound) {
+        Devices::hear(self, device, bound);
     }
 
     fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now) {
@@ -342,7 +346,9 @@ fn open_store(
         return Ok(Stores { tokens, memory, failover: None });
     };
     log::info!("💾 Initializing Redis (Token Persistence)...");
-    let remote = RedisStore::new(redis, Some(identity), signer.clone(), Arc::clone(metrics));
+    let rows: Arc<dyn Rows> = Arc::clone(devices) as _;
+    let remote =
+        RedisStore::new(redis, Some((identity, rows)), signer.clone(), Arc::clone(metrics));
     let failover = Arc::new(Failover::new(
         Box::new(remote),
         Arc::clone(&memory),

@@ -10,7 +10,7 @@
 
 use std::borrow::Borrow;
 use std::cmp::Ordering;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops;
 use std::path::Path;
@@ -28,6 +28,9 @@ use crate::files::FilesError;
 const CLOCK_IS_STEADY_MS: u64 = 86_400_000;
 /// How far two clocks may drift apart in that time without one having been set, in milliseconds.
 const DRIFT_MS: u64 = 3_600_000;
+
+/// So many bounds are kept in mind until their rows come; when there are more, all are forgotten.
+const HEARD_MOST: usize = 4096;
 
 /// The change is not on disk, so it was not made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +54,9 @@ pub struct Devices {
     writer: Mutex<Writer>,
     /// Devices whose rows were changed here since they were last asked for.
     changed: Mutex<BTreeSet<DeviceId>>,
+    /// Bounds that were read with a token and did not come by the way on which rows are shared yet. Not
+    /// on disk: a token writes nothing.
+    heard: Mutex<BTreeMap<DeviceId, Bound>>,
 }
 
 /// What only who writes needs.
@@ -91,7 +97,7 @@ impl Devices {
         })?;
         let writer = Mutex::new(Writer { file, steady_since: now });
         let (rows, waiting, changed) = (RwLock::new(rows), Mutex::default(), Mutex::default());
-        Ok(Devices { own, rows, waiting, writer, changed })
+        Ok(Devices { own, rows, waiting, writer, changed, heard: Mutex::default() })
     }
 
     /// The instance whose rows these are.
@@ -101,8 +107,11 @@ impl Devices {
 
     /// How far the device's past is dead, and whether it is blocked.
     pub fn bound(&self, device: &DeviceId) -> (Bound, Block) {
+        let heard = locked(&self.heard).get(device).copied().unwrap_or_default();
         let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
-        rows.get(device.as_str().as_bytes()).map(Packed::bound).unwrap_or_default()
+        let known = rows.get(device.as_str().as_bytes()).map(Packed::bound);
+        let (bound, block) = known.unwrap_or_default();
+        (Bound { t: bound.t.max(heard.t), ..bound }, block)
     }
 
     /// The devices whose bound reaches certificates, each with its `c`.
@@ -116,6 +125,26 @@ impl Devices {
     pub fn row(&self, device: &DeviceId) -> Row {
         let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
         rows.get(device.as_str().as_bytes()).map(Packed::unpack).unwrap_or_default().row
+    }
+
+    /// Keeps a bound in mind that was read with a token: an instance that is cut off a moment later is to
+    /// redeem nothing that is dead, and to issue nothing that is.
+    pub fn hear(&self, device: &DeviceId, bound: Bound) {
+        if bound.t <= self.bound(device).0.t {
+            return;
+        }
+        let mut heard = locked(&self.heard);
+        if heard.len() >= HEARD_MOST {
+            heard.clear();
+        }
+        let known = heard.entry(device.clone()).or_default();
+        known.t = known.t.max(bound.t);
+    }
+
+    /// As [`Devices::row`], with the bound that was heard.
+    pub fn row_as_heard(&self, device: &DeviceId) -> Row {
+        let (bound, _) = self.bound(device);
+        self.row(device).merge(Row { bound, ..Row::default() })
     }
 
     /// The devices behind `after` whose names begin with `prefix` and that are listed: the first

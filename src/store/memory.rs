@@ -126,12 +126,17 @@ impl Memory {
     pub fn issue(&self, new: &New, now: Now) -> Answer {
         let kill = |kill: &Kill| self.kill(&kill.device, kill.row.bound.t, now).into_iter().next();
         let killed = new.replaces.as_deref().and_then(kill);
+        let dead_until = || self.rows.row(&new.token.claims.device_id).bound.t;
+        // Of a kill by another instance it may have been read since the copy was made.
+        if let t @ 1.. = dead_until() {
+            self.kill(&new.token.claims.device_id, t, now);
+        }
         let mut table = locked(&self.table);
         if let Some(expires_at_ms) = self.lease(&table, &new.token.claims.device_id, now) {
             return Ok(Outcome::AlreadyActive { expires_at_ms });
         }
         let mut token = new.token.clone();
-        let t = self.rows.row(&token.claims.device_id).bound.t;
+        let t = dead_until();
         if token.claims.iat <= t {
             token = dated(&token, t.saturating_add(1), &self.signer);
         }
@@ -451,6 +456,7 @@ mod tests {
     }
 
     /// Every device's past is dead up to here, in seconds since 1970.
+    #[derive(Debug)]
     struct DeadUntil(AtomicU64);
 
     impl Rows for DeadUntil {
@@ -461,6 +467,8 @@ mod tests {
         fn row(&self, _: &DeviceId) -> Row {
             Row { bound: Bound { t: self.0.load(Ordering::Relaxed), c: 0 }, ..Row::default() }
         }
+
+        fn hear(&self, _: &DeviceId, _: Bound) {}
 
         fn learn(&self, _: Vec<(DeviceId, Row)>, _: Now) {}
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::devices::Row;
+use crate::devices::{Bound, Row};
 use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::serial::Serial;
 use crate::subscriber::Subscriber;
@@ -261,12 +261,15 @@ impl fmt::Display for StoreError {
 impl std::error::Error for StoreError {}
 
 /// The rows on this instance's disk, as far as a store must know them.
-pub trait Rows: Send + Sync {
+pub trait Rows: fmt::Debug + Send + Sync {
     /// The devices whose rows Redis must know before it serves again.
     fn to_be_told(&self, now: Now) -> Vec<DeviceId>;
 
     /// What is known of a device.
     fn row(&self, device: &DeviceId) -> Row;
+
+    /// Keeps in mind, not on disk, how far Redis says that the device's past is dead.
+    fn hear(&self, device: &DeviceId, bound: Bound);
 
     /// Keeps what Redis has told.
     fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now);

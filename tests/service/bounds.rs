@@ -394,3 +394,22 @@ fn a_kill_writes_one_line() {
         assert_eq!(lines(), empty + n + 1, "{}", service.read("devices.txt"));
     }
 }
+
+/// What it has read of the kill is the row in the trip of a redemption; what instances share it may not
+/// read.
+#[test]
+fn what_is_issued_without_redis_is_later_than_a_kill_that_was_read_of() {
+    let redis = Redis::with_acl("device", "a-password", "~mqtt-lite:* +@all -xread");
+    let proxy = Proxy::start(redis.port());
+    let killer = instance::first(&redis.url(), &[]);
+    let url = format!("redis://device:a-password@127.0.0.1:{}", proxy.port());
+    let other = instance::another(&killer, &url, &[]);
+    let d = Device::new("d");
+    let compact = token(&other, &d);
+    killed(&killer, &d, KILLS[1]);
+    check_error(&redeem(&other, &compact, &d), 401, "TOKEN_ALREADY_USED", "it is killed");
+    instance::cut_off(&other, &proxy);
+    let issued = token(&other, &d);
+    instance::reconnect(&other, &proxy);
+    certificate(&other, &issued, &d);
+}

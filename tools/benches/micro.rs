@@ -24,7 +24,7 @@ use mqtt_publisher_lite::ca::issuer::Issuer;
 use mqtt_publisher_lite::clock::{self, Now};
 use mqtt_publisher_lite::config::Config;
 use mqtt_publisher_lite::device::DeviceId;
-use mqtt_publisher_lite::devices::Row;
+use mqtt_publisher_lite::devices::{Bound, Row};
 use mqtt_publisher_lite::edge::head::{self, Origin};
 use mqtt_publisher_lite::jwt::{Claims, Signer, Token};
 use mqtt_publisher_lite::metrics::Metrics;
@@ -75,9 +75,12 @@ fn token_verify(bencher: Bencher) {
 }
 
 /// Nothing was ever killed.
+#[derive(Debug)]
 struct NoRows;
 
 impl Rows for NoRows {
+    fn hear(&self, _: &DeviceId, _: Bound) {}
+
     fn to_be_told(&self, _: Now) -> Vec<DeviceId> {
         Vec::new()
     }

@@ -40,7 +40,7 @@
 //! ```
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::command::Commands;
 use super::layout::Layout;
@@ -55,7 +55,7 @@ use crate::mac::MacKey;
 use crate::serial::Serial;
 use crate::store::ledger::lasts_ms;
 use crate::store::{
-    Answer, Dead, Found, Kill, Mark, New, Op, Outcome, Seen, StoreError, dated, locked,
+    Answer, Dead, Found, Kill, Mark, New, Op, Outcome, Rows, Seen, StoreError, dated, locked,
 };
 
 /// A lease whose token has been marked for this long is not waited for.
@@ -70,6 +70,8 @@ pub(super) struct Context {
     pub signer: Signer,
     /// Seals and opens rows; there is none before there is a CA.
     pub mac_key: OnceLock<MacKey>,
+    /// Those of this instance.
+    pub rows: Option<Arc<dyn Rows>>,
     /// `REDIS_TIMEOUT_MS`: an issue that is still under way is not older than twice this.
     pub patience_ms: u64,
     pub clock: RedisClock,
@@ -104,9 +106,14 @@ impl RedisClock {
 }
 
 impl Context {
-    pub fn new(layout: Layout, signer: Signer, patience_ms: u64) -> Self {
+    pub fn new(
+        layout: Layout,
+        signer: Signer,
+        rows: Option<Arc<dyn Rows>>,
+        patience_ms: u64,
+    ) -> Self {
         let (clock, ended) = (RedisClock::default(), Mutex::default());
-        Context { layout, signer, mac_key: OnceLock::new(), patience_ms, clock, ended }
+        Context { layout, signer, mac_key: OnceLock::new(), rows, patience_ms, clock, ended }
     }
 
     /// The claims of a token found in Redis; of one that is not ours, the little that is known.
@@ -803,6 +810,7 @@ mod tests {
         Context::new(
             Layout { prefix: String::new(), name: None, wait_replicas: 0, share_record: true },
             Signer::new(b"secret"),
+            None,
             1000,
         )
     }

@@ -41,7 +41,7 @@ use crate::devices::identity::Identity;
 use crate::jwt::Signer;
 use crate::metrics::Metrics;
 use crate::store::failover::{Hello, OurCa, Remote};
-use crate::store::{Answer, Down, Op, Status, StoreError};
+use crate::store::{Answer, Down, Op, Rows, Status, StoreError};
 
 pub(crate) use command::{Command, Commands};
 use connection::Connection;
@@ -72,19 +72,21 @@ pub struct RedisStore {
 }
 
 impl RedisStore {
-    /// A store without a connection yet; see [`Remote::connect`]. Without an identity it sets no marks.
+    /// A store without a connection yet; see [`Remote::connect`]. Without an instance it sets no marks.
     pub fn new(
         config: &config::Redis,
-        identity: Option<Identity>,
+        instance: Option<(Identity, Arc<dyn Rows>)>,
         signer: Signer,
         metrics: Arc<Metrics>,
     ) -> Self {
+        let (identity, rows) = instance.unzip();
         RedisStore {
             // One is a line of its own.
             pool: Pool::new(config, config.pool_size.saturating_sub(1)),
             context: Context::new(
                 Layout::of(config, identity.map(Name::new)),
                 signer,
+                rows,
                 u64::try_from(config.timeout.as_millis()).unwrap_or(u64::MAX),
             ),
             timeout: config.timeout,

@@ -38,7 +38,11 @@ impl Context {
         match reply {
             Ok(Value::BulkString(value)) => {
                 let row = self.mac_key.get().and_then(|key| codec::open(key, device, &value));
-                Ok((row.unwrap_or_default(), value))
+                let row = row.unwrap_or_default();
+                if let Some(rows) = self.rows.as_ref().filter(|_| row.bound.t > 0) {
+                    rows.hear(device, row.bound);
+                }
+                Ok((row, value))
             }
             Err(error @ StoreError::Down(_)) if !is_denied(&error) => Err(error),
             _ => Ok(Default::default()),
