@@ -16,7 +16,7 @@
 //!       │ it is alive ─▶ AlreadyActive
 //!       └ it is stale ─▶ TakeOver ── SET token · ZADD live · CAS lease · SET lease NX · GET lease · HGET row
 //!           │   · GET holder
-//!           │ ours ───────▶ Issued
+//!           │ ours ───────▶ Issued, or as above if it is born dead
 //!           └ another's ──▶ Yield ── DEL token · ZREM live ─▶ AlreadyActive
 //!
 //! Replace ── Raise (see `rows`) ─▶ TakeOver, and before it in the same trip, of the token that held the
@@ -168,9 +168,8 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Box<dyn Flow> {
         Op::Issue(New { token, replaces, .. }) => {
             let issue = Issue::new(token.clone(), context, now);
             match replaces.as_deref() {
-                Some(kill) => {
-                    Killing::new(Kill::clone(kill), Then::Replace(issue), now).begin(context)
-                }
+                Some(kill) => Killing::new(Kill::clone(kill), Then::Replace(Box::new(issue)), now)
+                    .begin(context),
                 None => Box::new(issue),
             }
         }
@@ -215,13 +214,15 @@ pub(super) struct Issue {
     now: Now,
     /// The device's newest certificate, as far as another instance has told lately.
     holder: Option<Serial>,
+    /// The token that gave way to it.
+    killed: Option<Dead>,
 }
 
 impl Issue {
     fn new(token: Token, context: &Context, now: Now) -> Self {
         let left_ms = token.claims.exp.saturating_mul(1000).saturating_sub(now.unix_ms).max(1);
         let ends_ms = context.clock.at(now).saturating_add(left_ms);
-        Issue { token, left_ms, ends_ms, now, holder: None }
+        Issue { token, left_ms, ends_ms, now, holder: None, killed: None }
     }
 
     /// The same token, issued later.
@@ -248,9 +249,24 @@ impl Issue {
         Ok(row.map_err(|error| maybe_done(error, true))?.0)
     }
 
-    fn issued(self, killed: Option<Dead>, row: Row) -> Result<Next, StoreError> {
+    fn issued(self, row: Row) -> Result<Next, StoreError> {
         let found = Box::new(Found { row, holder: self.holder });
-        Next::done(Outcome::Issued { token: self.token, killed, found })
+        Next::done(Outcome::Issued { token: self.token, killed: self.killed, found })
+    }
+
+    /// By the row the device is blocked, or its past was killed by an instance whose word did not reach
+    /// us, and the token was born dead.
+    fn is_refused_by(&self, row: &Row) -> bool {
+        row.block.stands() || self.token.claims.iat <= row.bound.t
+    }
+
+    fn refused_by(self, row: &Row, context: &Context) -> Result<Next, StoreError> {
+        if row.block.stands() {
+            return Next::trip(Remove { token: self.token, then: Outcome::Blocked });
+        }
+        let mut later = self.dated(row.bound.t.saturating_add(1), context);
+        later.killed = self.killed;
+        Next::trip(Reissue { dead: self.token, later })
     }
 
     fn already_active(&self, context: &Context, other: &str, lease_left: i64) -> Outcome {
@@ -276,19 +292,14 @@ impl Flow for Issue {
             replies.skip();
             let leased = replies.text()?;
             let row = row?;
-            let t = row.bound.t;
-            if row.block.stands() {
-                return Next::trip(Remove { token: self.token, then: Outcome::Blocked });
-            }
-            if self.token.claims.iat <= t {
-                let later = self.dated(t.saturating_add(1), context);
-                return Next::trip(Reissue { dead: self.token, later });
+            if self.is_refused_by(&row) {
+                return self.refused_by(&row, context);
             }
             match leased {
-                Some(leased) if *leased == *self.token.compact => self.issued(None, row),
+                Some(leased) if *leased == *self.token.compact => self.issued(row),
                 // An older lease ended between the two commands, just now.
                 None => Next::trip(*self),
-                Some(other) => Next::trip(Contest { issue: *self, other, t }),
+                Some(other) => Next::trip(Contest { issue: *self, other, t: row.bound.t }),
             }
         }))
     }
@@ -300,8 +311,7 @@ fn holder_of(reply: Option<Reply>) -> Option<Serial> {
     Serial::from_hex(&told?)
 }
 
-/// Issuing, second trip: the device's past was killed by an instance whose word did not reach us. The
-/// token that was born dead is taken back, and one is issued that is not.
+/// Issuing, next trip: the token that was born dead is taken back, and one is issued that is not.
 struct Reissue {
     dead: Token,
     later: Issue,
@@ -379,7 +389,8 @@ pub(super) fn age_ms(whole: u64, left: i64) -> u64 {
 }
 
 /// Issuing, third trip, and replacing, second: the token that held the lease dies if it is replaced, then
-/// the new one stands, then it takes the lease over, unless another was faster (`docs/model`, row 2).
+/// the new one stands, then it takes the lease over, unless another was faster (`docs/model`, row 2). The
+/// row is read again: a kill may have come since the trip before.
 pub(super) struct TakeOver {
     pub issue: Issue,
     /// The token that held the lease when it was looked at.
@@ -419,15 +430,18 @@ impl Flow for TakeOver {
         let row = self.issue.found(context, &mut replies);
         let lease = replies.pop().unwrap_or_else(|| Err(unexpected("no reply")));
         Next::of(Replies::all_or_error(replies).and_then(|_| {
-            let killed = match self.old {
-                Some(Old::Replaced(old)) => Some(Dead { hash: old.hash, claims: old.claims }),
-                _ => None,
-            };
-            match Replies::new(vec![lease]).text()? {
-                Some(holder) if *holder == *self.issue.token.compact => {
-                    self.issue.issued(killed, row?)
-                }
-                holder => Next::trip(Yield { issue: self.issue, holder }),
+            let mut issue = self.issue;
+            if let Some(Old::Replaced(old)) = self.old {
+                issue.killed = Some(Dead { hash: old.hash, claims: old.claims });
+            }
+            let holder = Replies::new(vec![lease]).text()?;
+            if holder.as_deref() != Some(&*issue.token.compact) {
+                return Next::trip(Yield { issue, holder });
+            }
+            let row = row?;
+            match issue.is_refused_by(&row) {
+                true => issue.refused_by(&row, context),
+                false => issue.issued(row),
             }
         }))
     }
@@ -804,6 +818,7 @@ impl Flow for Prune {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::{Block, Bound, codec};
     use redis::Value;
 
     fn context() -> Context {
@@ -858,6 +873,49 @@ mod tests {
         let told =
             matches!(&answer, Ok(Outcome::Issued { found, .. }) if found.holder == Some(holder));
         assert!(told, "{answer:?}");
+    }
+
+    /// A kill by another instance came between the look at the lease and the take-over.
+    #[test]
+    fn a_token_that_takes_a_lease_over_is_not_born_dead() {
+        let (now, context) = (Now { unix_ms: 2000, mono_ms: 0 }, context());
+        let key = MacKey::derive(b"of the CA");
+        context.mac_key.set(key.clone()).unwrap();
+        let device = DeviceId::parse("d").unwrap();
+        let old = Signer::new(b"secret").sign(Claims {
+            device_id: device.clone(),
+            iat: 1,
+            exp: 200,
+            jti: None,
+        });
+        let receive = |row: Row| {
+            let issue = Issue::new(attempt().token, &context, now);
+            let compact = text(&issue.token.compact);
+            let take_over = TakeOver { issue, old: Some(Old::Replaced(old.clone())) };
+            let row = Value::BulkString(codec::seal(&key, &device, &row));
+            let mut replies: Vec<Reply> = (0..6).map(|_| Ok(Value::Int(1))).collect();
+            replies.extend([compact, Ok(row), Ok(Value::Nil)]);
+            Box::new(take_over).receive(&context, replies)
+        };
+        let killed = Row { bound: Bound { t: 50, c: 50 }, ..Row::default() };
+        let Next::Trip(again) = receive(killed.clone()) else { panic!("it was born dead") };
+        let mut commands = Commands::default();
+        again.send(&context.layout, now, &mut commands);
+        let later = Issue::new(attempt().token, &context, now).dated(51, &context).token.compact;
+        let row = Value::BulkString(codec::seal(&key, &device, &killed));
+        let done = || Ok(Value::Int(1));
+        let mut replies: Vec<Reply> = (0..5).map(|_| done()).collect();
+        replies.extend([text(&later), done(), Ok(row), Ok(Value::Nil)]);
+        let Next::Done(Ok(Outcome::Issued { token, killed, .. })) =
+            again.receive(&context, replies)
+        else {
+            panic!("it is issued later")
+        };
+        assert_eq!((token.claims.iat, killed.map(|dead| dead.hash)), (51, Some(old.hash)));
+        let blocked = Row { block: Block { blocked: 1, lifted: 0 }, ..Row::default() };
+        let Next::Trip(removal) = receive(blocked) else { panic!("it is blocked") };
+        let answer = removal.receive(&context, (0..3).map(|_| done()).collect());
+        assert!(matches!(answer, Next::Done(Ok(Outcome::Blocked))));
     }
 
     /// Between the take-over and the look at the token another instance carried its mark over ours,

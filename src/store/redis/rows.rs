@@ -90,7 +90,7 @@ pub(super) enum Then {
         /// See [`Told`].
         was_lost: bool,
     },
-    Replace(Issue),
+    Replace(Box<Issue>),
 }
 
 /// A kill under way.
@@ -128,7 +128,7 @@ impl Killing {
         let dead = self.dead().cloned();
         let Killing { kill, then, now, told, .. } = self;
         match then {
-            Then::Replace(issue) => replaced(issue, dead, now, replies),
+            Then::Replace(issue) => replaced(*issue, dead, now, replies),
             Then::Kill => Next::done(Outcome::Killed { dead: killed(dead, replies)?, told }),
             Then::Tell { was_lost } => {
                 let told = Told { row: kill.row, dead: killed(dead, replies)?, was_lost };
