@@ -516,6 +516,30 @@ fn a_clone_and_a_new_machine_learn_everything() {
     agree(&[&origin, &clone, &new], &[("a", "revoked"), ("b", "active"), ("c", "active")]);
 }
 
+/// Others fill the Redis to the last byte: nothing waits, and all is shared when there is room.
+#[test]
+fn a_redis_that_is_full_is_no_end_of_sharing() {
+    let redis = Redis::start(&["--maxmemory-policy", "noeviction"]);
+    let all: [Service; 2] = instances(&redis.url(), &[]);
+    let [d, e] = ["d", "e"].map(Device::new);
+    let serial = enrol(&all[0], &d);
+    soon("d", &[&all[1]], |service| status(service, "d").is_some());
+    redis.cli(&["CONFIG", "SET", "maxmemory", "1"]);
+    assert_eq!(revoke(&all[0], &d).status, 200);
+    enrol(&all[0], &e);
+    within(Duration::from_secs(5), "it is noticed", &[&all[0]], |s| record(s)["shared"] == false);
+    assert_eq!(status(&all[0], "d").as_deref(), Some("revoked"));
+    redis.cli(&["CONFIG", "SET", "maxmemory", "0"]);
+    let every = [&all[0], &all[1]];
+    within(Duration::from_secs(10), "it is shared again", &every, |service| {
+        record(service)["shared"] == true && listed(service).contains(&serial)
+    });
+    agree(&every, &[("d", "revoked"), ("e", "active")]);
+    let log = all[0].log();
+    assert_eq!(log.matches("the record is not shared through Redis").count(), 1, "{log}");
+    assert_eq!(log.matches("the record is shared through Redis again").count(), 1, "{log}");
+}
+
 /// A Redis that the record would fill: tokens go on, and so do revocations.
 #[test]
 fn a_redis_that_is_nearly_full_takes_no_certificate() {
