@@ -124,7 +124,9 @@ fn a_device_from_its_registration_to_its_end() {
     let line = browser.text("#line");
     dir.file("secret", &secret);
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/enroll.sh");
+    assert!(line.contains("--url http://GATEWAY:"), "{line}");
     let line = line.replace("enroll.sh", script).replace("/etc/mqtt", "device");
+    let line = line.replace("GATEWAY", "127.0.0.1");
     let ran = Command::new("sh").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
     assert!(ran.status.success(), "{line}: {}", String::from_utf8_lossy(&ran.stderr));
     browser.evaluate("document.querySelector('#secret button').click()");

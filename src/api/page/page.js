@@ -197,7 +197,9 @@ $('new').onsubmit = async (event) => {
         const answer = await ask('api/v1/devices/' + encodeURIComponent(id), 'PUT', body);
         $('text').textContent = answer.enrolment_secret;
         draw($('qr'), answer.enrolment_secret);
-        $('line').textContent = 'enroll.sh --url ' + location.origin + ' --device-id ' + id
+        // On the gateway itself its own name is not the one by which devices know it.
+        const own = /^(localhost|127\..*|\[::1\])$/;
+        $('line').textContent = 'enroll.sh --url ' + location.origin.replace(location.hostname, (host) => (own.test(host) ? 'GATEWAY' : host)) + ' --device-id ' + id
             + ' --dir /etc/mqtt --ca-fingerprint ' + ca + ' --secret-file secret';
         show('new', false);
         show('secret', true);
