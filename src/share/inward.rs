@@ -41,9 +41,14 @@ impl<E: Exchange> Thread<E> {
         }
     }
 
-    /// Somebody waits for what others have of a device.
-    pub(super) fn answer(&mut self, keys: &Keys) -> Result<(), StoreError> {
-        let asked = std::mem::take(&mut self.parts.sharing.lock().asked);
+    /// Who waits now, taken before anything is told: who asks later may have changed something that
+    /// was not told then.
+    pub(super) fn asked(&self) -> Vec<Asked> {
+        std::mem::take(&mut self.parts.sharing.lock().asked)
+    }
+
+    /// These wait for what others have of a device.
+    pub(super) fn answer(&mut self, keys: &Keys, asked: Vec<Asked>) -> Result<(), StoreError> {
         if asked.is_empty() {
             return Ok(());
         }

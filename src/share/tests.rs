@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::ControlFlow;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::codec::{Keys, Value};
 use super::exchange::{Changes, Exchange, Name, News, Place, Swap};
 use super::thread::{Parts, Thread};
-use super::{Mode, Sharing};
+use super::{Asked, Mode, Sharing};
 use crate::ca::Ca;
 use crate::ca::csr::Csr;
 use crate::ca::publisher::Publisher;
@@ -161,15 +162,18 @@ impl Exchange for Line {
     }
 }
 
-/// The tokens whose leases were freed.
+/// The tokens whose leases were freed, and what happens while one is.
 #[derive(Default)]
-struct Freed(Mutex<Vec<TokenHash>>);
+struct Freed(Mutex<Vec<TokenHash>>, Mutex<Option<Box<dyn FnOnce() + Send>>>);
 
 impl TokenStore for Freed {
     fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
         let free = |op: &Op| {
             let Op::Finish(token) = op else { return Err(StoreError::Undecided) };
             self.0.lock().unwrap().push(token.hash);
+            if let Some(meanwhile) = self.1.lock().unwrap().take() {
+                meanwhile();
+            }
             Ok(Outcome::Done)
         };
         ops.iter().map(free).collect()
@@ -514,6 +518,30 @@ fn a_lease_stays_until_its_certificate_is_shared() {
             assert!(steps > 3, "it was cut nowhere");
             return;
         }
+    }
+}
+
+/// Who asks whether all is told is not answered for what was changed after it was told.
+#[test]
+fn what_is_revoked_while_leases_are_freed_is_told_before_it_is_answered() {
+    let mut world = World::new(1, 1);
+    world.all[0].attempt();
+    let (serial, _) = world.sign(0, DeviceId::parse("d").unwrap());
+    let (answer, answered) = sync_channel(1);
+    let Parts { publisher, sharing, .. } = &world.all[0].thread.parts;
+    let (publisher, sharing) = (publisher.clone(), sharing.clone());
+    let revoke = move || {
+        let revoked =
+            publisher.ca().record().revoke_these(&[serial], Reason::Unspecified, clock::now());
+        assert_eq!(revoked.unwrap(), [serial]);
+        sharing.lock().asked.push(Asked { devices: Vec::new(), answer });
+    };
+    *world.all[0].freed.1.lock().unwrap() = Some(Box::new(revoke));
+    let place = world.all[0].keys().place(&Name::Revocation(serial));
+    for is_told in [false, true] {
+        world.all[0].attempt();
+        assert_eq!(world.server.lock().unwrap().data.values.contains_key(&place), is_told);
+        assert_eq!(answered.try_recv().is_ok(), is_told);
     }
 }
 

@@ -135,8 +135,9 @@ impl<E: Exchange> Thread<E> {
         if !self.progress.compared || now.mono_ms >= self.progress.compare_ms {
             self.compare_all(keys, now)?;
         }
+        let asked = self.asked();
         self.send(keys)?;
-        self.answer(keys)?;
+        self.answer(keys, asked)?;
         self.read(keys)
     }
 

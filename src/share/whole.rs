@@ -24,9 +24,10 @@ impl<E: Exchange> Thread<E> {
         if self.parts.shares_record {
             let buckets: Vec<u8> = SERIAL_BUCKETS.collect();
             for buckets in buckets.chunks(BUCKETS) {
+                let asked = self.asked();
                 self.compare_certificates(keys, buckets)?;
                 self.compare_revocations(keys, buckets)?;
-                self.answer(keys)?;
+                self.answer(keys, asked)?;
             }
         }
         self.compare_rows(keys, now)?;
