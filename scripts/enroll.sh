@@ -129,13 +129,6 @@ case $authority in
 esac
 [ -z "$key_file" ] || [ -z "$secret_file" ] || fail $USAGE "--api-key-file and --secret-file exclude each other"
 key='' credential=$key_file$secret_file
-if [ -n "$credential" ]; then
-    [ -r "$credential" ] || fail $LOCAL "cannot read $credential"
-    # Its first line, without what the editors of other systems leave: CR, blanks, a byte order mark.
-    key=$(head -n 1 "$credential" | tr -d '\r\t ')
-    key=${key#"$(printf '\357\273\277')"}
-    case $key in '' | *[!!-~]*) fail $LOCAL "the first line of $credential is no key: visible ASCII is" ;; esac
-fi
 [ -z "$server_ca" ] || [ -r "$server_ca" ] || fail $LOCAL "cannot read $server_ca"
 
 # --- tools
@@ -631,6 +624,16 @@ check_clock() {
 
 # --- the work
 
+# Reads the key or secret when it is needed: who has a certificate may have removed a secret that is used.
+read_credential() {
+    [ -n "$credential" ] || return 0
+    [ -r "$credential" ] || fail $LOCAL "cannot read $credential"
+    # Its first line, without what the editors of other systems leave: CR, blanks, a byte order mark.
+    key=$(head -n 1 "$credential" | tr -d '\r\t ')
+    key=${key#"$(printf '\357\273\277')"}
+    case $key in '' | *[!!-~]*) fail $LOCAL "the first line of $credential is no key: visible ASCII is" ;; esac
+}
+
 # Ends the run if the service has refused for good.
 refused() {
     case $status in
@@ -739,9 +742,15 @@ if [ -n "$ca" ] && goes_with "$dir/device.crt" "$dir/device.key" && is_ours "$di
     fi
     state=due
 fi
+renews=''
+[ $state != due ] || [ $scheme != https ] || renews=yes
+[ -n "$renews" ] || read_credential
 [ "$splay" -eq 0 ] || sleep "$(random $((splay + 1)))" 9<&-
 trust
 [ -d "$dir" ] || (umask 022 && mkdir -p "$dir" && chmod 700 "$dir") || fail $LOCAL "cannot make $dir"
 lock
-if [ $state = due ] && [ $scheme = https ]; then renew; fi
+if [ -n "$renews" ]; then
+    renew
+    read_credential
+fi
 enroll

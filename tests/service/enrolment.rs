@@ -587,6 +587,12 @@ fn a_device_enrols_by_the_script_with_its_secret() {
     std::fs::write(&secret, register(&service, "d") + "\n").unwrap();
     device.must_enroll(&["--secret-file", &secret]);
     assert_eq!(state(&service, "d"), ("active".into(), "spent".into()));
+    let gone = device.outside().join("gone").display().to_string();
+    device.must_enroll(&["--secret-file", &gone]);
+    let without = enroll::Device::new("e", "http://127.0.0.1:1").in_folder("without");
+    let unread = without.enroll(&["--secret-file", &gone]);
+    assert_eq!(unread.code, Some(1), "before anything is asked: {}", unread.said);
+    assert!(unread.said.contains("cannot read"), "{}", unread.said);
     let again = enroll::Device::new("d", &format!("http://127.0.0.1:{}", service.port()))
         .in_folder("again");
     let refused = again.enroll(&["--secret-file", &secret]);
