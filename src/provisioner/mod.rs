@@ -305,6 +305,9 @@ impl Provisioner {
         if status.full {
             reasons.push(StoreError::Full.to_string());
         }
+        if status.lacks_replicas {
+            reasons.push(StoreError::Unsafe.to_string());
+        }
         if let Some(away) = status.away.filter(|_| status.redis_required) {
             reasons.push(format!("Redis is away: {}", away.why));
         }

@@ -202,6 +202,8 @@ pub enum StoreError {
     Failed(String),
     /// The store cannot decide now; the caller may ask again later.
     Undecided,
+    /// Fewer replicas have a mark than are to have it.
+    Unsafe,
     /// No room for another token.
     Full,
     /// No room for another token of this subscriber.
@@ -250,6 +252,9 @@ impl fmt::Display for StoreError {
         match self {
             StoreError::Down(Down { why, .. }) | StoreError::Failed(why) => f.write_str(why),
             StoreError::Undecided => f.write_str("cannot be decided now"),
+            StoreError::Unsafe => {
+                f.write_str("fewer replicas than REDIS_WAIT_REPLICAS have a redemption's mark")
+            }
             StoreError::Full => f.write_str("the token store is full"),
             StoreError::ShareFull => {
                 f.write_str("the client's share of MEMORY_MAX_TOKENS is used up")
@@ -290,6 +295,8 @@ pub struct Status {
     pub foreign_ca: bool,
     /// The store that serves has no room for another token.
     pub full: bool,
+    /// Fewer replicas than are to have it had the mark of the latest redemption.
+    pub lacks_replicas: bool,
     /// How often Redis was lost, or its connection doubted.
     pub losses: u64,
     /// Since when the store that serves does, by `Now::mono_ms`; `None` where there is no other.

@@ -33,9 +33,20 @@ fn a_redemption_waits_for_the_replica() {
     let answer = redeem(&service, &first, &d);
     check_error(&answer, 503, "SERVICE_UNAVAILABLE", "the master alone has the mark");
     assert!(!master.exists(&mark_key(&first)), "it is withdrawn");
+    let ready = service.http.get("/ready");
+    assert!(
+        ready.status == 503 && ready.text().contains("REDIS_WAIT_REPLICAS"),
+        "{}",
+        ready.text()
+    );
+    check_error(&redeem(&service, &first, &d), 503, "SERVICE_UNAVAILABLE", "still");
+    let log = service.log();
+    assert_eq!(log.matches("nothing is redeemed until they do").count(), 1, "{log}");
+    assert!(!log.contains("ERROR"), "{log}");
     assert_eq!(redeem(&hasty, &second, &e).status, 200, "by default nobody waits");
     drop(stopped);
     assert_eq!(redeem_patiently(&service, &first, &d).status, 200, "{}", service.log());
+    assert_eq!(service.http.get("/ready").status, 200);
     refused_as_used(&[&service], &first, &d);
 }
 

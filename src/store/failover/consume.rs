@@ -85,11 +85,11 @@ impl Failover {
                 state.follow_ups.withdraw(token, serial);
                 Err(StoreError::Undecided)
             }
-            Err(StoreError::Failed(why)) => {
+            Err(error @ (StoreError::Failed(_) | StoreError::Unsafe)) => {
                 // Not what Redis answers, but the mark may stand.
                 self.ledger.release(hash, serial);
                 state.follow_ups.withdraw(token, serial);
-                Err(StoreError::Failed(why))
+                Err(error)
             }
             Ok(Outcome::Unknown { lossless_run }) => {
                 self.ledger.release(hash, serial);

@@ -321,6 +321,7 @@ impl TokenStore for Failover {
             away: state.away.clone(),
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
+            lacks_replicas: redis_serves && remote.lacks_replicas,
             losses: state.epoch,
             since_ms: Some(state.since_ms),
             round_trip: if redis_serves { remote.round_trip } else { Duration::ZERO },

@@ -47,7 +47,7 @@ use super::layout::Layout;
 use super::name::Whose;
 use super::reply::{Info, Replies, Reply, maybe_done, unexpected};
 use super::rows::{Killing, LookAgain, LookOnce, Then};
-use crate::clock::Now;
+use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::devices::Row;
 use crate::jwt::{Claims, MAX_LIFETIME_S, Signer, Token, TokenHash};
@@ -62,6 +62,8 @@ use crate::store::{
 const MARKED_LONG_MS: u64 = 30_000;
 /// Entries of the set of live tokens are kept this long after their end.
 const PRUNE_AFTER_MS: u64 = 3_600_000;
+/// For so long after the latest redemption that replicas have missed there are too few of them.
+const LACKING_MS: u64 = 10_000;
 
 /// What a flow knows besides its own operation.
 #[derive(Debug)]
@@ -75,6 +77,7 @@ pub(super) struct Context {
     /// `REDIS_TIMEOUT_MS`: an issue that is still under way is not older than twice this.
     pub patience_ms: u64,
     pub clock: RedisClock,
+    pub replicas: Replicas,
     /// Members of the set of live tokens that have ended long ago and are removed next.
     pub ended: Mutex<Vec<String>>,
 }
@@ -105,6 +108,35 @@ impl RedisClock {
     }
 }
 
+/// Whether enough replicas have what they must have.
+#[derive(Debug, Default)]
+pub(super) struct Replicas {
+    /// When there were last too few, by [`Now::mono_ms`]; 0 once there were enough.
+    lacked_ms: AtomicU64,
+}
+
+impl Replicas {
+    /// There were enough, or too few.
+    fn note(&self, are_enough: bool, now: Now) {
+        let lacked_ms = if are_enough { 0 } else { now.mono_ms.max(1) };
+        let before_ms = self.lacked_ms.swap(lacked_ms, Ordering::Relaxed);
+        match (before_ms == 0, are_enough) {
+            (true, false) => {
+                log::warn!("{}: nothing is redeemed until they do", StoreError::Unsafe)
+            }
+            (false, true) => log::info!("enough replicas have what is redeemed again"),
+            _ => {}
+        }
+    }
+
+    /// Only a redemption finds out that there are enough, and an instance that is not ready may be sent
+    /// none: so after a while it is worth another try.
+    pub fn are_lacking(&self, now: Now) -> bool {
+        let lacked_ms = self.lacked_ms.load(Ordering::Relaxed);
+        lacked_ms > 0 && now.mono_ms.saturating_sub(lacked_ms) < LACKING_MS
+    }
+}
+
 impl Context {
     pub fn new(
         layout: Layout,
@@ -112,8 +144,16 @@ impl Context {
         rows: Option<Arc<dyn Rows>>,
         patience_ms: u64,
     ) -> Self {
-        let (clock, ended) = (RedisClock::default(), Mutex::default());
-        Context { layout, signer, mac_key: OnceLock::new(), rows, patience_ms, clock, ended }
+        Context {
+            layout,
+            signer,
+            mac_key: OnceLock::new(),
+            rows,
+            patience_ms,
+            clock: RedisClock::default(),
+            replicas: Replicas::default(),
+            ended: Mutex::default(),
+        }
     }
 
     /// The claims of a token found in Redis; of one that is not ours, the little that is known.
@@ -519,11 +559,7 @@ impl Consume {
             Fate::Blocked => Next::trip(Withdraw { hash, serial, then: Ok(Outcome::Blocked) }),
             Fate::Dead => Next::trip(Withdraw { hash, serial, then: Ok(Outcome::AlreadyUsed) }),
             Fate::Missing => Next::trip(Missing { hash, serial }),
-            Fate::Unsafe => {
-                let why = "fewer replicas than REDIS_WAIT_REPLICAS have the mark";
-                let then = Err(StoreError::Failed(why.to_owned()));
-                Next::trip(Withdraw { hash, serial, then })
-            }
+            Fate::Unsafe => Next::trip(Withdraw { hash, serial, then: Err(StoreError::Unsafe) }),
         }
     }
 }
@@ -573,6 +609,9 @@ fn judgement(
             (false, true) => Fate::Live(Box::new(row)),
             (false, false) => Fate::Missing,
         };
+        if wanted > 0 && (is_safe || matches!(fate, Fate::Unsafe)) {
+            context.replicas.note(is_safe, clock::now());
+        }
         Ok((fate, replies.text()?))
     };
     judge().map_err(|error| maybe_done(error, maybe_marked))

@@ -243,6 +243,7 @@ impl Remote for RedisStore {
         Status {
             redis_enabled: true,
             redis_serves: self.pool.is_open(),
+            lacks_replicas: self.context.replicas.are_lacking(clock::now()),
             round_trip: Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed)),
             clock_is_ahead_ms: self.context.clock.ours_is_ahead_ms(clock::now()),
             ..Status::default()
