@@ -110,7 +110,7 @@ pub(super) fn revoke_one(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan,
     let serial = Serial::from_hex(asked.serial).ok_or(Code::CertificateNotFound)?;
     let name = percent_decode_str(asked.name).decode_utf8_lossy();
     let reason = reason(asked)?;
-    let shared = api.provisioner.revoke_one(&name, &serial, reason, asked.request.client, now)?;
+    let shared = api.provisioner.revoke_one(&name, &serial, reason, &asked.by(), now)?;
     let mut json = Json::new();
     json.field("success", true)
         .field("message", "Certificate revoked successfully")

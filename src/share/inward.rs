@@ -54,8 +54,9 @@ impl<E: Exchange> Thread<E> {
         }
         if self.parts.shares_record {
             let devices = asked.iter().flat_map(|asked| asked.devices.clone());
-            let holders = self.parts.exchange.holders(&devices.collect::<Vec<_>>())?;
-            self.take_in_unknown(keys, &holders)?;
+            let mut serials = self.parts.exchange.holders(&devices.collect::<Vec<_>>())?;
+            serials.extend(asked.iter().filter_map(|asked| asked.serial));
+            self.take_in_unknown(keys, &serials)?;
         }
         for Asked { answer, .. } in asked {
             // Who has waited too long does not listen any more.

@@ -89,10 +89,11 @@ struct State {
     ended: u64,
 }
 
-/// Somebody waits for what others have of a device.
+/// Somebody waits for what others have of devices, or for a certificate of theirs.
 #[derive(Debug)]
 struct Asked {
     devices: Vec<DeviceId>,
+    serial: Option<Serial>,
     answer: SyncSender<()>,
 }
 
@@ -125,13 +126,22 @@ impl Sharing {
     /// Waits until all that was changed here is told, and the record knows the newest certificate of
     /// each of these devices, whoever has signed it. `false` if there is nobody to ask.
     pub fn look_up(&self, devices: &[DeviceId]) -> bool {
+        self.ask(devices, None)
+    }
+
+    /// The same, for one certificate.
+    pub fn look_up_one(&self, serial: Serial) -> bool {
+        self.ask(&[], Some(serial))
+    }
+
+    fn ask(&self, devices: &[DeviceId], serial: Option<Serial>) -> bool {
         let (answer, answered) = sync_channel(1);
         {
             let mut state = self.lock();
             if state.mode == Mode::Alone || state.trouble.is_some() {
                 return false;
             }
-            state.asked.push(Asked { devices: devices.to_vec(), answer });
+            state.asked.push(Asked { devices: devices.to_vec(), serial, answer });
             state.woken = true;
             self.changed.notify_all();
         }

@@ -534,7 +534,7 @@ fn what_is_revoked_while_leases_are_freed_is_told_before_it_is_answered() {
         let revoked =
             publisher.ca().record().revoke_these(&[serial], Reason::Unspecified, clock::now());
         assert_eq!(revoked.unwrap(), [serial]);
-        sharing.lock().asked.push(Asked { devices: Vec::new(), answer });
+        sharing.lock().asked.push(Asked { devices: Vec::new(), serial: None, answer });
     };
     *world.all[0].freed.1.lock().unwrap() = Some(Box::new(revoke));
     let place = world.all[0].keys().place(&Name::Revocation(serial));
@@ -543,6 +543,21 @@ fn what_is_revoked_while_leases_are_freed_is_told_before_it_is_answered() {
         assert_eq!(world.server.lock().unwrap().data.values.contains_key(&place), is_told);
         assert_eq!(answered.try_recv().is_ok(), is_told);
     }
+}
+
+/// Also where nothing was read since, and its device has a newer one.
+#[test]
+fn a_certificate_is_known_when_it_was_asked_for() {
+    let mut world = World::new(2, 1);
+    world.heal();
+    let [(serial, _), _] = [(); 2].map(|()| world.sign(0, DeviceId::parse("d").unwrap()));
+    world.all[0].attempt();
+    let (answer, answered) = sync_channel(1);
+    let other = &mut world.all[1];
+    assert_eq!(other.record().by_serial(&serial), None);
+    let asked = Asked { devices: Vec::new(), serial: Some(serial), answer };
+    other.thread.answer(&other.keys(), vec![asked]).unwrap();
+    assert!(other.record().by_serial(&serial).is_some() && answered.try_recv().is_ok());
 }
 
 /// Tokens go on: nobody waits for a server that takes nothing.

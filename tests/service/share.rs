@@ -446,6 +446,33 @@ fn share_record_must_be_the_same_everywhere() {
     assert_eq!(record(&two)["shared"], false);
 }
 
+/// What is signed while an instance is cut off is not there for it only when Redis has said so.
+#[test]
+fn a_certificate_that_only_others_know_is_asked_for_before_it_is_not_found() {
+    let redis = Redis::start(&[]);
+    let (all, proxies) = behind_proxies::<2>(&redis);
+    let d = Device::new("d");
+    cut_off(&all[1], &proxies[1]);
+    let serial = enrol(&all[0], &d);
+    let bearer = format!("Bearer {ADMIN_KEY}");
+    let path = format!("/api/v1/devices/d/certificates/{serial}");
+    let delete =
+        |path: &str| all[1].http.request("DELETE", path, &[("Authorization", &bearer)], b"");
+    check_error(&delete(&path), 503, "SERVICE_UNAVAILABLE", "nobody can be asked");
+    reconnect(&all[1], &proxies[1]);
+    soon("revoked", &[&all[1]], |_| {
+        let status = delete(&path).status;
+        assert!(matches!(status, 200 | 503), "{status}");
+        status == 200
+    });
+    all[1].wait_for_log(&format!(
+        "certificate {} of d revoked: unspecified, by admin, from ",
+        serial.to_lowercase()
+    ));
+    let none = format!("/api/v1/devices/d/certificates/{}", "41".repeat(16));
+    check_error(&delete(&none), 404, "CERTIFICATE_NOT_FOUND", "nobody has it");
+}
+
 /// It is in the record of the instance beside which it was signed only, but in every list.
 #[test]
 fn a_servers_certificate_that_is_revoked_stands_in_every_list() {
