@@ -275,18 +275,24 @@ impl Provisioner {
         let device = |used: &Used| used.token.claims.device_id.clone();
         let spent: Vec<(DeviceId, Row)> =
             used.iter().filter_map(|used| Some((device(used), used.spends.clone()?))).collect();
-        if let Err(error) = self.devices.enter(spent.clone(), true, now) {
+        let entered = self.devices.enter(spent.clone(), true, now);
+        if let Err(error) = &entered {
             log::error!("registrations that were used are not marked so on disk: {error}");
         }
-        for (device, _) in &spent {
-            self.spending.lock().remove(device);
+        for (device, row) in spent {
+            match entered {
+                Ok(()) => self.spending.lock().remove(&device),
+                Err(_) => self.spending.lock().insert(device, Some(row)),
+            };
         }
         for Used { token, serial, spends } in used {
             let device = token.claims.device_id.clone();
-            // Where others are told of the record, they are told of the row before the lease goes.
-            let Some(token) = self.sharing.free_when_shared(serial, token) else { continue };
-            follow_up.after.extend(spends.map(|row| Op::Tell(device, row)));
-            follow_up.after.push(Op::Finish(token));
+            // Where others are told of the record, they are told of the row before the lease goes, if
+            // that is on disk.
+            let token = self.sharing.free_when_shared(serial, token);
+            let told_here = spends.filter(|_| token.is_some() || entered.is_err());
+            follow_up.after.extend(told_here.map(|row| Op::Tell(device, row)));
+            follow_up.after.extend(token.map(Op::Finish));
         }
     }
 
@@ -410,11 +416,26 @@ impl Provisioner {
             if !self.may_reenroll() && entries.has_active(device, now) {
                 return Err(Code::DeviceHasActiveCertificate);
             }
-        } else if !self.spending.lock().insert(device.clone()) {
+        } else if !self.begin_spending(device, now) {
             redeem.spends = None;
             return Err(Code::ServiceUnavailable);
         }
         Ok(())
+    }
+
+    /// Whether nobody else uses the registration. What could not be written of an earlier one is tried
+    /// again.
+    fn begin_spending(&self, device: &DeviceId, now: Now) -> bool {
+        let mut spending = self.spending.lock();
+        let Some(begun) = spending.get(device) else {
+            spending.insert(device.clone(), None);
+            return true;
+        };
+        let unwritten = begun.clone().map(|row| vec![(device.clone(), row)]);
+        if unwritten.is_some_and(|rows| self.devices.enter(rows, true, now).is_ok()) {
+            spending.remove(device);
+        }
+        false
     }
 
     /// It may have been revoked since it was shown; not any more while the record is locked.
@@ -713,7 +734,7 @@ mod tests {
     use crate::ca::record::Reason;
     use crate::config;
     use crate::devices::Instance;
-    use crate::devices::enrol::Shown;
+    use crate::devices::enrol::{Maker, Shown};
     use crate::devices::table::Devices;
     use crate::files::test_dir::TestDir;
     use crate::jwt::{Signer, TokenHash};
@@ -801,6 +822,16 @@ mod tests {
         provisioner.plan_issue(asked, now).unwrap()
     }
 
+    fn plan_redeem(provisioner: &Provisioner, token: Token, now: Now) -> Job {
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "d");
+        let key = rcgen::KeyPair::generate().unwrap();
+        let csr = params.serialize_request(&key).unwrap().pem().unwrap();
+        let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        provisioner.plan_redeem(token, &csr, None, None, client, now).unwrap()
+    }
+
     #[test]
     fn only_certificates_wait_for_the_disk() {
         let dir = TestDir::new();
@@ -843,18 +874,40 @@ mod tests {
         let provisioner = provisioner(&dir, Arc::clone(&store), now);
         let device = DeviceId::parse("d").unwrap();
         let token = provisioner.token(device.clone(), [1; 16], now);
-        let mut params = rcgen::CertificateParams::default();
-        params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(rcgen::DnType::CommonName, "d");
-        let key = rcgen::KeyPair::generate().unwrap();
-        let csr = params.serialize_request(&key).unwrap().pem().unwrap();
-        let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let job = provisioner.plan_redeem(token.clone(), &csr, None, None, client, now).unwrap();
+        let job = plan_redeem(&provisioner, token.clone(), now);
         let bound = crate::devices::Bound { t: token.claims.iat, c: 0 };
         provisioner.devices.raise(&device, bound, now).unwrap();
         let done = provisioner.run(vec![job], now).done.remove(0);
         assert_eq!(done.map_err(|problem| problem.code).unwrap_err(), Code::TokenAlreadyUsed);
         assert_eq!(*store.given_back.lock().unwrap(), [token.hash]);
+    }
+
+    #[test]
+    fn a_registration_whose_use_cannot_be_written_is_used_up_all_the_same() {
+        let (dir, now) = (TestDir::new(), clock::now());
+        let mut provisioner = provisioner(&dir, Arc::default(), now);
+        provisioner.rules.registered_only = true;
+        let device = DeviceId::parse("d").unwrap();
+        let edit = Edit { register: Some(None), ..Edit::default() };
+        let maker = Maker { name: None, instance: Instance([1; 16]), now };
+        let registered = Row::default().edited(&edit, &maker).unwrap();
+        provisioner.devices.enter(vec![(device.clone(), registered)], true, now).unwrap();
+        let redeem = |nonce: u8| {
+            let token = provisioner.token(device.clone(), [nonce; 16], now);
+            let mut batch = provisioner.run(vec![plan_redeem(&provisioner, token, now)], now);
+            let code = batch.done.remove(0).map(drop).map_err(|problem| problem.code);
+            (code, batch.after.iter().any(|op| matches!(op, Op::Tell(..))))
+        };
+        let (file, kept) = (dir.join("devices.txt"), dir.join("kept"));
+        std::fs::rename(&file, &kept).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        assert_eq!(redeem(1), (Ok(()), true));
+        assert_eq!(redeem(2), (Err(Code::ServiceUnavailable), false));
+        std::fs::remove_dir(&file).unwrap();
+        std::fs::rename(&kept, &file).unwrap();
+        assert_eq!(redeem(3), (Err(Code::ServiceUnavailable), false), "it is written now");
+        assert!(provisioner.spending.lock().is_empty());
+        assert_eq!(provisioner.devices.row(&device).stage(now.unix_s()), Stage::Spent);
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod plan;
 mod prepare;
 mod revoke_one;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -59,13 +59,14 @@ pub struct Provisioner {
     pub spending: Spending,
 }
 
-/// Devices whose registration is being used for a certificate that is not recorded yet.
+/// Devices whose registration is being used for a certificate that is not recorded yet; or that is,
+/// but what it has used up could not be written.
 #[derive(Debug, Default)]
-pub struct Spending(Mutex<BTreeSet<DeviceId>>);
+pub struct Spending(Mutex<BTreeMap<DeviceId, Option<Row>>>);
 
 impl Spending {
     /// Locks, also after a panic elsewhere: every critical section leaves the set whole.
-    fn lock(&self) -> MutexGuard<'_, BTreeSet<DeviceId>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<DeviceId, Option<Row>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
