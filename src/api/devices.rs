@@ -421,13 +421,14 @@ fn page(
     now: Now,
 ) -> (Vec<Listed>, Option<DeviceId>) {
     let filtered = filter.state.is_some() || filter.ends_before.is_some();
-    let most = if filtered { LOOKED_AT } else { limit.saturating_add(1) };
+    // One more than is looked at tells whether there is more.
+    let most = if filtered { LOOKED_AT } else { limit }.saturating_add(1);
     let rows = api.provisioner.devices.listed_after(after, prefix, most);
     let newest = api.provisioner.ca().record().newest_after(after, prefix, most);
     let all = Merged { rows: rows.into_iter().peekable(), newest: newest.into_iter().peekable() };
     let (mut found, mut last) = (Vec::new(), None);
     for (looked_at, listed) in all.enumerate() {
-        if looked_at == LOOKED_AT || looked_at == most || found.len() == limit {
+        if looked_at == LOOKED_AT || found.len() == limit {
             return (found, last);
         }
         last = Some(listed.device.clone());

@@ -446,6 +446,28 @@ fn many_are_registered_at_once_or_none() {
 }
 
 #[test]
+fn a_filter_that_few_pass_goes_on_behind_the_first_ten_thousand() {
+    let service = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY).start();
+    let bearer = format!("Bearer {ADMIN_KEY}");
+    let headers = [("Content-Type", "text/csv"), ("Authorization", &*bearer)];
+    for from in [0, 5_000] {
+        let ids: String = (from..from + 5_000).map(|n| format!("d{n:05}\n")).collect();
+        let table = format!("device_id\n{ids}");
+        let answer = service.http.request("POST", "/api/v1/devices", &headers, table.as_bytes());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    let blocked = |after: &str| {
+        let path = format!("/api/v1/devices?state=blocked&after={after}");
+        let answer = admin(&service, "GET", &path, &Value::Null);
+        (answer.json()["devices"].as_array().unwrap().len(), answer.field("next"))
+    };
+    assert_eq!(blocked(""), (0, String::new()), "that were all");
+    put(&service, "z", json!({"blocked": true}));
+    assert_eq!(blocked(""), (0, "d09999".to_owned()));
+    assert_eq!(blocked("d09999"), (1, String::new()));
+}
+
+#[test]
 fn the_list_is_paged_filtered_and_runs_in_no_spreadsheet() {
     let service = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY).start();
     for device in ["-1", "b-1", "b-2"] {
