@@ -133,7 +133,9 @@ impl<E: Exchange> Thread<E> {
             self.connect(keys)?;
         }
         if !self.progress.compared || now.mono_ms >= self.progress.compare_ms {
-            self.compare_all(keys, now)?;
+            // News that overflow meanwhile take it back.
+            self.progress.compared = true;
+            self.compare_all(keys, now).inspect_err(|_| self.progress.compared = false)?;
         }
         let asked = self.asked();
         self.send(keys)?;

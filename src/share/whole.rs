@@ -34,7 +34,6 @@ impl<E: Exchange> Thread<E> {
         self.announce_recent(now);
         let progress = &mut self.progress;
         progress.cursor = cursor;
-        progress.compared = true;
         progress.compare_ms = now.mono_ms + DAY_S * 1000;
         Ok(())
     }
