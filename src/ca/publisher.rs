@@ -40,6 +40,8 @@ pub struct Publisher {
     /// Without one the record keeps all.
     retention: Option<Retention>,
     metrics: Arc<Metrics>,
+    /// Held until it is noted whether the last list was written: in the order of the lists.
+    publishing: Mutex<()>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -74,7 +76,8 @@ impl Publisher {
     /// A publisher that runs `hook` after each new list.
     pub fn new(ca: Arc<Ca>, hook: Option<PathBuf>, metrics: Arc<Metrics>) -> Self {
         let (state, changed) = (Mutex::default(), Condvar::new());
-        Publisher { ca, hook, retention: None, metrics, state, changed }
+        let publishing = Mutex::default();
+        Publisher { ca, hook, retention: None, metrics, publishing, state, changed }
     }
 
     /// What ended long ago is forgotten.
@@ -98,6 +101,7 @@ impl Publisher {
     /// # Errors
     /// As [`Ca::publish_crl`]. It is then tried again without being asked.
     pub fn publish(&self, now: Now) -> Result<Arc<Crl>, CaError> {
+        let _alone = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
         let published = self.ca.publish_crl(now);
         let mut state = self.lock();
         match &published {
