@@ -14,7 +14,7 @@ use rustls::sign::CertifiedKey;
 use crate::ca::issuer::Issuer;
 use crate::ca::server::{self, Server};
 use crate::ca::{Ca, CaError};
-use crate::clock::{self, Now};
+use crate::clock::{self, DAY_S, Now};
 use crate::config::{Config, TlsFault, TlsFiles, certified_key};
 use crate::files;
 
@@ -27,8 +27,15 @@ pub struct Https {
     /// As in [`Http`](crate::config::Http).
     auto: Option<Vec<String>>,
     shown: Option<Arc<CertifiedKey>>,
-    /// Why it could not be renewed, when that was last tried.
-    trouble: Option<String>,
+    trouble: Option<Trouble>,
+}
+
+/// It could not be renewed when that was last tried.
+struct Trouble {
+    why: String,
+    /// Since when, and when it is to be tried again, by [`Now::mono_ms`].
+    since_ms: u64,
+    again_ms: u64,
 }
 
 /// What is to be done.
@@ -51,6 +58,7 @@ impl Https {
     pub fn take_up(&mut self, config: &Config) {
         (self.files, self.auto) = (config.http.tls.clone(), config.http.tls_auto.clone());
         self.shown.clone_from(&config.tls);
+        self.trouble = None;
         if let (Some(files), Some(_)) = (&self.files, &self.auto) {
             self.shown = load(files).unwrap_or_else(|why| {
                 log::warn!("what TLS=auto had made cannot be used, and is made anew: {why}");
@@ -69,6 +77,9 @@ impl Https {
         let Some(files) = self.files.clone() else { return false };
         let issuer = ca.issuer().filter(|_| ca.clock_is_plausible(now));
         let Some(issuer) = issuer else { return false };
+        if self.trouble.as_ref().is_some_and(|trouble| now.mono_ms < trouble.again_ms) {
+            return false;
+        }
         let Some(work) = self.due(&files, ca, &issuer, now) else { return false };
         let done = work.run(&issuer, &files, now).map_err(|e| e.to_string());
         match done.and_then(|()| load(&files)) {
@@ -78,10 +89,13 @@ impl Https {
                 true
             }
             Err(why) => {
-                if self.trouble.as_ref() != Some(&why) {
+                if self.trouble.as_ref().is_none_or(|trouble| trouble.why != why) {
                     log::error!("our TLS certificate cannot be renewed: {why}");
                 }
-                self.trouble = Some(why);
+                // Each try may leave a certificate in the record: after as long as it has failed for.
+                let since_ms = self.trouble.as_ref().map_or(now.mono_ms, |t| t.since_ms);
+                let pause_ms = now.mono_ms.saturating_sub(since_ms).min(DAY_S * 1000);
+                self.trouble = Some(Trouble { why, since_ms, again_ms: now.mono_ms + pause_ms });
                 false
             }
         }
@@ -193,6 +207,8 @@ fn ipv6_addresses(if_inet6: &str) -> impl Iterator<Item = IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config;
+    use crate::files::test_dir::TestDir;
 
     #[test]
     fn addresses_as_the_kernel_tells_them() {
@@ -209,6 +225,25 @@ mod tests {
              20010db8000000000000000000000008 02 40 00 00     eth0\nrubbish\n";
         let found: Vec<String> = ipv6_addresses(table).map(|a| a.to_string()).collect();
         assert_eq!(found, ["::1", "fd00::5", "2001:db8::8"]);
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_signed_ever_more_rarely() {
+        let (dir, now) = (TestDir::new(), clock::now());
+        let settings =
+            config::Ca { dir: dir.join("ca"), root_validity_years: 10, device_validity_days: 90 };
+        let ca = Ca::open(&settings, now).unwrap();
+        let files = TlsFiles { cert: dir.join("cert.pem"), key: dir.join("key.pem") };
+        fs::create_dir_all(files.cert.join("in the way")).unwrap();
+        let cert = files.cert.clone();
+        let auto = Some(vec!["localhost".to_owned()]);
+        let mut https = Https { files: Some(files), auto, shown: None, trouble: None };
+        let at = |minute: u64| Now { mono_ms: now.mono_ms + minute * 60_000, ..now };
+        assert!((0..=2880).all(|minute| !https.tend(&ca, at(minute))));
+        // After 0, 1, 2, 4, … 2048 minutes.
+        assert_eq!(fs::read_dir(dir.join("ca/certs")).unwrap().count(), 13);
+        fs::remove_dir_all(cert).unwrap();
+        assert!(!https.tend(&ca, at(2048 + 1439)) && https.tend(&ca, at(2048 + 1440)));
     }
 
     #[test]
