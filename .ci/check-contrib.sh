@@ -199,6 +199,7 @@ sed "s|=/etc/mqtt-publisher-lite/|=$work/etc/|" "$work/environment" >"$work/etc/
 for key in onboarding-api-key admin-api-key redis-password; do
     head -c 24 /dev/urandom | base64 >"$work/etc/$key"
 done
+echo "anna:$(head -c 24 /dev/urandom | base64)" >"$work/etc/admin-api-keys"
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=x \
     -keyout "$work/etc/server.key" -out "$work/etc/server.crt" 2>/dev/null
 for file in redis-ca.crt redis-client.crt; do cp "$work/etc/server.crt" "$work/etc/$file"; done
