@@ -102,6 +102,8 @@ fn a_device_from_its_registration_to_its_end() {
     browser.press("Enter");
     browser.wait_for("!document.querySelector('#list').hidden");
     assert_eq!(browser.text("#empty"), "No device fits.");
+    check_access(&mut browser);
+    keep(&mut browser, "page-none.png");
 
     browser.tab_to("#add");
     browser.press("Enter");
@@ -118,6 +120,7 @@ fn a_device_from_its_registration_to_its_end() {
     browser.picture(Some("#qr"), &picture);
     let read = Command::new("zbarimg").args(["-q", "--raw"]).arg(&picture).output().unwrap();
     assert_eq!(String::from_utf8(read.stdout).unwrap().trim(), secret, "the QR code");
+    check_access(&mut browser);
     keep(&mut browser, "page-secret.png");
 
     // What it shows is what a device runs.
@@ -138,6 +141,7 @@ fn a_device_from_its_registration_to_its_end() {
     browser.wait_for("document.querySelector('#device').open");
     assert!(browser.text("#facts").contains("<img src=x onerror=alert(1)>"), "it stays text");
     assert!(browser.text("#facts").contains("by admin"), "{}", browser.text("#facts"));
+    check_access(&mut browser);
     keep(&mut browser, "page-device.png");
 
     let act = |browser: &mut Browser, button: &str, state: &str| {
@@ -184,6 +188,8 @@ fn many_devices_on_a_small_screen() {
         browser.open(&format!("http://127.0.0.1:{}/", service.port()), width, dark);
         browser.evaluate(&format!("document.querySelector('#key').value = {KEY:?}, document.querySelector('#login').requestSubmit()"));
         browser.wait_for("document.querySelector('#rows').children.length === 50");
+        check_access(&mut browser);
+        keep(&mut browser, &format!("page-many-{width}.png"));
         assert_eq!(browser.evaluate("document.documentElement.scrollWidth"), json!(width));
         browser.evaluate("document.querySelector('#next').click()");
         browser.wait_for("document.querySelector('#rows').innerText.startsWith('d00050')");
@@ -193,6 +199,18 @@ fn many_devices_on_a_small_screen() {
         browser.wait_for("document.querySelector('#rows').children.length === 1");
     }
     assert_eq!(browser.complaints(), Vec::<String>::new());
+}
+
+/// What axe-core finds serious, if somebody has it (`.ci/check-page.sh`).
+fn check_access(browser: &mut Browser) {
+    let Some(file) = std::env::var_os("MPL_AXE") else { return };
+    let axe = std::fs::read_to_string(file).unwrap();
+    browser.evaluate(&format!("{axe}; 0"));
+    let found = browser.evaluate(
+        "axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact))\
+         .map(v => v.id + ': ' + v.nodes.map(n => n.html).join(' ')))",
+    );
+    assert_eq!(found, json!([]));
 }
 
 /// The pictures of docs/page.md, if somebody wants them anew.
