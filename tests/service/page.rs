@@ -81,13 +81,22 @@ fn the_key_is_taken_on_loopback_and_over_https() {
     assert_eq!(browser.evaluate("document.querySelector('#key').disabled"), false);
 }
 
-/// The whole way, as a person goes it.
 #[test]
 fn a_device_from_its_registration_to_its_end() {
     let service = served(Setup::new());
-    let url = format!("http://127.0.0.1:{}/", service.port());
+    whole_way(&format!("http://127.0.0.1:{}/", service.port()), "http://GATEWAY:");
+}
+
+#[test]
+fn the_same_over_https() {
+    let service = https::start(Setup::new().env("ADMIN_API_KEY", KEY));
+    whole_way(&format!("https://gateway.test:{}/", service.port()), "https://gateway.test:");
+}
+
+/// The whole way, as a person goes it, by keyboard alone.
+fn whole_way(url: &str, shown: &str) {
     let mut browser = Browser::start();
-    browser.open(&url, 800, false);
+    browser.open(url, 800, false);
     browser.wait_for("document.querySelector('#state').textContent.startsWith('✓') || document.querySelector('#state').textContent.startsWith('⚠')");
     assert!(browser.text("#health").contains("CA\n36"), "{}", browser.text("#health"));
 
@@ -127,44 +136,54 @@ fn a_device_from_its_registration_to_its_end() {
     let line = browser.text("#line");
     dir.file("secret", &secret);
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/enroll.sh");
-    assert!(line.contains("--url http://GATEWAY:"), "{line}");
+    assert!(line.contains(&format!("--url {shown}")), "{line}");
     let line = line.replace("enroll.sh", script).replace("/etc/mqtt", "device");
-    let line = line.replace("GATEWAY", "127.0.0.1");
+    let line = line.replace("GATEWAY", "127.0.0.1").replace("gateway.test", "localhost");
     let ran = Command::new("sh").args(["-c", &line]).current_dir(dir.path()).output().unwrap();
     assert!(ran.status.success(), "{line}: {}", String::from_utf8_lossy(&ran.stderr));
-    browser.evaluate("document.querySelector('#secret button').click()");
-    assert_eq!(browser.text("#text"), "", "shown once");
+    browser.tab_to("#secret button");
+    browser.press("Enter");
+    browser.wait_for("!document.querySelector('#register').open");
+    browser.wait_for("document.querySelector('#text').textContent === ''"); // shown once
 
-    browser.evaluate("document.querySelector('#search').requestSubmit()");
+    browser.tab_to("#q");
+    browser.press("Enter");
     browser.wait_for("document.querySelector('#rows').innerText.includes('active')");
-    browser.evaluate("document.querySelector('#rows button').click()");
+    browser.tab_to("#rows button");
+    browser.press("Enter");
     browser.wait_for("document.querySelector('#device').open");
     assert!(browser.text("#facts").contains("<img src=x onerror=alert(1)>"), "it stays text");
     assert!(browser.text("#facts").contains("by admin"), "{}", browser.text("#facts"));
     check_access(&mut browser);
     keep(&mut browser, "page-device.png");
 
-    let act = |browser: &mut Browser, button: &str, state: &str| {
-        let find = format!(
-            "[...document.querySelectorAll('#acts button')].find(b => b.textContent === {button:?}).click()"
-        );
-        browser.evaluate(&find);
-        if button.ends_with('…') {
+    let act = |browser: &mut Browser, button: u32, asks: bool, state: &str| {
+        browser.tab_to(&format!("#acts button:nth-of-type({button})"));
+        browser.press("Enter");
+        if asks {
             browser.wait_for("document.querySelector('#sure').open");
-            browser.evaluate("document.querySelector('#sure [value=yes]').click()");
+            browser.tab_to("#sure [value=yes]");
+            browser.press("Enter");
         }
-        let reached = format!("document.querySelector('#facts').innerText.includes({state:?})");
-        browser.wait_for(&reached);
+        browser.wait_for(&format!(
+            "document.querySelector('#facts').innerText.includes({state:?}) && \
+             document.querySelector('#done').innerText === 'Done.'"
+        ));
     };
-    act(&mut browser, "Block …", "blocked");
-    check_error(&service.onboard("pump:7"), 403, "DEVICE_BLOCKED", "by the page");
-    act(&mut browser, "Unblock", "active");
-    act(&mut browser, "Revoke …", "revoked");
-    assert!(service.http.get("/api/v1/certificates/pump:7/status").text().contains("revoked"));
+    act(&mut browser, 4, true, "blocked");
+    act(&mut browser, 4, false, "active");
+    act(&mut browser, 2, true, "revoked");
     assert_eq!(browser.complaints(), Vec::<String>::new());
     for asked in browser.requests() {
-        assert!(asked.starts_with(&url), "{asked}");
+        assert!(asked.starts_with(url), "{asked}");
     }
+    // What the page has done counts.
+    act(&mut browser, 4, true, "blocked");
+    let asks = "fetch('api/v1/onboarding', {method: 'POST', headers: {'Content-Type': \
+                'application/json'}, body: '{\"device_id\":\"pump:7\"}'}).then(r => r.json())";
+    assert_eq!(browser.evaluate(asks)["code"], "DEVICE_BLOCKED");
+    let status = browser.evaluate("fetch('api/v1/certificates/pump:7/status').then(r => r.json())");
+    assert_eq!(status["status"], "revoked");
 }
 
 /// Its width is that of the window, in light and dark, also with many devices; a search among them.
