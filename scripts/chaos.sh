@@ -14,6 +14,7 @@
 #   - no token has two certificates (by the answers, and by the folders of all instances);
 #   - no kill that was answered with 200 misses a token that was answered before it;
 #   - what was answered with 200, and was not killed, can be redeemed.
+#   - every instance serves from Redis again.
 # A breach that a sentence of docs/redis.md names is counted with that sentence; any other ends it with 1,
 # and its history is printed: what was asked of the device, and what was done then. The same seed does
 # the same things in the same order.

@@ -34,6 +34,9 @@ use crate::store::StoreError;
 const STALE_MS: u64 = 300_000;
 /// Longest that somebody waits for an answer to what was asked; as `REDIS_TIMEOUT_MS` is.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Longest that serving from Redis waits for what was announced meanwhile. Whoever goes on from memory
+/// instead knows no more of it.
+const CATCH_UP: Duration = Duration::from_secs(10);
 
 /// What is exchanged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -148,8 +151,9 @@ impl Sharing {
         answered.recv_timeout(PATIENCE).is_ok()
     }
 
-    /// Waits until whatever was announced in a long absence is known here, or cannot be had: before
-    /// that, an onboarding would not see what others have signed meanwhile (`docs/model`, row r19).
+    /// Waits until whatever was announced in a long absence is known here, or cannot be had, or takes
+    /// longer than ten seconds: before that, an onboarding would not see what others have signed
+    /// meanwhile (`docs/model`, row r19).
     pub fn catch_up(&self, now: Now) {
         let mut state = self.lock();
         let fresh = |read| now.mono_ms.saturating_sub(read) <= STALE_MS;
@@ -159,7 +163,7 @@ impl Sharing {
         let next = state.begun + 1;
         (state.woken, state.hurry) = (true, true);
         self.changed.notify_all();
-        drop(self.changed.wait_while(state, |state| state.ended < next));
+        drop(self.changed.wait_timeout_while(state, CATCH_UP, |state| state.ended < next));
     }
 
     /// How it is.

@@ -49,6 +49,9 @@ const WATCH: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(4);
 /// Longest wait for what must be at the end.
 const AT_LAST: Duration = Duration::from_secs(40);
+/// So much of its log is printed of an instance that does not come back.
+const LOG_LINES: usize = 200;
+const COMES_BACK: &str = "every instance serves from Redis again when all is over";
 
 fn main() -> Result<ExitCode, Failure> {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -79,14 +82,21 @@ fn main() -> Result<ExitCode, Failure> {
         disturbed
     })?;
     load.present_the_rest();
+    let away = load.still_in_memory();
     let events = load.events.into_inner().unwrap_or_else(PoisonError::into_inner);
     let samples = load.samples.into_inner().unwrap_or_else(PoisonError::into_inner);
     let (disturbances, signed) = (&stage.disturbances[..], signed(stage.folders()));
     let judge = Judge { events: &events, disturbances, samples: &samples, signed: &signed };
-    Ok(report(&stage, &judge))
+    for instance in &away {
+        let log = stage.logs().nth(*instance).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
+        println!("VIOLATION: {COMES_BACK}: instance {instance} serves from memory\n{tail}");
+    }
+    Ok(report(&stage, &judge, away.len()))
 }
 
-fn report(stage: &Stage, judge: &Judge<'_>) -> ExitCode {
+fn report(stage: &Stage, judge: &Judge<'_>, away: usize) -> ExitCode {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for event in judge.events {
         *counts.entry(format!("{:?}: {} {}", event.op, event.status, event.code)).or_default() += 1;
@@ -113,8 +123,9 @@ fn report(stage: &Stage, judge: &Judge<'_>) -> ExitCode {
     for breach in &violations {
         print!("VIOLATION: {}: {}", breach.promise, breach.story);
     }
-    println!("{} violations", violations.len());
-    ExitCode::from(u8::from(!violations.is_empty() || panics > 0))
+    let violations = violations.len() + away;
+    println!("{violations} violations");
+    ExitCode::from(u8::from(violations > 0 || panics > 0))
 }
 
 /// Asks the server on this port of this machine, once, on a connection of its own.
@@ -157,10 +168,27 @@ impl Load {
     fn watch(&self, instance: usize) {
         while !self.stop.load(Ordering::Relaxed) {
             let from = self.begin.elapsed();
-            let health = ask(self.ports[instance], &http::get("/health", ""));
-            let on_redis = health.is_ok_and(|answer| answer.body.contains(r#""storage":"redis""#));
+            let on_redis = self.is_on_redis(instance);
             let sample = Sample { instance, from, to: self.begin.elapsed(), on_redis };
             self.samples.lock().unwrap_or_else(PoisonError::into_inner).push(sample);
+            thread::sleep(WATCH);
+        }
+    }
+
+    fn is_on_redis(&self, instance: usize) -> bool {
+        let health = ask(self.ports[instance], &http::get("/health", ""));
+        health.is_ok_and(|answer| answer.body.contains(r#""storage":"redis""#))
+    }
+
+    /// The instances that do not serve from Redis, some time after the last disturbance.
+    fn still_in_memory(&self) -> Vec<usize> {
+        let end = Instant::now() + AT_LAST;
+        loop {
+            let away = (0..INSTANCES).filter(|instance| !self.is_on_redis(*instance));
+            let away: Vec<usize> = away.collect();
+            if away.is_empty() || Instant::now() > end {
+                return away;
+            }
             thread::sleep(WATCH);
         }
     }

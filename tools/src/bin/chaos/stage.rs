@@ -219,7 +219,7 @@ impl Stage {
         Ok(())
     }
 
-    /// The last lines of each log.
+    /// The log of each instance.
     pub fn logs(&self) -> impl Iterator<Item = String> {
         self.folders().map(|folder| fs::read_to_string(folder.join("log")).unwrap_or_default())
     }
@@ -296,6 +296,7 @@ impl Instance {
             .env("REDIS_CONNECT_TIMEOUT_MS", "1000")
             .env("PROVISIONING_TOKEN_TTL", LIFETIME_S)
             .env("TRUSTED_PROXIES", "127.0.0.1")
+            .env("RUST_LOG", "debug")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
