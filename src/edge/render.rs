@@ -109,11 +109,11 @@ mod tests {
             "HTTP/1.1 413 Content Too Large\r\n\
              Content-Type: application/json; charset=utf-8\r\n\
              X-Error-Code: BODY_TOO_LARGE\r\n\
-             Content-Length: 135\r\n\
+             Content-Length: 136\r\n\
              Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n\
              Connection: close\r\n\r\n\
              {\"success\":false,\"error\":\"The request body must be at most 65536 bytes\",\
-             \"code\":\"BODY_TOO_LARGE\",\"timestamp\":\"1994-11-06T08:49:37.123Z\"}"
+             \"code\":\"BODY_TOO_LARGE\",\"timestamp\":\"1994-11-06T08:49:37.123Z\"}\n"
         );
         let text = rendered(&refusal(Code::MethodNotAllowed, None, NOW), None, false);
         assert!(text.contains("\r\nAllow: GET, HEAD, POST,"), "{text}");

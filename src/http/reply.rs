@@ -18,8 +18,10 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// 200 with a JSON body, which is written by the caller to keep the order of its fields.
-    pub fn json(body: String) -> Self {
+    /// 200 with a JSON body, which is written by the caller to keep the order of its fields. A newline
+    /// at its end keeps the prompt of who asks by hand on a line of its own.
+    pub fn json(mut body: String) -> Self {
+        body.push('\n');
         Self::of_type(JSON, body)
     }
 
@@ -115,7 +117,7 @@ mod tests {
         let reply = Reply::problem(&problem, NOW);
         assert_eq!(reply.status, 409);
         assert_eq!(
-            String::from_utf8(reply.body).unwrap(),
+            String::from_utf8(reply.body).unwrap().trim_end(),
             r#"{"success":false,"error":"A provisioning token for this device is already active.","code":"TOKEN_ALREADY_ACTIVE","expiresInSeconds":5,"timestamp":"1970-01-01T00:00:00.000Z"}"#
         );
     }
