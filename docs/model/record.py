@@ -367,6 +367,58 @@ def _(s):
     )
 
 
+@row(
+    "r7b",
+    "the news of a certificate are lost from the end of the stream with nobody noticing",
+    "b, which runs on, does not learn of it before its next day",
+    without=["whole every day"],
+)
+def _(s):
+    def loses(found):
+        kept = stream(found)
+        if len(kept) < 2:
+            return WAIT
+        put(found, ("stream",), kept[:-1])
+
+    start = world("a", "b")
+    put(start, ("stream",), ((1, ()),))
+    start["last id"] = start["a", "memory", "cursor"] = start["b", "memory", "cursor"] = 1
+    days = {"b.day": day("b")} if s.has("whole every day") else {}
+    return Scenario(
+        start,
+        {
+            "a.enrol": (s.enrol, "a", "d", "s1"),
+            "a.share": (s.share, "a"),
+            "redis.loses": event("the newest entry of the stream is lost", loses),
+            "b.share": (s.share, "b"),
+        }
+        | days,
+        settled,
+        after={"b.day": ("redis.loses",), "a.share": ("a.enrol",)},
+    )
+
+
+@row(
+    "r7c",
+    "a signs more than its list of news holds before it can tell any",
+    "b never learns of what was dropped from the list",
+    without=["whole after an overflow"],
+)
+def _(s):
+    start = world("a", "b")
+    start["a", "room"] = 1
+    return Scenario(
+        start,
+        {
+            "a.first": (s.enrol, "a", "d", "s1"),
+            "a.second": (s.enrol, "a", "e", "s2"),
+            "a.share": (s.share, "a"),
+            "b.share": (s.share, "b"),
+        },
+        settled,
+    )
+
+
 # No revocation is lost.
 
 
@@ -808,7 +860,7 @@ def registered(content):
     without=["version above"],
 )
 def _(s):
-    start = with_row(world("a", "b"), "d", Row(registration=Registration(100, "a", "x")), "a", "b")
+    start = with_row(world("a", "b"), "d", Row(registration=Registration(100, "a", "x", 100)), "a", "b")
     start["b", "skew"] = -50
     return Scenario(
         start,
@@ -828,7 +880,7 @@ def _(s):
     without=["tombstone"],
 )
 def _(s):
-    start = with_row(world("a", "b"), "d", Row(registration=Registration(90, "a", "x")), "a", "b")
+    start = with_row(world("a", "b"), "d", Row(registration=Registration(90, "a", "x", 90)), "a", "b")
     return Scenario(
         start,
         {
@@ -847,7 +899,7 @@ def _(s):
     without=["tombstone stays"],
 )
 def _(s):
-    start = with_row(world("a", "c"), "d", Row(registration=Registration(90, "a", "x")), "a", "c")
+    start = with_row(world("a", "c"), "d", Row(registration=Registration(90, "a", "x", 90)), "a", "c")
     return Scenario(
         stopped(start, "c"),
         {
@@ -863,10 +915,53 @@ def _(s):
 
 
 @row(
+    "r25c",
+    "a device is registered anew at a; b, which has not read that, changes the note of the old registration",
+    "the new secret does not count, and the old one does",
+    without=["begun first"],
+)
+def _(s):
+    start = with_row(world("a", "b"), "d", Row(registration=Registration(90, "a", "x", 90)), "a", "b")
+    return Scenario(
+        start,
+        {
+            "a.register": (s.register, "a", "d", "y"),
+            "a.share": (s.share, "a"),
+            "time.passes": passes(10),
+            "b.note": (s.note, "b", "d", "n"),
+            "b.share": (s.share, "b"),
+        },
+        fault_if(registered("y"), "the older registration counts"),
+    )
+
+
+@row(
+    "r25d",
+    "the same, if it was forgotten at a",
+    "a forgotten registration lives",
+    without=["begun first"],
+)
+def _(s):
+    start = with_row(world("a", "b"), "d", Row(registration=Registration(90, "a", "x", 90)), "a", "b")
+    return Scenario(
+        start,
+        {
+            "a.forget": (s.register, "a", "d", None),
+            "a.share": (s.share, "a"),
+            "time.passes": passes(10),
+            "b.note": (s.note, "b", "d", "n"),
+            "b.share": (s.share, "b"),
+        },
+        fault_if(registered(None), "a forgotten registration lives"),
+    )
+
+
+@row(
     "r26",
     "a folder and its clone register a device in the same millisecond",
     "the records differ for good: version and instance are the same, and the content is not",
     without=["content last"],
+    lacking=["begun first"],
 )
 def _(s):
     return Scenario(
@@ -885,7 +980,8 @@ def _(s):
 
 
 def some_rows():
-    registrations = [Registration(*found) for found in ((), (1, "a", "x"), (1, "a", "y"), (2, "b"))]
+    changed = [(), (1, "a", "x", 1), (2, "a", "y", 2), (3, "b", "x", 1, "n"), (3, "b", None, 2)]
+    registrations = [Registration(*found) for found in changed]
     registers = [(0, 1), (0, 1), (0, 2), (0, 2), registrations, (frozenset(), frozenset("x"))]
     return [Row(*values) for values in itertools.product(*registers)]
 

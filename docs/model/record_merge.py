@@ -30,7 +30,9 @@ class Registration(NamedTuple):
 
     version: int = 0
     instance: str = ""
-    content: Any = None
+    content: Any = None  # The secret.
+    begun: int = 0  # When it was registered or forgotten, which a later note leaves as it is.
+    note: str = ""
 
 
 class Row(NamedTuple):
@@ -78,16 +80,16 @@ def merge_revocations(one, other):
     return min(one, other)
 
 
-def by_version(registration):
-    return registration[:2]
+def order(registration, begun_first=True, content_last=True):
+    """Whoever changes a note has not heard of a secret that was given out meanwhile. And two instances
+    may have one name: a restored copy, a clone."""
+    version, instance, content, begun, note = registration
+    first = (begun, str(content)) if begun_first else ()
+    last = (str(content), begun, note) if content_last else ()
+    return (*first, version, instance, *last)
 
 
-def by_version_and_content(registration):
-    """Two instances may have one name: a restored copy, a clone."""
-    return (*registration[:2], str(registration.content))
-
-
-def merge_rows(one, other, order=by_version_and_content):
+def merge_rows(one, other, order=order):
     return Row(
         t=max(one.t, other.t),
         c=max(one.c, other.c),

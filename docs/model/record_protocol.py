@@ -13,11 +13,10 @@ from record_merge import (
     Registration,
     Revocation,
     Row,
-    by_version,
-    by_version_and_content,
     merge_records,
     merge_revocations,
     merge_rows,
+    order,
 )
 from server import DEL, GET, SETNX, SWAP, Command, contents, put, value_of
 from token_ground import Line, arrives, clock, facts, here, trip, unanswered
@@ -36,6 +35,7 @@ RULES = {
     "whole at start": "at its start an instance compares its whole record with Redis",
     "whole after a gap": "and when entries of the stream are gone that it has not read",
     "whole after a restart": "and when Redis has another run id",
+    "whole after an overflow": "and when there was more to tell than the list of it holds",
     "whole every day": "and every day",
     "cursor first": "where the stream ends is read before the whole is compared",
     "put back": "what Redis lacks is put there when the whole is compared",
@@ -58,6 +58,7 @@ RULES = {
     "tombstone": "a forgotten registration leaves its version behind",
     "tombstone stays": "for as long as what it forgot would have lived",
     "puts are announced": "whoever puts a value announces it then, on the same server",
+    "begun first": "a registration that was begun later counts, whatever was noted on an older one",
     "content last": "of two changes of one version and one instance the content decides",
 }
 
@@ -94,8 +95,8 @@ class Sharing:
         world[me, "disk", "record"] = record
 
     def merge_rows(self, one, other):
-        order = by_version_and_content if self.has("content last") else by_version
-        return merge_rows(one, other, order)
+        rules = self.has("begun first"), self.has("content last")
+        return merge_rows(one, other, lambda registration: order(registration, *rules))
 
     def has_passed(self, world, me, certificate):
         return certificate.ends + self.keep.get(me, 10**9) < clock(world, me)
@@ -108,7 +109,11 @@ class Sharing:
 
     def note_unsent(self, world, me, *names):
         unsent = world.get((me, "memory", "unsent"), ())
-        world[me, "memory", "unsent"] = unsent + tuple(n for n in names if n not in unsent)
+        unsent += tuple(name for name in names if name not in unsent)
+        room = world.get((me, "room"), len(unsent))
+        if len(unsent) > room and self.has("whole after an overflow"):
+            world[me, "memory", "day"] = True
+        world[me, "memory", "unsent"] = unsent[:room]
 
     def valid(self, value):
         """What was read, if its mac is right."""
@@ -287,8 +292,9 @@ class Sharing:
 
         def act(world):
             def registered(row):
-                name = world[me, "disk", "id"]
-                made = Registration(self.version(world, me, row), name, content)
+                name, before = world[me, "disk", "id"], row.registration.begun
+                begun = max(clock(world, me), before + 1 if self.has("version above") else 0)
+                made = Registration(self.version(world, me, row), name, content, begun)
                 gone = content is None and not self.has("tombstone")
                 return row._replace(registration=Registration() if gone else made)
 
@@ -297,6 +303,22 @@ class Sharing:
             return "200"
 
         return (yield arrives(me, f"registration: {content}", act))
+
+    def note(self, me, device, note):
+        """Changes the note of a registration, and leaves the rest of it as it is known here."""
+
+        def act(world):
+            def noted(row):
+                version, name = self.version(world, me, row), world[me, "disk", "id"]
+                changed = {"version": version, "instance": name, "note": note}
+                return row._replace(registration=row.registration._replace(**changed))
+
+            if self.record(world, me).row(device).registration.content is None:
+                return "400"
+            self.change_row(world, me, device, noted)
+            return "200"
+
+        return (yield arrives(me, f"note: {note}", act))
 
     def tidy_rows(self, me, device):
         """A row without anything that still matters goes, here and in Redis."""

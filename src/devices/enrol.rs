@@ -406,6 +406,17 @@ mod tests {
         assert!(gone.registration > row.registration);
     }
 
+    /// Whoever changes the note has not heard of the new secret, and changes it later.
+    #[test]
+    fn a_note_undoes_no_secret_and_no_forgetting_of_the_same_moment() {
+        let row = edit(&Row::default(), &register(Some(SECRET)), 0);
+        let note = Edit { note: Some(Text::parse("x")), ..Edit::default() };
+        let noted = edit(&row, &note, 60);
+        let anew = edit(&row, &register(Some(OTHER)), 30).merge(noted.clone());
+        assert_eq!(anew.living(T + 60).and_then(|terms| terms.secret), Some(OTHER));
+        assert_eq!(row.clone().merge(row.forgotten(&maker(30))).merge(noted).living(T + 60), None);
+    }
+
     #[test]
     fn a_change_wins_over_all_that_was_seen_whatever_the_clock() {
         let ahead = (T + 3_600) * 1000;

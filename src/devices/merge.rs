@@ -12,8 +12,6 @@ impl Row {
         Row {
             bound: self.bound.merge(other.bound),
             block: self.block.merge(other.block),
-            // By version, then by instance. Should even these be equal, by what they say: any order
-            // will do as long as it is the same everywhere.
             registration: self.registration.max(other.registration),
             spent: self.spent,
         }
@@ -105,6 +103,9 @@ pub(super) mod random {
 mod tests {
     use super::random::Random;
     use super::*;
+    use crate::clock::Now;
+    use crate::devices::Instance;
+    use crate::devices::enrol::{Edit, Maker};
     use crate::devices::fixture::{block, forgotten, registered, spent};
 
     fn merged(a: &Row, b: &Row) -> Row {
@@ -114,6 +115,9 @@ mod tests {
     #[test]
     fn rows_end_the_same_whichever_way_they_meet() {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
+        let (instance, now) = (Instance([1; 16]), Now { unix_ms: 0, mono_ms: 0 });
+        let maker = Maker { name: None, instance, now };
+        let secret = |row: &Row| row.registration.clone()?.terms.map(|terms| terms.secret);
         for n in 0..100_000 {
             let (a, b, c) = (random.row(), random.row(), random.row());
             let ab = merged(&a, &b);
@@ -127,6 +131,11 @@ mod tests {
             assert!(!unseen || ab.block.stands(), "{n}: nobody lifts a block that he had not seen");
             assert_eq!(merged(&b, &a.news_for(&b)), ab, "{n}: the news are all that is new");
             assert_eq!(a.news_for(&ab), Row::default(), "{n}: and nothing that is known");
+            let note = Edit { note: Some(None), ..Edit::default() };
+            let edited = a.edited(&note, &maker).map_or(b.clone(), |edit| merged(&b, &edit));
+            let edited = merged(&edited, &a);
+            assert_eq!(secret(&edited), secret(&ab), "{n}: a note undoes no secret");
+            assert_eq!(edited.block, ab.block, "{n}: nor a block");
         }
     }
 

@@ -15,6 +15,7 @@ mod merge;
 pub mod secret;
 pub mod table;
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::fmt;
 
@@ -68,8 +69,8 @@ pub struct Block {
     pub lifted: u64,
 }
 
-/// How a device may enrol. The order of the fields is the order of two registrations of one device.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// How a device may enrol. Of two registrations of one device the greater one counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Registration {
     /// The time in milliseconds since 1970, or one more than the highest version seen of the device.
     pub version: u64,
@@ -181,6 +182,15 @@ impl Row {
 }
 
 impl Registration {
+    /// First when it was begun, and with which secret: whoever changes a note does not undo a secret that
+    /// was given out meanwhile, of which he has not heard. Then by version and by instance. Should even
+    /// these be equal, by what they say: any order will do as long as it is the same everywhere.
+    fn order(&self) -> impl Ord + '_ {
+        let Registration { version, instance, made_at, made_by, terms } = self;
+        let secret = terms.as_ref().map(|terms| terms.secret);
+        (made_at, secret, version, instance, made_by, terms)
+    }
+
     /// Forgetting matters for as long as the registrations that it hides could have lived.
     fn matters(&self, now_s: u64) -> bool {
         let until = match &self.terms {
@@ -188,6 +198,18 @@ impl Registration {
             None => (self.version / 1000).saturating_add(LONGEST_REGISTRATION_S),
         };
         until > now_s
+    }
+}
+
+impl Ord for Registration {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.order().cmp(&other.order())
+    }
+}
+
+impl PartialOrd for Registration {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
@@ -234,7 +256,8 @@ pub(crate) mod fixture {
     }
 
     pub fn forgotten(version: u64) -> Row {
-        let latest = Registration { terms: None, ..registration(version, 0) };
+        let begun = registration(version, 0);
+        let latest = Registration { made_at: begun.made_at + 1, terms: None, ..begun };
         Row { registration: Some(latest), ..Row::default() }
     }
 

@@ -285,6 +285,28 @@ fn without_redis_a_secret_that_is_not_known_here_is_not_judged() {
     check_error(&onboard_with(&a, "known", &known), 401, "SECRET_INVALID", "it was spent");
 }
 
+/// Whoever changes the note has not heard of the new secret (`docs/model`, row r25c).
+#[test]
+fn a_note_that_is_changed_later_undoes_no_new_secret() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let a = first(&redis.url(), REGISTERED);
+    let b = another(&a, &proxy.url(), REGISTERED);
+    let old = register(&b, "d");
+    cut_off(&b, &proxy);
+    let new = register(&a, "d");
+    let answer = put(&b, "d", json!({"note": "in hall 3"}));
+    assert_eq!(answer.json()["shared"], false, "{}", answer.text());
+    reconnect(&b, &proxy);
+    for service in [&a, &b] {
+        wait::for_true("the old secret is not worth anything any more", || {
+            onboard_with(service, "d", &old).code() == "SECRET_INVALID"
+        });
+    }
+    let compact = token(&b, "d", &new);
+    assert_eq!(b.sign(&compact, &Csr::new("d").make()).status, 200);
+}
+
 #[test]
 fn who_fails_too_often_waits() {
     let env = [("ENROLMENT", "registered"), ("ADMIN_API_KEY", ADMIN_KEY)];
