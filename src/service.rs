@@ -388,6 +388,7 @@ fn share_record(
         store: Arc::clone(&stores.tokens),
         ledger: Arc::clone(ledger),
         shares_record: redis.share_record,
+        reenroll: config.reenroll,
     });
     spawn("sharing", move || thread.run())?;
     let caught_up = Arc::clone(&sharing);

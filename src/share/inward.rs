@@ -10,7 +10,8 @@ use super::out::to_put;
 use super::thread::{BATCH, Progress, Thread};
 use crate::ca::record::Spent;
 use crate::ca::record::merge::{Judge, Merged, Twice};
-use crate::clock::{self, Now};
+use crate::clock;
+use crate::config::Reenroll;
 use crate::device::DeviceId;
 use crate::jwt::Claims;
 use crate::serial::Serial;
@@ -28,7 +29,7 @@ impl<E: Exchange> Thread<E> {
             let begun = clock::now();
             let changes = self.parts.exchange.changes(&self.progress.cursor)?;
             if changes.gap {
-                self.progress.compared = false;
+                self.progress.begin_anew();
                 self.parts.sharing.wake();
                 return Ok(());
             }
@@ -88,7 +89,7 @@ impl<E: Exchange> Thread<E> {
         let names = names.into_iter().filter(|name| !told.remove(name) && counts(name));
         let names: BTreeSet<Name> = names.collect();
         let names: Vec<Name> = names.into_iter().collect();
-        for names in names.chunks(BATCH) {
+        for names in names.chunks(self.progress.at_once(BATCH)) {
             let places: Vec<Place> = names.iter().map(|name| keys.place(name)).collect();
             let values = self.parts.exchange.values(&places)?;
             let opened =
@@ -143,7 +144,7 @@ impl<E: Exchange> Thread<E> {
                 Value::Row(device, row) => rows.push((device, row)),
             }
         }
-        let now = clock::now();
+        let now = self.now;
         let bounds = rows.iter().map(|(device, row)| (device.clone(), row.bound.c));
         let is_news = |(device, c): &(DeviceId, u64)| *c > self.parts.devices.bound(device).0.c;
         let bounds: Vec<(DeviceId, u64)> = bounds.filter(is_news).collect();
@@ -156,7 +157,7 @@ impl<E: Exchange> Thread<E> {
             let ended_before = self.parts.publisher.ended_before(now);
             let judge = Judge { ca: &issuer, bound: &bound, ended_before, now };
             let merged = self.record().merge(certificates, &revocations, &judge);
-            self.merged_in(merged.map_err(not_kept)?, now);
+            self.merged_in(merged.map_err(not_kept)?);
         }
         Ok(())
     }
@@ -170,11 +171,12 @@ impl<E: Exchange> Thread<E> {
 
     /// What the record has found when it took certificates in. Their tokens are used, whatever Redis
     /// says of them after a return.
-    fn merged_in(&mut self, merged: Merged, now: Now) {
+    fn merged_in(&mut self, merged: Merged) {
         let Merged { revoked, ignored, passed, spent, twice, both_active, .. } = merged;
         self.progress.passed.extend(passed);
         self.note_revoked(&revoked);
         self.ignore(ignored.len());
+        let now = self.now;
         let lasts = |spent: &Spent| spent.token.exp.saturating_add(CLOCKS_APART_S) > now.unix_s();
         for Spent { token, serial, device } in spent.into_iter().filter(lasts) {
             let claims = Claims { device_id: device, iat: token.iat, exp: token.exp, jti: None };
@@ -184,6 +186,7 @@ impl<E: Exchange> Thread<E> {
             let token = token.short();
             log::error!("token {token} was redeemed twice: for certificates {one} and {other}");
         }
+        let both_active = both_active.into_iter().filter(|_| self.parts.reenroll == Reenroll::Deny);
         for (device, serials) in both_active {
             let serials: Vec<String> = serials.iter().map(Serial::to_string).collect();
             let serials = serials.join(", ");

@@ -27,9 +27,10 @@ impl<E: Exchange> Thread<E> {
     pub(super) fn send(&mut self, keys: &Keys) -> Result<(), StoreError> {
         // The leases first: the certificate of each was noted before its lease was.
         let leases = std::mem::take(&mut self.parts.sharing.lock().leases);
+        let most = self.progress.at_once(BATCH);
         while self.note_news() {
             let names = std::iter::from_fn(|| self.progress.unsent.pop_first());
-            let batch: Vec<Name> = names.take(BATCH).collect();
+            let batch: Vec<Name> = names.take(most).collect();
             if let Err(error) = self.tell(keys, batch.clone()) {
                 self.progress.unsent.extend(batch);
                 self.parts.sharing.lock().leases.extend(leases);
@@ -43,19 +44,21 @@ impl<E: Exchange> Thread<E> {
     /// Whether there is anything to tell. While the server is away the lists stay where they are,
     /// which is where they are bounded.
     fn note_news(&mut self) -> bool {
-        let Progress { unsent, compared, .. } = &mut self.progress;
+        let Progress { unsent, .. } = &mut self.progress;
         unsent.extend(self.parts.devices.take_changed().into_iter().map(Name::Row));
         if self.parts.shares_record {
             let record = self.parts.publisher.ca().record();
-            *compared &= !record.news_overflowed();
             let untold = record.untold(BATCH);
             record.told(untold.len());
             unsent.extend(untold.into_iter().map(|untold| match untold {
                 Untold::Certificate(serial) => Name::Certificate(serial),
                 Untold::Revocation(serial) => Name::Revocation(serial),
             }));
+            if record.news_overflowed() {
+                self.progress.begin_anew();
+            }
         }
-        !unsent.is_empty()
+        !self.progress.unsent.is_empty()
     }
 
     /// Puts these values and announces them. What others may change is read, merged, and set if it

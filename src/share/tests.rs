@@ -14,6 +14,7 @@ use crate::ca::Ca;
 use crate::ca::csr::Csr;
 use crate::ca::publisher::Publisher;
 use crate::ca::record::{Origin, Reason, Record, Redeemed};
+use crate::ca::retention::Retention;
 use crate::clock::{self, Now};
 use crate::config;
 use crate::device::DeviceId;
@@ -42,9 +43,19 @@ struct Server {
     run: u64,
     is_full: bool,
     is_filling: bool,
+    /// So many get through in time; all if that is 0.
+    most_values: usize,
 }
 
 impl Server {
+    fn in_time<T>(&self, values: Vec<T>) -> Result<Vec<T>, StoreError> {
+        match self.most_values {
+            0 => Ok(values),
+            most if values.len() <= most => Ok(values),
+            _ => Err(down(DownKind::Lost, "timed out")),
+        }
+    }
+
     fn append(&mut self, names: Vec<Name>) -> u64 {
         self.last_id += 1;
         self.data.stream.push((self.last_id, names));
@@ -61,6 +72,8 @@ struct Line {
     steps: Arc<Mutex<usize>>,
 }
 
+/// How long what has ended is kept.
+const KEEP_DAYS: u32 = 100;
 const FOR_EVER: usize = usize::MAX;
 /// Entries read at once: few, so that reading takes several turns.
 const READ_ENTRIES: usize = 3;
@@ -119,13 +132,13 @@ impl Exchange for Line {
     fn all(&mut self, keys: &[String]) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
         let server = self.step()?;
         let of = server.data.values.iter().filter(|(place, _)| keys.contains(&place.key));
-        Ok(of.map(|(place, value)| (place.field.clone(), value.clone())).collect())
+        server.in_time(of.map(|(place, value)| (place.field.clone(), value.clone())).collect())
     }
 
     fn values(&mut self, places: &[Place]) -> Result<Vec<Vec<u8>>, StoreError> {
         let server = self.step()?;
         let value = |place| server.data.values.get(place).cloned().unwrap_or_default();
-        Ok(places.iter().map(value).collect())
+        server.in_time(places.iter().map(value).collect())
     }
 
     fn tell(&mut self, news: &News) -> Result<Vec<bool>, StoreError> {
@@ -272,14 +285,16 @@ impl World {
         let id = Id([self.all.len() as u8; 16]);
         let devices = Devices::open(&dir.join("devices.txt"), id, now).unwrap();
         let (steps, freed) = (Arc::new(Mutex::new(FOR_EVER)), Arc::new(Freed::default()));
+        let retention = Retention::new(KEEP_DAYS, || false, now);
         let thread = Thread::new(Parts {
             exchange: Line { server: Arc::clone(&self.server), run: 0, steps: Arc::clone(&steps) },
             sharing: Arc::new(Sharing::new(Mode::Record)),
-            publisher: Arc::new(Publisher::new(ca, None, metrics)),
+            publisher: Arc::new(Publisher::new(ca, None, metrics).forgetting(retention)),
             devices: Arc::new(devices),
             store: Arc::clone(&freed) as _,
             ledger: Arc::new(Ledger::new(100)),
             shares_record: true,
+            reenroll: config::Reenroll::Deny,
         });
         self.all.push(Instance { thread, steps, freed, revoked: BTreeSet::new(), dir });
     }
@@ -602,6 +617,50 @@ fn a_server_that_fills_gets_revocations_and_later_the_rest() {
     world.all[0].thread.attempt(Now { mono_ms: now.mono_ms + 61_000, ..now });
     world.heal();
     world.check("there is room");
+}
+
+#[test]
+fn what_ended_long_ago_leaves_the_server_with_its_revocation() {
+    let mut world = World::new(1, 6);
+    let signed = ["d", "e"].map(|name| world.sign(0, DeviceId::parse(name).unwrap()).0);
+    world.revoke(0, signed[0]);
+    world.heal();
+    let instance = &mut world.all[0];
+    let names = signed.map(Name::Certificate).into_iter().chain([Name::Revocation(signed[0])]);
+    let places: Vec<Place> = names.map(|name| instance.keys().place(&name)).collect();
+    let now = clock::now();
+    for (days, stays) in [(90 + u64::from(KEEP_DAYS) - 1, true), (90 + u64::from(KEEP_DAYS), false)]
+    {
+        let ms = days * clock::DAY_S * 1000 + 1000;
+        let later = Now { unix_ms: now.unix_ms + ms, mono_ms: now.mono_ms + ms };
+        let publisher = &instance.thread.parts.publisher;
+        let gone = publisher.ca().record().prune(publisher.ended_before(later)).unwrap();
+        assert_eq!(gone.len(), if stays { 0 } else { 2 });
+        instance.thread.attempt(later);
+        let server = world.server.lock().unwrap();
+        assert!(places.iter().all(|place| server.data.values.contains_key(place) == stays));
+    }
+    assert!(instance.record().is_empty());
+}
+
+/// A line that is cut again and again, and over which no more than a few values get through.
+#[test]
+fn a_comparison_over_a_bad_line_comes_to_an_end() {
+    let mut world = World::new(2, 7);
+    for n in 0..40 {
+        let device = DeviceId::parse(&format!("d{n}")).unwrap();
+        world.sign(0, device.clone());
+        world.kill(0, device);
+    }
+    world.all[0].attempt();
+    world.server.lock().unwrap().most_values = 4;
+    for _ in 0..200 {
+        world.all[1].cut_after(9);
+        world.all[1].attempt();
+    }
+    assert!(world.all[1].thread.parts.sharing.status(clock::now()).shared);
+    assert_eq!(world.all[1].serials(), world.all[0].serials());
+    assert_eq!(world.all[1].rows(), world.all[0].rows());
 }
 
 #[test]

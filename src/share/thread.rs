@@ -1,9 +1,10 @@
 //! The sharing thread: when it looks for work, and what becomes of failures.
 //!
 //! It looks twice a second, and at once when it is woken: a connection that is blocked in a read could
-//! not tell what is signed here before the read ends.
+//! not tell what is signed here before the read ends, and another one for that is one more of the few that
+//! a managed server allows. A blocked read would have to end as often, for what is due here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use super::exchange::{Exchange, Name};
 use crate::ca::publisher::Publisher;
 use crate::ca::record::Record;
 use crate::clock::{self, Now};
+use crate::config::Reenroll;
 use crate::devices::table::Devices;
 use crate::jwt::Token;
 use crate::serial::Serial;
@@ -42,24 +44,32 @@ pub struct Parts<E> {
     pub ledger: Arc<Ledger>,
     /// Certificates and revocations are exchanged; otherwise the rows of devices only.
     pub shares_record: bool,
+    /// Whether a device may have two certificates that a token paid for.
+    pub reenroll: Reenroll,
 }
 
 /// The thread.
 pub struct Thread<E> {
     pub(super) parts: Parts<E>,
     pub(super) progress: Progress,
+    /// When the present turn began: by this is judged what is read in it.
+    pub(super) now: Now,
 }
 
 /// How far it has come.
 #[derive(Default)]
 pub(super) struct Progress {
     connected: bool,
-    /// The server run with which everything was compared.
+    /// The server run with which everything is compared.
     run_id: Option<String>,
-    /// Everything was compared; not so at the start.
-    pub compared: bool,
-    /// When it is next, by [`Now::mono_ms`].
+    /// What is still to be compared; nothing if everything was.
+    pub comparison: Option<Comparison>,
+    /// The rows that were known here when it was begun, by the hash in which they stand.
+    pub rows: BTreeMap<String, Vec<Name>>,
+    /// When all of it is next, by [`Now::mono_ms`].
     pub compare_ms: u64,
+    /// So often was halved what is told or read at once: over a slow line less gets through in time.
+    pub halvings: u32,
     /// The place in the stream up to which everything was read.
     pub cursor: String,
     /// What is still to be told.
@@ -83,10 +93,33 @@ pub(super) struct Progress {
     pub filling_ms: Option<u64>,
 }
 
+/// How far a comparison has come.
+#[derive(Clone, Default)]
+pub(super) struct Comparison {
+    /// Where the stream ended when it was begun; `None` before.
+    pub cursor: Option<String>,
+    /// So many of the hashes were compared.
+    pub done: usize,
+}
+
+impl Progress {
+    /// All of it is to be compared, from the beginning.
+    pub fn begin_anew(&mut self) {
+        self.comparison = Some(Comparison::default());
+    }
+
+    /// So many names or hashes at once, where the line is good for `most`.
+    pub fn at_once(&self, most: usize) -> usize {
+        (most >> self.halvings).max(1)
+    }
+}
+
 impl<E: Exchange> Thread<E> {
     /// Before anything was exchanged.
     pub fn new(parts: Parts<E>) -> Self {
-        Thread { parts, progress: Progress::default() }
+        let mut progress = Progress::default();
+        progress.begin_anew();
+        Thread { parts, progress, now: clock::now() }
     }
 
     /// Shares for as long as the process lives.
@@ -104,8 +137,9 @@ impl<E: Exchange> Thread<E> {
 
     /// One look for work.
     pub(super) fn attempt(&mut self, now: Now) {
-        let Some(keys) = self.keys(now) else { return };
-        let turn = self.turn(&keys, now);
+        self.now = now;
+        let Some(keys) = self.keys() else { return };
+        let turn = self.turn(&keys);
         if std::mem::take(&mut self.progress.crl_is_due) {
             // What went wrong is logged and kept there, and tried again.
             let _ = self.parts.publisher.publish(clock::now());
@@ -117,9 +151,9 @@ impl<E: Exchange> Thread<E> {
     }
 
     /// Nothing is exchanged before there is a CA and a clock by which what comes in can be judged.
-    fn keys(&self, now: Now) -> Option<Keys> {
+    fn keys(&self) -> Option<Keys> {
         let ca = self.parts.publisher.ca();
-        let issuer = ca.issuer().filter(|_| ca.clock_is_plausible(now))?;
+        let issuer = ca.issuer().filter(|_| ca.clock_is_plausible(self.now))?;
         let fp = issuer.fingerprint().chars().take(8).collect();
         Some(Keys { mac: issuer.mac_key.clone(), fp })
     }
@@ -128,14 +162,15 @@ impl<E: Exchange> Thread<E> {
         self.parts.publisher.ca().record()
     }
 
-    fn turn(&mut self, keys: &Keys, now: Now) -> Result<(), StoreError> {
+    fn turn(&mut self, keys: &Keys) -> Result<(), StoreError> {
         if !self.progress.connected {
             self.connect(keys)?;
         }
-        if !self.progress.compared || now.mono_ms >= self.progress.compare_ms {
-            // News that overflow meanwhile take it back.
-            self.progress.compared = true;
-            self.compare_all(keys, now).inspect_err(|_| self.progress.compared = false)?;
+        if self.progress.comparison.is_none() && self.now.mono_ms >= self.progress.compare_ms {
+            self.progress.begin_anew();
+        }
+        while let Some(comparison) = self.progress.comparison.clone() {
+            self.compare(keys, comparison)?;
         }
         let asked = self.asked();
         self.send(keys)?;
@@ -149,13 +184,15 @@ impl<E: Exchange> Thread<E> {
         self.parts.sharing.lock().contradicts = shared != shares_record;
         self.progress.connected = true;
         // Another run may have come back with older data (`docs/model`, row r6).
-        self.progress.compared &= run_id.is_some() && run_id == self.progress.run_id;
+        if run_id.is_none() || run_id != self.progress.run_id {
+            self.progress.begin_anew();
+        }
         self.progress.run_id = run_id;
         Ok(())
     }
 
     fn succeeded(&mut self) {
-        self.progress.failures = 0;
+        (self.progress.failures, self.progress.halvings) = (0, 0);
         if self.parts.sharing.lock().trouble.take().is_some_and(|trouble| !is_lost(&trouble)) {
             log::info!("the record is shared through Redis again");
         }
@@ -169,6 +206,7 @@ impl<E: Exchange> Thread<E> {
         if lost {
             log::debug!("the record is not shared now: {error}");
             progress.connected = false;
+            progress.halvings = (progress.halvings + 1).min(BATCH.ilog2());
             pause_ms = (RETRY_MS.0 << progress.failures.min(6)).min(RETRY_MS.1);
         } else if state.trouble.as_ref().is_none_or(is_lost) {
             log::warn!("the record is not shared through Redis, tokens are: {error}");

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::codec::{Keys, SERIAL_BUCKETS};
 use super::exchange::{Exchange, Name};
-use super::thread::{BATCH, Thread};
-use crate::clock::{self, DAY_S, Now};
+use super::thread::{BATCH, Comparison, Thread};
+use crate::clock::DAY_S;
 use crate::devices::codec as rows;
 use crate::serial::Serial;
 use crate::store::StoreError;
@@ -14,28 +14,58 @@ use crate::store::StoreError;
 const BUCKETS: usize = 16;
 
 impl<E: Exchange> Thread<E> {
-    /// Reads everything that is not known here, and tells everything that is not known there. Where
+    /// Compares some more hashes: reads what is not known here, and tells what is not known there. Where
     /// the stream ends is read first: what is announced meanwhile is read after that (`docs/model`,
-    /// row r3). What is put is announced, for others may have compared before (row r6c).
-    pub(super) fn compare_all(&mut self, keys: &Keys, now: Now) -> Result<(), StoreError> {
-        self.progress.told.clear();
-        self.progress.doubted.clear();
-        let cursor = self.parts.exchange.end()?;
-        if self.parts.shares_record {
-            let buckets: Vec<u8> = SERIAL_BUCKETS.collect();
-            for buckets in buckets.chunks(BUCKETS) {
-                let asked = self.asked();
+    /// row r3). What is put is announced, for others may have compared before (row r6c). What was
+    /// compared when the line is cut is not compared again.
+    pub(super) fn compare(
+        &mut self,
+        keys: &Keys,
+        comparison: Comparison,
+    ) -> Result<(), StoreError> {
+        let Comparison { cursor: Some(cursor), done } = comparison else {
+            let cursor = Some(self.parts.exchange.end()?);
+            let progress = &mut self.progress;
+            progress.told.clear();
+            progress.doubted.clear();
+            progress.rows.clear();
+            for device in self.parts.devices.all(self.now) {
+                let of = progress.rows.entry(rows::bucket(&device)).or_default();
+                of.push(Name::Row(device));
+            }
+            let done = if self.parts.shares_record { 0 } else { SERIAL_BUCKETS.len() };
+            self.progress.comparison = Some(Comparison { cursor, done });
+            return Ok(());
+        };
+        let at_once = self.progress.at_once(BUCKETS);
+        let buckets: Vec<u8> = SERIAL_BUCKETS.skip(done).take(at_once).collect();
+        let rows = done.saturating_sub(SERIAL_BUCKETS.len());
+        let rows: Vec<u8> = (0..=u8::MAX).skip(rows).take(at_once).collect();
+        let asked = self.asked();
+        let compared = match (&buckets[..], &rows[..]) {
+            ([], []) => {
+                self.announce_recent();
+                let progress = &mut self.progress;
+                (progress.cursor, progress.comparison) = (cursor, None);
+                progress.rows.clear();
+                progress.compare_ms = self.now.mono_ms + DAY_S * 1000;
+                0
+            }
+            ([], rows) => {
+                self.compare_rows(keys, rows)?;
+                rows.len()
+            }
+            (buckets, _) => {
                 self.compare_certificates(keys, buckets)?;
                 self.compare_revocations(keys, buckets)?;
-                self.answer(keys, asked)?;
+                buckets.len()
             }
+        };
+        // News that overflow meanwhile have it begun anew.
+        if let Some(Comparison { cursor: Some(_), done }) = &mut self.progress.comparison {
+            *done += compared;
         }
-        self.compare_rows(keys, now)?;
-        self.announce_recent(now);
-        let progress = &mut self.progress;
-        progress.cursor = cursor;
-        progress.compare_ms = now.mono_ms + DAY_S * 1000;
-        Ok(())
+        self.answer(keys, asked)
     }
 
     fn compare_certificates(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), StoreError> {
@@ -45,7 +75,7 @@ impl<E: Exchange> Thread<E> {
         self.take_in_unknown(keys, &theirs)?;
         self.remove_passed(keys)?;
         let theirs: BTreeSet<Serial> = theirs.into_iter().collect();
-        let ended_before = self.parts.publisher.ended_before(clock::now());
+        let ended_before = self.parts.publisher.ended_before(self.now);
         let ours = buckets.iter().flat_map(|of| self.record().serials_of(*of, ended_before));
         let lacking = ours.filter(|serial| !theirs.contains(serial)).map(Name::Certificate);
         let lacking: Vec<Name> = lacking.collect();
@@ -68,23 +98,17 @@ impl<E: Exchange> Thread<E> {
 
     fn compare_revocations(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), StoreError> {
         let hashes: Vec<String> = buckets.iter().map(|of| keys.revocations(*of)).collect();
-        let ended_before = self.parts.publisher.ended_before(clock::now());
+        let ended_before = self.parts.publisher.ended_before(self.now);
         let ours = buckets.iter().flat_map(|of| self.record().revocations_of(*of, ended_before));
         let ours = ours.map(|known| Name::Revocation(known.serial)).collect();
         self.compare_values(keys, "revoked", &hashes, ours)
     }
 
-    fn compare_rows(&mut self, keys: &Keys, now: Now) -> Result<(), StoreError> {
-        let mut ours: BTreeMap<String, Vec<Name>> = BTreeMap::new();
-        for device in self.parts.devices.all(now) {
-            ours.entry(rows::bucket(&device)).or_default().push(Name::Row(device));
-        }
-        let hashes: Vec<String> = (0..=u8::MAX).map(rows::bucket_key).collect();
-        for hashes in hashes.chunks(BUCKETS) {
-            let ours = hashes.iter().filter_map(|key| ours.remove(key)).flatten().collect();
-            self.compare_values(keys, "device", hashes, ours)?;
-        }
-        Ok(())
+    fn compare_rows(&mut self, keys: &Keys, of: &[u8]) -> Result<(), StoreError> {
+        let hashes: Vec<String> = of.iter().map(|of| rows::bucket_key(*of)).collect();
+        let ours = hashes.iter().filter_map(|key| self.progress.rows.get(key)).flatten();
+        let ours = ours.cloned().collect();
+        self.compare_values(keys, "device", &hashes, ours)
     }
 
     /// Compares names of one kind, in these hashes, with what is known here.
@@ -109,9 +133,9 @@ impl<E: Exchange> Thread<E> {
 
     /// What this instance has changed it may have put and not announced before it ended (`docs/model`,
     /// row r10b). What it has recorded lately is news to the record after a start (row r1).
-    fn announce_recent(&mut self, now: Now) {
+    fn announce_recent(&mut self) {
         if self.parts.sharing.lock().read_ms.is_none() {
-            let changed = self.parts.devices.to_be_told(now);
+            let changed = self.parts.devices.to_be_told(self.now);
             self.progress.unsent.extend(changed.into_iter().map(Name::Row));
         }
     }
