@@ -13,6 +13,7 @@ use crate::clock::{self, DAY_S, Now};
 use crate::device::DeviceId;
 use crate::devices::enrol::{Edit, Stage};
 use crate::devices::secret::NewSecret;
+use crate::devices::table::ROWS_LOOKED_AT;
 use crate::devices::{Row, SecretHash, Text};
 use crate::http::{Json, Reply};
 use crate::json;
@@ -27,8 +28,6 @@ const COLUMNS: &[&str] =
     &["device_id", "secret", "secret_sha256", "expires_in", "cert_days", "note"];
 /// The longest lifetime of a certificate, in days.
 const MOST_CERT_DAYS: u64 = 36_500;
-/// How many devices are looked at for one page: so a filter that nothing passes is bounded, too.
-const LOOKED_AT: usize = 10_000;
 /// The most devices of one page.
 const LARGEST_PAGE: u64 = 1_000;
 
@@ -422,13 +421,14 @@ fn page(
 ) -> (Vec<Listed>, Option<DeviceId>) {
     let filtered = filter.state.is_some() || filter.ends_before.is_some();
     // One more than is looked at tells whether there is more.
-    let most = if filtered { LOOKED_AT } else { limit }.saturating_add(1);
-    let rows = api.provisioner.devices.listed_after(after, prefix, most);
+    let most = if filtered { ROWS_LOOKED_AT } else { limit }.saturating_add(1);
+    let (rows, end) = api.provisioner.devices.listed_after(after, prefix, most);
     let newest = api.provisioner.ca().record().newest_after(after, prefix, most);
     let all = Merged { rows: rows.into_iter().peekable(), newest: newest.into_iter().peekable() };
     let (mut found, mut last) = (Vec::new(), None);
-    for (looked_at, listed) in all.enumerate() {
-        if looked_at == LOOKED_AT || found.len() == limit {
+    let is_known = |listed: &Listed| end.as_ref().is_none_or(|end| listed.device <= *end);
+    for (looked_at, listed) in all.take_while(is_known).enumerate() {
+        if looked_at == ROWS_LOOKED_AT || found.len() == limit {
             return (found, last);
         }
         last = Some(listed.device.clone());
@@ -436,7 +436,7 @@ fn page(
             found.push(listed);
         }
     }
-    (found, None)
+    (found, end)
 }
 
 /// Rows and certificates side by side, sorted by device.

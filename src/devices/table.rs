@@ -32,6 +32,9 @@ const DRIFT_MS: u64 = 3_600_000;
 /// So many bounds are kept in mind until their rows come; when there are more, all are forgotten.
 const HEARD_MOST: usize = 4096;
 
+/// So many rows are looked at for one page of a list, while nobody can change any.
+pub const ROWS_LOOKED_AT: usize = 10_000;
+
 /// The change is not on disk, so it was not made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NotWritten(String);
@@ -148,8 +151,14 @@ impl Devices {
     }
 
     /// The devices behind `after` whose names begin with `prefix` and that are listed: the first
-    /// `most`, by name.
-    pub fn listed_after(&self, after: &str, prefix: &str, most: usize) -> Vec<(DeviceId, Row)> {
+    /// `most`, by name. At most [`ROWS_LOOKED_AT`] rows are looked at: if there are more, the last of
+    /// these comes with them.
+    pub fn listed_after(
+        &self,
+        after: &str,
+        prefix: &str,
+        most: usize,
+    ) -> (Vec<(DeviceId, Row)>, Option<DeviceId>) {
         let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
         let begin = match after < prefix {
             true => ops::Bound::Included(prefix.as_bytes()),
@@ -157,8 +166,21 @@ impl Devices {
         };
         let behind = rows.range::<[u8], _>((begin, ops::Bound::Unbounded));
         let wanted = behind.take_while(|row| row.parts().0.starts_with(prefix.as_bytes()));
-        let listed = wanted.filter_map(|packed| Some((packed.device()?, packed.unpack().row)));
-        listed.filter(|(_, row)| row.is_listed()).take(most).collect()
+        let (mut listed, mut last) = (Vec::new(), None);
+        for (looked_at, packed) in wanted.enumerate() {
+            if listed.len() == most {
+                break;
+            }
+            if looked_at == ROWS_LOOKED_AT {
+                return (listed, last.and_then(Packed::device));
+            }
+            let row = packed.unpack().row;
+            if row.is_listed() {
+                listed.extend(packed.device().map(|device| (device, row)));
+            }
+            last = Some(packed);
+        }
+        (listed, None)
     }
 
     /// Raises the bound of a device, never lowers it; on disk when it returns.
@@ -524,6 +546,25 @@ mod tests {
         let length = fs::metadata(dir.join("devices.txt")).unwrap().len();
         assert!(length < 60 * 50 * 80, "{length}: it was never rewritten");
         assert_eq!(open(&dir).bound(&device(49)).0.t, T + 59);
+    }
+
+    #[test]
+    fn a_list_looks_at_so_many_rows_and_says_where_it_stopped() {
+        let dir = TestDir::new();
+        let devices = open(&dir);
+        let row = |n: u64| if n % 4000 == 1 { spent(1) } else { bound(T + 9, 0) };
+        let most = ROWS_LOOKED_AT as u64;
+        devices.enter((0..2 * most).map(|n| (device(n), row(n))).collect(), true, at(0)).unwrap();
+        let list = |after: &str, most| {
+            let (listed, end) = devices.listed_after(after, "device-", most);
+            (listed.into_iter().map(|(device, _)| device).collect::<Vec<_>>(), end)
+        };
+        assert_eq!(list("", 2), (vec![device(1), device(4001)], None));
+        let end = device(most - 1);
+        let first = vec![device(1), device(4001), device(8001)];
+        assert_eq!(list("", 9), (first, Some(end.clone())));
+        assert_eq!(list(end.as_str(), 9), (vec![device(12_001), device(16_001)], None));
+        assert_eq!(list(device(most).as_str(), 2).0.len(), 2);
     }
 
     /// Only a clock that has gone evenly for a day drops anything.
