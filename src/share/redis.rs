@@ -6,7 +6,7 @@ use crate::config;
 use crate::device::DeviceId;
 use crate::serial::Serial;
 use crate::store::StoreError;
-use crate::store::redis::{Command, Commands, Info, Line, Replies};
+use crate::store::redis::{Ask, Command, Commands, Info, Line, Reply};
 
 /// Entries that the stream keeps at least. Who has missed more compares everything.
 const STREAM_ENTRIES: u64 = 10_000;
@@ -31,23 +31,19 @@ impl RedisExchange {
     }
 
     /// The replies, if none is an error.
-    fn ask(&self, commands: impl IntoIterator<Item = Command>) -> Result<Replies, StoreError> {
+    fn ask(&self, commands: impl IntoIterator<Item = Command>) -> Result<Vec<Reply>, StoreError> {
         let mut all = Commands::default();
-        commands.into_iter().for_each(|command| all.push(&command));
-        if all.count() == 0 {
-            return Ok(Replies::new(Vec::new()));
-        }
-        Replies::all_or_error(self.line.ask(&all)?)
+        let asked: Vec<Ask> = commands.into_iter().map(|command| all.ask(command)).collect();
+        let mut replies = self.line.ask(&all)?;
+        Ok(asked.into_iter().map(|ask| replies.take(ask)).collect())
     }
 
     /// A command with a key for each of these; the items of the lists that are the replies.
     fn items(&self, command: &str, keys: &[String]) -> Result<Vec<Vec<u8>>, StoreError> {
-        let mut replies = self.ask(keys.iter().map(|key| self.line.on(command, key)))?;
         let mut items = Vec::new();
-        for _ in keys {
-            let mut list = replies.list()?;
-            while !list.is_empty() {
-                items.push(list.bytes()?);
+        for reply in self.ask(keys.iter().map(|key| self.line.on(command, key)))? {
+            for item in reply.list()? {
+                items.push(item.bytes()?);
             }
         }
         Ok(items)
@@ -71,15 +67,18 @@ impl Exchange for RedisExchange {
         let key = format!("share:{fp}");
         let mode = if shares_record { "true" } else { "false" };
         let set = self.line.on("SET", &key).arg(mode).arg("NX");
-        let mut replies = self.ask([set, self.line.on("GET", &key)])?;
-        replies.skip();
-        Ok((run_id, replies.text()?.map_or(shares_record, |mode| mode == "true")))
+        let mut commands = Commands::default();
+        commands.ask(set);
+        let mode = commands.ask(self.line.on("GET", &key));
+        let mode = self.line.ask(&commands)?.take(mode).text()?;
+        Ok((run_id, mode.map_or(shares_record, |mode| mode == "true")))
     }
 
     /// An entry that says nothing, so that the end has a name also where the stream was empty.
     fn end(&mut self) -> Result<String, StoreError> {
-        let mut replies = self.ask([self.entry().arg("begin").arg("")])?;
-        Ok(replies.text()?.unwrap_or_default())
+        let mut commands = Commands::default();
+        let entry = commands.ask(self.entry().arg("begin").arg(""));
+        Ok(self.line.ask(&commands)?.take(entry).text()?.unwrap_or_default())
     }
 
     /// The first and the last entry are looked at after the others were read: what is gone then and
@@ -90,25 +89,26 @@ impl Exchange for RedisExchange {
         let edge = |command, from, to| {
             self.line.on(command, &self.stream).arg(from).arg(to).arg("COUNT").number(1)
         };
-        let mut replies =
-            self.ask([read, edge("XRANGE", "-", "+"), edge("XREVRANGE", "+", "-")])?;
+        let mut commands = Commands::default();
+        let read = commands.ask(read);
+        let edges = [edge("XRANGE", "-", "+"), edge("XREVRANGE", "+", "-")];
+        let edges = edges.map(|edge| commands.ask(edge));
+        let mut replies = self.line.ask(&commands)?;
         let mut changes = Changes { cursor: cursor.to_owned(), ..Changes::default() };
         let mut count = 0;
-        // One stream: its name, and its entries.
-        let mut streams = replies.list()?;
-        if !streams.is_empty() {
-            let mut stream = streams.list()?;
-            stream.skip();
-            for (id, names) in read_entries(stream.list()?)? {
+        for stream in replies.take(read).list()? {
+            let [_name, entries] = stream.tuple()?;
+            for (id, names) in read_entries(entries)? {
                 changes.names.extend(names);
                 changes.cursor = id;
                 count += 1;
             }
         }
-        let mut edge = || -> Result<_, StoreError> {
-            Ok(read_entries(replies.list()?)?.pop().map(|(id, _)| place_of(&id)))
-        };
-        let (first, last, read) = (edge()?, edge()?, place_of(cursor));
+        let [first, last] = edges.map(|ask| {
+            let entries = read_entries(replies.take(ask));
+            entries.map(|mut entries| entries.pop().map(|(id, _)| place_of(&id)))
+        });
+        let (first, last, read) = (first?, last?, place_of(cursor));
         changes.gap = first.is_none_or(|first| first > read) || last.is_none_or(|last| last < read);
         changes.more = count == READ_ENTRIES;
         Ok(changes)
@@ -127,8 +127,7 @@ impl Exchange for RedisExchange {
 
     fn values(&mut self, places: &[Place]) -> Result<Vec<Vec<u8>>, StoreError> {
         let get = |Place { key, field }: &Place| self.line.on("HGET", key).arg(field);
-        let mut replies = self.ask(places.iter().map(get))?;
-        places.iter().map(|_| replies.bytes()).collect()
+        self.ask(places.iter().map(get))?.into_iter().map(Reply::bytes).collect()
     }
 
     fn tell(&mut self, news: &News) -> Result<Vec<bool>, StoreError> {
@@ -144,14 +143,15 @@ impl Exchange for RedisExchange {
         let entry = news.names.iter().fold(self.entry(), name);
         let entry = (!news.names.is_empty()).then_some(entry);
         let swaps = news.swaps.iter().map(swap);
-        let mut replies = self.ask(swaps.chain(news.holders.iter().map(hold)).chain(entry))?;
-        news.swaps.iter().map(|_| Ok(replies.number()? == 1)).collect()
+        let replies = self.ask(swaps.chain(news.holders.iter().map(hold)).chain(entry))?;
+        let swapped = replies.into_iter().take(news.swaps.len());
+        swapped.map(|reply| Ok(reply.number()? == 1)).collect()
     }
 
     fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Serial>, StoreError> {
         let get = |device: &DeviceId| self.line.on("GET", &format!("holder:{device}"));
-        let mut replies = self.ask(devices.iter().map(get))?;
-        let held = devices.iter().map(|_| replies.text()).collect::<Result<Vec<_>, _>>()?;
+        let replies = self.ask(devices.iter().map(get))?.into_iter();
+        let held = replies.map(Reply::text).collect::<Result<Vec<_>, _>>()?;
         Ok(held.iter().flatten().filter_map(|serial| Serial::from_hex(serial)).collect())
     }
 
@@ -163,26 +163,25 @@ impl Exchange for RedisExchange {
     /// A server that may not be asked says nothing.
     fn is_filling(&mut self) -> Result<bool, StoreError> {
         let mut commands = Commands::default();
-        Info::ask(&mut commands);
-        let Info { used, most, .. } = Replies::new(self.line.ask(&commands)?).info();
+        let info = Info::ask(&mut commands);
+        let Info { used, most, .. } = info(&mut self.line.ask(&commands)?);
         let is_full = |(used, most): (u64, u64)| most > 0 && used / FULL.0 > most / FULL.1;
         Ok(used.zip(most).is_some_and(is_full))
     }
 }
 
 /// The id of each entry, and what it names. What cannot be read names nothing.
-fn read_entries(mut entries: Replies) -> Result<Vec<(String, Vec<Name>)>, StoreError> {
+fn read_entries(entries: Reply) -> Result<Vec<(String, Vec<Name>)>, StoreError> {
     let mut read = Vec::new();
-    while !entries.is_empty() {
-        let mut entry = entries.list()?;
-        let id = entry.text()?.unwrap_or_default();
-        let (mut parts, mut names) = (entry.list()?, Vec::new());
-        while !parts.is_empty() {
-            let (kind, name) = (parts.bytes()?, parts.bytes()?);
+    for entry in entries.list()? {
+        let [id, parts] = entry.tuple()?;
+        let (mut parts, mut names) = (parts.list()?.into_iter(), Vec::new());
+        while let Some((kind, name)) = parts.next().zip(parts.next()) {
+            let (kind, name) = (kind.bytes()?, name.bytes()?);
             let texts = str::from_utf8(&kind).ok().zip(str::from_utf8(&name).ok());
             names.extend(texts.and_then(|(kind, name)| Name::read(kind, name)));
         }
-        read.push((id, names));
+        read.push((id.text()?.unwrap_or_default(), names));
     }
     Ok(read)
 }

@@ -3,6 +3,13 @@
 //! The crate's own `Cmd` keeps its words in two vectors and is copied on its way; with four commands
 //! a token that was a tenth of what an onboarding costs.
 
+use super::reply::{Replies, maybe_done};
+use crate::store::StoreError;
+
+/// Commands that only look: they may be sent twice, and one that was carried out has changed nothing.
+const LOOKING: [&str; 8] =
+    ["GET", "EXISTS", "PTTL", "HGET", "ZCOUNT", "ZRANGEBYSCORE", "TIME", "INFO"];
+
 /// One command.
 pub(crate) struct Command {
     words: usize,
@@ -44,37 +51,73 @@ impl Command {
         let mut buffer = [0; 20];
         self.arg(decimal(number, &mut buffer))
     }
-}
 
-/// Commands packed for one write.
-#[derive(Default)]
-pub(crate) struct Commands {
-    bytes: Vec<u8>,
-    /// Where each command begins.
-    begins: Vec<usize>,
-}
-
-impl Commands {
-    pub fn push(&mut self, command: &Command) {
-        self.begins.push(self.bytes.len());
-        push_counted(b'*', command.words as u64, &mut self.bytes);
-        self.bytes.extend_from_slice(&command.packed);
-    }
-
-    pub fn count(&self) -> usize {
-        self.begins.len()
-    }
-
-    /// The name of a command: its first word.
-    pub fn name(&self, index: usize) -> &str {
-        let begin = self.begins.get(index).copied().unwrap_or_default();
-        let bytes = self.bytes.get(begin..).unwrap_or_default();
-        let word = bytes.split(|byte| *byte == b'\n').nth(2).unwrap_or_default();
+    /// Its first word.
+    pub fn name(&self) -> &str {
+        let word = self.packed.split(|byte| *byte == b'\n').nth(1).unwrap_or_default();
         std::str::from_utf8(word).unwrap_or_default().trim_end()
     }
 
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+    fn only_looks(&self) -> bool {
+        LOOKING.contains(&self.name())
+    }
+
+    pub fn pack(&self, out: &mut Vec<u8>) {
+        push_counted(b'*', self.words as u64, out);
+        out.extend_from_slice(&self.packed);
+    }
+}
+
+/// Commands that go out together.
+#[derive(Default)]
+pub(crate) struct Commands {
+    asked: Vec<Asked>,
+    /// What was written counts only when replicas have it.
+    pub awaits_replicas: bool,
+}
+
+struct Asked {
+    command: Command,
+    /// Without it nothing of the trip counts.
+    must_succeed: bool,
+}
+
+/// One of the commands, by which its reply is taken.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ask(pub(super) usize);
+
+impl Commands {
+    /// What must succeed.
+    pub fn ask(&mut self, command: Command) -> Ask {
+        self.push(command, true)
+    }
+
+    /// What may fail: its reply is judged by whoever takes it.
+    pub fn try_ask(&mut self, command: Command) -> Ask {
+        self.push(command, false)
+    }
+
+    fn push(&mut self, command: Command, must_succeed: bool) -> Ask {
+        self.asked.push(Asked { command, must_succeed });
+        Ask(self.asked.len() - 1)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.asked.is_empty()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Command> {
+        self.asked.iter().map(|asked| &asked.command)
+    }
+
+    /// The replies, if what must succeed did; else its error, and whether others have changed anything.
+    pub fn judge(&self, replies: Replies) -> Result<Replies, StoreError> {
+        let both = || self.asked.iter().zip(replies.iter());
+        let failed = both().find_map(|(asked, reply)| reply.error().filter(|_| asked.must_succeed));
+        let Some(error) = failed.cloned() else { return Ok(replies) };
+        let has_changed =
+            both().any(|(asked, reply)| reply.error().is_none() && !asked.command.only_looks());
+        Err(maybe_done(error, has_changed))
     }
 }
 
@@ -106,16 +149,15 @@ mod tests {
 
     #[test]
     fn commands_are_packed_as_the_crate_packs_them() {
-        let mut commands = Commands::default();
-        commands.push(
-            &Command::new("SET").joined(&["a:", "", "\u{e4}"]).arg("").number(0).number(u64::MAX),
-        );
+        let command =
+            Command::new("SET").joined(&["a:", "", "\u{e4}"]).arg("").number(0).number(u64::MAX);
         let mut cmd = redis::cmd("SET");
         cmd.arg("a:\u{e4}").arg("").arg(0).arg(u64::MAX);
-        assert_eq!(commands.bytes(), cmd.get_packed_command());
-        commands.push(&Command::new("TIME"));
-        assert_eq!(commands.count(), 2);
-        assert_eq!([commands.name(0), commands.name(1)], ["SET", "TIME"]);
-        assert!(commands.bytes().ends_with(b"*1\r\n$4\r\nTIME\r\n"));
+        let mut packed = vec![];
+        command.pack(&mut packed);
+        assert_eq!(packed, cmd.get_packed_command());
+        assert_eq!((command.name(), Command::new("TIME").name()), ("SET", "TIME"));
+        Command::new("TIME").pack(&mut packed);
+        assert!(packed.ends_with(b"*1\r\n$4\r\nTIME\r\n"));
     }
 }

@@ -13,7 +13,7 @@ use redis::{Parser, Value};
 
 use super::cause::{Server, Stage};
 use super::command::{Command, Commands};
-use super::reply::Reply;
+use super::reply::{Replies, Reply};
 use super::stream::Stream;
 use crate::clock::Now;
 use crate::config::Login;
@@ -53,20 +53,21 @@ impl Connection {
         if let Some(password) = password {
             let auth = Command::new("AUTH");
             let auth = login.username.iter().fold(auth, |auth, name| auth.arg(name));
-            commands.push(&auth.arg(password.reveal()));
+            commands.ask(auth.arg(password.reveal()));
         }
         if db != 0 {
-            commands.push(&Command::new("SELECT").arg(&db.to_string()));
+            commands.ask(Command::new("SELECT").arg(&db.to_string()));
         }
-        let anonymous = commands.count() == 0;
+        let anonymous = commands.is_empty();
         if anonymous {
-            commands.push(&Command::new("PING"));
+            commands.ask(Command::new("PING"));
         }
         let replies = self.round_trip(&commands, deadline).map_err(StoreError::Down)?;
         self.stage = Stage::Greeting;
         // A user who may do only what is needed may not be allowed to.
-        let needless = |error: &StoreError| anonymous && error.to_string().contains("NOPERM");
-        replies.into_iter().filter_map(Result::err).find(|e| !needless(e)).map_or(Ok(()), Err)
+        let needless = |error: &&StoreError| anonymous && error.to_string().contains("NOPERM");
+        let refused = replies.iter().filter_map(Reply::error).find(|error| !needless(error));
+        refused.cloned().map_or(Ok(()), Err)
     }
 
     /// From now on what is sent may be carried out although no answer comes.
@@ -88,31 +89,54 @@ impl Connection {
     }
 
     /// Sends the commands in one write and reads one reply for each, all before `deadline`.
-    pub fn round_trip(
+    pub fn round_trip(&mut self, commands: &Commands, deadline: Instant) -> Result<Replies, Down> {
+        let commands: Vec<&Command> = commands.iter().collect();
+        self.send(&commands, deadline)?;
+        let replies = commands.iter().map(|command| self.receive(command));
+        Ok(Replies::new(replies.collect::<Result<_, _>>()?, 0))
+    }
+
+    /// The same for several at once, and one `wait` for those of them that await replicas.
+    pub fn run(
         &mut self,
-        commands: &Commands,
+        batch: &[&Commands],
+        wait: &Command,
         deadline: Instant,
-    ) -> Result<Vec<Reply>, Down> {
+    ) -> Result<Vec<Replies>, Down> {
+        let wait = batch.iter().any(|commands| commands.awaits_replicas).then_some(wait);
+        let all: Vec<&Command> = batch.iter().flat_map(|c| c.iter()).chain(wait).collect();
+        self.send(&all, deadline)?;
+        let mut replies = Vec::with_capacity(batch.len());
+        for commands in batch {
+            let each = commands.iter().map(|command| self.receive(command));
+            replies.push(Replies::new(each.collect::<Result<_, _>>()?, 0));
+        }
+        if let Some(wait) = wait {
+            let replicas = self.receive(wait)?.number().ok().and_then(|n| n.try_into().ok());
+            replies.iter_mut().for_each(|replies| replies.replicas = replicas.unwrap_or(0));
+        }
+        Ok(replies)
+    }
+
+    /// Until the deadline, replies to these can be received.
+    pub fn send(&mut self, commands: &[&Command], deadline: Instant) -> Result<(), Down> {
         time_left(deadline)
             .map_err(|late| Down { maybe_done: false, ..self.server.failed(&late, self.stage) })?;
         self.stream.set_deadline(deadline);
-        self.send(commands).map_err(|error| self.server.failed(&error, self.stage))?;
-        (0..commands.count()).map(|index| self.receive(commands, index)).collect()
+        let mut packed = Vec::new();
+        commands.iter().for_each(|command| command.pack(&mut packed));
+        let sent = self.stream.write_all(&packed).and_then(|()| self.stream.flush());
+        sent.map_err(|error| self.server.failed(&error, self.stage))
     }
 
-    fn send(&mut self, commands: &Commands) -> io::Result<()> {
-        self.stream.write_all(commands.bytes())?;
-        self.stream.flush()
-    }
-
-    /// One reply; an error of the server is a reply like any other.
-    fn receive(&mut self, commands: &Commands, index: usize) -> Result<Reply, Down> {
+    /// The next reply; an error of the server is a reply like any other.
+    pub fn receive(&mut self, to: &Command) -> Result<Reply, Down> {
         let mut reader = Reader { stream: &mut self.stream, failure: None };
         match (self.parser.parse_value(&mut reader), reader.failure) {
             (Ok(Value::ServerError(error)), _) => {
-                Ok(Err(self.server.refused(&error, commands.name(index))))
+                Ok(Reply(Err(self.server.refused(&error, to.name()))))
             }
-            (Ok(value), _) => Ok(Ok(value)),
+            (Ok(value), _) => Ok(Reply(Ok(value))),
             (Err(_), Some(error)) => Err(self.server.failed(&error, self.stage)),
             (Err(_), None) => Err(self.server.misspoke(self.stage)),
         }

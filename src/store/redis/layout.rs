@@ -132,9 +132,9 @@ impl Layout {
         self.on("ZREM", "live", "").arg(&member(hash))
     }
 
-    /// How many replicas have what this connection has written, waiting for so many at most so long.
-    pub fn wait_for(&self, replicas: u64, most_ms: u64) -> Command {
-        Command::new("WAIT").number(replicas).number(most_ms)
+    /// How many replicas have what this connection has written, waiting for enough at most so long.
+    pub fn wait_for(&self, most_ms: u64) -> Command {
+        Command::new("WAIT").number(self.wait_replicas).number(most_ms)
     }
 
     /// Seconds since 1970 and microseconds, by the clock that all instances share.

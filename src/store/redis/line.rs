@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::command::{Command, Commands};
 use super::layout::Layout;
 use super::pool::Pool;
-use super::reply::{Info, Replies, Reply};
+use super::reply::{Info, Replies};
 use crate::clock;
 use crate::config;
 use crate::store::StoreError;
@@ -35,10 +35,10 @@ impl Line {
     /// Why the server cannot be used.
     pub fn connect(&self) -> Result<Option<String>, StoreError> {
         let mut commands = Commands::default();
-        Info::ask(&mut commands);
+        let info = Info::ask(&mut commands);
         let greet = |connection: &mut super::connection::Connection, deadline| {
-            let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
-            Ok(Replies::new(replies).info().run_id)
+            let replies = connection.round_trip(&commands, deadline);
+            Ok(info(&mut replies.map_err(StoreError::Down)?).run_id)
         };
         self.pool.reopen(greet, clock::now())
     }
@@ -58,18 +58,21 @@ impl Line {
         self.layout.compare_and_set_field(key, field, seen, value)
     }
 
-    /// Sends the commands and reads one reply for each. After an error the connection is closed.
+    /// Sends the commands and reads one reply for each.
     ///
     /// # Errors
-    /// When the connection is lost.
-    pub fn ask(&self, commands: &Commands) -> Result<Vec<Reply>, StoreError> {
+    /// When the connection is lost, and is closed then, or when one fails that must not.
+    pub fn ask(&self, commands: &Commands) -> Result<Replies, StoreError> {
+        if commands.is_empty() {
+            return Ok(Replies::default());
+        }
         let deadline = Instant::now() + self.timeout;
         let mut connection =
             self.pool.take(self.pool.generation(), deadline).map_err(StoreError::Down)?;
         match connection.round_trip(commands, deadline) {
             Ok(replies) => {
                 self.pool.put_back(connection, clock::now());
-                Ok(replies)
+                commands.judge(replies)
             }
             Err(down) => {
                 self.pool.close();

@@ -15,7 +15,7 @@ use std::time::Instant;
 use super::cause::{Server, Stage};
 use super::command::{Command, Commands};
 use super::connection::Connection;
-use super::reply::{Replies, is_denied};
+use super::reply::{Reply, is_denied};
 use super::stream::{Stream, Tls};
 use crate::config::{self, HostPort, Login, Place, Sentinels};
 use crate::socket::{SockAddr, TimedSocket, deadline_in, time_left};
@@ -223,16 +223,16 @@ impl Watched {
         let mut connection = opener.enter(socket, &target, login, 0, deadline)?;
         let master = &self.settings.master;
         let mut commands = Commands::default();
-        commands.push(&Command::new("SENTINEL").arg("get-master-addr-by-name").arg(master));
-        commands.push(&Command::new("SENTINEL").arg("sentinels").arg(master));
-        let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
-        let mut replies = Replies::new(replies);
-        let address = replies.texts().map_err(|error| {
+        let about = |what| Command::new("SENTINEL").arg(what).arg(master);
+        let address = commands.ask(about("get-master-addr-by-name"));
+        let others = commands.ask(about("sentinels"));
+        let mut replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
+        let address = replies.take(address).texts().map_err(|error| {
             let is_none = error.to_string().contains("unknown command");
             let why = "it is no sentinel, see REDIS_SENTINELS";
             if is_none { StoreError::Down(target.server.unusable(why)) } else { error }
         })?;
-        let others = replies.maps().unwrap_or_default();
+        let others = replies.take(others).maps().unwrap_or_default();
         others.iter().filter_map(host_port_of).for_each(|other| self.learn(other));
         let master = match &*address {
             [host, port] => port.parse().ok().map(|port| HostPort { host: host.clone(), port }),
@@ -256,9 +256,10 @@ impl Watched {
         let mut name = Name::new(master, "", self.tls);
         let (mut connection, target) = opener.open_by_name(&mut name, 0, deadline)?;
         let mut commands = Commands::default();
-        commands.push(&Command::new("ROLE"));
-        let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
-        match Replies::new(replies).list().and_then(|mut role| role.text()) {
+        let role = commands.ask(Command::new("ROLE"));
+        let mut replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
+        let role = replies.take(role).list().map(|role| role.into_iter().next());
+        match role.and_then(|first| first.map_or(Ok(None), Reply::text)) {
             Ok(Some(role)) if role == "master" => Ok((connection, target)),
             Ok(role) => {
                 let role = role.unwrap_or_default();

@@ -15,18 +15,20 @@
 //! Decisions are read from values, never from the reply of `NX`: a reply may be lost, a value stays.
 //! What changes a key that another instance may have changed is compare-and-set, one `EVAL` with one
 //! key. No command names two keys, so clustered servers take them too. Nothing is ever sent twice.
-//! Each operation is a chain of [`Flow`]s, one a round trip; the flows of a batch share their trips.
+//! Each operation is a chain of round trips ([`Next`]), which the operations of a batch share.
 
 mod cause;
 mod command;
 mod connection;
 mod flow;
 mod greeting;
+mod issue;
 mod layout;
 mod line;
 mod locate;
 mod name;
 mod pool;
+mod redeem;
 mod reply;
 mod rows;
 mod stream;
@@ -43,14 +45,14 @@ use crate::metrics::Metrics;
 use crate::store::failover::{Hello, OurCa, Remote};
 use crate::store::{Answer, Down, Op, Rows, Status, StoreError};
 
-pub(crate) use command::{Command, Commands};
+pub(crate) use command::{Ask, Command, Commands};
 use connection::Connection;
-use flow::{Context, Flow, Next};
+use flow::{Context, Next};
 use layout::Layout;
 pub(crate) use line::Line;
-use name::{CLAIM, Name};
+use name::Name;
 use pool::Pool;
-pub(crate) use reply::{Info, Replies, Reply};
+pub(crate) use reply::{Info, Reply};
 
 /// The set of live tokens is pruned with every so many additions, of twice as many entries at most …
 const PRUNE_EVERY: u64 = 64;
@@ -98,7 +100,7 @@ impl RedisStore {
     }
 
     /// What prunes the set of live tokens along with these operations, when it is due.
-    fn prune(&self, ops: &[Op], now: Now) -> Option<flow::Prune> {
+    fn prune(&self, ops: &[Op], now: Now) -> Option<Next> {
         let adds =
             ops.iter().filter(|op| matches!(op, Op::Issue(_) | Op::Carry(..))).count() as u64;
         let added = self.added.fetch_add(adds, Ordering::Relaxed) + adds;
@@ -108,22 +110,7 @@ impl RedisStore {
         }
         self.prune_at_ms.store(now.mono_ms + PRUNE_EVERY_MS, Ordering::Relaxed);
         self.added.store(0, Ordering::Relaxed);
-        Some(flow::Prune::new(&self.context, added.max(PRUNE_EVERY) * 2, now))
-    }
-}
-
-impl RedisStore {
-    fn run(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer> {
-        let mut flows: Vec<Running> =
-            ops.iter().map(|op| Running::new(flow::of(op, &self.context, now))).collect();
-        flows.extend(self.prune(ops, now).map(|flow| Running::new(Box::new(flow))));
-        let deadline = Instant::now() + self.timeout;
-        if let Err(broken) = self.run_flows(&mut flows, line, deadline, now) {
-            self.metrics.redis_failures.add(1);
-            flows.iter_mut().for_each(|flow| flow.fail(&broken));
-        }
-        flows.truncate(ops.len());
-        flows.into_iter().map(Running::into_answer).collect()
+        Some(flow::prune(&self.context, added.max(PRUNE_EVERY) * 2, now))
     }
 }
 
@@ -131,102 +118,36 @@ impl RedisStore {
     /// The latest counts for an eighth. When two workers do this at once, one figure may be lost,
     /// which an average can bear.
     fn note_round_trip(&self, took: Duration) {
+        self.metrics.redis_trips.observe(took);
         let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         let average = self.round_trip_us.load(Ordering::Relaxed);
         let average = average - average / 8 + took / 8;
         self.round_trip_us.store(average, Ordering::Relaxed);
     }
 
-    /// Round trip after round trip until every flow has its answer. A connection that failed is
-    /// closed, and its flows are not run again.
-    fn run_flows(
-        &self,
-        flows: &mut [Running],
-        line: u64,
-        deadline: Instant,
-        now: Now,
-    ) -> Result<(), Down> {
+    /// Round trip after round trip until every operation has its answer. A connection that failed is
+    /// closed, and its operations are not run again.
+    fn advance(&self, operations: &mut [Next], line: u64, now: Now) -> Result<(), Down> {
+        let deadline = Instant::now() + self.timeout;
         let mut connection = self.pool.take(line, deadline)?;
-        while flows.iter().any(Running::is_waiting) {
-            let mut commands = Commands::default();
-            let counts: Vec<usize> = flows
-                .iter()
-                .map(|flow| flow.send(&self.context.layout, now, &mut commands))
-                .collect();
-            let layout = &self.context.layout;
-            let waits = layout.wait_replicas > 0 && flows.iter().any(Running::awaits_replicas);
-            if waits {
-                // Once for the batch; the other half of the time is for what follows.
-                commands.push(&layout.wait_for(layout.wait_replicas, self.context.patience_ms / 2));
+        loop {
+            let commands: Vec<&Commands> = operations.iter().filter_map(Next::commands).collect();
+            if commands.is_empty() {
+                break;
             }
             let sent = Instant::now();
-            let mut replies = connection.round_trip(&commands, deadline)?;
-            let waited = if waits { replies.pop() } else { None };
-            self.metrics.redis_trips.observe(sent.elapsed());
+            // Once for the batch; the other half of the time is for what follows.
+            let wait = self.context.layout.wait_for(self.context.patience_ms / 2);
+            let replies = connection.run(&commands, &wait, deadline)?;
             self.note_round_trip(sent.elapsed());
             let mut replies = replies.into_iter();
-            for (flow, count) in flows.iter_mut().zip(counts) {
-                let waited = waited.clone().filter(|_| flow.awaits_replicas());
-                flow.receive(&self.context, replies.by_ref().take(count).chain(waited).collect());
+            for operation in operations.iter_mut().filter(|next| next.commands().is_some()) {
+                let Some(replies) = replies.next() else { continue };
+                operation.read(&self.context, Ok(replies));
             }
         }
         self.pool.put_back(connection, now);
         Ok(())
-    }
-}
-
-/// A flow under way, or its answer.
-enum Running {
-    Waiting(Box<dyn Flow>),
-    Done(Answer),
-}
-
-impl Running {
-    const UNDECIDED: Running = Running::Done(Err(StoreError::Undecided));
-
-    fn new(flow: Box<dyn Flow>) -> Self {
-        Running::Waiting(flow)
-    }
-
-    fn is_waiting(&self) -> bool {
-        matches!(self, Running::Waiting(_))
-    }
-
-    fn awaits_replicas(&self) -> bool {
-        matches!(self, Running::Waiting(flow) if flow.awaits_replicas())
-    }
-
-    /// Adds the commands of this trip; returns how many.
-    fn send(&self, layout: &Layout, now: Now, commands: &mut Commands) -> usize {
-        let before = commands.count();
-        if let Running::Waiting(flow) = self {
-            flow.send(layout, now, commands);
-        }
-        commands.count() - before
-    }
-
-    fn receive(&mut self, context: &Context, replies: Vec<Reply>) {
-        if !self.is_waiting() {
-            return;
-        }
-        let Running::Waiting(flow) = std::mem::replace(self, Running::UNDECIDED) else { return };
-        *self = match flow.receive(context, replies) {
-            Next::Trip(flow) => Running::Waiting(flow),
-            Next::Done(answer) => Running::Done(answer),
-        };
-    }
-
-    fn fail(&mut self, broken: &Down) {
-        if self.is_waiting() {
-            *self = Running::Done(Err(StoreError::Down(broken.clone())));
-        }
-    }
-
-    fn into_answer(self) -> Answer {
-        match self {
-            Running::Done(answer) => answer,
-            Running::Waiting(_) => Err(StoreError::Undecided),
-        }
     }
 }
 
@@ -236,7 +157,16 @@ impl Remote for RedisStore {
     }
 
     fn run_on(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer> {
-        self.run(line, ops, now)
+        let mut operations: Vec<Next> =
+            ops.iter().map(|op| flow::of(op, &self.context, now)).collect();
+        operations.extend(self.prune(ops, now));
+        if let Err(broken) = self.advance(&mut operations, line, now) {
+            self.metrics.redis_failures.add(1);
+            let broken = StoreError::Down(broken);
+            operations.iter_mut().for_each(|next| next.read(&self.context, Err(broken.clone())));
+        }
+        operations.truncate(ops.len());
+        operations.into_iter().map(Next::into_answer).collect()
     }
 
     fn status(&self) -> Status {
@@ -270,26 +200,19 @@ impl Remote for RedisStore {
 
     fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError> {
         let layout = &self.context.layout;
-        let mut commands = Commands::default();
-        if let Some(name) = &layout.name {
-            name.push_claim(layout, &mut commands);
-        }
-        match run_id {
-            Some(_) => Info::ask(&mut commands),
-            // It may not be asked who it is; an answer is all there is to have.
-            None => commands.push(&layout.time()),
-        }
         let deadline = || Instant::now() + self.timeout;
         let any = self.pool.take(self.pool.generation(), deadline()).map_err(StoreError::Down)?;
         let mut next = Some(any);
         while let Some(mut connection) = next {
-            let replies = connection.round_trip(&commands, deadline()).map_err(StoreError::Down)?;
-            let mut replies = replies.into_iter();
-            if let Some(name) = &layout.name {
-                name.claimed(replies.by_ref().take(CLAIM).collect(), now)?;
+            let mut commands = Commands::default();
+            let claim = layout.name.as_ref().map(|name| (name, name.ask(layout, &mut commands)));
+            let info = Info::ask(&mut commands);
+            let replies = connection.round_trip(&commands, deadline());
+            let mut replies = replies.map_err(StoreError::Down)?;
+            if let Some((name, claimed)) = claim {
+                claimed(name, &mut replies, now)?;
             }
-            let info = Replies::new(replies.collect()).info();
-            if run_id.is_some() && info.run_id.as_deref() != run_id {
+            if run_id.is_some() && info(&mut replies).run_id.as_deref() != run_id {
                 let why = "it is another server, or was started again";
                 return Err(StoreError::Down(self.pool.lost(why)));
             }

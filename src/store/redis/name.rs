@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use super::command::Commands;
 use super::layout::Layout;
-use super::reply::{Replies, Reply, is_denied};
+use super::reply::{Replies, is_denied};
 use crate::clock::Now;
 use crate::devices::Instance;
 use crate::devices::identity::Identity;
@@ -20,8 +20,6 @@ use crate::store::{StoreError, locked};
 const LEASE_MS: u64 = 30_000;
 /// One that is there so long after another was found was renewed.
 const RENEWED_MS: u64 = LEASE_MS + 1000;
-/// How many commands [`Name::push_claim`] adds.
-pub(super) const CLAIM: usize = 3;
 
 /// The name of this process.
 #[derive(Debug)]
@@ -77,38 +75,47 @@ impl Name {
     }
 
     /// Takes the lease if it is free or that of the process before, renews it if it is ours, and looks
-    /// whose it is.
-    pub fn push_claim(&self, layout: &Layout, out: &mut Commands) {
+    /// whose it is. Without the right to ask, the name is taken to be ours.
+    pub fn ask(
+        &self,
+        layout: &Layout,
+        out: &mut Commands,
+    ) -> impl FnOnce(&Name, &mut Replies, Now) -> Result<(), StoreError> + use<> {
         let State { id, claim } = *locked(&self.state);
         let own = self.identity.process.to_string();
         let before = self.identity.before.filter(|_| claim != Claim::Ours);
         let from = before.map_or_else(|| own.clone(), |before| before.to_string());
         let key = ("instance:", &*id.to_string());
-        out.push(&layout.compare_and_set(key, &from, &own, LEASE_MS));
-        out.push(&layout.on("SET", key.0, key.1).arg(&own).arg("NX").arg("PX").number(LEASE_MS));
-        out.push(&layout.on("GET", key.0, key.1));
+        let set = layout.on("SET", key.0, key.1).arg(&own).arg("NX").arg("PX").number(LEASE_MS);
+        let asked = [
+            layout.compare_and_set(key, &from, &own, LEASE_MS),
+            set,
+            layout.on("GET", key.0, key.1),
+        ];
+        let asked = asked.map(|command| out.try_ask(command));
+        move |name, replies, now| {
+            let [taken, set, lease] = asked.map(|ask| replies.take(ask));
+            match taken.0.and(set.0).and_then(|_| lease.text()) {
+                Ok(lease) => name.judge(lease.as_deref(), now),
+                Err(error) if is_denied(&error) => {
+                    if locked(&name.state).claim == Claim::Unasked {
+                        log::warn!(
+                            "whether another instance has this one's id is not known: {error}"
+                        );
+                    }
+                    name.judge(Some(&name.identity.process.to_string()), now);
+                }
+                Err(error) => return Err(error),
+            }
+            Ok(())
+        }
     }
 
-    /// Reads the replies to that. Without the right to ask, the name is taken to be ours.
-    pub fn claimed(&self, replies: Vec<Reply>, now: Now) -> Result<(), StoreError> {
-        let lease = match Replies::all_or_error(replies) {
-            Ok(mut replies) => {
-                replies.skip();
-                replies.skip();
-                replies.text()?
-            }
-            Err(error) if is_denied(&error) => {
-                if locked(&self.state).claim == Claim::Unasked {
-                    log::warn!("whether another instance has this one's id is not known: {error}");
-                }
-                Some(self.identity.process.to_string())
-            }
-            Err(error) => return Err(error),
-        };
+    fn judge(&self, lease: Option<&str>, now: Now) {
         let mut state = locked(&self.state);
-        if lease.as_deref().and_then(Instance::from_hex) == Some(self.identity.process) {
+        if lease.and_then(Instance::from_hex) == Some(self.identity.process) {
             state.claim = Claim::Ours;
-            return Ok(());
+            return;
         }
         match state.claim {
             Claim::Another(since_ms) if now.mono_ms > since_ms + RENEWED_MS => {
@@ -120,7 +127,6 @@ impl Name {
                 state.claim = Claim::Another(now.mono_ms);
             }
         }
-        Ok(())
     }
 
     /// Its folder is a copy, or another one a copy of it.

@@ -1,47 +1,48 @@
-//! Replies of a round trip, read in the order of their commands.
+//! Replies, and what can be read in one.
 
 use std::collections::HashMap;
-use std::vec::IntoIter;
 
 use redis::Value;
 
-use super::command::{Command, Commands};
+use super::command::{Ask, Command, Commands};
 use crate::store::{Down, StoreError};
 
-/// The reply to one command: a value, or why this command was refused.
-pub(crate) type Reply = Result<Value, StoreError>;
-
-/// Replies in the order of their commands.
+/// The replies to [`Commands`].
+#[derive(Debug, Default)]
 pub(crate) struct Replies {
-    rest: IntoIter<Reply>,
+    replies: Vec<Reply>,
+    /// So many replicas have what was written.
+    pub replicas: u64,
 }
 
 impl Replies {
-    pub fn new(replies: Vec<Reply>) -> Self {
-        Replies { rest: replies.into_iter() }
+    pub fn new(replies: Vec<Reply>, replicas: u64) -> Self {
+        Replies { replies, replicas }
     }
 
-    /// The replies, if none is an error; else that error, and whether others were carried out.
-    pub fn all_or_error(replies: Vec<Reply>) -> Result<Self, StoreError> {
-        let answered = replies.iter().any(Result::is_ok);
-        match replies.iter().find_map(|reply| reply.as_ref().err()) {
-            None => Ok(Self::new(replies)),
-            Some(error) => Err(maybe_done(error.clone(), answered)),
-        }
+    /// The reply to this command. It is there once.
+    pub fn take(&mut self, ask: Ask) -> Reply {
+        let none = || Reply(Err(unexpected("no reply")));
+        self.replies.get_mut(ask.0).map_or_else(none, |reply| std::mem::replace(reply, none()))
     }
 
-    fn next(&mut self) -> Reply {
-        self.rest.next().unwrap_or_else(|| Err(unexpected("no reply")))
+    pub fn iter(&self) -> impl Iterator<Item = &Reply> {
+        self.replies.iter()
     }
+}
 
-    /// Passes over a reply that decides nothing.
-    pub fn skip(&mut self) {
-        let _decides_nothing = self.next();
+/// The reply to one command: a value, or why this command was refused.
+#[derive(Clone, Debug)]
+pub(crate) struct Reply(pub Result<Value, StoreError>);
+
+impl Reply {
+    pub fn error(&self) -> Option<&StoreError> {
+        self.0.as_ref().err()
     }
 
     /// A text, or nothing where the key is not there.
-    pub fn text(&mut self) -> Result<Option<String>, StoreError> {
-        match self.next()? {
+    pub fn text(self) -> Result<Option<String>, StoreError> {
+        match self.0? {
             Value::Nil => Ok(None),
             Value::Okay => Ok(Some("OK".to_owned())),
             Value::SimpleString(text) => Ok(Some(text)),
@@ -55,8 +56,8 @@ impl Replies {
     }
 
     /// Any bytes; none where the key is not there.
-    pub fn bytes(&mut self) -> Result<Vec<u8>, StoreError> {
-        match self.next()? {
+    pub fn bytes(self) -> Result<Vec<u8>, StoreError> {
+        match self.0? {
             Value::Nil => Ok(Vec::new()),
             Value::BulkString(bytes) => Ok(bytes),
             _ => Err(unexpected("not a value")),
@@ -64,62 +65,49 @@ impl Replies {
     }
 
     /// The items of a list; none where the key is not there.
-    pub fn list(&mut self) -> Result<Replies, StoreError> {
-        match self.next()? {
-            Value::Nil => Ok(Replies::new(Vec::new())),
-            Value::Array(items) => Ok(Replies::new(items.into_iter().map(Ok).collect())),
+    pub fn list(self) -> Result<Vec<Reply>, StoreError> {
+        match self.0? {
+            Value::Nil => Ok(Vec::new()),
+            Value::Array(items) => Ok(items.into_iter().map(|item| Reply(Ok(item))).collect()),
             _ => Err(unexpected("not a list")),
         }
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.rest.len() == 0
+    /// The items of a list of so many, which stand for different things.
+    pub fn tuple<const N: usize>(self) -> Result<[Reply; N], StoreError> {
+        self.list()?.try_into().map_err(|_| unexpected("not as many items"))
     }
 
-    pub fn number(&mut self) -> Result<i64, StoreError> {
-        match self.next()? {
+    pub fn number(self) -> Result<i64, StoreError> {
+        match self.0? {
             Value::Int(number) => Ok(number),
             _ => Err(unexpected("not a number")),
         }
     }
 
-    /// What a server answers to [`Info::ask`]. One that may not be asked says nothing.
-    pub fn info(&mut self) -> Info {
-        let mut text = || self.text().ok().flatten().unwrap_or_default();
-        let (server, memory) = (text(), text());
-        Info {
-            run_id: info(&server, "run_id"),
-            mode: info(&server, "redis_mode"),
-            policy: info(&memory, "maxmemory_policy"),
-            used: info(&memory, "used_memory").and_then(|bytes| bytes.parse().ok()),
-            most: info(&memory, "maxmemory").and_then(|bytes| bytes.parse().ok()),
+    /// What `TIME` says, in milliseconds since 1970.
+    pub fn time_ms(self) -> Result<u64, StoreError> {
+        let parts = self.texts()?;
+        let numbers: Option<Vec<u64>> = parts.iter().map(|part| part.parse().ok()).collect();
+        match numbers.as_deref() {
+            Some([seconds, micros]) => {
+                Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000))
+            }
+            _ => Err(unexpected("not a time")),
         }
     }
 
-    /// What `TIME` says, in milliseconds since 1970.
-    pub fn time_ms(&mut self) -> Result<u64, StoreError> {
-        let time = self.texts()?;
-        let number = |at: usize| time.get(at).and_then(|text| text.parse::<u64>().ok());
-        let (seconds, micros) = number(0).zip(number(1)).ok_or_else(|| unexpected("not a time"))?;
-        Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000))
-    }
-
-    pub fn texts(&mut self) -> Result<Vec<String>, StoreError> {
-        let mut items = self.list()?;
-        std::iter::from_fn(|| (!items.is_empty()).then(|| items.text()))
-            .map(|text| text.map(Option::unwrap_or_default))
-            .collect()
+    pub fn texts(self) -> Result<Vec<String>, StoreError> {
+        self.list()?.into_iter().map(|item| Ok(item.text()?.unwrap_or_default())).collect()
     }
 
     /// Lists of texts, in each of which names and values alternate.
-    pub fn maps(&mut self) -> Result<Vec<HashMap<String, String>>, StoreError> {
-        let mut items = self.list()?;
-        let mut maps = Vec::new();
-        while !items.is_empty() {
-            let mut words = items.texts()?.into_iter();
-            maps.push(std::iter::from_fn(|| Some((words.next()?, words.next()?))).collect());
-        }
-        Ok(maps)
+    pub fn maps(self) -> Result<Vec<HashMap<String, String>>, StoreError> {
+        let map = |item: Reply| {
+            let mut words = item.texts()?.into_iter();
+            Ok(std::iter::from_fn(|| Some((words.next()?, words.next()?))).collect())
+        };
+        self.list()?.into_iter().map(map).collect()
     }
 }
 
@@ -141,9 +129,21 @@ pub(crate) struct Info {
 }
 
 impl Info {
-    pub fn ask(commands: &mut Commands) {
-        commands.push(&Command::new("INFO").arg("server"));
-        commands.push(&Command::new("INFO").arg("memory"));
+    /// One that may not be asked says nothing.
+    pub fn ask(commands: &mut Commands) -> impl FnOnce(&mut Replies) -> Info + use<> {
+        let [server, memory] =
+            ["server", "memory"].map(|part| commands.try_ask(Command::new("INFO").arg(part)));
+        move |replies| {
+            let mut text = |ask| replies.take(ask).text().ok().flatten().unwrap_or_default();
+            let (server, memory) = (text(server), text(memory));
+            Info {
+                run_id: info(&server, "run_id"),
+                mode: info(&server, "redis_mode"),
+                policy: info(&memory, "maxmemory_policy"),
+                used: info(&memory, "used_memory").and_then(|bytes| bytes.parse().ok()),
+                most: info(&memory, "maxmemory").and_then(|bytes| bytes.parse().ok()),
+            }
+        }
     }
 
     /// The server drops nothing by itself, and says so.
@@ -164,10 +164,12 @@ pub(super) fn is_denied(error: &StoreError) -> bool {
     ["NOPERM", "ACL failure in script", "can't run this command"].iter().any(|s| why.contains(s))
 }
 
-/// The same error, with whether a command of the trip may have been carried out all the same.
+/// The same error, of a trip of which a command may have been carried out all the same.
 pub(super) fn maybe_done(error: StoreError, maybe_done: bool) -> StoreError {
     match error {
-        StoreError::Down(down) => StoreError::Down(Down { maybe_done, ..down }),
+        StoreError::Down(down) => {
+            StoreError::Down(Down { maybe_done: maybe_done || down.maybe_done, ..down })
+        }
         other => other,
     }
 }

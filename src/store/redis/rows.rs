@@ -17,12 +17,12 @@
 use redis::Value;
 
 use super::command::Commands;
-use super::flow::{Context, Flow, Issue, Next, Old, TakeOver, age_ms, push_kill};
-use super::layout::Layout;
+use super::flow::{Context, Next};
+use super::issue::{Issue, Old, age_ms, ask_kill};
 use super::reply::{Replies, Reply, is_denied};
 use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::devices::{Bound, Row, codec};
+use crate::devices::{Row, codec};
 use crate::jwt::{Token, TokenHash};
 use crate::store::ledger::lasts_ms;
 use crate::store::{Dead, Kill, Outcome, Seen, StoreError, Told};
@@ -33,9 +33,9 @@ const TRIES: u8 = 2;
 const UNDER_WAY_MS: u64 = 30_000;
 
 impl Context {
-    /// The row in the reply to [`Layout::get_row`], and the value as it stands there.
+    /// The row in the reply to [`Layout::get_row`](super::layout::Layout::get_row), and the value as it stands there.
     pub fn row_of(&self, device: &DeviceId, reply: Reply) -> Result<(Row, Vec<u8>), StoreError> {
-        match reply {
+        match reply.0 {
             Ok(Value::BulkString(value)) => {
                 let row = self.mac_key.get().and_then(|key| codec::open(key, device, &value));
                 let row = row.unwrap_or_default();
@@ -48,39 +48,28 @@ impl Context {
             _ => Ok(Default::default()),
         }
     }
-
-    /// What is there of the device, by the replies to [`push_look`].
-    fn seen(&self, device: &DeviceId, mut replies: Vec<Reply>) -> Result<Seen, StoreError> {
-        let row = replies.pop().unwrap_or(Ok(Value::Nil));
-        let lease = Replies::all_or_error(replies)?.text()?;
-        let (row, value) = self.row_of(device, row)?;
-        let leased = lease.map(|compact| Token {
-            hash: TokenHash::of(&compact),
-            claims: self.claims_of(&compact, device),
-            compact: compact.into(),
-        });
-        let latest_iat = leased.as_ref().map(|token| token.claims.iat);
-        Ok(Seen { row, value, leased, latest_iat, by_redis: true })
-    }
-}
-
-fn push_look(device: &DeviceId, layout: &Layout, out: &mut Commands) {
-    out.push(&layout.get_lease(device));
-    out.push(&layout.get_row(device));
 }
 
 /// What is there of the device?
-pub(super) struct LookOnce(pub DeviceId);
-
-impl Flow for LookOnce {
-    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
-        push_look(&self.0, layout, out);
-    }
-
-    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        let seen = context.seen(&self.0, replies);
-        Next::of(seen.and_then(|seen| Next::done(Outcome::Seen(Box::new(seen)))))
-    }
+pub(super) fn look(
+    device: DeviceId,
+    context: &Context,
+    then: impl FnOnce(Seen, &Context) -> Result<Next, StoreError> + 'static,
+) -> Next {
+    let mut commands = Commands::default();
+    let lease = commands.ask(context.layout.get_lease(&device));
+    let row = commands.try_ask(context.layout.get_row(&device));
+    Next::trip(commands, move |context, mut replies| {
+        let lease = replies.take(lease).text()?;
+        let (row, value) = context.row_of(&device, replies.take(row))?;
+        let leased = lease.map(|compact| Token {
+            hash: TokenHash::of(&compact),
+            claims: context.claims_of(&compact, &device),
+            compact: compact.into(),
+        });
+        let latest_iat = leased.as_ref().map(|token| token.claims.iat);
+        then(Seen { row, value, leased, latest_iat, by_redis: true }, context)
+    })
 }
 
 /// What a raised bound is for.
@@ -104,153 +93,139 @@ pub(super) struct Killing {
 }
 
 impl Killing {
-    pub fn new(kill: Kill, then: Then, now: Now) -> Self {
-        Killing { kill, then, now, tries: TRIES, told: true }
+    pub fn new(kill: &Kill, then: Then, now: Now) -> Self {
+        Killing { kill: kill.clone(), then, now, tries: TRIES, told: true }
     }
 
     /// The trip that raises the bound; where Redis could not be asked before, it is asked first.
-    pub fn begin(self, context: &Context) -> Box<dyn Flow> {
+    pub fn begin(self, context: &Context) -> Next {
         match self.kill.seen.by_redis {
-            true => Box::new(Raise::new(self, context)),
-            false => Box::new(LookAgain(self)),
+            true => self.raise(context),
+            false => self.look_again(context),
         }
     }
 
-    /// The leased token, if the row says that it is dead.
-    fn dead(&self) -> Option<&Token> {
-        let t = self.kill.row.bound.t;
-        self.kill.seen.leased.as_ref().filter(|token| token.claims.iat <= t)
+    /// The row is merged into the one that was seen, and what it kills dies.
+    fn raise(mut self, context: &Context) -> Next {
+        let (layout, mut commands) = (&context.layout, Commands::default());
+        let Kill { device, row, seen } = &mut self.kill;
+        *row = std::mem::take(row).merge(seen.row.clone());
+        let key = context.mac_key.get().filter(|_| *row != seen.row);
+        let merged = key.map(|key| {
+            let news = codec::seal(key, device, row);
+            commands.try_ask(layout.merge_row(device, &seen.value, &news))
+        });
+        let t = row.bound.t;
+        let dead = seen.leased.clone().filter(|token| token.claims.iat <= t);
+        let then = dead.map(|dead| self.ask_about(&mut commands, dead, context));
+        let read = move |context: &Context, mut replies: Replies| {
+            if let Some(merged) = merged {
+                let reply = replies.take(merged);
+                self.told = !reply.error().is_some_and(is_denied);
+                if !stands(reply)? {
+                    self.tries = self.tries.checked_sub(1).ok_or(StoreError::Undecided)?;
+                    return Ok(self.look_again(context));
+                }
+            }
+            let old = then.map(|then| then(&mut replies)).transpose()?;
+            self.raised(old, context)
+        };
+        match commands.is_empty() {
+            true => read(context, Replies::default()).unwrap_or_else(|e| Next::Done(Err(e))),
+            false => Next::trip(commands, read),
+        }
+    }
+
+    /// What is asked of the leased token, which the row says is dead: whether it is being redeemed, if
+    /// it is to be replaced; else it dies.
+    fn ask_about(
+        &self,
+        out: &mut Commands,
+        dead: Token,
+        context: &Context,
+    ) -> impl FnOnce(&mut Replies) -> Result<(Token, Was), StoreError> + use<> {
+        let layout = &context.layout;
+        let now = self.now;
+        let is_replaced = matches!(self.then, Then::Replace(_));
+        let asked = if is_replaced {
+            [out.ask(layout.get_mark(&dead.hash)), out.ask(layout.mark_left(&dead.hash))]
+        } else {
+            let gone = ask_kill(out, layout, &dead, now);
+            [gone, out.ask(layout.free_lease(&self.kill.device, &dead.compact))]
+        };
+        move |replies| {
+            let [first, second] = asked.map(|ask| replies.take(ask));
+            if !is_replaced {
+                let was = if first.number()? == 1 { Was::Live } else { Was::Gone };
+                return Ok((dead, was));
+            }
+            let is_attempt = first.text()?.is_some_and(|mark| !mark.ends_with(" killed"));
+            let age = age_ms(lasts_ms(&dead.claims, now), second.number()?);
+            let is_under_way = is_attempt && age < UNDER_WAY_MS;
+            Ok((dead, if is_under_way { Was::UnderWay } else { Was::Live }))
+        }
     }
 
     /// The row stands; how was it with the leased token?
-    fn raised(self, replies: Vec<Reply>) -> Result<Next, StoreError> {
-        let replies = Replies::all_or_error(replies)?;
-        let dead = self.dead().cloned();
-        let Killing { kill, then, now, told, .. } = self;
-        match then {
-            Then::Replace(issue) => replaced(*issue, dead, now, replies),
-            Then::Kill => Next::done(Outcome::Killed { dead: killed(dead, replies)?, told }),
-            Then::Tell { was_lost } => {
-                let told = Told { row: kill.row, dead: killed(dead, replies)?, was_lost };
+    fn raised(self, old: Option<(Token, Was)>, context: &Context) -> Result<Next, StoreError> {
+        let Killing { kill, then, told, .. } = self;
+        let dead = |old: Option<(Token, Was)>| {
+            old.filter(|(_, was)| *was == Was::Live).map(|(token, _)| Dead::of(&token))
+        };
+        match (then, old) {
+            (Then::Replace(_), Some((old, Was::UnderWay))) => {
+                let expires_at_ms = old.claims.exp.saturating_mul(1000);
+                Next::done(Outcome::AlreadyActive { expires_at_ms })
+            }
+            (Then::Replace(issue), old) => {
+                let old = old.map(|(token, _)| Old::Replaced(token));
+                Ok(issue.take_over(old, context))
+            }
+            (Then::Kill, old) => Next::done(Outcome::Killed { dead: dead(old), told }),
+            (Then::Tell { was_lost }, old) => {
+                let told = Told { row: kill.row, dead: dead(old), was_lost };
                 Next::done(Outcome::Told(Box::new(told)))
             }
         }
     }
-}
 
-/// Replacing: the token that held the lease is on its way out, unless it is being redeemed.
-fn replaced(
-    issue: Issue,
-    old: Option<Token>,
-    now: Now,
-    mut replies: Replies,
-) -> Result<Next, StoreError> {
-    let Some(old) = old else { return Next::trip(TakeOver { issue, old: None }) };
-    let is_attempt = replies.text()?.is_some_and(|mark| !mark.ends_with(" killed"));
-    let age = age_ms(lasts_ms(&old.claims, now), replies.number()?);
-    if is_attempt && age < UNDER_WAY_MS {
-        let expires_at_ms = old.claims.exp.saturating_mul(1000);
-        return Next::done(Outcome::AlreadyActive { expires_at_ms });
-    }
-    Next::trip(TakeOver { issue, old: Some(Old::Replaced(old)) })
-}
-
-/// The leased token that has died, if it was live.
-fn killed(dead: Option<Token>, mut replies: Replies) -> Result<Option<Dead>, StoreError> {
-    let Some(Token { hash, claims, .. }) = dead else { return Ok(None) };
-    replies.skip();
-    Ok((replies.number()? == 1).then_some(Dead { hash, claims }))
-}
-
-/// The row is merged into the one that was seen, and what it kills dies.
-struct Raise {
-    killing: Killing,
-    /// The merged row as a value, if it says more than the one that was seen.
-    news: Option<Vec<u8>>,
-}
-
-impl Raise {
-    fn new(mut killing: Killing, context: &Context) -> Self {
-        let Kill { device, row, seen } = &mut killing.kill;
-        *row = std::mem::take(row).merge(seen.row.clone());
-        let key = context.mac_key.get().filter(|_| *row != seen.row);
-        let news = key.map(|key| codec::seal(key, device, row));
-        Raise { killing, news }
-    }
-}
-
-impl Flow for Raise {
-    fn send(&self, layout: &Layout, now: Now, out: &mut Commands) {
-        let Killing { kill, then, .. } = &self.killing;
-        if let Some(news) = &self.news {
-            out.push(&layout.merge_row(&kill.device, &kill.seen.value, news));
-        }
-        let Some(dead) = self.killing.dead() else { return };
-        if let Then::Replace(_) = then {
-            out.push(&layout.get_mark(&dead.hash));
-            out.push(&layout.mark_left(&dead.hash));
-        } else {
-            push_kill(layout, out, dead, now);
-            out.push(&layout.free_lease(&kill.device, &dead.compact));
-        }
-    }
-
-    fn receive(self: Box<Self>, _: &Context, mut replies: Vec<Reply>) -> Next {
-        let Raise { mut killing, news } = *self;
-        let merged = match news {
-            Some(_) => replies.drain(..1).next().map_or(Ok(true), |reply| {
-                killing.told = !reply.as_ref().is_err_and(is_denied);
-                stands(reply)
-            }),
-            None => Ok(true),
-        };
-        Next::of(merged.and_then(|merged| {
-            if merged {
-                return killing.raised(replies);
+    /// Another instance has changed the row meanwhile; or Redis was not asked yet.
+    fn look_again(mut self, context: &Context) -> Next {
+        look(self.kill.device.clone(), context, move |seen, context| {
+            let t = self.kill.row.bound.t;
+            let is_first_look = !self.kill.seen.by_redis;
+            match &mut self.then {
+                Then::Tell { was_lost } => {
+                    let is_recent = self.kill.row.bound.is_recent(self.now.unix_s());
+                    *was_lost |= t > seen.row.bound.t && is_recent;
+                }
+                // The bound was raised without a look, and does not reach this token.
+                _ if is_first_look && seen.latest_iat > Some(t) => {
+                    return Err(StoreError::Undecided);
+                }
+                _ => {}
             }
-            killing.tries = killing.tries.checked_sub(1).ok_or(StoreError::Undecided)?;
-            Next::trip(LookAgain(killing))
-        }))
+            self.kill.seen = seen;
+            Ok(self.raise(context))
+        })
     }
+}
+
+/// How it was with a leased token that is to die.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Was {
+    Live,
+    Gone,
+    /// It is being redeemed.
+    UnderWay,
 }
 
 /// Whether the merged row stands, or cannot for lack of a right, by the reply to
-/// [`Layout::merge_row`].
+/// [`Layout::merge_row`](super::layout::Layout::merge_row).
 fn stands(reply: Reply) -> Result<bool, StoreError> {
-    match reply {
+    match reply.0 {
         Err(error @ StoreError::Down(_)) if !is_denied(&error) => Err(error),
         Ok(Value::Int(0)) => Ok(false),
         _ => Ok(true),
-    }
-}
-
-/// Another instance has changed the row meanwhile; or Redis was not asked yet.
-pub(super) struct LookAgain(pub Killing);
-
-impl Flow for LookAgain {
-    fn send(&self, layout: &Layout, _: Now, out: &mut Commands) {
-        push_look(&self.0.kill.device, layout, out);
-    }
-
-    fn receive(self: Box<Self>, context: &Context, replies: Vec<Reply>) -> Next {
-        Next::of(context.seen(&self.0.kill.device, replies).and_then(|seen| {
-            let mut killing = self.0;
-            let Bound { t, .. } = killing.kill.row.bound;
-            let is_told = matches!(killing.then, Then::Tell { .. });
-            // The bound was raised without a look, and does not reach this token.
-            if !killing.kill.seen.by_redis && !is_told && seen.latest_iat > Some(t) {
-                return Err(StoreError::Undecided);
-            }
-            if let Then::Tell { was_lost } = &mut killing.then {
-                *was_lost |=
-                    t > seen.row.bound.t && killing.kill.row.bound.is_recent(killing.now.unix_s());
-            }
-            killing.kill.seen = seen;
-            let raise = Raise::new(killing, context);
-            if raise.news.is_none() && raise.killing.dead().is_none() {
-                return raise.killing.raised(Vec::new());
-            }
-            Next::trip(raise)
-        }))
     }
 }
