@@ -354,8 +354,11 @@ fn unknown(request: &Request) -> Result<Plan, Problem> {
 
 /// What stands in the places of `{…}`, if the path fits the pattern; empty where it has none.
 fn captured<'a>(pattern: &str, path: &'a str) -> Option<[&'a str; 2]> {
-    let (mut wanted, mut found) = (pattern.split('/'), path.split('/'));
     let mut captured = ["", ""];
+    if pattern == path {
+        return Some(captured);
+    }
+    let (mut wanted, mut found) = (pattern.split('/'), path.split('/'));
     let mut places = captured.iter_mut();
     loop {
         match (wanted.next(), found.next()) {

@@ -136,6 +136,9 @@ impl Provisioner {
 
     /// Keeps a registration of which only others knew: this instance decides on the redemption, too.
     fn learn(&self, device: &DeviceId, row: Row, now: Now) {
+        if row == Row::default() {
+            return;
+        }
         let news = Row { bound: Default::default(), ..row.news_for(&self.devices.row(device)) };
         if let Err(error) = self.devices.enter(vec![(device.clone(), news)], false, now) {
             log::error!("what Redis says of {device} was not kept: {error}");

@@ -27,14 +27,13 @@ impl Provisioner {
         let Onboarding { device, replace, rule, shown, client } = asked;
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        let (look, by_secret) = (false, false);
+        let row = self.devices.row(&device);
+        let by_secret = row.has_shown_secret(&shown, now.unix_s());
+        let look = false;
         let issue = Issue { device, replace, rule, shown, client, jti, look, by_secret };
-        let row = self.devices.row(&issue.device);
         let look = match issue.judge(&row, self, now) {
             // A registration of which only others know asks for the secret, or excuses.
-            Ok(()) => {
-                matches!(shown, Shown::Secret(_)) && !row.has_shown_secret(&shown, now.unix_s())
-            }
+            Ok(()) => matches!(shown, Shown::Secret(_)) && !by_secret,
             Err(
                 Code::SecretInvalid | Code::DeviceNotRegistered | Code::DeviceHasActiveCertificate,
             ) if self.store.status().redis_enabled => true,

@@ -148,6 +148,10 @@ impl Provisioner {
         seen: Option<Seen>,
         now: Now,
     ) -> Result<Prepared, Problem> {
+        // What is known here was judged as it was planned, and is judged again when it is issued.
+        if !issue.look && !issue.replace {
+            return Ok(Prepared { job: Job::Issue(issue), kills: Vec::new() });
+        }
         let is_alone = issue.look && seen.as_ref().is_some_and(|seen| !seen.by_redis);
         let seen = seen.unwrap_or_default();
         let known = self.devices.row(&issue.device).merge(seen.row.clone());
