@@ -96,28 +96,26 @@ pub(super) fn revoke(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
 }
 
 fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
-    let Done::Revoked { device, shared } = done else { return Err(Code::InternalError.into()) };
+    let Done::Revoked { of, serial, shared } = done else {
+        return Err(Code::InternalError.into());
+    };
     let mut json = Json::new();
     json.field("success", true)
         .field("message", "Certificate revoked successfully")
-        .field("device_id", device.as_str())
-        .field("shared", shared);
+        .field("device_id", of);
+    if let Some(serial) = serial {
+        json.field("serial_number", serial.to_string());
+    }
+    json.field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 
 /// `DELETE /api/v1/devices/{device_id}/certificates/{serial}`
 pub(super) fn revoke_one(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let serial = Serial::from_hex(asked.serial).ok_or(Code::CertificateNotFound)?;
-    let name = percent_decode_str(asked.name).decode_utf8_lossy();
-    let reason = reason(asked)?;
-    let shared = api.provisioner.revoke_one(&name, &serial, reason, &asked.by(), now)?;
-    let mut json = Json::new();
-    json.field("success", true)
-        .field("message", "Certificate revoked successfully")
-        .field("device_id", &*name)
-        .field("serial_number", serial.to_string())
-        .field("shared", shared);
-    Ok(Plan::Reply(Reply::json(json.timestamp(now))))
+    let name = percent_decode_str(asked.name).decode_utf8_lossy().into_owned();
+    let job = api.provisioner.plan_revoke_one(name, serial, reason(asked)?, asked.by(), now)?;
+    Ok(Plan::Job(job, render_revoked))
 }
 
 /// Why something is revoked.

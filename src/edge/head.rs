@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use httparse::{Header, Request};
 
 use super::chunked::is_token;
-use super::fields::{Sender, push_field, push_length, push_private};
+use super::fields::{JSON, Sender, push_field, push_length, push_private};
 use super::proxies;
 use super::settings::{BODY_MAX, FIELDS_MAX, HEAD_MAX};
 use crate::config::Cidr;
@@ -121,8 +121,8 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     let path = target.split_once('?').map_or(&*target, |(path, _)| path);
     let class = (origin.classify)(method, path);
     write_request_line(method, &target, out);
-    write_allowed(headers, out)?;
-    write_private(origin, class, headers, out);
+    let is_json = write_allowed(headers, out)?;
+    write_private(origin, class, is_json, headers, out);
     if let Framing::Length(length) = framing {
         finish(length, out);
     }
@@ -193,19 +193,26 @@ fn expects_continue(headers: &[Header<'_>]) -> bool {
     values(headers, "Expect").any(|value| value.eq_ignore_ascii_case(b"100-continue"))
 }
 
-/// Writes the fields of the client that go on.
-fn write_allowed(headers: &[Header<'_>], out: &mut Vec<u8>) -> Result<(), Code> {
-    for name in ["Authorization", "Content-Type"] {
-        if let Some(value) = single(headers, name)? {
+/// Writes the fields of the client that go on. Returns whether the body is JSON, which is said in the
+/// private field.
+fn write_allowed(headers: &[Header<'_>], out: &mut Vec<u8>) -> Result<bool, Code> {
+    let media_type = single(headers, "Content-Type")?;
+    let is_json = media_type.is_some_and(|value| value.eq_ignore_ascii_case(JSON.as_bytes()));
+    let media_type = media_type.filter(|_| !is_json);
+    for (name, value) in
+        [("Authorization", single(headers, "Authorization")?), ("Content-Type", media_type)]
+    {
+        if let Some(value) = value {
             push_field(name, ascii(value)?, out);
         }
     }
-    // The lines of a list are one list (RFC 9110, 5.2).
-    let accept: Vec<&[u8]> = values(headers, "Accept").map(ascii).collect::<Result<_, _>>()?;
+    // The lines of a list are one list (RFC 9110, 5.2). That anything is accepted says nothing.
+    let accept = values(headers, "Accept").filter(|value| *value != b"*/*").map(ascii);
+    let accept: Vec<&[u8]> = accept.collect::<Result<_, _>>()?;
     if !accept.is_empty() {
         push_field("Accept", &accept.join(b", ".as_slice()), out);
     }
-    Ok(())
+    Ok(is_json)
 }
 
 /// `tiny_http` closes a connection on which anything else comes, without a word.
@@ -324,13 +331,19 @@ fn write_request_line(method: &str, target: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(b" HTTP/1.1\r\n");
 }
 
-fn write_private(origin: Origin<'_>, class: Class, headers: &[Header<'_>], out: &mut Vec<u8>) {
+fn write_private(
+    origin: Origin<'_>,
+    class: Class,
+    is_json: bool,
+    headers: &[Header<'_>],
+    out: &mut Vec<u8>,
+) {
     let address = match origin.proxies {
         Some(proxies) => proxies::client(proxies, origin.peer, values(headers, "X-Forwarded-For")),
         None => origin.peer,
     };
     let certificate = origin.certificate.filter(|_| class.client_certificate);
-    push_private(origin.number, Some(Sender { address, certificate }), out);
+    push_private(origin.number, Some(Sender { address, is_json, certificate }), out);
 }
 
 #[cfg(test)]
@@ -363,13 +376,13 @@ mod tests {
         let (head, out) = parse(
             "POST /sign?x=1 HTTP/1.1\r\nhOsT: a:80\r\nX-Edge: 9 evil\r\nCookie: x\r\n\
              authorization:  Bearer t \r\nContent-Length: 0005\r\nAccept: a\r\n\
-             Content-Type: application/json\r\nAccept: b\r\nX-Forwarded-For: 1.1.1.1\r\n\r\n",
+             Content-Type: Application/json\r\nAccept: b\r\nAccept: */*\r\nX-Forwarded-For: 1.1.1.1\r\n\r\n",
         )
         .unwrap();
         assert_eq!(
             out,
             "POST /sign?x=1 HTTP/1.1\r\nAuthorization: Bearer t\r\n\
-             Content-Type: application/json\r\nAccept: a, b\r\nX-Edge: 7 192.0.2.1\r\n\
+             Accept: a, b\r\nX-Edge: 7j 192.0.2.1\r\n\
              Content-Length: 5\r\n\r\n"
         );
         assert_eq!(head.framing, Framing::Length(5));

@@ -4,85 +4,74 @@
 //! list is ordered by itself, entering and leaving are a few writes, and only the fronts are looked at.
 //! The front of a list is also the one that has waited longest, which is the one to give way.
 
+use std::collections::VecDeque;
+
 use super::settings::{Deadlines, Wait};
 
-/// "No connection" in a node.
-const NONE: u32 = u32::MAX;
-
 /// `N` ordered lists over the same connections; each connection stands in at most one.
+///
+/// What a connection has left stays where it stood until it comes to the front, or the list grows beyond
+/// twice what there can be.
 pub struct Lists<const N: usize> {
-    ends: [Ends; N],
-    nodes: Vec<Node>,
+    lists: [VecDeque<Entry>; N],
+    /// The entry of each connection that counts.
+    latest: Vec<u64>,
+    entries: u64,
 }
 
-#[derive(Clone, Copy)]
-struct Ends {
-    first: u32,
-    last: u32,
-}
-
-#[derive(Clone, Copy)]
-struct Node {
-    prev: u32,
-    next: u32,
-    list: Option<u8>,
-}
-
-const FREE: Node = Node { prev: NONE, next: NONE, list: None };
+/// A connection, and the number of the entry.
+type Entry = (usize, u64);
 
 impl<const N: usize> Lists<N> {
     /// Empty lists for the connections 0 to `size` - 1.
     pub fn new(size: usize) -> Self {
-        Lists { ends: [Ends { first: NONE, last: NONE }; N], nodes: vec![FREE; size] }
+        let lists = [const { VecDeque::new() }; N];
+        Lists { lists, latest: vec![0; size], entries: 0 }
     }
 
     /// Moves the connection to the end of `list`.
     pub fn push_back(&mut self, list: usize, at: usize) {
-        self.remove(at);
-        let (Some(ends), Ok(me), Ok(name)) =
-            (self.ends.get_mut(list), u32::try_from(at), u8::try_from(list))
-        else {
-            return;
-        };
-        let Some(node) = self.nodes.get_mut(at) else { return };
-        let last = ends.last;
-        *node = Node { prev: last, next: NONE, list: Some(name) };
-        ends.last = me;
-        match self.nodes.get_mut(last as usize) {
-            Some(before) => before.next = me,
-            None => ends.first = me,
+        self.entries += 1;
+        self.note(at, self.entries);
+        if let Some(list) = self.lists.get_mut(list) {
+            list.push_back((at, self.entries));
+            if list.len() > 2 * self.latest.len() {
+                list.retain(|entry| counts(&self.latest, entry));
+            }
         }
     }
 
     /// Takes the connection out of the list it stands in.
     pub fn remove(&mut self, at: usize) {
-        let Some(node) = self.nodes.get_mut(at) else { return };
-        let Node { prev, next, list: Some(list) } = std::mem::replace(node, FREE) else { return };
-        let Some(ends) = self.ends.get_mut(usize::from(list)) else { return };
-        match self.nodes.get_mut(prev as usize) {
-            Some(before) => before.next = next,
-            None => ends.first = next,
+        self.note(at, 0);
+    }
+
+    fn note(&mut self, at: usize, entry: u64) {
+        if let Some(latest) = self.latest.get_mut(at) {
+            *latest = entry;
         }
-        match self.nodes.get_mut(next as usize) {
-            Some(after) => after.prev = prev,
-            None => ends.last = prev,
+        for list in &mut self.lists {
+            while list.front().is_some_and(|entry| !counts(&self.latest, entry)) {
+                list.pop_front();
+            }
         }
     }
 
     /// The connection that has stood in `list` longest.
     pub fn front(&self, list: usize) -> Option<usize> {
-        known(self.ends.get(list)?.first)
+        // What a connection has left never stands here.
+        self.lists.get(list)?.front().map(|(at, _)| *at)
     }
 
     /// From the longest standing in `list` to the latest.
     pub fn iter(&self, list: usize) -> impl Iterator<Item = usize> + '_ {
-        let next = |at: &usize| known(self.nodes.get(*at)?.next);
-        std::iter::successors(self.front(list), next)
+        let entries = self.lists.get(list).into_iter().flatten();
+        entries.filter(|entry| counts(&self.latest, entry)).map(|(at, _)| *at)
     }
 }
 
-fn known(at: u32) -> Option<usize> {
-    (at != NONE).then_some(at as usize)
+fn counts(latest: &[u64], (at, entry): &Entry) -> bool {
+    latest.get(*at) == Some(entry)
 }
 
 /// The deadlines of all connections.

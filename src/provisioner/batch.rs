@@ -1,137 +1,159 @@
-//! Running a batch of jobs, in fixed phases: [`super::prepare`] → the store, first round → under the record's lock: check,
-//! sign and enter one after the other, then make all durable at once → if anything was revoked, one
-//! new list → the store, second round: what must be given back before the answer. What can wait until
-//! after the answer is returned as [`Batch::after`].
-
-use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+//! Running a batch of jobs, in fixed phases: [`super::prepare`] → the store, first round → what is to be
+//! signed ([`super::sign`]) → if anything was revoked, one new list → the store, second round: what must
+//! be given back before the answer. What can wait until after the answer is returned as
+//! [`Batch::after`].
 
 use super::{
-    Batch, By, Change, Changed, Done, Issue, Job, Provisioner, Redeem, Renew, Revoke, Rewrite,
-    Signed, no_certificate, not_issued, refused,
+    Batch, By, Change, Changed, Done, Issue, Job, Provisioner, Revoke, RevokeOne, Rewrite, Sign,
+    Signed, Used, no_certificate, not_issued,
 };
-use crate::ca::identity::IdentityError;
-use crate::ca::issuer::Leaf;
-use crate::ca::record::{Entries, Origin, RecordError, Redeemed, Renewal, Spent};
+use crate::ca::record::Reason;
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
-use crate::devices::enrol::{Edit, Stage};
+use crate::devices::enrol::Edit;
 use crate::devices::{CLOCKS_APART_S, Row, Terms};
-use crate::jwt::Token;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::{Answer, Found, Op, Outcome, StoreError};
+
+/// What follows from the jobs of a batch.
+#[derive(Default)]
+pub(super) struct FollowUp {
+    /// Before the answers: what must be given back.
+    pub give_back: Vec<Op>,
+    /// After the answers.
+    pub after: Vec<Op>,
+    /// Tokens that certificates were recorded for.
+    pub used: Vec<Used>,
+    /// Something was revoked that a new list has to name.
+    revoked: bool,
+}
+
+/// A job on its way through the phases.
+pub(super) enum Step {
+    /// Nothing is left to do.
+    Done(Result<Done, Problem>),
+    /// The certificate is still to be signed.
+    Granted(Box<Sign>),
+    /// It is signed and entered; whether it is recorded, the commit says.
+    Entered(Box<Sign>, Signed),
+}
 
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
         let mut follow_up = FollowUp::default();
-        let steps = self.ask(jobs, &mut follow_up, now).into_iter().map(|step| match step {
-            Step::Again(issue) => {
-                let steps = self.ask(vec![Job::Issue(issue)], &mut follow_up, now);
-                steps.into_iter().next().unwrap_or(Step::Done(Err(Code::InternalError.into())))
-            }
-            step => step,
-        });
-        let steps = steps.collect();
+        let steps = self.ask(jobs, &mut follow_up, now);
         let mut done = self.record(steps, &mut follow_up, now);
         self.publish_revoked(&mut done, &follow_up);
         self.publisher.watch_record(clock::now());
-        if !follow_up.give_back.is_empty() {
-            self.store.run(&follow_up.give_back, clock::now());
-        }
+        self.run_ops(&follow_up.give_back, clock::now());
         Batch { done, after: follow_up.after }
     }
 
     /// Prepares the jobs and asks the store.
-    fn ask(&self, jobs: Vec<Job>, follow_up: &mut FollowUp, now: Now) -> Vec<Step> {
-        let mut ops = Vec::new();
-        let mut asked = Vec::new();
-        for prepared in self.prepare(jobs, now) {
-            let before = ops.len();
-            let job = prepared.map(|prepared| prepared.into_ops(self, now, &mut ops));
-            asked.push((job, ops.len() - before));
+    fn ask(&self, planned: Vec<Job>, follow_up: &mut FollowUp, now: Now) -> Vec<Step> {
+        let (mut jobs, mut ops) = (Vec::new(), Vec::new());
+        for prepared in self.prepare(planned, now) {
+            jobs.push(prepared.map(|prepared| prepared.into_ops(self, now, &mut ops)));
         }
-        let answers = if ops.is_empty() { Vec::new() } else { self.store.run(&ops, now) };
-        let killed: Vec<DeviceId> = asked
-            .iter()
-            .flat_map(|(job, _)| job.as_ref().map(Job::kills))
-            .flatten()
-            .cloned()
-            .collect();
-        follow_up.shared = killed.is_empty() || self.share_kills(&killed);
-        let mut answers = answers.into_iter();
-        let decide = |(job, count)| match job {
-            Ok(job) => self.decide(job, answers.by_ref().take(count).collect(), follow_up, now),
+        let mut answers = self.run_ops(&ops, now).into_iter();
+        let killed: Vec<DeviceId> = jobs.iter().flatten().filter_map(Job::kills).cloned().collect();
+        let shared = killed.is_empty() || self.share_kills(&killed);
+        let decide = |job| match job {
+            Ok(job) => self.decide(job, &mut answers, shared, follow_up, now),
             Err(problem) => Step::Done(Err(problem)),
         };
-        asked.into_iter().map(decide).collect()
+        jobs.into_iter().map(decide).collect()
+    }
+
+    /// Asks the store, if there is anything to ask.
+    pub(super) fn run_ops(&self, ops: &[Op], now: Now) -> Vec<Answer> {
+        if ops.is_empty() { Vec::new() } else { self.store.run(ops, now) }
     }
 
     /// Runs what could wait until after the answers: what others have to know of a device, before its
     /// lease is free.
     pub fn clean_up(&self, after: &[Op]) {
-        let is_row = |op: &&Op| matches!(op, Op::Tell(..));
-        let (rows, rest): (Vec<_>, Vec<_>) = after.iter().cloned().partition(|op| is_row(&op));
-        for ops in [rows, rest].iter().filter(|ops| !ops.is_empty()) {
-            self.store.run(ops, clock::now());
-        }
+        let is_row = |op: &Op| matches!(op, Op::Tell(..));
+        let (rows, rest): (Vec<_>, Vec<_>) = after.iter().cloned().partition(is_row);
+        self.run_ops(&rows, clock::now());
+        self.run_ops(&rest, clock::now());
     }
 
-    /// Reads the store's answers; only what is to be signed has anything left to do.
-    fn decide(&self, job: Job, answers: Vec<Answer>, follow_up: &mut FollowUp, now: Now) -> Step {
-        let mut answers = answers.into_iter();
+    /// Reads the store's answers, as many as were asked for the job; only what is to be signed has
+    /// anything left to do.
+    fn decide(
+        &self,
+        job: Job,
+        answers: &mut impl Iterator<Item = Answer>,
+        shared: bool,
+        follow_up: &mut FollowUp,
+        now: Now,
+    ) -> Step {
         let mut answer = || answers.next().unwrap_or(Err(StoreError::Undecided));
-        match job {
-            Job::Issue(issue) => self.issued(issue, answer(), &mut follow_up.give_back, now),
-            Job::Redeem(redeem) => match granted(*redeem, answer()) {
-                Ok(redeem) => Step::Granted(Grant::Token(Box::new(redeem))),
-                Err(problem) => Step::Done(Err(problem)),
+        Step::Done(match job {
+            Job::Issue(issue) => self.issued(issue, answer(), follow_up, now),
+            Job::Sign(mut sign) => match sign.is_granted(answer) {
+                Ok(()) => return Step::Granted(sign),
+                Err(problem) => Err(sign.refused(problem)),
             },
-            Job::Renew(renew) => Step::Granted(Grant::Certificate(renew)),
-            Job::Revoke(revoke) => {
-                Step::Done(self.revoked(revoke, answer(), follow_up.shared, follow_up))
+            Job::Revoke(revoke) => self.revoked(revoke, answer(), shared, follow_up),
+            Job::RevokeOne(revoke) => self.revoke_one(revoke, follow_up, now),
+            Job::Rewrite(rewrite) => {
+                let asked = rewrite.changes.len();
+                Ok(self.rewritten(rewrite, std::iter::repeat_with(answer).take(asked), now))
             }
-            Job::Rewrite(rewrite) => Step::Done(Ok(self.rewritten(rewrite, answers, now))),
-            Job::Count => Step::Done(match answer() {
+            Job::Count => match answer() {
                 Ok(Outcome::Counted(count)) => Ok(Done::Counted(count)),
                 other => Err(unexpected(other)),
-            }),
-        }
+            },
+        })
     }
 
-    fn issued(&self, issue: Issue, answer: Answer, give_back: &mut Vec<Op>, now: Now) -> Step {
-        let Issue { device, client, .. } = &issue;
-        let (token, killed, row) = match answer {
-            Ok(Outcome::Issued { token, killed, found }) => {
-                let Found { row, holder } = *found;
-                if !self.knows_holder(device, holder) {
-                    give_back.push(Op::TakeBack(token));
-                    return Step::Done(Err(not_issued(Code::ServiceUnavailable, device)));
-                }
-                (token, killed, row)
-            }
+    fn issued(
+        &self,
+        issue: Issue,
+        answer: Answer,
+        follow_up: &mut FollowUp,
+        now: Now,
+    ) -> Result<Done, Problem> {
+        let device = &issue.device;
+        let (token, killed, found) = match answer {
+            Ok(Outcome::Issued { token, killed, found }) => (token, killed, *found),
             // The device has lost its token, or somebody with its secret has it.
             Ok(Outcome::AlreadyActive { .. }) if issue.by_secret && !issue.replace => {
-                return Step::Again(Issue { replace: true, ..issue });
+                let again = Job::Issue(Issue { replace: true, ..issue });
+                return match self.ask(vec![again], follow_up, now).pop() {
+                    Some(Step::Done(done)) => done,
+                    _ => Err(Code::InternalError.into()),
+                };
             }
-            other => return Step::Done(Err(not_issued(not_given(other, now), device))),
+            other => return Err(not_issued(not_given(other, now), device)),
         };
+        let Found { row, holder } = found;
         // The device may have redeemed another token between the first look and the claim, or others
         // know what this instance does not.
-        let known = self.devices.row(device).merge(row.clone());
-        if let Err(code) = issue.judge(&known, self, now) {
-            give_back.push(Op::TakeBack(token));
-            return Step::Done(Err(not_issued(code, device)));
+        let judged = match self.knows_holder(device, holder) {
+            true => issue.judge(&self.devices.row(device).merge(row.clone()), self, now),
+            false => Err(Code::ServiceUnavailable),
+        };
+        if let Err(code) = judged {
+            follow_up.give_back.push(Op::TakeBack(token));
+            return Err(not_issued(code, device));
         }
         self.learn(device, row, now);
-        log::info!("token {} issued for {device}, to {client}", token.hash.short());
+        log::info!("token {} issued for {device}, to {}", token.hash.short(), issue.client);
         self.metrics.tokens_issued.add(1);
         if let Some(old) = killed {
             self.metrics.tokens_killed.add(1);
-            log::info!("token {} of {device} killed: replaced, by {client}", old.hash.short());
+            log::info!(
+                "token {} of {device} killed: replaced, by {}",
+                old.hash.short(),
+                issue.client
+            );
         }
-        Step::Done(Ok(Done::Issued(token)))
+        Ok(Done::Issued(token))
     }
 
     /// Keeps a registration of which only others knew: this instance decides on the redemption, too.
@@ -175,8 +197,7 @@ impl Provisioner {
         };
         let record = self.ca().record();
         // One whose certificate is recorded was used up; its keys were about to go.
-        let dead = dead.filter(|dead| !record.knows_token(&dead.hash));
-        if let Some(dead) = &dead {
+        if let Some(dead) = dead.filter(|dead| !record.knows_token(&dead.hash)) {
             self.metrics.tokens_killed.add(1);
             log::info!("token {} of {device} killed, {by}", dead.hash.short());
         }
@@ -186,17 +207,13 @@ impl Provisioner {
         let now = clock::now();
         let now = Now { unix_ms: now.unix_ms.min(bound_ms), ..now };
         let serials = record.revoke(&device, reason, now)?;
-        follow_up.revoked |= !serials.is_empty();
-        self.metrics.certificates_revoked.add(serials.len() as u64);
-        for serial in &serials {
-            log::info!("certificate {serial} of {device} revoked, {by}");
-        }
+        self.note_revoked(&serials, device.as_str(), reason, &by, follow_up);
         if edit.is_some() {
             log::info!("device {device} blocked, {by}");
         }
         let is_listed = self.devices.row(&device).is_listed();
         if is_listed || self.ledger.knows_device(&device) || record.knows_device(&device) {
-            return Ok(Done::Revoked { device, shared });
+            return Ok(Done::Revoked { of: device.as_str().to_owned(), serial: None, shared });
         }
         let status = self.store.status();
         if status.redis_enabled && !status.redis_serves {
@@ -205,6 +222,54 @@ impl Provisioner {
             return Err(Problem::from(Code::ServiceUnavailable).log(why));
         }
         Err(no_certificate())
+    }
+
+    /// Revokes a certificate if it is of the device, or the server, of this name; one that is unknown
+    /// here is asked for in Redis.
+    fn revoke_one(
+        &self,
+        revoke: RevokeOne,
+        follow_up: &mut FollowUp,
+        now: Now,
+    ) -> Result<Done, Problem> {
+        let RevokeOne { of, serial, reason, by } = revoke;
+        let record = self.ca().record();
+        let is_of = || {
+            let found = record.by_serial(&serial);
+            found.is_some_and(|found| found.device.as_str() == of)
+                || record.is_of_server(&serial, &of)
+        };
+        let redis_enabled = self.store.status().redis_enabled;
+        if !is_of() {
+            let is_asked = record.by_serial(&serial).is_some() || self.sharing.look_up_one(serial);
+            if !is_asked && redis_enabled {
+                let why = "whether another instance has it is not known now";
+                return Err(Problem::from(Code::ServiceUnavailable).log(why));
+            }
+            if !is_of() {
+                return Err(Code::CertificateNotFound.into());
+            }
+        }
+        let serials = record.revoke_these(&[serial], reason, now)?;
+        self.note_revoked(&serials, &of, reason, &by, follow_up);
+        let is_told = || self.sharing(now).shared && self.sharing.look_up(&[]);
+        let shared = !redis_enabled || is_told();
+        Ok(Done::Revoked { of, serial: Some(serial), shared })
+    }
+
+    fn note_revoked(
+        &self,
+        serials: &[Serial],
+        of: &str,
+        reason: Reason,
+        by: &By,
+        follow_up: &mut FollowUp,
+    ) {
+        follow_up.revoked |= !serials.is_empty();
+        self.metrics.certificates_revoked.add(serials.len() as u64);
+        for serial in serials {
+            log::info!("certificate {serial} of {of} revoked: {reason}, {by}");
+        }
     }
 
     /// The rows are on disk; has Redis been told of all?
@@ -238,430 +303,6 @@ impl Provisioner {
         let revoked = done.iter_mut().filter(|done| is_revocation(done));
         revoked.for_each(|done| *done = Err(problem.clone()));
     }
-
-    /// Under the record's lock, if anything is to be signed: checks, signs and enters one after the
-    /// other, then makes all entries durable at once.
-    fn record(
-        &self,
-        mut steps: Vec<Step>,
-        follow_up: &mut FollowUp,
-        now: Now,
-    ) -> Vec<Result<Done, Problem>> {
-        let mut committed = Vec::new();
-        if steps.iter().any(|step| matches!(step, Step::Granted(_))) {
-            let mut entries = self.ca().record().begin();
-            let enter = |step| self.enter(step, &mut entries, follow_up, now);
-            steps = steps.into_iter().map(enter).collect();
-            committed = entries.commit();
-        }
-        let mut committed = committed.into_iter();
-        let mut end = |step| match step {
-            Step::Done(done) => done,
-            // All that were to be asked again have been.
-            Step::Again(issue) => Err(not_issued(Code::InternalError, &issue.device)),
-            // Every granted one was entered or refused above.
-            Step::Granted(grant) => Err(grant.refused(Code::InternalError.into())),
-            Step::Entered(grant, signed) => {
-                let result = committed.next().unwrap_or_else(|| Err(not_committed()));
-                self.recorded(grant, signed, result, follow_up)
-            }
-        };
-        let done = steps.into_iter().map(&mut end).collect();
-        self.enter_spent(follow_up, now);
-        done
-    }
-
-    /// The registrations that were used are used up here before anybody is answered, and in Redis
-    /// before the devices' leases are free.
-    fn enter_spent(&self, follow_up: &mut FollowUp, now: Now) {
-        let used = std::mem::take(&mut follow_up.used);
-        let device = |used: &Used| used.token.claims.device_id.clone();
-        let spent: Vec<(DeviceId, Row)> =
-            used.iter().filter_map(|used| Some((device(used), used.spends.clone()?))).collect();
-        let entered = self.devices.enter(spent.clone(), true, now);
-        if let Err(error) = &entered {
-            log::error!("registrations that were used are not marked so on disk: {error}");
-        }
-        for (device, row) in spent {
-            match entered {
-                Ok(()) => self.spending.lock().remove(&device),
-                Err(_) => self.spending.lock().insert(device, Some(row)),
-            };
-        }
-        for Used { token, serial, spends } in used {
-            let device = token.claims.device_id.clone();
-            // Where others are told of the record, they are told of the row before the lease goes, if
-            // that is on disk.
-            let token = self.sharing.free_when_shared(serial, token);
-            let told_here = spends.filter(|_| token.is_some() || entered.is_err());
-            follow_up.after.extend(told_here.map(|row| Op::Tell(device, row)));
-            follow_up.after.extend(token.map(Op::Finish));
-        }
-    }
-
-    /// At the start: what the process that ran before has recorded and not brought to its end. The first
-    /// token of a device after its registration was begun has used that up, and the certificates
-    /// before it are to be revoked.
-    pub fn make_up(&self, now: Now) {
-        let mut spent = self.ca().record().spent_tokens();
-        spent.sort_by_key(|spent| spent.token.iat);
-        let mut used = BTreeMap::new();
-        for Spent { token, serial, device } in spent {
-            let row = self.devices.row(&device);
-            // Beginning a registration kills all that was before it.
-            if row.registration.is_some() && token.iat > row.bound.t {
-                used.entry(device).or_insert(serial);
-            }
-        }
-        let mut rows = Vec::new();
-        for (device, serial) in used {
-            let row = self.devices.row(&device);
-            if [Stage::Open, Stage::Spent].contains(&row.stage(now.unix_s())) {
-                self.supersede_older(&device, serial, now);
-            }
-            rows.extend(row.spend(now.unix_s()).map(|row| (device, row)));
-        }
-        if let Err(error) = self.devices.enter(rows, true, now) {
-            log::error!("registrations that were used are not marked so on disk: {error}");
-        }
-    }
-
-    fn not_spent(&self, grant: &Grant) {
-        if let Grant::Token(redeem) = grant
-            && redeem.spends.is_some()
-        {
-            self.spending.lock().remove(&redeem.token.claims.device_id);
-        }
-    }
-
-    /// A device that has enrolled again by a registration needs its older certificates no more.
-    fn supersede_older(&self, device: &DeviceId, new: Serial, now: Now) {
-        let older = self.ca().record().of_device(device);
-        let older = older.iter().skip_while(|newer| newer.serial != new).skip(1);
-        for old in older.filter(|old| old.revoked_at.is_none()) {
-            self.publisher.supersede(old.serial, new, now);
-        }
-    }
-
-    fn enter(
-        &self,
-        step: Step,
-        entries: &mut Entries<'_>,
-        follow_up: &mut FollowUp,
-        now: Now,
-    ) -> Step {
-        let Step::Granted(mut grant) = step else { return step };
-        match self.sign(&mut grant, entries, now) {
-            Ok(signed) if signed.again => {
-                grant.log_again(&signed.leaf);
-                Step::Done(Ok(Done::Signed(Box::new(signed))))
-            }
-            Ok(signed) => {
-                entries.add(&signed.leaf, Some(grant.origin()), now);
-                Step::Entered(grant, signed)
-            }
-            Err(problem) => {
-                // A mark without a certificate is good for nothing, a bound's refusal included.
-                if !grant.is_recorded(entries) {
-                    follow_up.give_back.extend(grant.give_back());
-                }
-                self.not_spent(&grant);
-                Step::Done(Err(grant.refused(problem)))
-            }
-        }
-    }
-
-    /// The last look, then the signature. A panic in it costs this request alone.
-    fn sign(&self, grant: &mut Grant, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
-        let (csr, device, serial, days) = match grant {
-            Grant::Token(redeem) => {
-                self.look_again(redeem, entries, now)?;
-                let days = redeem.row.living(now.unix_s()).and_then(|terms| terms.cert_days);
-                (&redeem.csr, &redeem.token.claims.device_id, redeem.serial, days)
-            }
-            Grant::Certificate(renew) => {
-                self.check_block(&renew.old.device)?;
-                self.judge_again(renew, now)?;
-                if let Some(leaf) = renew.judge(entries, now)? {
-                    return Ok(Signed { leaf, issuer: self.issuer(now)?, again: true });
-                }
-                (&renew.csr, &renew.old.device, renew.serial, None)
-            }
-        };
-        let issuer = self.issuer(now)?;
-        let sign = || match days {
-            Some(days) => issuer.sign_for(csr, device, serial, days, now),
-            None => issuer.sign(csr, device, serial, now),
-        };
-        let leaf = catch_unwind(AssertUnwindSafe(sign))
-            .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
-        Ok(Signed { leaf, issuer, again: false })
-    }
-
-    /// Notes what the redemption uses up: nobody else may use it until that is known, or not so.
-    fn look_again(&self, redeem: &mut Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
-        if !is_in_time(now, clock::now()) {
-            return Err(Code::ServiceUnavailable);
-        }
-        let token = &redeem.token;
-        let killed = self.ledger.knows_as_killed(&token.hash) || self.is_dead(token);
-        if killed || entries.knows_token(&token.hash) {
-            return Err(Code::TokenAlreadyUsed);
-        }
-        let device = &token.claims.device_id;
-        self.check_block(device)?;
-        redeem.row = std::mem::take(&mut redeem.row).merge(self.devices.row(device));
-        redeem.spends = redeem.row.spend(now.unix_s());
-        if redeem.spends.is_none() {
-            if self.rules.registered_only && redeem.row.stage(now.unix_s()) == Stage::Spent {
-                return Err(Code::TokenAlreadyUsed);
-            }
-            if !self.may_reenroll() && entries.has_active(device, now) {
-                return Err(Code::DeviceHasActiveCertificate);
-            }
-        } else if !self.begin_spending(device, now) {
-            redeem.spends = None;
-            return Err(Code::ServiceUnavailable);
-        }
-        Ok(())
-    }
-
-    /// Whether nobody else uses the registration. What could not be written of an earlier one is tried
-    /// again.
-    fn begin_spending(&self, device: &DeviceId, now: Now) -> bool {
-        let mut spending = self.spending.lock();
-        let Some(begun) = spending.get(device) else {
-            spending.insert(device.clone(), None);
-            return true;
-        };
-        let unwritten = begun.clone().map(|row| vec![(device.clone(), row)]);
-        if unwritten.is_some_and(|rows| self.devices.enter(rows, true, now).is_ok()) {
-            spending.remove(device);
-        }
-        false
-    }
-
-    /// It may have been revoked since it was shown; not any more while the record is locked.
-    fn judge_again(&self, renew: &Renew, now: Now) -> Result<(), IdentityError> {
-        let old = self.ca().record().by_serial(&renew.old.serial);
-        let old = old.ok_or(IdentityError::NotOurs("gone from the record"))?;
-        self.ca().still_counts(&old, self.rules.renew_after_expiry_days, now)?;
-        // The bound of a revocation may have been raised whose turn for the record is still to come.
-        let bound = self.devices.bound(&old.device).0.c;
-        let is_dead = bound > 0 && self.ca().record().paid(&old.serial) <= bound;
-        if is_dead { Err(IdentityError::Revoked) } else { Ok(()) }
-    }
-
-    fn count(&self, grant: &Grant) {
-        match grant {
-            Grant::Token(_) => {
-                self.metrics.tokens_consumed.add(1);
-                self.metrics.certificates_issued.add(1);
-            }
-            Grant::Certificate(_) => self.metrics.certificates_renewed.add(1),
-        }
-    }
-
-    fn recorded(
-        &self,
-        grant: Grant,
-        signed: Signed,
-        result: Result<(), RecordError>,
-        follow_up: &mut FollowUp,
-    ) -> Result<Done, Problem> {
-        match result {
-            Ok(()) => {
-                grant.log_signed(&signed.leaf);
-                self.count(&grant);
-                match grant {
-                    Grant::Token(redeem) => {
-                        let Redeem { token, serial, spends, .. } = *redeem;
-                        if spends.is_some() {
-                            let device = &token.claims.device_id;
-                            self.supersede_older(device, signed.leaf.serial, clock::now());
-                        }
-                        follow_up.used.push(Used { token, serial, spends });
-                    }
-                    Grant::Certificate(renew) if self.rules.renew_revokes => {
-                        let new = signed.leaf.serial;
-                        self.publisher.supersede(renew.old.serial, new, clock::now());
-                    }
-                    Grant::Certificate(_) => {}
-                }
-                Ok(Done::Signed(Box::new(signed)))
-            }
-            Err(error) => {
-                if !error.left_behind() {
-                    follow_up.give_back.extend(grant.give_back());
-                }
-                self.not_spent(&grant);
-                let problem = Problem::from(error);
-                log::error!("certificate {} could not be recorded: {problem}", signed.leaf.serial);
-                Err(grant.refused(problem))
-            }
-        }
-    }
-}
-
-/// What follows from the jobs of a batch.
-#[derive(Default)]
-struct FollowUp {
-    /// Before the answers: what must be given back.
-    give_back: Vec<Op>,
-    /// After the answers.
-    after: Vec<Op>,
-    /// Tokens that certificates were recorded for.
-    used: Vec<Used>,
-    /// Something was revoked that a new list has to name.
-    revoked: bool,
-    /// What was killed, the other instances have been told of.
-    shared: bool,
-}
-
-impl Job {
-    /// The device whose past it kills, if it does.
-    fn kills(&self) -> Option<&DeviceId> {
-        match self {
-            Job::Issue(Issue { device, replace: true, .. })
-            | Job::Revoke(Revoke { device, .. }) => Some(device),
-            _ => None,
-        }
-    }
-}
-
-/// A token for which a certificate is recorded, and what of the device's row it has used up.
-struct Used {
-    token: Token,
-    serial: Serial,
-    spends: Option<Row>,
-}
-
-/// A job on its way through the phases.
-enum Step {
-    /// Nothing is left to do.
-    Done(Result<Done, Problem>),
-    /// The device has a token, and is entitled to another in its place.
-    Again(Issue),
-    /// The store has answered: the certificate is still to be signed.
-    Granted(Grant),
-    /// It is signed and entered; whether it is recorded, the commit says.
-    Entered(Grant, Signed),
-}
-
-/// What entitles to a certificate.
-enum Grant {
-    /// A token, which is now this attempt's.
-    Token(Box<Redeem>),
-    /// An earlier certificate.
-    Certificate(Box<Renew>),
-}
-
-impl Grant {
-    /// What the record will name.
-    fn origin(&self) -> Origin {
-        match self {
-            Grant::Token(redeem) => {
-                let Token { hash, claims, .. } = &redeem.token;
-                Origin::Token(Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp })
-            }
-            Grant::Certificate(renew) => Origin::Renewal { old: renew.old.serial, paid: None },
-        }
-    }
-
-    /// Its token has a certificate, from this attempt or another.
-    fn is_recorded(&self, entries: &Entries<'_>) -> bool {
-        matches!(self, Grant::Token(redeem) if entries.knows_token(&redeem.token.hash))
-    }
-
-    fn give_back(&self) -> Option<Op> {
-        let Grant::Token(redeem) = self else { return None };
-        Some(Op::GiveBack(redeem.token.clone(), redeem.serial))
-    }
-
-    fn log_signed(&self, leaf: &Leaf) {
-        match self {
-            Grant::Token(redeem) => redeem.log_signed(leaf),
-            Grant::Certificate(renew) => log::info!(
-                "certificate {} signed for {}, in renewal of {}, by {}",
-                leaf.serial,
-                leaf.device,
-                renew.old.serial,
-                renew.client
-            ),
-        }
-    }
-
-    fn log_again(&self, leaf: &Leaf) {
-        if let Grant::Certificate(renew) = self {
-            let Renew { old, client, .. } = &**renew;
-            log::info!(
-                "certificate {} of {} given again in renewal of {}, by {client}",
-                leaf.serial,
-                leaf.device,
-                old.serial
-            );
-        }
-    }
-
-    /// For the log: who was refused.
-    fn refused(&self, problem: Problem) -> Problem {
-        match self {
-            Grant::Token(redeem) => redeem.refused(problem),
-            Grant::Certificate(renew) => not_issued(problem, &renew.old.device),
-        }
-    }
-}
-
-impl Renew {
-    /// The certificate that this device has got for the same key before, if it asks again.
-    fn judge(&self, entries: &Entries<'_>, now: Now) -> Result<Option<Leaf>, Problem> {
-        match entries.judge_renewal(&self.old, self.csr.key(), now) {
-            Renewal::New => Ok(None),
-            Renewal::Again(leaf) => Ok(Some(*leaf)),
-            Renewal::UnderWay => Err(Code::ServiceUnavailable.into()),
-            Renewal::TooMany(wait_s) => {
-                let problem = Problem::from(Code::RateLimited);
-                Err(Problem { retry_after_s: Some(wait_s), ..problem })
-            }
-        }
-    }
-}
-
-impl Redeem {
-    fn log_signed(&self, leaf: &Leaf) {
-        let user = self.user_id.as_deref().map(|user| format!(", user {user:?}"));
-        log::info!(
-            "certificate {} signed for {}, token {} consumed, by {}{}",
-            leaf.serial,
-            leaf.device,
-            self.token.hash.short(),
-            self.client,
-            user.unwrap_or_default()
-        );
-    }
-
-    fn refused(&self, problem: Problem) -> Problem {
-        refused(problem, &self.token.hash, &self.token.claims.device_id)
-    }
-}
-
-/// Whether a mark that was sent at `sent` or later is still taken for that of an attempt under way:
-/// whoever replaces the token waits for one that is younger than 30 s (`docs/model`, row 28c).
-fn is_in_time(sent: Now, now: Now) -> bool {
-    const MS: u64 = 25_000;
-    now.mono_ms.saturating_sub(sent.mono_ms) < MS
-}
-
-/// The attempt, if it may sign.
-fn granted(redeem: Redeem, answer: Answer) -> Result<Redeem, Problem> {
-    let problem = match answer {
-        Ok(Outcome::Granted(row)) => return Ok(Redeem { row: redeem.row.merge(*row), ..redeem }),
-        Ok(Outcome::Blocked) => Problem::from(Code::DeviceBlocked),
-        Ok(Outcome::AlreadyUsed) => Problem::from(Code::TokenAlreadyUsed),
-        Ok(Outcome::Unknown { .. }) => Problem::from(Code::TokenNotFound),
-        other => unexpected(other),
-    };
-    Err(redeem.refused(problem))
 }
 
 /// Why no token was issued.
@@ -725,10 +366,6 @@ pub(super) fn unexpected(answer: Answer) -> Problem {
     }
 }
 
-fn not_committed() -> RecordError {
-    RecordError::NotWritten { why: "no result".to_owned(), left_behind: true }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -737,10 +374,10 @@ mod tests {
     use crate::ca::record::Reason;
     use crate::config;
     use crate::devices::Instance;
-    use crate::devices::enrol::{Maker, Shown};
+    use crate::devices::enrol::{Maker, Shown, Stage};
     use crate::devices::table::Devices;
     use crate::files::test_dir::TestDir;
-    use crate::jwt::{Signer, TokenHash};
+    use crate::jwt::{Signer, Token, TokenHash};
     use crate::metrics::Metrics;
     use crate::provisioner::{Onboarding, Rules, Spending};
     use crate::share::{Mode, Sharing};
@@ -911,13 +548,5 @@ mod tests {
         assert_eq!(redeem(3), (Err(Code::ServiceUnavailable), false), "it is written now");
         assert!(provisioner.spending.lock().is_empty());
         assert_eq!(provisioner.devices.row(&device).stage(now.unix_s()), Stage::Spent);
-    }
-
-    #[test]
-    fn a_mark_that_is_old_is_not_signed_for() {
-        let at = |s: u64| Now { unix_ms: 0, mono_ms: s * 1000 };
-        for (sent, now, in_time) in [(5, 5, true), (5, 29, true), (5, 30, false), (5, 4, true)] {
-            assert_eq!(is_in_time(at(sent), at(now)), in_time, "{sent} {now}");
-        }
     }
 }

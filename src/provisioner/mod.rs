@@ -1,14 +1,14 @@
 //! The domain: issue a token, redeem it for a certificate, renew that, revoke.
 //!
 //! It knows no HTTP and no Redis. What can be refused without the store is refused when a job is
-//! planned ([`plan`]); what is left is done in batches, which share their round trips to the store and
-//! their `fsync` ([`batch`]). What others know of a device, where that matters, is asked for first, and
-//! what changes of its row is put on disk ([`prepare`]).
+//! planned ([`plan`]); what is left is done in batches, which share their round trips to the store
+//! ([`batch`]) and their `fsync` ([`sign`]). What others know of a device, where that matters, is asked
+//! for first, and what changes of its row is put on disk ([`prepare`]).
 
 mod batch;
 mod plan;
 mod prepare;
-mod revoke_one;
+mod sign;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -91,12 +91,13 @@ pub struct Rules {
 pub enum Job {
     /// Issue a token.
     Issue(Issue),
-    /// Redeem a token for a certificate.
-    Redeem(Box<Redeem>),
-    /// Sign another certificate for a device that has one.
-    Renew(Box<Renew>),
+    /// Sign a certificate, for a token or for an earlier certificate.
+    Sign(Box<Sign>),
     /// Revoke a device's certificates and kill its token.
     Revoke(Revoke),
+    /// Revoke one certificate: a device's, whose others go on to count, or a server's, which no other
+    /// way of revoking finds.
+    RevokeOne(RevokeOne),
     /// Change what is kept of devices.
     Rewrite(Rewrite),
     /// Count the live tokens.
@@ -133,28 +134,39 @@ pub struct Issue {
     by_secret: bool,
 }
 
-/// A planned redemption.
+/// A planned certificate.
 #[derive(Debug)]
-pub struct Redeem {
-    token: Token,
+pub struct Sign {
+    grant: Grant,
     csr: Csr,
     serial: Serial,
-    user_id: Option<String>,
     client: IpAddr,
+}
+
+/// What entitles to a certificate.
+#[derive(Debug)]
+enum Grant {
+    /// A token, which is to be this attempt's.
+    Token(Box<Redeem>),
+    /// An earlier certificate, which the device has shown.
+    Certificate(Certificate),
+}
+
+#[derive(Debug)]
+struct Redeem {
+    token: Token,
+    user_id: Option<String>,
     /// The device's row, as far as is known.
     row: Row,
     /// What of it is used up by this.
     spends: Option<Row>,
 }
 
-/// A planned renewal.
-#[derive(Debug)]
-pub struct Renew {
-    /// The certificate that the device has shown.
-    old: Certificate,
-    csr: Csr,
+/// A token for which a certificate is recorded, and what of the device's row it has used up.
+struct Used {
+    token: Token,
     serial: Serial,
-    client: IpAddr,
+    spends: Option<Row>,
 }
 
 /// A planned revocation, and what else is to change of the device.
@@ -163,6 +175,15 @@ pub struct Revoke {
     device: DeviceId,
     reason: Reason,
     edit: Option<Edit>,
+    by: By,
+}
+
+/// A planned revocation of one certificate, of the device or server of this name.
+#[derive(Debug)]
+pub struct RevokeOne {
+    of: String,
+    serial: Serial,
+    reason: Reason,
     by: By,
 }
 
@@ -234,10 +255,12 @@ pub enum Done {
     Issued(Token),
     /// A certificate was signed and recorded.
     Signed(Box<Signed>),
-    /// The device's certificates are revoked and its token is dead.
+    /// The device's certificates are revoked and its token is dead; or one certificate is revoked.
     Revoked {
-        /// Whose.
-        device: DeviceId,
+        /// The name of the device, or server.
+        of: String,
+        /// Which certificate, if it was one.
+        serial: Option<Serial>,
         /// All other instances will have heard of it in a moment; else when Redis is back.
         shared: bool,
     },

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use super::{
-    By, Changed, Issue, Job, Onboarding, Provisioner, Redeem, Renew, Revoke, Rewrite, not_issued,
-    refused,
+    By, Changed, Grant, Issue, Job, Onboarding, Provisioner, Redeem, Revoke, RevokeOne, Rewrite,
+    Sign, not_issued, refused,
 };
 use crate::ca::csr::Csr;
 use crate::ca::record::{Certificate, Reason};
@@ -90,10 +90,8 @@ impl Provisioner {
         self.issuer(now)?;
         let row = self.devices.row(owner);
         self.look(&token, &row, now).map_err(|code| refused(code, &token.hash, owner))?;
-        let serial = Serial::random();
-        let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        let spends = None;
-        Ok(Job::Redeem(Box::new(Redeem { token, csr, serial, user_id, client, row, spends })))
+        let redeem = Redeem { token, user_id, row, spends: None };
+        sign(Grant::Token(Box::new(redeem)), csr, client)
     }
 
     /// A token that this instance knows as spent is refused before an active certificate, which is
@@ -141,9 +139,7 @@ impl Provisioner {
     pub fn plan_renew(&self, old: Certificate, csr: &str, client: IpAddr) -> Result<Job, Problem> {
         let csr = Csr::parse(csr).map_err(|error| not_issued(error, &old.device))?;
         csr.belongs_to(&old.device).map_err(|error| not_issued(error, &old.device))?;
-        let serial = Serial::random();
-        let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        Ok(Job::Renew(Box::new(Renew { old, csr, serial, client })))
+        sign(Grant::Certificate(old), csr, client)
     }
 
     /// Plans the revocation of what `device` has, and that it is blocked.
@@ -163,6 +159,22 @@ impl Provisioner {
         Ok(Job::Revoke(Revoke { device, reason, edit, by }))
     }
 
+    /// Plans the revocation of one certificate.
+    ///
+    /// # Errors
+    /// As [`Provisioner::plan_revoke`].
+    pub fn plan_revoke_one(
+        &self,
+        of: String,
+        serial: Serial,
+        reason: Reason,
+        by: By,
+        now: Now,
+    ) -> Result<Job, Problem> {
+        self.ca().check_clock(now)?;
+        Ok(Job::RevokeOne(RevokeOne { of, serial, reason, by }))
+    }
+
     /// Plans changes of what is kept of devices.
     ///
     /// # Errors
@@ -171,4 +183,10 @@ impl Provisioner {
         self.ca().check_clock(now)?;
         Ok(Job::Rewrite(Rewrite { changes, by }))
     }
+}
+
+fn sign(grant: Grant, csr: Csr, client: IpAddr) -> Result<Job, Problem> {
+    let serial = Serial::random();
+    let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
+    Ok(Job::Sign(Box::new(Sign { grant, csr, serial, client })))
 }

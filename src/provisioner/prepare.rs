@@ -7,7 +7,7 @@
 //! is yet to come, and one that is behind would not reach what is there.
 
 use super::batch::unexpected;
-use super::{Change, Changed, Issue, Job, Provisioner, not_issued};
+use super::{Change, Changed, Grant, Issue, Job, Provisioner, not_issued};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::enrol::{Maker, Refusal};
@@ -40,8 +40,12 @@ impl Prepared {
                 let (replaces, subscriber) = (kills.next(), (*client).into());
                 ops.push(Op::Issue(New { token, replaces, subscriber }));
             }
-            Job::Redeem(redeem) => ops.push(Op::Consume(redeem.token.clone(), redeem.serial)),
-            Job::Renew(_) => {}
+            Job::Sign(sign) => {
+                if let Grant::Token(redeem) = &sign.grant {
+                    ops.push(Op::Consume(redeem.token.clone(), sign.serial));
+                }
+            }
+            Job::RevokeOne(_) => {}
             Job::Revoke(_) | Job::Rewrite(_) => ops.extend(kills.map(Op::Kill)),
             Job::Count => ops.push(Op::Count),
         }
@@ -50,6 +54,15 @@ impl Prepared {
 }
 
 impl Job {
+    /// The device whose past it kills, if it does.
+    pub(super) fn kills(&self) -> Option<&DeviceId> {
+        match self {
+            Job::Issue(issue) => issue.replace.then_some(&issue.device),
+            Job::Revoke(revoke) => Some(&revoke.device),
+            _ => None,
+        }
+    }
+
     /// The devices that are looked up first.
     fn looks_at(&self) -> Vec<&DeviceId> {
         match self {
@@ -87,8 +100,7 @@ impl Provisioner {
     /// Prepares all jobs: one trip to the store, then one sync of the disk.
     pub(super) fn prepare(&self, jobs: Vec<Job>, now: Now) -> Vec<Result<Prepared, Problem>> {
         let looks: Vec<Op> = jobs.iter().flat_map(Job::looks_at).cloned().map(Op::Look).collect();
-        let seen = if looks.is_empty() { Vec::new() } else { self.store.run(&looks, now) };
-        let mut seen = seen.into_iter();
+        let mut seen = self.run_ops(&looks, now).into_iter();
         let prepare = |job: Job| {
             let answers: Vec<Answer> = seen.by_ref().take(job.looks_at().len()).collect();
             let seen = job.looks_at().into_iter().zip(answers).map(seen_of);
@@ -110,19 +122,15 @@ impl Provisioner {
 
     fn prepare_one(&self, job: Job, seen: Vec<Seen>, now: Now) -> Result<Prepared, Problem> {
         match job {
-            Job::Issue(issue) => self.prepare_issue(issue, seen.into_iter().next(), now),
+            Job::Issue(issue) => self.prepare_issue(issue, first(seen), now),
             Job::Revoke(revoke) => {
-                let maker = self.maker(revoke.by.name.clone(), now);
-                let kill = |seen| {
-                    let (known, t) = self.past_of(&revoke.device, &seen, now)?;
-                    let edit = revoke.edit.as_ref().map(|edit| known.edited(edit, &maker));
-                    let news =
-                        edit.transpose().map_err(|_| Code::InternalError)?.unwrap_or_default();
-                    let bound = Row { bound: Bound { t, c: t }, ..Row::default() };
-                    let row = known.merge(news).merge(bound);
-                    Ok(Kill { device: revoke.device.clone(), row, seen })
-                };
-                let kills = seen.into_iter().map(kill).collect::<Result<_, Problem>>()?;
+                let (seen, maker) = (first(seen), self.maker(revoke.by.name.clone(), now));
+                let (known, t) = self.past_of(&revoke.device, &seen, now)?;
+                let edit = revoke.edit.as_ref().map(|edit| known.edited(edit, &maker));
+                let news = edit.transpose().map_err(|_| Code::InternalError)?.unwrap_or_default();
+                let bound = Row { bound: Bound { t, c: t }, ..Row::default() };
+                let row = known.merge(news).merge(bound);
+                let kills = vec![Kill { device: revoke.device.clone(), row, seen }];
                 Ok(Prepared { job: Job::Revoke(revoke), kills })
             }
             Job::Rewrite(mut rewrite) => {
@@ -130,11 +138,8 @@ impl Provisioner {
                 let mut kills = Vec::new();
                 for (change, seen) in rewrite.changes.iter_mut().zip(seen) {
                     change.row = self.changed(change, &seen, &maker)?;
-                    kills.push(Kill {
-                        device: change.device.clone(),
-                        row: change.row.clone(),
-                        seen,
-                    });
+                    let (device, row) = (change.device.clone(), change.row.clone());
+                    kills.push(Kill { device, row, seen });
                 }
                 Ok(Prepared { job: Job::Rewrite(rewrite), kills })
             }
@@ -142,18 +147,12 @@ impl Provisioner {
         }
     }
 
-    fn prepare_issue(
-        &self,
-        mut issue: Issue,
-        seen: Option<Seen>,
-        now: Now,
-    ) -> Result<Prepared, Problem> {
+    fn prepare_issue(&self, mut issue: Issue, seen: Seen, now: Now) -> Result<Prepared, Problem> {
         // What is known here was judged as it was planned, and is judged again when it is issued.
         if !issue.look && !issue.replace {
             return Ok(Prepared { job: Job::Issue(issue), kills: Vec::new() });
         }
-        let is_alone = issue.look && seen.as_ref().is_some_and(|seen| !seen.by_redis);
-        let seen = seen.unwrap_or_default();
+        let is_alone = issue.look && !seen.by_redis;
         let known = self.devices.row(&issue.device).merge(seen.row.clone());
         issue.judge(&known, self, now).map_err(|code| match code {
             // Elsewhere it may be registered, and nobody can be asked.
@@ -235,6 +234,11 @@ impl Provisioner {
         let said = self.clock_is_far_off().is_some();
         clock_off(self.store.status().clock_is_ahead_ms, CLOCK_IS_OFF_MS).filter(|_| !said)
     }
+}
+
+/// What was seen of the only device of a job.
+fn first(seen: Vec<Seen>) -> Seen {
+    seen.into_iter().next().unwrap_or_default()
 }
 
 fn seen_of((device, answer): (&DeviceId, Answer)) -> Result<Seen, Problem> {

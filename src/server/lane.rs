@@ -257,7 +257,10 @@ fn taken(request: &tiny_http::Request, sender: Sender<Vec<u8>>, body: Vec<u8>) -
         path: path.to_owned(),
         query: query.to_owned(),
         authorization: field(request, "Authorization"),
-        content_type: field(request, "Content-Type"),
+        content_type: match sender.is_json {
+            true => Some(edge::JSON.to_owned()),
+            false => field(request, "Content-Type"),
+        },
         accept: field(request, "Accept"),
         client: sender.address,
         client_certificate: sender.certificate,

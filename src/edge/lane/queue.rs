@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 /// A worker that answers within this time waits for nothing.
-const QUICK_MS: u64 = 4;
+const QUICK_MS: u64 = 1;
 /// Room for requests that is kept; beyond it, memory is given back when they are written.
 const KEPT: usize = 64 * 1024;
 

@@ -1,0 +1,373 @@
+//! What a batch signs: under the record's lock each certificate is checked, signed and entered, one
+//! after the other, then all are made durable at once.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::batch::{FollowUp, Step, unexpected};
+use super::{Done, Grant, Provisioner, Redeem, Sign, Signed, Used, not_issued, refused};
+use crate::ca::csr::Csr;
+use crate::ca::identity::IdentityError;
+use crate::ca::issuer::Leaf;
+use crate::ca::record::{Certificate, Entries, Origin, RecordError, Redeemed, Renewal, Spent};
+use crate::clock::{self, Now};
+use crate::device::DeviceId;
+use crate::devices::Row;
+use crate::devices::enrol::Stage;
+use crate::jwt::Token;
+use crate::problem::{Code, Problem};
+use crate::serial::Serial;
+use crate::store::{Answer, Op, Outcome};
+
+impl Provisioner {
+    /// Signs and records what is granted. The record is locked only if there is any.
+    pub(super) fn record(
+        &self,
+        steps: Vec<Step>,
+        follow_up: &mut FollowUp,
+        now: Now,
+    ) -> Vec<Result<Done, Problem>> {
+        let is_granted = steps.iter().any(|step| matches!(step, Step::Granted(_)));
+        let mut entries = is_granted.then(|| self.ca().record().begin());
+        let enter = |step| match (step, &mut entries) {
+            (Step::Granted(sign), Some(entries)) => self.enter(sign, entries, follow_up, now),
+            (step, _) => step,
+        };
+        let steps: Vec<Step> = steps.into_iter().map(enter).collect();
+        let mut committed = entries.map(Entries::commit).unwrap_or_default().into_iter();
+        let end = |step| match step {
+            Step::Done(done) => done,
+            // Unreachable: every granted one was entered or refused above.
+            Step::Granted(sign) => Err(sign.refused(Code::InternalError.into())),
+            Step::Entered(sign, signed) => {
+                let result = committed.next().unwrap_or_else(|| Err(not_committed()));
+                self.recorded(*sign, signed, result, follow_up)
+            }
+        };
+        let done = steps.into_iter().map(end).collect();
+        self.enter_spent(follow_up, now);
+        done
+    }
+
+    fn enter(
+        &self,
+        mut sign: Box<Sign>,
+        entries: &mut Entries<'_>,
+        follow_up: &mut FollowUp,
+        now: Now,
+    ) -> Step {
+        match self.sign(&mut sign, entries, now) {
+            Ok(signed) if signed.again => Step::Done(Ok(Done::Signed(Box::new(signed)))),
+            Ok(signed) => {
+                entries.add(&signed.leaf, Some(sign.origin()), now);
+                Step::Entered(sign, signed)
+            }
+            Err(problem) => {
+                // A mark without a certificate is good for nothing, a bound's refusal included. One whose
+                // token has a certificate, from this attempt or another, stays.
+                let is_recorded = |op: &Op| matches!(op, Op::GiveBack(token, _) if entries.knows_token(&token.hash));
+                follow_up.give_back.extend(sign.give_back().filter(|op| !is_recorded(op)));
+                self.not_spent(&sign);
+                Step::Done(Err(sign.refused(problem)))
+            }
+        }
+    }
+
+    /// The last look, then the signature. A panic in it costs this request alone.
+    fn sign(&self, sign: &mut Sign, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
+        let days = match &mut sign.grant {
+            Grant::Token(redeem) => {
+                self.look_again(redeem, entries, now)?;
+                redeem.row.living(now.unix_s()).and_then(|terms| terms.cert_days)
+            }
+            Grant::Certificate(old) => {
+                self.check_block(&old.device)?;
+                self.judge_again(old, now)?;
+                if let Some(leaf) = given_before(old, &sign.csr, entries, now)? {
+                    let Certificate { serial, device, .. } = old;
+                    let again = leaf.serial;
+                    log::info!(
+                        "certificate {again} of {device} given again in renewal of {serial}, by {}",
+                        sign.client
+                    );
+                    return Ok(Signed { leaf, issuer: self.issuer(now)?, again: true });
+                }
+                None
+            }
+        };
+        let issuer = self.issuer(now)?;
+        let Sign { csr, serial, .. } = sign;
+        let device = sign.grant.device();
+        let sign = || match days {
+            Some(days) => issuer.sign_for(csr, device, *serial, days, now),
+            None => issuer.sign(csr, device, *serial, now),
+        };
+        let leaf = catch_unwind(AssertUnwindSafe(sign))
+            .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
+        Ok(Signed { leaf, issuer, again: false })
+    }
+
+    /// Notes what the redemption uses up: nobody else may use it until that is known, or not so.
+    fn look_again(&self, redeem: &mut Redeem, entries: &Entries<'_>, now: Now) -> Result<(), Code> {
+        if !is_in_time(now, clock::now()) {
+            return Err(Code::ServiceUnavailable);
+        }
+        let token = &redeem.token;
+        let killed = self.ledger.knows_as_killed(&token.hash) || self.is_dead(token);
+        if killed || entries.knows_token(&token.hash) {
+            return Err(Code::TokenAlreadyUsed);
+        }
+        let device = &token.claims.device_id;
+        self.check_block(device)?;
+        redeem.row = std::mem::take(&mut redeem.row).merge(self.devices.row(device));
+        redeem.spends = redeem.row.spend(now.unix_s());
+        if redeem.spends.is_none() {
+            if self.rules.registered_only && redeem.row.stage(now.unix_s()) == Stage::Spent {
+                return Err(Code::TokenAlreadyUsed);
+            }
+            if !self.may_reenroll() && entries.has_active(device, now) {
+                return Err(Code::DeviceHasActiveCertificate);
+            }
+        } else if !self.begin_spending(device, now) {
+            redeem.spends = None;
+            return Err(Code::ServiceUnavailable);
+        }
+        Ok(())
+    }
+
+    /// Whether nobody else uses the registration. What could not be written of an earlier one is tried
+    /// again.
+    fn begin_spending(&self, device: &DeviceId, now: Now) -> bool {
+        let mut spending = self.spending.lock();
+        let Some(begun) = spending.get(device) else {
+            spending.insert(device.clone(), None);
+            return true;
+        };
+        let unwritten = begun.clone().map(|row| vec![(device.clone(), row)]);
+        if unwritten.is_some_and(|rows| self.devices.enter(rows, true, now).is_ok()) {
+            spending.remove(device);
+        }
+        false
+    }
+
+    /// It may have been revoked since it was shown; not any more while the record is locked.
+    fn judge_again(&self, shown: &Certificate, now: Now) -> Result<(), IdentityError> {
+        let old = self.ca().record().by_serial(&shown.serial);
+        let old = old.ok_or(IdentityError::NotOurs("gone from the record"))?;
+        self.ca().still_counts(&old, self.rules.renew_after_expiry_days, now)?;
+        // The bound of a revocation may have been raised whose turn for the record is still to come.
+        let bound = self.devices.bound(&old.device).0.c;
+        let is_dead = bound > 0 && self.ca().record().paid(&old.serial) <= bound;
+        if is_dead { Err(IdentityError::Revoked) } else { Ok(()) }
+    }
+    fn recorded(
+        &self,
+        sign: Sign,
+        signed: Signed,
+        result: Result<(), RecordError>,
+        follow_up: &mut FollowUp,
+    ) -> Result<Done, Problem> {
+        let Leaf { device, serial, .. } = &signed.leaf;
+        if let Err(error) = result {
+            if !error.left_behind() {
+                follow_up.give_back.extend(sign.give_back());
+            }
+            self.not_spent(&sign);
+            let problem = Problem::from(error);
+            log::error!("certificate {serial} could not be recorded: {problem}");
+            return Err(sign.refused(problem));
+        }
+        let client = sign.client;
+        match sign.grant {
+            Grant::Token(redeem) => {
+                let Redeem { token, user_id, spends, .. } = *redeem;
+                let user = user_id.map(|user| format!(", user {user:?}")).unwrap_or_default();
+                let short = token.hash.short();
+                log::info!(
+                    "certificate {serial} signed for {device}, token {short} consumed, by {client}{user}"
+                );
+                self.metrics.tokens_consumed.add(1);
+                self.metrics.certificates_issued.add(1);
+                if spends.is_some() {
+                    self.supersede_older(device, *serial, clock::now());
+                }
+                follow_up.used.push(Used { token, serial: *serial, spends });
+            }
+            Grant::Certificate(old) => {
+                let old = old.serial;
+                log::info!(
+                    "certificate {serial} signed for {device}, in renewal of {old}, by {client}"
+                );
+                self.metrics.certificates_renewed.add(1);
+                if self.rules.renew_revokes {
+                    self.publisher.supersede(old, *serial, clock::now());
+                }
+            }
+        }
+        Ok(Done::Signed(Box::new(signed)))
+    }
+
+    /// The registrations that were used are used up here before anybody is answered, and in Redis
+    /// before the devices' leases are free.
+    fn enter_spent(&self, follow_up: &mut FollowUp, now: Now) {
+        let used = std::mem::take(&mut follow_up.used);
+        let device = |used: &Used| used.token.claims.device_id.clone();
+        let spent: Vec<(DeviceId, Row)> =
+            used.iter().filter_map(|used| Some((device(used), used.spends.clone()?))).collect();
+        let entered = self.devices.enter(spent.clone(), true, now);
+        if let Err(error) = &entered {
+            log::error!("registrations that were used are not marked so on disk: {error}");
+        }
+        for (device, row) in spent {
+            match entered {
+                Ok(()) => self.spending.lock().remove(&device),
+                Err(_) => self.spending.lock().insert(device, Some(row)),
+            };
+        }
+        for Used { token, serial, spends } in used {
+            let device = token.claims.device_id.clone();
+            // Where others are told of the record, they are told of the row before the lease goes, if
+            // that is on disk.
+            let token = self.sharing.free_when_shared(serial, token);
+            let told_here = spends.filter(|_| token.is_some() || entered.is_err());
+            follow_up.after.extend(told_here.map(|row| Op::Tell(device, row)));
+            follow_up.after.extend(token.map(Op::Finish));
+        }
+    }
+
+    /// At the start: what the process that ran before has recorded and not brought to its end. The first
+    /// token of a device after its registration was begun has used that up, and the certificates
+    /// before it are to be revoked.
+    pub fn make_up(&self, now: Now) {
+        let mut spent = self.ca().record().spent_tokens();
+        spent.sort_by_key(|spent| spent.token.iat);
+        let mut used = BTreeMap::new();
+        for Spent { token, serial, device } in spent {
+            let row = self.devices.row(&device);
+            // Beginning a registration kills all that was before it.
+            if row.registration.is_some() && token.iat > row.bound.t {
+                used.entry(device).or_insert(serial);
+            }
+        }
+        let mut rows = Vec::new();
+        for (device, serial) in used {
+            let row = self.devices.row(&device);
+            if [Stage::Open, Stage::Spent].contains(&row.stage(now.unix_s())) {
+                self.supersede_older(&device, serial, now);
+            }
+            rows.extend(row.spend(now.unix_s()).map(|row| (device, row)));
+        }
+        if let Err(error) = self.devices.enter(rows, true, now) {
+            log::error!("registrations that were used are not marked so on disk: {error}");
+        }
+    }
+
+    fn not_spent(&self, sign: &Sign) {
+        if let Grant::Token(redeem) = &sign.grant
+            && redeem.spends.is_some()
+        {
+            self.spending.lock().remove(&redeem.token.claims.device_id);
+        }
+    }
+
+    /// A device that has enrolled again by a registration needs its older certificates no more.
+    fn supersede_older(&self, device: &DeviceId, new: Serial, now: Now) {
+        let older = self.ca().record().of_device(device);
+        let older = older.iter().skip_while(|newer| newer.serial != new).skip(1);
+        for old in older.filter(|old| old.revoked_at.is_none()) {
+            self.publisher.supersede(old.serial, new, now);
+        }
+    }
+}
+
+impl Grant {
+    /// Whose it is.
+    fn device(&self) -> &DeviceId {
+        match self {
+            Grant::Token(redeem) => &redeem.token.claims.device_id,
+            Grant::Certificate(old) => &old.device,
+        }
+    }
+}
+
+impl Sign {
+    /// Reads what the store says of a token: whether this attempt may sign for it.
+    pub(super) fn is_granted(&mut self, answer: impl FnOnce() -> Answer) -> Result<(), Problem> {
+        let Grant::Token(redeem) = &mut self.grant else { return Ok(()) };
+        Err(match answer() {
+            Ok(Outcome::Granted(row)) => {
+                redeem.row = std::mem::take(&mut redeem.row).merge(*row);
+                return Ok(());
+            }
+            Ok(Outcome::Blocked) => Code::DeviceBlocked.into(),
+            Ok(Outcome::AlreadyUsed) => Code::TokenAlreadyUsed.into(),
+            Ok(Outcome::Unknown { .. }) => Code::TokenNotFound.into(),
+            other => unexpected(other),
+        })
+    }
+
+    /// What the record will name.
+    fn origin(&self) -> Origin {
+        match &self.grant {
+            Grant::Token(redeem) => {
+                let Token { hash, claims, .. } = &redeem.token;
+                Origin::Token(Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp })
+            }
+            Grant::Certificate(old) => Origin::Renewal { old: old.serial, paid: None },
+        }
+    }
+
+    fn give_back(&self) -> Option<Op> {
+        let Grant::Token(redeem) = &self.grant else { return None };
+        Some(Op::GiveBack(redeem.token.clone(), self.serial))
+    }
+
+    /// For the log: who was refused.
+    pub(super) fn refused(&self, problem: Problem) -> Problem {
+        match &self.grant {
+            Grant::Token(redeem) => refused(problem, &redeem.token.hash, self.grant.device()),
+            Grant::Certificate(old) => not_issued(problem, &old.device),
+        }
+    }
+}
+
+/// The certificate that a device has got for the same key before, if it asks again.
+fn given_before(
+    old: &Certificate,
+    csr: &Csr,
+    entries: &Entries<'_>,
+    now: Now,
+) -> Result<Option<Leaf>, Problem> {
+    match entries.judge_renewal(old, csr.key(), now) {
+        Renewal::New => Ok(None),
+        Renewal::Again(leaf) => Ok(Some(*leaf)),
+        Renewal::UnderWay => Err(Code::ServiceUnavailable.into()),
+        Renewal::TooMany(wait_s) => {
+            Err(Problem { retry_after_s: Some(wait_s), ..Code::RateLimited.into() })
+        }
+    }
+}
+
+/// Whether a mark that was sent at `sent` or later is still taken for that of an attempt under way:
+/// whoever replaces the token waits for one that is younger than 30 s (`docs/model`, row 28c).
+fn is_in_time(sent: Now, now: Now) -> bool {
+    const MS: u64 = 25_000;
+    now.mono_ms.saturating_sub(sent.mono_ms) < MS
+}
+
+fn not_committed() -> RecordError {
+    RecordError::NotWritten { why: "no result".to_owned(), left_behind: true }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_that_is_old_is_not_signed_for() {
+        let at = |s: u64| Now { unix_ms: 0, mono_ms: s * 1000 };
+        for (sent, now, in_time) in [(5, 5, true), (5, 29, true), (5, 30, false), (5, 4, true)] {
+            assert_eq!(is_in_time(at(sent), at(now)), in_time, "{sent} {now}");
+        }
+    }
+}
