@@ -9,6 +9,7 @@ use std::io::{self, IsTerminal as _, Write};
 use std::os::unix::fs::MetadataExt as _;
 
 use env_logger::{Builder, Target};
+use log::kv::{self, Key, Value, VisitSource};
 use log::{Level, LevelFilter, Record, SetLoggerError};
 
 use crate::clock;
@@ -142,7 +143,8 @@ fn message(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
     out.write_all(b"\n")
 }
 
-/// `{"timestamp":"…","level":"info","target":"…","message":"…"}`
+/// `{"timestamp":"…","level":"info","target":"…","message":"…"}`, and behind it what the line names:
+/// `event`, `device`, `serial`, `client`, and as `key` the name of an admin key.
 fn json(out: &mut impl Write, record: &Record<'_>, unix_ms: u64) -> io::Result<()> {
     let level = record.level().as_str().to_ascii_lowercase();
     let timestamp = clock::rfc3339(unix_ms);
@@ -150,7 +152,22 @@ fn json(out: &mut impl Write, record: &Record<'_>, unix_ms: u64) -> io::Result<(
     write!(Escaped { out, json: true }, "{}", record.target()).map_err(io::Error::other)?;
     out.write_all(br#"","message":""#)?;
     write!(Escaped { out, json: true }, "{}", record.args()).map_err(io::Error::other)?;
+    record.key_values().visit(&mut Fields(out)).map_err(io::Error::other)?;
     out.write_all(b"\"}\n")
+}
+
+/// Writes a further field behind the text of the last, whose quote is still open.
+struct Fields<'a, W>(&'a mut W);
+
+impl<'kvs, W: Write> VisitSource<'kvs> for Fields<'_, W> {
+    fn visit_pair(&mut self, name: Key<'kvs>, value: Value<'kvs>) -> Result<(), kv::Error> {
+        // A line that has a name for something need not have one each time.
+        if value.to_borrowed_str() == Some("") {
+            return Ok(());
+        }
+        write!(self.0, "\",\"{name}\":\"")?;
+        Ok(write!(Escaped { out: self.0, json: true }, "{value}")?)
+    }
 }
 
 /// Passes text on with control characters and line separators escaped, in JSON also quotes.

@@ -8,6 +8,7 @@ use std::fmt;
 
 use serde_json::Value;
 
+use crate::device::DeviceId;
 use crate::jwt::JwtError;
 
 macro_rules! codes {
@@ -86,12 +87,14 @@ pub struct Problem {
     pub text: Option<Cow<'static, str>>,
     /// Further fields of the JSON body.
     pub fields: Vec<(&'static str, Value)>,
+    /// Whom it concerns, for the log only.
+    pub device: Option<Box<DeviceId>>,
     /// For the log only.
     pub log: Option<String>,
     /// `Retry-After`, in seconds: a 429 and a 503 always have one (RFC 9110, 10.2.3).
     pub retry_after_s: Option<u64>,
     /// `Allow`: a 405 has the methods of its path (RFC 9110, 10.2.1).
-    pub allow: Option<String>,
+    pub allow: Option<Box<str>>,
 }
 
 impl Problem {
@@ -104,6 +107,12 @@ impl Problem {
     /// Adds a field to the JSON body.
     pub fn field(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.fields.push((name, value.into()));
+        self
+    }
+
+    /// Names the device to the log.
+    pub fn of(mut self, device: &DeviceId) -> Self {
+        self.device = Some(Box::new(device.clone()));
         self
     }
 
@@ -136,7 +145,8 @@ impl Problem {
 impl From<Code> for Problem {
     fn from(code: Code) -> Self {
         let retry_after_s = matches!(code.row().0, 429 | 503).then_some(1);
-        Problem { code, text: None, fields: Vec::new(), log: None, retry_after_s, allow: None }
+        let (text, device, log, allow) = (None, None, None, None);
+        Problem { code, text, fields: Vec::new(), device, log, retry_after_s, allow }
     }
 }
 

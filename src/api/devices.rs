@@ -355,8 +355,9 @@ fn note_of(row: &Row) -> Option<&str> {
 fn last_change(row: &Row) -> (Option<u64>, Option<String>) {
     let registered = row.registration.as_ref();
     let version = registered.map_or(0, |latest| latest.version);
-    let by = registered.filter(|_| version > row.block.blocked).and_then(|r| r.made_by.as_ref());
-    let at = version.max(row.block.blocked);
+    let block = row.block.blocked.max(row.block.changed);
+    let by = registered.filter(|_| version > block).and_then(|r| r.made_by.as_ref());
+    let at = version.max(block);
     ((at > 0).then_some(at), by.map(|by| by.as_str().to_owned()))
 }
 

@@ -27,6 +27,7 @@ use rustls::sign::CertifiedKey;
 use crate::ca;
 use crate::clock::{self, Now};
 use crate::config::{AdminKey, Config, Enrolment, Secret};
+use crate::device::DeviceId;
 use crate::devices::Text;
 use crate::http::Reply;
 use crate::metrics::Metrics;
@@ -218,7 +219,14 @@ impl Api {
         if log::log_enabled!(level) && self.refusals.is_shown(problem.code, level, now) {
             // A path may be 8 KiB, and anyone can send one.
             let path: String = path.chars().take(80).collect();
-            log::log!(level, "{method} {path} refused: {problem}, from {client}");
+            let named = endpoint(*method, &request.path).map(|endpoint| endpoint.named());
+            let (device, serial) = named.unwrap_or_default();
+            let device = problem.device.as_deref().or(device.as_ref()).map_or("", DeviceId::as_str);
+            let serial = serial.map(|serial| serial.to_string()).unwrap_or_default();
+            log::log!(
+                level, event = "refused", device, serial, client:%;
+                "{method} {path} refused: {problem}, from {client}"
+            );
         }
         Reply::problem(problem, now)
     }

@@ -12,11 +12,13 @@ use super::{
 use crate::ca::record::Certificate;
 use crate::clock::Now;
 use crate::config::{Enrolment, Secret};
+use crate::device::DeviceId;
 use crate::devices::enrol::Shown;
 use crate::devices::{SecretHash, Text};
 use crate::http::{Class, LaneKind, Method, Reply};
 use crate::problem::{Code, Problem};
 use crate::provisioner::By;
+use crate::serial::Serial;
 
 /// One row.
 pub(super) struct Route {
@@ -241,6 +243,17 @@ pub(super) fn endpoint(method: Method, path: &str) -> Option<Endpoint<'_>> {
         .find_map(|(row, route)| Some(Endpoint { row, route, names: captured(route.path, path)? }))
 }
 
+impl Endpoint<'_> {
+    /// The device and the serial number that the path names. Where either may stand, what could be a
+    /// serial number is taken for one.
+    pub fn named(&self) -> (Option<DeviceId>, Option<Serial>) {
+        let [name, serial] = self.names;
+        let either = Serial::from_hex(name).filter(|_| self.route.path.contains("{id}"));
+        let device = certificates::device(name).filter(|_| either.is_none());
+        (device, either.or_else(|| Serial::from_hex(serial)))
+    }
+}
+
 impl Asked<'_> {
     /// Who asks, for the log.
     pub fn by(&self) -> By {
@@ -349,7 +362,7 @@ fn unknown(request: &Request) -> Result<Plan, Problem> {
     if request.method == Method::Options {
         return Ok(Plan::Reply(Reply::no_content(&allow)));
     }
-    Err(Problem { allow: Some(allow), ..Code::MethodNotAllowed.into() })
+    Err(Problem { allow: Some(allow.into()), ..Code::MethodNotAllowed.into() })
 }
 
 /// What stands in the places of `{…}`, if the path fits the pattern; empty where it has none.

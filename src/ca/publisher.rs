@@ -169,7 +169,10 @@ impl Publisher {
         }
         let name = |c: &Certificate| format!("{} of {}", c.serial, c.device);
         let named: Vec<String> = later.iter().take(NAMED).map(name).collect();
+        let serial = |c: &Certificate| c.serial.to_string();
+        let serial = later.iter().take(NAMED).map(serial).collect::<Vec<_>>().join(",");
         log::warn!(
+            serial;
             "the clock was ahead when {} certificates were signed, which nobody takes until then: \
              {}{}",
             later.len(),
@@ -273,9 +276,12 @@ impl Publisher {
         match revoked {
             Ok(revoked) => {
                 self.metrics.certificates_revoked.add(revoked.len() as u64);
-                revoked
-                    .iter()
-                    .for_each(|serial| log::info!("certificate {serial} revoked: renewed"));
+                for serial in &revoked {
+                    log::info!(
+                        event = "certificate_revoked", serial:%;
+                        "certificate {serial} revoked: renewed"
+                    );
+                }
                 if !revoked.is_empty() {
                     // What went wrong is logged and kept there.
                     let _ = self.publish(now);

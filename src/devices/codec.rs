@@ -12,7 +12,7 @@ use crate::device::DeviceId;
 use crate::mac::MacKey;
 
 /// The first byte of a value in Redis. A value of another format counts as absent.
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 
 /// What stands before a registration.
 const NONE: u8 = 0;
@@ -48,7 +48,7 @@ pub fn open(key: &MacKey, device: &DeviceId, sealed: &[u8]) -> Option<Row> {
 
 pub(super) fn encode(row: &Row, out: &mut Vec<u8>) {
     let Row { bound, block, registration, spent } = row;
-    for number in [bound.t, bound.c, block.blocked, block.lifted] {
+    for number in [bound.t, bound.c, block.blocked, block.lifted, block.changed] {
         push_number(number, out);
     }
     match registration {
@@ -153,7 +153,8 @@ impl<'a> Bytes<'a> {
 
     fn bound_and_block(&mut self) -> Option<(Bound, Block)> {
         let bound = Bound { t: self.number()?, c: self.number()? };
-        Some((bound, Block { blocked: self.number()?, lifted: self.number()? }))
+        let (blocked, lifted) = (self.number()?, self.number()?);
+        Some((bound, Block { blocked, lifted, changed: self.number()? }))
     }
 
     fn registration(&mut self, kind: u8) -> Option<Registration> {
@@ -221,8 +222,8 @@ mod tests {
             assert_eq!(decode_bound(&bytes), Some((row.bound, row.block)));
             assert_eq!(decode(&bytes), Some(row));
         }
-        assert_eq!(bytes(&Row::default()), [0; 6]);
-        assert_eq!(bytes(&bound(1_764_237_600, 0)).len(), 10);
+        assert_eq!(bytes(&Row::default()), [0; 7]);
+        assert_eq!(bytes(&bound(1_764_237_600, 0)).len(), 11);
     }
 
     #[test]
@@ -232,7 +233,7 @@ mod tests {
             assert_eq!(decode(&row[..at]), None, "cut at {at}");
         }
         assert_eq!(decode(&[&row[..], &[0]].concat()), None, "something follows");
-        let head = [0; 4];
+        let head = [0; 5];
         let after = |rest: &[u8]| decode(&[&head[..], rest].concat());
         let instance = [7; 16];
         let registration = |kind: u8, rest: &[u8]| {

@@ -168,10 +168,10 @@ impl Row {
             None if edit.concerns_registration() => Some(self.changed(edit, version, maker)?),
             None => None,
         };
-        let Block { blocked, lifted } = self.block;
+        let Block { blocked, lifted, .. } = self.block;
         let block = match edit.blocked {
-            Some(true) => Block { blocked: version, lifted },
-            Some(false) => Block { blocked, lifted: blocked },
+            Some(true) => Block { blocked: version, lifted, changed: version },
+            Some(false) => Block { blocked, lifted: blocked, changed: version },
             None => Block::default(),
         };
         Ok(Row { registration, block, ..Row::default() })
@@ -235,7 +235,8 @@ impl Row {
 
     fn next_version(&self, now: Now) -> u64 {
         let registered = self.registration.as_ref().map_or(0, |latest| latest.version);
-        let highest = registered.max(self.block.blocked).max(self.block.lifted);
+        let Block { blocked, lifted, changed } = self.block;
+        let highest = registered.max(blocked).max(lifted).max(changed);
         now.unix_ms.max(highest.saturating_add(1))
     }
 
@@ -425,9 +426,9 @@ mod tests {
         assert_eq!(changed.registration.as_ref().unwrap().version, ahead + 6);
         let (barred, lifted) = (Some(true), Some(false));
         let again = edit(&seen, &Edit { blocked: barred, ..Edit::default() }, 0);
-        assert_eq!(again.block, Block { blocked: ahead + 6, lifted: 0 });
+        assert_eq!(again.block, block(ahead + 6, 0).block);
         let free = edit(&seen, &Edit { blocked: lifted, ..Edit::default() }, 0);
-        assert_eq!(free.block, Block { blocked: ahead + 5, lifted: ahead + 5 });
+        assert_eq!(free.block, Block { changed: ahead + 6, ..block(ahead + 5, ahead + 5).block });
         assert!(!free.block.stands() && again.block.stands());
         assert!(again.merge(free).block.stands(), "nobody lifts a block that he had not seen");
     }

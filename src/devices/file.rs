@@ -3,7 +3,7 @@
 //! ```text
 //! mqtt-publisher-lite devices 1
 //! bound         ID  VERSION  INSTANCE  T  C  CHECKSUM
-//! block         ID  VERSION  INSTANCE  BLOCKED  LIFTED  CHECKSUM
+//! block         ID  VERSION  INSTANCE  BLOCKED  LIFTED  CHANGED  CHECKSUM
 //! registration  ID  VERSION  INSTANCE  MADE_AT  MADE_BY  SECRET  END  CERT_DAYS  NOTE  CHECKSUM
 //! forgotten     ID  VERSION  INSTANCE  MADE_AT  MADE_BY  CHECKSUM
 //! spent         ID  VERSION  INSTANCE  SECRET  CHECKSUM
@@ -152,7 +152,8 @@ pub(super) fn lines(device: &DeviceId, row: &Row, writer: Option<Instance>, now_
         push("bound", now_ms, &writer, &format!("{}\t{}", bound.t, bound.c));
     }
     if *block != Block::default() {
-        push("block", now_ms, &writer, &format!("{}\t{}", block.blocked, block.lifted));
+        let Block { blocked, lifted, changed } = block;
+        push("block", now_ms, &writer, &format!("{blocked}\t{lifted}\t{changed}"));
     }
     if let Some(Registration { version, instance, made_at, made_by, terms }) = registration {
         let made = format!("{made_at}\t{}", text(made_by.as_ref()));
@@ -232,8 +233,14 @@ fn parse(text: &str) -> Option<(DeviceId, Row, Option<Instance>)> {
     let mut row = Row::default();
     match (*kind, fields) {
         ("bound", [t, c]) => row.bound = Bound { t: number(t)?, c: number(c)? },
-        ("block", [blocked, lifted]) => {
-            row.block = Block { blocked: number(blocked)?, lifted: number(lifted)? };
+        ("block", [blocked, lifted, changed @ ..]) => {
+            // Lines of older versions lack the last field.
+            let changed = match changed {
+                [] => 0,
+                [changed] => number(changed)?,
+                _ => return None,
+            };
+            row.block = Block { blocked: number(blocked)?, lifted: number(lifted)?, changed };
         }
         ("spent", [secret]) => row.spent = [parse_secret(secret)?].into(),
         ("registration" | "forgotten", [made_at, made_by, terms @ ..]) => {
@@ -335,7 +342,7 @@ mod tests {
         let text = lines(&device("d"), &full(), None, 1_764_237_600_007);
         let expected = [
             "bound\td\t1764237600007\t-\t1764237600\t1764237500",
-            "block\td\t1764237600007\t-\t1764237600007\t1764237600006",
+            "block\td\t1764237600007\t-\t1764237600007\t1764237600006\t1764237600007",
             "registration\td\t1764237600008\t42424242424242424242424242424242\t1764237600\tadmin\t\
              0909090909090909090909090909090909090909090909090909090909090909\t1772013600\t30\t\
              Halle 3 äöü",
@@ -344,6 +351,10 @@ mod tests {
             assert_eq!(line.rsplit_once('\t').unwrap().0, expected);
         }
         assert_eq!(text.lines().count(), 5, "and two spent secrets");
+        let older =
+            |fields| parse(&format!("block\td\t9\t-\t{fields}")).map(|(_, row, _)| row.block);
+        assert_eq!(older("7\t6"), Some(Block { changed: 0, ..block(7, 6).block }));
+        assert_eq!(older("7\t6\t7\t8"), None);
         let kill =
             lines(&device("device-00001"), &bound(1_764_237_605, 0), Some(OWN), 1_764_237_600_007);
         assert!(kill.lines().count() == 1 && kill.len() == 88, "{}: {kill}", kill.len());

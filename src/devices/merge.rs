@@ -39,7 +39,11 @@ impl Bound {
 
 impl Block {
     fn merge(self, other: Block) -> Block {
-        Block { blocked: self.blocked.max(other.blocked), lifted: self.lifted.max(other.lifted) }
+        Block {
+            blocked: self.blocked.max(other.blocked),
+            lifted: self.lifted.max(other.lifted),
+            changed: self.changed.max(other.changed),
+        }
     }
 }
 
@@ -91,7 +95,11 @@ pub(super) mod random {
             });
             Row {
                 bound: Bound { t: self.below(4), c: self.below(4) },
-                block: Block { blocked: self.below(4), lifted: self.below(4) },
+                block: Block {
+                    blocked: self.below(4),
+                    lifted: self.below(4),
+                    changed: self.below(4),
+                },
                 registration,
                 spent: (0..self.below(3)).map(|_| SecretHash([self.small(); 32])).collect(),
             }

@@ -60,13 +60,15 @@ pub struct Bound {
     pub c: u64,
 }
 
-/// Two versions, so that nobody lifts a block that he had not seen.
+/// Two versions, so that nobody lifts a block that he had not seen, and one for people.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Block {
     /// The version of the latest block.
     pub blocked: u64,
     /// The `blocked` that was seen by whoever unblocked the device last.
     pub lifted: u64,
+    /// The version of the latest change, which tells when the device was unblocked.
+    pub changed: u64,
 }
 
 /// How a device may enrol. Of two registrations of one device the greater one counts.
@@ -235,7 +237,7 @@ pub(crate) mod fixture {
     }
 
     pub fn block(blocked: u64, lifted: u64) -> Row {
-        Row { block: Block { blocked, lifted }, ..Row::default() }
+        Row { block: Block { blocked, lifted, changed: blocked }, ..Row::default() }
     }
 
     pub fn spent(secret: u8) -> Row {
@@ -265,7 +267,7 @@ pub(crate) mod fixture {
     pub fn full() -> Row {
         Row {
             bound: Bound { t: 1_764_237_600, c: 1_764_237_500 },
-            block: Block { blocked: 1_764_237_600_007, lifted: 1_764_237_600_006 },
+            block: block(1_764_237_600_007, 1_764_237_600_006).block,
             registration: Some(registration(1_764_237_600_008, 1_772_013_600)),
             spent: [SecretHash([1; 32]), SecretHash([0xff; 32])].into(),
         }
@@ -317,7 +319,7 @@ mod tests {
     fn a_block_is_lifted_by_whoever_has_seen_it() {
         for (blocked, lifted, stands) in [(0, 0, false), (7, 0, true), (7, 7, false), (9, 7, true)]
         {
-            assert_eq!(Block { blocked, lifted }.stands(), stands, "{blocked} {lifted}");
+            assert_eq!(block(blocked, lifted).block.stands(), stands, "{blocked} {lifted}");
         }
     }
 

@@ -165,8 +165,10 @@ impl Connections {
         };
         let client = match (watch(stream, poll, at + keys), tls) {
             (Ok(stream), Ok(tls)) => Client::new(stream, tls),
-            (_, Err(e)) => return log::debug!("no TLS for client {peer}: {e}"),
-            (Err(e), _) => return log::debug!("client {peer} was gone at once: {e}"),
+            (_, Err(e)) => return log::debug!(client:% = peer; "no TLS for client {peer}: {e}"),
+            (Err(e), _) => {
+                return log::debug!(client:% = peer; "client {peer} was gone at once: {e}");
+            }
         };
         self.free.pop();
         if !is_proxy {

@@ -52,7 +52,7 @@ fn has_body(status: u16) -> bool {
 pub fn refusal(code: Code, request: Option<&Head>, now: Now) -> Reply {
     let mut problem = Problem::from(code);
     if code == Code::MethodNotAllowed {
-        problem.allow = Some(Method::ALLOW.to_owned());
+        problem.allow = Some(Method::ALLOW.into());
     }
     let class = request.map_or(Class::PLAIN, |head| head.class);
     (class.refuse)(&problem, now)

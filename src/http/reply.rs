@@ -57,7 +57,7 @@ impl Reply {
             reply = reply.field("Retry-After", seconds.to_string());
         }
         if let Some(allow) = &problem.allow {
-            reply = reply.field("Allow", allow.as_str());
+            reply = reply.field("Allow", &**allow);
         }
         reply
     }

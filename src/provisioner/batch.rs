@@ -143,14 +143,18 @@ impl Provisioner {
             return Err(not_issued(code, device));
         }
         self.learn(device, row, now);
-        log::info!("token {} issued for {device}, to {}", token.hash.short(), issue.client);
+        let (hash, client) = (token.hash.short(), issue.client);
+        log::info!(
+            event = "token_issued", device:%, client:%;
+            "token {hash} issued for {device}, to {client}"
+        );
         self.metrics.tokens_issued.add(1);
         if let Some(old) = killed {
             self.metrics.tokens_killed.add(1);
+            let hash = old.hash.short();
             log::info!(
-                "token {} of {device} killed: replaced, by {}",
-                old.hash.short(),
-                issue.client
+                event = "token_killed", device:%, client:%;
+                "token {hash} of {device} killed: replaced, by {client}"
             );
         }
         Ok(Done::Issued(token))
@@ -163,7 +167,7 @@ impl Provisioner {
         }
         let news = Row { bound: Default::default(), ..row.news_for(&self.devices.row(device)) };
         if let Err(error) = self.devices.enter(vec![(device.clone(), news)], false, now) {
-            log::error!("what Redis says of {device} was not kept: {error}");
+            log::error!(device:%; "what Redis says of {device} was not kept: {error}");
         }
     }
 
@@ -199,7 +203,11 @@ impl Provisioner {
         // One whose certificate is recorded was used up; its keys were about to go.
         if let Some(dead) = dead.filter(|dead| !record.knows_token(&dead.hash)) {
             self.metrics.tokens_killed.add(1);
-            log::info!("token {} of {device} killed, {by}", dead.hash.short());
+            let hash = dead.hash.short();
+            log::info!(
+                event = "token_killed", device:%, key = by.key(), client:% = by.client;
+                "token {hash} of {device} killed, {by}"
+            );
         }
         // Dated as others date what the bound kills: of two dates the earlier counts, and of two reasons
         // of one date the one that says something.
@@ -209,7 +217,10 @@ impl Provisioner {
         let serials = record.revoke(&device, reason, now)?;
         self.note_revoked(&serials, device.as_str(), reason, &by, follow_up);
         if edit.is_some() {
-            log::info!("device {device} blocked, {by}");
+            log::info!(
+                event = "device_changed", device:%, key = by.key(), client:% = by.client;
+                "device {device} blocked, {by}"
+            );
         }
         let is_listed = self.devices.row(&device).is_listed();
         if is_listed || self.ledger.knows_device(&device) || record.knows_device(&device) {
@@ -268,7 +279,10 @@ impl Provisioner {
         follow_up.revoked |= !serials.is_empty();
         self.metrics.certificates_revoked.add(serials.len() as u64);
         for serial in serials {
-            log::info!("certificate {serial} of {of} revoked: {reason}, {by}");
+            log::info!(
+                event = "certificate_revoked", device = of, serial:%, key = by.key(), client:% = by.client;
+                "certificate {serial} of {of} revoked: {reason}, {by}"
+            );
         }
     }
 
@@ -333,7 +347,11 @@ fn log_rewritten(changes: &[Changed], by: &By, now: Now) {
         Some(more) => format!(" and {more} more"),
         None => String::new(),
     };
-    log::info!("device {}{more}, {by}", named.join("; "));
+    let devices: Vec<&str> = changes.iter().take(NAMED).map(|c| c.device.as_str()).collect();
+    log::info!(
+        event = "device_changed", device = devices.join(","), key = by.key(), client:% = by.client;
+        "device {}{more}, {by}", named.join("; ")
+    );
 }
 
 fn said_of(edit: &Edit, living: Option<&Terms>) -> String {

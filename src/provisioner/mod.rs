@@ -239,6 +239,13 @@ pub struct By {
     pub client: IpAddr,
 }
 
+impl By {
+    /// The name of the key for the log; empty if there is none.
+    pub fn key(&self) -> &str {
+        self.name.as_ref().map_or("", Text::as_str)
+    }
+}
+
 impl fmt::Display for By {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
@@ -368,7 +375,7 @@ impl Provisioner {
 
 /// For the log: which token was refused. The client is told nothing that it did not send.
 fn refused(problem: impl Into<Problem>, hash: &TokenHash, device: &DeviceId) -> Problem {
-    problem.into().log_more(format!("token {} of {device}", hash.short()))
+    problem.into().of(device).log_more(format!("token {} of {device}", hash.short()))
 }
 
 /// The device has none, as far as is recorded here.
@@ -377,5 +384,5 @@ pub fn no_certificate() -> Problem {
 }
 
 fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
-    problem.into().log_more(format!("device {device}"))
+    problem.into().of(device).log_more(format!("device {device}"))
 }

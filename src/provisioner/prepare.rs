@@ -244,7 +244,7 @@ fn first(seen: Vec<Seen>) -> Seen {
 fn seen_of((device, answer): (&DeviceId, Answer)) -> Result<Seen, Problem> {
     match answer {
         Ok(Outcome::Seen(seen)) => Ok(*seen),
-        other => Err(unexpected(other).log_more(format!("device {device}"))),
+        other => Err(not_issued(unexpected(other), device)),
     }
 }
 

@@ -84,11 +84,11 @@ impl Provisioner {
                 self.check_block(&old.device)?;
                 self.judge_again(old, now)?;
                 if let Some(leaf) = given_before(old, &sign.csr, entries, now)? {
-                    let Certificate { serial, device, .. } = old;
-                    let again = leaf.serial;
+                    let Certificate { serial: old, device, .. } = old;
+                    let (serial, client) = (leaf.serial, sign.client);
                     log::info!(
-                        "certificate {again} of {device} given again in renewal of {serial}, by {}",
-                        sign.client
+                        event = "certificate_renewed", device:%, serial:%, client:%;
+                        "certificate {serial} of {device} given again in renewal of {old}, by {client}"
                     );
                     return Ok(Signed { leaf, issuer: self.issuer(now)?, again: true });
                 }
@@ -174,7 +174,7 @@ impl Provisioner {
             }
             self.not_spent(&sign);
             let problem = Problem::from(error);
-            log::error!("certificate {serial} could not be recorded: {problem}");
+            log::error!(device:%, serial:%; "certificate {serial} could not be recorded: {problem}");
             return Err(sign.refused(problem));
         }
         let client = sign.client;
@@ -184,6 +184,7 @@ impl Provisioner {
                 let user = user_id.map(|user| format!(", user {user:?}")).unwrap_or_default();
                 let short = token.hash.short();
                 log::info!(
+                    event = "certificate_signed", device:%, serial:%, client:%;
                     "certificate {serial} signed for {device}, token {short} consumed, by {client}{user}"
                 );
                 self.metrics.tokens_consumed.add(1);
@@ -196,6 +197,7 @@ impl Provisioner {
             Grant::Certificate(old) => {
                 let old = old.serial;
                 log::info!(
+                    event = "certificate_renewed", device:%, serial:%, client:%;
                     "certificate {serial} signed for {device}, in renewal of {old}, by {client}"
                 );
                 self.metrics.certificates_renewed.add(1);

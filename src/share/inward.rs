@@ -164,7 +164,10 @@ impl<E: Exchange> Thread<E> {
 
     fn note_revoked(&mut self, serials: &[Serial]) {
         for serial in serials {
-            log::info!("certificate {serial} revoked, at another instance");
+            log::info!(
+                event = "certificate_revoked", serial:%;
+                "certificate {serial} revoked, at another instance"
+            );
         }
         self.progress.crl_is_due |= !serials.is_empty();
     }
@@ -184,13 +187,19 @@ impl<E: Exchange> Thread<E> {
         }
         for Twice { token, serials: [one, other] } in twice {
             let token = token.short();
-            log::error!("token {token} was redeemed twice: for certificates {one} and {other}");
+            log::error!(
+                event = "token_redeemed_twice", serial = format!("{one},{other}");
+                "token {token} was redeemed twice: for certificates {one} and {other}"
+            );
         }
         let both_active = both_active.into_iter().filter(|_| self.parts.reenroll == Reenroll::Deny);
         for (device, serials) in both_active {
             let serials: Vec<String> = serials.iter().map(Serial::to_string).collect();
-            let serials = serials.join(", ");
-            log::warn!("device {device} has several active certificates: {serials}");
+            let (serial, serials) = (serials.join(","), serials.join(", "));
+            log::warn!(
+                device:%, serial;
+                "device {device} has several active certificates: {serials}"
+            );
         }
     }
 }

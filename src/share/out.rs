@@ -119,7 +119,8 @@ impl<E: Exchange> Thread<E> {
         match name {
             Name::Certificate(serial) => {
                 let shared = self.record().shared(serial);
-                let shared = shared.inspect_err(|e| log::error!("{serial} is not shared: {e}"));
+                let shared =
+                    shared.inspect_err(|e| log::error!(serial:%; "{serial} is not shared: {e}"));
                 shared.ok().flatten().map(Value::Certificate)
             }
             Name::Revocation(serial) => self.record().revocation(serial).map(Value::Revocation),

@@ -1,16 +1,20 @@
 //! The program under its operator: commands, signals, exit codes, and the lines on its console.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
+
+use crate::enrolment::{admin, log_lines, put};
 use crate::support::csr::{self, Csr};
 use crate::support::http::{Client, Connection};
 use crate::support::port::Port;
 use crate::support::redis::Redis;
-use crate::support::service::{Service, Setup};
+use crate::support::service::{ADMIN_KEY, Service, Setup};
 use crate::support::{token, wait};
 
 #[test]
@@ -285,17 +289,60 @@ fn refusals_of_one_kind_are_summed_up() {
     assert_eq!(shown + summed, 3000, "{}", exit.log);
 }
 
+/// Whatever a line names stands in a field of its own, too.
 #[test]
-fn json_lines() {
-    let service = Service::start(&[("LOG_FORMAT", "json")]);
-    service.token("d");
-    let log = service.wait_for_log("d");
-    for line in log.lines() {
-        assert!(
-            serde_json::from_str::<serde_json::Value>(line).is_ok_and(|v| v.is_object()),
+fn json_lines_have_fields() {
+    let env = [("LOG_FORMAT", "json"), ("LOG_LEVEL", "debug"), ("ADMIN_API_KEY", ADMIN_KEY)];
+    let service = Service::start(&env);
+    let signed = service.enroll("meter-7", &Csr::new("meter-7").make());
+    let serial = signed.field("serial_number");
+    assert_eq!(service.onboard("meter-7").status, 409);
+    let other = "4a".repeat(16);
+    assert_eq!(service.http.get(&format!("/api/v1/certificates/{other}/download")).status, 404);
+    put(&service, "meter-7", json!({"blocked": true, "register": true}));
+    let csv = "device_id\nmeter-8\nmeter-9\n";
+    let bearer = format!("Bearer {ADMIN_KEY}");
+    let fields = [("Content-Type", "text/csv"), ("Authorization", &*bearer)];
+    assert_eq!(
+        service.http.request("POST", "/api/v1/devices", &fields, csv.as_bytes()).status,
+        200
+    );
+    let one = format!("/api/v1/devices/meter-7/certificates/{serial}");
+    assert_eq!(admin(&service, "DELETE", &one, &Value::Null).status, 200);
+    service.token("meter-10");
+    assert_eq!(service.revoke("meter-10").status, 200);
+
+    let mut events = BTreeSet::new();
+    for line in log_lines(&service) {
+        let message = line["message"].as_str().unwrap();
+        let field = |name: &str| line.get(name).map_or("", |value| value.as_str().unwrap());
+        events.insert(field("event").to_owned());
+        let devices: Vec<&str> = field("device").split(',').collect();
+        for device in ["meter-7", "meter-8", "meter-9", "meter-10"] {
+            assert_eq!(message.contains(device), devices.contains(&device), "{line}");
+        }
+        for serial in [&serial, &other] {
+            assert_eq!(message.contains(serial), field("serial") == serial, "{line}");
+        }
+        let has_client = message.contains("127.0.0.1") && !message.contains("://");
+        assert_eq!(if has_client { "127.0.0.1" } else { "" }, field("client"), "{line}");
+        assert_eq!(
+            if message.contains("by admin,") { "admin" } else { "" },
+            field("key"),
             "{line}"
         );
+        assert!(!has_client || !field("event").is_empty(), "{line}");
     }
+    let expected = [
+        "",
+        "certificate_revoked",
+        "certificate_signed",
+        "device_changed",
+        "refused",
+        "token_issued",
+        "token_killed",
+    ];
+    assert_eq!(events, expected.map(ToOwned::to_owned).into());
 }
 
 #[test]

@@ -16,6 +16,7 @@ use crate::support::instance::{Device, another, certificates, cut_off, first, re
 use crate::support::proxy::Proxy;
 use crate::support::redis::Redis;
 use crate::support::service::{ADMIN_KEY, Service, Setup};
+use crate::support::temp::TempDir;
 use crate::support::{check_error, fields, on_both_stores, wait};
 
 pub const REGISTERED: &[(&str, &str)] =
@@ -32,7 +33,15 @@ pub fn admin(service: &Service, method: &str, path: &str, body: &Value) -> Respo
 
 #[track_caller]
 pub fn put(service: &Service, device: &str, body: Value) -> Response {
-    let answer = admin(service, "PUT", &format!("/api/v1/devices/{device}"), &body);
+    put_as(service, ADMIN_KEY, device, body)
+}
+
+#[track_caller]
+fn put_as(service: &Service, key: &str, device: &str, body: Value) -> Response {
+    let bearer = format!("Bearer {key}");
+    let headers = [("Content-Type", "application/json"), ("Authorization", &*bearer)];
+    let path = format!("/api/v1/devices/{device}");
+    let answer = service.http.request("PUT", &path, &headers, body.to_string().as_bytes());
     assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
     answer
 }
@@ -379,6 +388,58 @@ fn keys_have_names_and_change_without_a_restart() {
     let shown = service.http.request("GET", "/api/v1/devices/d", &[("Authorization", bearer)], b"");
     assert_eq!(shown.field("changed_by"), "bert", "{}", shown.text());
     assert!(!shown.field("changed_at").is_empty());
+}
+
+/// From the next request on who has left is shut out, and who is new gets in.
+#[test]
+fn admin_keys_are_read_again_on_sighup() {
+    let (anna, bert) = ("0123456789abcdef", "fedcba9876543210");
+    let dir = TempDir::new();
+    let keys = dir.file("keys", &format!("anna:{anna}\n"));
+    let setup = Setup::new().env("ADMIN_API_KEYS_FILE", keys.to_str().unwrap());
+    let service = setup.env("LOG_FORMAT", "json").start();
+    let mut admin = Connection::open(&service.http).unwrap();
+    let mut ask = |key: &str| {
+        let headers = [("Authorization", &*format!("Bearer {key}"))];
+        admin.request("GET", "/api/v1/devices", &headers, b"").unwrap().status
+    };
+    assert_eq!((ask(anna), ask(bert)), (200, 403));
+    let mut reload = |text: &str, says: &str| {
+        dir.file("keys", text);
+        let from = service.log().len();
+        service.signal("HUP");
+        service.wait_for_log_after(from, says);
+    };
+    reload(&format!("bert:{bert}\n"), "the API keys were read again");
+    assert_eq!((ask(anna), ask(bert)), (403, 200), "on a connection that was open before");
+    reload("bert:short\n", "everything stays as it was");
+    assert_eq!((ask(anna), ask(bert)), (403, 200));
+    put_as(&service, bert, "d", json!({"register": true}));
+    let line = log_lines(&service).into_iter().find(|line| line["event"] == "device_changed");
+    assert_eq!(line.unwrap()["key"], "bert");
+}
+
+#[test]
+fn the_last_change_is_also_that_of_a_block() {
+    let service = Service::start(REGISTERED);
+    let mut last = String::new();
+    for body in [json!({"register": true}), json!({"blocked": true}), json!({"blocked": false})] {
+        put(&service, "d", body.clone());
+        let shown = admin(&service, "GET", "/api/v1/devices/d", &Value::Null);
+        let changed_at = shown.field("changed_at");
+        assert!(changed_at > last, "{body} moves it: {}", shown.text());
+        let by = if body["register"] == true { json!("admin") } else { Value::Null };
+        assert_eq!(shown.json().get("changed_by").cloned().unwrap_or_default(), by);
+        last = changed_at;
+    }
+}
+
+/// The log of a service with `LOG_FORMAT=json`.
+pub fn log_lines(service: &Service) -> Vec<Value> {
+    let log = service.log();
+    log.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
+        .collect()
 }
 
 #[test]

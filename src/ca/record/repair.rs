@@ -282,6 +282,7 @@ impl Record {
             let names: Vec<String> =
                 plan.added.iter().take(NAMED).map(|new| new.row.serial.to_string()).collect();
             log::warn!(
+                serial = names.join(",");
                 "{} certificates had no line in {} and are entered, their tokens as used: {}{}",
                 plan.added.len(),
                 self.dir.join(INDEX).display(),

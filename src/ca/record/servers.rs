@@ -96,7 +96,8 @@ impl Record {
         drop(rows);
         self.servers.lock().extend(found.iter().cloned());
         for server in &found {
-            log::info!("certificate {} of the server {} is entered", server.serial, name(server));
+            let (serial, server) = (server.serial, name(server));
+            log::info!(serial:%; "certificate {serial} of the server {server} is entered");
         }
         Ok(())
     }

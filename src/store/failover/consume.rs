@@ -157,9 +157,10 @@ impl Failover {
     /// Dead from now on, and what Redis still has of it (the lease, the count) goes.
     fn note_deleted(&self, state: &mut State, token: &Token, now: Now) {
         let device = &token.claims.device_id;
+        let hash = token.hash.short();
         log::info!(
-            "token {} of {device} was deleted from Redis, so it is dead",
-            token.hash.short()
+            event = "token_killed", device:%;
+            "token {hash} of {device} was deleted from Redis, so it is dead"
         );
         self.ledger.delete(token.hash, token.claims.clone(), now);
         self.memory.remove(&token.hash);

@@ -424,7 +424,7 @@ mod tests {
         let answer = after(again, &context, [done(5), last.into()].concat()).into_answer();
         let Ok(Outcome::Issued { token, killed, .. }) = answer else { panic!("{answer:?}") };
         assert_eq!((token.claims.iat, killed.map(|dead| dead.hash)), (51, Some(old.hash)));
-        let blocked = Row { block: Block { blocked: 1, lifted: 0 }, ..Row::default() };
+        let blocked = Row { block: Block { blocked: 1, ..Default::default() }, ..Row::default() };
         assert_eq!(end(take_over(blocked), done(3)), Ok(Outcome::Blocked));
     }
 
