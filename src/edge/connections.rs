@@ -50,7 +50,8 @@ impl Connection {
 
 /// All connections, each in a place of its own.
 pub struct Connections {
-    places: Vec<Option<Connection>>,
+    /// Boxed, so that places for 1,024 connections take 8 kB where there are none yet.
+    places: Vec<Option<Box<Connection>>>,
     free: Vec<usize>,
     timers: Timers,
     /// One list: the connection whose last request came longest ago (or that was accepted then) stands
@@ -103,7 +104,7 @@ impl Connections {
 
     /// The connection in this place.
     pub fn get(&mut self, at: usize) -> Option<&mut Connection> {
-        self.places.get_mut(at)?.as_mut()
+        self.places.get_mut(at)?.as_deref_mut()
     }
 
     /// The same, if it is still the one of this generation.
@@ -178,7 +179,8 @@ impl Connections {
         let (session, wait) = Session::new(self.handshakes.is_some());
         let (generation, counted) = (self.generation, Held::default());
         if let Some(place) = self.places.get_mut(at) {
-            *place = Some(Connection { session, client, peer, is_proxy, generation, counted });
+            let new = Connection { session, client, peer, is_proxy, generation, counted };
+            *place = Some(Box::new(new));
         }
         self.ages.push_back(0, at);
         self.timers.start(at, wait, now.mono_ms);

@@ -404,7 +404,7 @@ fn admin_keys_are_read_again_on_sighup() {
         admin.request("GET", "/api/v1/devices", &headers, b"").unwrap().status
     };
     assert_eq!((ask(anna), ask(bert)), (200, 403));
-    let mut reload = |text: &str, says: &str| {
+    let reload = |text: &str, says: &str| {
         dir.file("keys", text);
         let from = service.log().len();
         service.signal("HUP");

@@ -55,6 +55,7 @@ mod redis_start;
 mod renewal;
 mod replicas;
 mod revocation;
+mod rows;
 mod server_certificates;
 mod service_killed;
 mod share;

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::support::browser::Browser;
 use crate::support::check_error;
-use crate::support::csr::Csr;
+use crate::support::csr::{self, Csr};
 use crate::support::https;
 use crate::support::service::{Service, Setup};
 use crate::support::temp::TempDir;
@@ -170,6 +170,9 @@ fn whole_way(url: &str, shown: &str) {
              document.querySelector('#done').innerText === 'Done.'"
         ));
     };
+    let file = browser.download("#certificates button");
+    assert!(file.starts_with("-----BEGIN CERTIFICATE-----\n"), "{file}");
+    assert!(csr::x509_field(&file, &["-subject"]).ends_with("pump:7"), "{file}");
     act(&mut browser, 4, true, "blocked");
     act(&mut browser, 4, false, "active");
     act(&mut browser, 2, true, "revoked");

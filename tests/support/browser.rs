@@ -149,6 +149,26 @@ impl Browser {
         panic!("the Tab key does not lead to {selector}");
     }
 
+    /// Presses a button that hands out a file, and returns what is in it.
+    #[track_caller]
+    pub fn download(&mut self, button: &str) -> String {
+        let files = self.dir.path().join("downloads");
+        let page = self.session.take();
+        let to = json!({"behavior": "allow", "downloadPath": files});
+        self.call("Browser.setDownloadBehavior", to);
+        self.session = page;
+        self.tab_to(button);
+        self.press("Enter");
+        let whole = |name: &str| !name.ends_with(".crdownload");
+        let read = || {
+            let names = fs::read_dir(&files).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+            let mut done = names.filter(|path| path.to_str().is_some_and(whole));
+            fs::read_to_string(done.next()?).ok().filter(|text| !text.is_empty())
+        };
+        let found = wait::until(Duration::from_secs(20), read);
+        found.unwrap_or_else(|| panic!("nothing comes: {}", self.text("body")))
+    }
+
     /// A picture of the page, or of one element, in PNG.
     pub fn picture(&mut self, selector: Option<&str>, file: &Path) {
         let mut params = json!({"format": "png"});
