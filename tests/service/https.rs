@@ -149,7 +149,7 @@ pub type Tls = StreamOwned<ClientConnection, TcpStream>;
 pub fn ask(stream: &mut Tls) -> io::Result<()> {
     stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
     let mut answer = Vec::new();
-    while !answer.ends_with(b"}") {
+    while !answer.ends_with(b"}\n") {
         let mut piece = [0; 4096];
         match stream.read(&mut piece)? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
