@@ -50,6 +50,11 @@ impl Client {
         self.secure()?.client_certificate()
     }
 
+    /// Whether nobody on the way can read what is said.
+    pub fn is_encrypted(&self) -> bool {
+        !matches!(self.tls, Tls::None)
+    }
+
     /// Bytes of memory held: for TLS, and of replies.
     pub fn held(&self) -> (usize, usize) {
         let tls = match &self.tls {

@@ -137,6 +137,7 @@ impl Connections {
             number,
             peer: connection.peer,
             proxies: connection.is_proxy.then_some(&self.http.trusted_proxies),
+            is_encrypted: connection.client.is_encrypted(),
             certificate: connection.client.certificate(),
             classify: self.classify,
         };

@@ -53,6 +53,8 @@ pub struct Origin<'a> {
     pub peer: IpAddr,
     /// The trusted proxies, if the peer is one of them.
     pub proxies: Option<&'a [Cidr]>,
+    /// It comes over TLS.
+    pub is_encrypted: bool,
     /// The certificate whose key the peer holds, in DER.
     pub certificate: Option<&'a [u8]>,
     /// Tells where its requests go.
@@ -118,8 +120,10 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     check_host(headers, is_1_0)?;
     let framing = framing(headers, is_1_0)?;
     let target = origin_form(method, target)?;
-    let path = target.split_once('?').map_or(&*target, |(path, _)| path);
-    let class = (origin.classify)(method, path);
+    let class = (origin.classify)(method, path_of(&target));
+    if class.https_only && !origin.is_encrypted {
+        return Err(Code::NotFound);
+    }
     write_request_line(method, &target, out);
     let is_json = write_allowed(headers, out)?;
     write_private(origin, class, is_json, headers, out);
@@ -135,6 +139,26 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
         keep_alive: !says("Connection", "close") && (!is_1_0 || says("Connection", "keep-alive")),
         expects_continue: !is_1_0 && expects_continue(headers),
     })
+}
+
+/// What is known of a request of whose head only this has come, or whose head is refused: no more than
+/// how to refuse it. `None` where there is no whole request line.
+pub fn begun(buf: &[u8], classify: Classify) -> Option<Head> {
+    let line = buf.trim_ascii_start().split(|b| *b == b'\r').next()?;
+    let (method, rest) = std::str::from_utf8(line).ok()?.split_once(' ')?;
+    let target = origin_form(method, rest.split(' ').next()?).ok()?;
+    Some(Head {
+        framing: Framing::Length(0),
+        class: classify(method, path_of(&target)),
+        is_head: method == "HEAD",
+        is_1_0: false,
+        keep_alive: false,
+        expects_continue: false,
+    })
+}
+
+fn path_of(target: &str) -> &str {
+    target.split_once('?').map_or(target, |(path, _)| path)
 }
 
 /// Writes the end of a head, with the length of the body.
@@ -357,17 +381,24 @@ mod tests {
             ("POST", "/renew") => (LaneKind::Certificate, true),
             _ => (LaneKind::Plain, false),
         };
-        Class { lane, client_certificate, ..Class::PLAIN }
+        let https_only = path.starts_with("/secure/");
+        Class { lane, client_certificate, https_only, ..Class::PLAIN }
     }
 
-    const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+    const ORIGIN: Origin<'static> = Origin {
+        number: 7,
+        peer: IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)),
+        proxies: None,
+        is_encrypted: false,
+        certificate: None,
+        classify,
+    };
 
     fn parse(head: &str) -> Result<(Head, String), Code> {
         let bytes = head.as_bytes();
         assert_eq!(find_end(bytes, 0)?, Some(bytes.len()), "{head:?}");
         let mut out = Vec::new();
-        let origin = Origin { number: 7, peer: PEER, proxies: None, certificate: None, classify };
-        let head = read(bytes, origin, &mut out)?;
+        let head = read(bytes, ORIGIN, &mut out)?;
         Ok((head, String::from_utf8(out).unwrap()))
     }
 
@@ -396,9 +427,9 @@ mod tests {
         let head = b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 1.1.1.1, 2001:db8::9\r\n\r\n";
         let mut out = Vec::new();
         let proxies = Some(networks.as_slice());
-        let origin = Origin { number: 1, peer: PEER, proxies, certificate: None, classify };
+        let origin = Origin { proxies, ..ORIGIN };
         read(head, origin, &mut out).unwrap();
-        assert_eq!(out, b"GET / HTTP/1.1\r\nX-Edge: 1 2001:db8::9\r\n\r\n");
+        assert_eq!(out, b"GET / HTTP/1.1\r\nX-Edge: 7 2001:db8::9\r\n\r\n");
     }
 
     #[test]
@@ -409,7 +440,7 @@ mod tests {
             );
             let mut out = Vec::new();
             let certificate = Some([1, 2, 3, 4].as_slice());
-            let origin = Origin { number: 7, peer: PEER, proxies: None, certificate, classify };
+            let origin = Origin { certificate, ..ORIGIN };
             read(head.as_bytes(), origin, &mut out).unwrap();
             let text = String::from_utf8(out).unwrap();
             assert_eq!(text.matches("X-Edge").count(), 1, "{text}");
@@ -419,6 +450,34 @@ mod tests {
         assert_eq!(private("http://a/renew?x"), "7 192.0.2.1 AQIDBA==");
         assert_eq!(private("/sign"), "7 192.0.2.1");
         assert_eq!(private("/renew/"), "7 192.0.2.1");
+    }
+
+    #[test]
+    fn what_is_for_https_only_is_not_read_without() {
+        let head = b"POST /secure/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n";
+        let read = |is_encrypted| {
+            read(head, Origin { is_encrypted, ..ORIGIN }, &mut Vec::new()).map(|head| head.framing)
+        };
+        assert_eq!(read(false), Err(Code::NotFound));
+        assert_eq!(read(true), Ok(Framing::Length(3)));
+    }
+
+    #[test]
+    fn a_request_line_says_how_to_refuse_the_rest() {
+        let manner =
+            |buf: &[u8]| begun(buf, classify).map(|head| (head.class.https_only, head.is_head));
+        for (line, expected) in [
+            ("GET /secure/x HTTP/1.1\r\nHost", Some((true, false))),
+            ("\r\nHEAD https://a/secure/x?y HTTP/1.1", Some((true, true))),
+            ("POST /secure/", Some((true, false))),
+            ("POST /secur", Some((false, false))),
+            ("POST", None),
+            ("\r\n", None),
+            ("", None),
+            ("CONNECT a:1 HTTP/1.1", None),
+        ] {
+            assert_eq!(manner(line.as_bytes()), expected, "{line:?}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use super::chunked::Decoder;
 use super::head::{self, Framing, Head, Origin};
 use super::settings::BODY_MAX;
+use crate::http::Classify;
 use crate::problem::Code;
 
 /// Empty lines before a request line that are read past (RFC 9112, 2.2, asks for one).
@@ -76,11 +77,11 @@ impl Reader {
         }
     }
 
-    /// What is known of the request whose body is being read.
-    pub fn head(&self) -> Option<Head> {
+    /// What is known of the request that is being read, or was refused.
+    pub fn head(&self, classify: Classify) -> Option<Head> {
         match &self.next {
             Next::Length(request, _) | Next::Chunked(request, ..) => Some(request.head),
-            Next::Head => None,
+            Next::Head => head::begun(&self.pending, classify),
         }
     }
 
@@ -98,7 +99,8 @@ impl Reader {
     /// by the next call.
     ///
     /// # Errors
-    /// Why the request is refused. The connection cannot be read any further.
+    /// Why the request is refused. The connection cannot be read any further; what came of the head is
+    /// kept for [`Reader::head`].
     pub fn take(
         &mut self,
         input: &[u8],
@@ -107,13 +109,15 @@ impl Reader {
     ) -> Result<Taken, Code> {
         out.clear();
         if self.pending.is_empty() {
-            let (used, taken) = self.read(input, origin, out)?;
+            let read = self.read(input, origin, out);
+            let used = read.map_or(0, |(used, _)| used);
             self.pending.extend_from_slice(input.get(used..).unwrap_or_default());
-            return Ok(taken);
+            return read.map(|(_, taken)| taken);
         }
         let mut all = std::mem::take(&mut self.pending);
         all.extend_from_slice(input);
-        let (used, taken) = self.read(&all, origin, out)?;
+        let read = self.read(&all, origin, out);
+        let (used, taken) = read.inspect_err(|_| self.pending = std::mem::take(&mut all))?;
         all.drain(..used);
         // Nothing is kept for a client that has nothing outstanding.
         self.pending = if all.is_empty() { Vec::new() } else { all };
@@ -218,6 +222,7 @@ mod tests {
         number: 1,
         peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
         proxies: None,
+        is_encrypted: false,
         certificate: None,
         classify: |_, _| crate::http::Class::PLAIN,
     };

@@ -54,6 +54,10 @@ pub fn refusal(code: Code, request: Option<&Head>, now: Now) -> Reply {
     if code == Code::MethodNotAllowed {
         problem.allow = Some(Method::ALLOW.into());
     }
+    // Of paths the edge knows no more than that.
+    if code == Code::NotFound {
+        problem = problem.text("Not found: this is served over HTTPS only");
+    }
     let class = request.map_or(Class::PLAIN, |head| head.class);
     (class.refuse)(&problem, now)
 }

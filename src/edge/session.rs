@@ -8,7 +8,7 @@
 use super::head::{Head, Origin};
 use super::reader::{Phase, Reader, Taken, Ticket};
 use super::settings::Wait;
-use crate::http::Reply;
+use crate::http::{Classify, Reply};
 use crate::problem::Code;
 
 /// What is read after the last reply, so that a client that still sends can read that reply first.
@@ -116,16 +116,17 @@ impl Session {
     /// What `event` means. A request that is to be dispatched is written to `whole`; `origin` says who
     /// sends it.
     pub fn on(&mut self, event: Event<'_>, origin: Origin<'_>, whole: &mut Vec<u8>) -> Step {
+        let classify = origin.classify;
         let action = match event {
             Event::Secured => self.secured(),
             Event::Insecure => self.linger(),
             Event::Bytes(bytes) => self.bytes(bytes, origin, whole),
-            Event::End => self.end(),
+            Event::End => self.end(classify),
             Event::Answered(reply) => self.answered(reply),
             Event::Flushed => self.flushed(),
-            Event::Refused(code) => self.refuse(code),
+            Event::Refused(code) => self.refuse(code, classify),
             Event::Drain => self.drain(),
-            Event::Late => self.late(),
+            Event::Late => self.late(classify),
         };
         let wait = self.awaited();
         let begins = (wait != self.wait).then_some(wait);
@@ -210,7 +211,7 @@ impl Session {
                     self.state = State::Working(ticket);
                     Action::Dispatch(ticket)
                 }
-                Err(code) => self.refuse(code),
+                Err(code) => self.refuse(code, origin.classify),
             },
             State::Lingering(thrown) => {
                 *thrown += bytes.len();
@@ -222,9 +223,9 @@ impl Session {
         }
     }
 
-    fn end(&mut self) -> Action {
+    fn end(&mut self, classify: Classify) -> Action {
         match (&self.state, self.reader.phase()) {
-            (State::Reading, Phase::Head | Phase::Body) => self.refuse(Code::BadRequest),
+            (State::Reading, Phase::Head | Phase::Body) => self.refuse(Code::BadRequest, classify),
             _ => self.close(),
         }
     }
@@ -247,10 +248,10 @@ impl Session {
         }
     }
 
-    fn refuse(&mut self, code: Code) -> Action {
+    fn refuse(&mut self, code: Code, classify: Classify) -> Action {
         let head = match self.state {
             State::Working(ticket) => Some(ticket.head),
-            State::Reading => self.reader.head(),
+            State::Reading => self.reader.head(classify),
             // A reply is under way already, or the client cannot read one.
             _ => return self.close(),
         };
@@ -267,12 +268,12 @@ impl Session {
         }
     }
 
-    fn late(&mut self) -> Action {
+    fn late(&mut self, classify: Classify) -> Action {
         match (self.wait, self.reader.phase()) {
             // A client that has sent nothing gets no answer.
             (Wait::Head, Phase::Idle) => self.close(),
-            (Wait::Head | Wait::Body, _) => self.refuse(Code::RequestTimeout),
-            (Wait::Work, _) => self.refuse(Code::ServiceUnavailable),
+            (Wait::Head | Wait::Body, _) => self.refuse(Code::RequestTimeout, classify),
+            (Wait::Work, _) => self.refuse(Code::ServiceUnavailable, classify),
             (Wait::Handshake | Wait::Write | Wait::KeepAlive | Wait::Linger, _) => self.close(),
         }
     }
@@ -300,6 +301,7 @@ mod tests {
         number: 7,
         peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
         proxies: None,
+        is_encrypted: false,
         certificate: None,
         classify: |_, _| Class::PLAIN,
     };

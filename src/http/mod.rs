@@ -81,14 +81,20 @@ pub struct Class {
     pub lane: LaneKind,
     /// The client's certificate goes with it. Elsewhere it would be bytes for nothing.
     pub client_certificate: bool,
+    /// Over plain HTTP there is nothing.
+    pub https_only: bool,
     /// How an error is told to who sent it.
     pub refuse: fn(&Problem, Now) -> Reply,
 }
 
 impl Class {
     /// The class of most requests, and of those to no endpoint.
-    pub const PLAIN: Class =
-        Class { lane: LaneKind::Plain, client_certificate: false, refuse: Reply::problem };
+    pub const PLAIN: Class = Class {
+        lane: LaneKind::Plain,
+        client_certificate: false,
+        https_only: false,
+        refuse: Reply::problem,
+    };
 }
 
 /// Tells the class of a request by its method and its path, which has no query.

@@ -40,18 +40,28 @@ impl Reply {
         Reply { status, fields: Vec::new(), body: Vec::new() }
     }
 
-    /// An error.
+    /// An error, to a program.
     pub fn problem(problem: &Problem, now: Now) -> Self {
-        let (status, code, _) = problem.code.row();
+        let code = problem.code.row().1;
         let mut json = Json::new();
         json.field("success", false).field("error", problem.message()).field("code", code);
         for (name, value) in &problem.fields {
             json.field(name, value.clone());
         }
-        let body = json.timestamp(now);
-        let mut reply = Reply { status, ..Self::json(body) }.field("X-Error-Code", code);
+        Self::json(json.timestamp(now)).refusing(problem, "Bearer")
+    }
+
+    /// An error, to a client that shows it to a person (RFC 7030, 4.2.3).
+    pub fn plain_problem(problem: &Problem, _: Now) -> Self {
+        let text = format!("{}\n", problem.message());
+        Self::of_type("text/plain; charset=utf-8", text).refusing(problem, r#"Basic realm="est""#)
+    }
+
+    fn refusing(self, problem: &Problem, challenge: &str) -> Self {
+        let (status, code, _) = problem.code.row();
+        let mut reply = Reply { status, ..self }.field("X-Error-Code", code);
         if status == 401 {
-            reply = reply.field("WWW-Authenticate", "Bearer");
+            reply = reply.field("WWW-Authenticate", challenge);
         }
         if let Some(seconds) = problem.retry_after_s {
             reply = reply.field("Retry-After", seconds.to_string());
@@ -124,8 +134,10 @@ mod tests {
 
     #[test]
     fn every_error_has_what_its_status_asks_for() {
-        for code in Code::ALL {
-            let reply = Reply::problem(&(*code).into(), NOW);
+        let manners = [Reply::problem, Reply::plain_problem];
+        for (code, refuse) in Code::ALL.iter().flat_map(|code| manners.map(|refuse| (code, refuse)))
+        {
+            let reply = refuse(&(*code).into(), NOW);
             let has = |name| reply.fields().iter().any(|(field, _)| *field == name);
             assert!(has("Content-Type") && has("X-Error-Code"));
             assert_eq!(has("WWW-Authenticate"), reply.status == 401);

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use tiny_http::Server;
 
-use crate::api::Request;
+use crate::api::{Request, classify};
 use crate::clock;
 use crate::edge::{self, LaneAddress, Outbox, Sender};
 use crate::http::{LaneKind, LaneRules, Method, Reply};
@@ -206,7 +206,7 @@ impl Batch {
                 self.numbers.push(number);
             }
             // The lane broke: half a request is not acted on.
-            ((number, Some(_)), None) => (self.outbox)(vec![(number, unanswered())]),
+            ((number, Some(_)), None) => (self.outbox)(vec![(number, unanswered(request.url()))]),
         }
         drop(request.into_writer());
     }
@@ -217,8 +217,12 @@ impl Batch {
     }
 
     fn send(&mut self, replies: Vec<Reply>) {
-        let replies = replies.into_iter().chain(std::iter::repeat_with(unanswered));
-        let answers: Vec<_> = std::mem::take(&mut self.numbers).into_iter().zip(replies).collect();
+        let mut replies = replies.into_iter();
+        let numbered = std::mem::take(&mut self.numbers).into_iter().zip(&self.requests);
+        let answer = |(number, request): (u64, &Request)| {
+            (number, replies.next().unwrap_or_else(|| unanswered(&request.path)))
+        };
+        let answers: Vec<_> = numbered.map(answer).collect();
         if !answers.is_empty() {
             (self.outbox)(answers);
         }
@@ -231,8 +235,8 @@ impl Drop for Batch {
     }
 }
 
-fn unanswered() -> Reply {
-    Reply::problem(&Code::InternalError.into(), clock::now())
+fn unanswered(path: &str) -> Reply {
+    (classify("", path).refuse)(&Code::InternalError.into(), clock::now())
 }
 
 fn read_body(request: &mut tiny_http::Request) -> Option<Vec<u8>> {
@@ -344,8 +348,8 @@ mod tests {
         stream.write_all((request + &get(8, "/z")).as_bytes()).unwrap();
         let mut requests = Vec::new();
         while requests.len() < 2 {
-            let mut batch = staged.next_batch();
-            requests.append(&mut batch.requests);
+            let batch = staged.next_batch();
+            requests.extend(batch.requests.iter().cloned());
             let replies = batch.numbers.iter().map(|_| reply("r")).collect();
             batch.answer(replies);
         }

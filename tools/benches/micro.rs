@@ -174,6 +174,7 @@ fn head_find_and_rewrite(bencher: Bencher) {
                 number: 42,
                 peer,
                 proxies: None,
+                is_encrypted: false,
                 certificate: None,
                 classify: mqtt_publisher_lite::api::classify,
             },
