@@ -69,12 +69,17 @@ pub fn decode(text: &str) -> Option<Vec<u8>> {
 
 /// One block of text, in lines of 64.
 pub fn encode(label: &str, der: &[u8]) -> String {
-    let mut text = format!("-----BEGIN {label}-----\n");
+    format!("-----BEGIN {label}-----\n{}-----END {label}-----\n", lines(der))
+}
+
+/// Base64 in lines of 64.
+pub fn lines(der: &[u8]) -> String {
+    let mut text = String::new();
     for line in der.chunks(48) {
         BASE64.encode_string(line, &mut text);
         text.push('\n');
     }
-    text + &format!("-----END {label}-----\n")
+    text
 }
 
 #[cfg(test)]

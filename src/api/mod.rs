@@ -7,6 +7,7 @@
 mod certificates;
 mod csv;
 mod devices;
+mod est;
 mod onboarding;
 mod operations;
 mod page;
@@ -38,7 +39,7 @@ use crate::store::Op;
 use rate_limit::{OnboardingLimits, RateLimit};
 use refusals::{Refusals, Sum};
 pub use request::Request;
-use routes::{Asked, Caller, Endpoint, endpoint};
+use routes::{Asked, Caller, Endpoint, endpoint, manner};
 pub use routes::{classify, endpoints, lane_kinds};
 
 /// The API over a provisioner.
@@ -228,7 +229,7 @@ impl Api {
                 "{method} {path} refused: {problem}, from {client}"
             );
         }
-        Reply::problem(problem, now)
+        (manner(&request.path).refuse)(problem, now)
     }
 }
 

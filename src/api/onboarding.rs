@@ -28,7 +28,8 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     let Caller::Onboarding(rule, shown) = asked.caller else {
         return Err(Code::InternalError.into());
     };
-    let onboarding = Onboarding { device, replace, rule, shown, client: asked.request.client };
+    let client = asked.request.client;
+    let onboarding = Onboarding { device, replace, rule, shown, client, csr: None };
     let job = api.provisioner.plan_issue(onboarding, now)?;
     Ok(Plan::Job(job, render))
 }

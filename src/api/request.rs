@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::config::Secret;
 use crate::http::Method;
 use crate::json;
+use crate::pem;
 use crate::problem::{Code, Problem};
 
 /// A request that arrived whole.
@@ -61,6 +62,18 @@ impl Request {
         let (scheme, credential) = self.authorization.as_deref()?.split_once(' ')?;
         let credential = credential.trim();
         (scheme.eq_ignore_ascii_case("bearer") && !credential.is_empty()).then_some(credential)
+    }
+
+    /// Name and password of `Authorization: Basic` (RFC 7617), or a bearer credential without a name. A
+    /// device's name may hold colons, so the last one counts.
+    pub fn login(&self) -> Option<(String, String)> {
+        if let Some(credential) = self.bearer() {
+            return Some((String::new(), credential.to_owned()));
+        }
+        let (scheme, credential) = self.authorization.as_deref()?.split_once(' ')?;
+        let decoded = pem::decode(credential).filter(|_| scheme.eq_ignore_ascii_case("basic"))?;
+        let text = String::from_utf8(decoded).ok()?;
+        text.rsplit_once(':').map(|(name, password)| (name.to_owned(), password.to_owned()))
     }
 
     /// Whether the bearer credential is `key`, compared in constant time.

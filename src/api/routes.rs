@@ -7,7 +7,7 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Api, Plan, Request, certificates, devices, onboarding, operations, page, renew, sign_csr,
+    Api, Plan, Request, certificates, devices, est, onboarding, operations, page, renew, sign_csr,
 };
 use crate::ca::record::Certificate;
 use crate::clock::Now;
@@ -16,6 +16,7 @@ use crate::device::DeviceId;
 use crate::devices::enrol::Shown;
 use crate::devices::{SecretHash, Text};
 use crate::http::{Class, LaneKind, Method, Reply};
+use crate::jwt::Token;
 use crate::problem::{Code, Problem};
 use crate::provisioner::By;
 use crate::serial::Serial;
@@ -49,6 +50,8 @@ pub(super) enum Credentials {
     AdminKey,
     /// A certificate of ours, with its key.
     ClientCertificate,
+    /// A secret or a provisioning token; where there is no `Authorization`, a certificate.
+    Login,
 }
 
 /// What a caller has shown.
@@ -61,6 +64,16 @@ pub(super) enum Caller {
     Admin(Text),
     /// This certificate.
     Certified(Certificate),
+    /// A device's name, which may be empty, and this.
+    Login(String, Pass),
+}
+
+/// What proves that somebody may have a certificate.
+pub(super) enum Pass {
+    /// The secret of a registration. Whether it fits the device is not judged yet.
+    Secret(SecretHash),
+    /// A token that was signed here. It may have ended, or be used.
+    Token(Token),
 }
 
 /// A request with what its route says of it.
@@ -188,6 +201,28 @@ pub(super) const ROUTES: &[Route] = &[
         lane: LaneKind::Bulk,
         ..route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl)
     },
+    route(Method::Get, "/.well-known/est/cacerts", "EST: the CA certificates", est::cacerts),
+    route(
+        Method::Get,
+        "/.well-known/est/csrattrs",
+        "EST: nothing is asked of a CSR",
+        est::csrattrs,
+    ),
+    Route {
+        lane: LaneKind::Certificate,
+        credentials: Credentials::Login,
+        ..route(Method::Post, "/.well-known/est/simpleenroll", "EST: a certificate", est::enrol)
+    },
+    Route {
+        lane: LaneKind::Certificate,
+        credentials: Credentials::ClientCertificate,
+        ..route(
+            Method::Post,
+            "/.well-known/est/simplereenroll",
+            "EST: another certificate, by the present one",
+            est::enrol,
+        )
+    },
     route(Method::Get, "/", "the page for a browser", page::page),
     route(Method::Get, "/health", "how the service is", operations::health),
     route(Method::Get, "/ready", "whether it can issue and sign", operations::ready),
@@ -213,13 +248,19 @@ pub fn endpoints() -> impl Iterator<Item = (String, &'static str)> {
 
 /// What the edge has to know of a request; its path is without the query.
 pub fn classify(method: &str, path: &str) -> Class {
-    match endpoint(Method::parse(method), path) {
-        Some(Endpoint { route, .. }) => Class {
-            lane: route.lane,
-            client_certificate: route.credentials == Credentials::ClientCertificate,
-            ..Class::PLAIN
-        },
-        None => Class::PLAIN,
+    let Some(Endpoint { route, .. }) = endpoint(Method::parse(method), path) else {
+        return manner(path);
+    };
+    let client_certificate =
+        matches!(route.credentials, Credentials::ClientCertificate | Credentials::Login);
+    Class { lane: route.lane, client_certificate, ..manner(path) }
+}
+
+/// What is true of all that is asked for at a path, whether there is something or not.
+pub(super) fn manner(path: &str) -> Class {
+    match path.starts_with(est::PREFIX) {
+        true => Class { https_only: true, refuse: Reply::plain_problem, ..Class::PLAIN },
+        false => Class::PLAIN,
     }
 }
 
@@ -311,6 +352,7 @@ impl Api {
                 let der = request.client_certificate.as_deref();
                 self.provisioner.check_certificate(der, now).map(Caller::Certified)
             }
+            Credentials::Login => self.authorise_login(request, now),
         }
     }
 
@@ -332,6 +374,27 @@ impl Api {
                 Err(Code::SecretInvalid.into())
             }
             (rule, _) => Ok(Caller::Onboarding(rule, shown)),
+        }
+    }
+
+    fn authorise_login(&self, request: &Request, now: Now) -> Result<Caller, Problem> {
+        if request.authorization.is_none() && request.client_certificate.is_some() {
+            return self.authorise(Credentials::ClientCertificate, request, now);
+        }
+        let (name, password) = request.login().unwrap_or_default();
+        if password.contains('.') {
+            let token = self.provisioner.read_token(&password, now)?;
+            return Ok(Caller::Login(name, Pass::Token(token)));
+        }
+        self.onboarding_limits.admit(request.client, false, now).map_err(wait)?;
+        self.check_failures(request, now)?;
+        let secret = SecretHash::of_typed(&password).ok_or_else(est::no_login)?;
+        match self.settings().enrolment {
+            // As at onboarding, a secret is not enough.
+            Enrolment::Key => Err(est::no_token()),
+            Enrolment::Open | Enrolment::Registered => {
+                Ok(Caller::Login(name, Pass::Secret(secret)))
+            }
         }
     }
 
@@ -367,6 +430,9 @@ fn unknown(request: &Request) -> Result<Plan, Problem> {
 
 /// What stands in the places of `{…}`, if the path fits the pattern; empty where it has none.
 fn captured<'a>(pattern: &str, path: &'a str) -> Option<[&'a str; 2]> {
+    // Some clients end their paths with a slash.
+    let bare = path.strip_suffix('/').filter(|_| pattern.starts_with(est::PREFIX));
+    let path = bare.unwrap_or(path);
     let mut captured = ["", ""];
     if pattern == path {
         return Some(captured);
@@ -428,6 +494,9 @@ mod tests {
             ("HEAD", "/api/v1/crl", LaneKind::Bulk),
             ("POST", "/api/v1/crl", LaneKind::Plain),
             ("GET", "/api/v1/crl/", LaneKind::Plain),
+            ("POST", "/.well-known/est/simpleenroll", LaneKind::Certificate),
+            ("POST", "/.well-known/est/simplereenroll/", LaneKind::Certificate),
+            ("GET", "/.well-known/est/cacerts", LaneKind::Plain),
             ("DELETE", "/api/v1/certificates/d", LaneKind::Plain),
             ("GET", "/health", LaneKind::Plain),
         ] {
@@ -439,6 +508,8 @@ mod tests {
     fn only_renewal_sees_the_clients_certificate() {
         let asks = |method, path| classify(method, path).client_certificate;
         assert!(asks("POST", "/api/v1/renew"));
+        assert!(asks("POST", "/.well-known/est/simplereenroll"));
+        assert!(asks("POST", "/.well-known/est/simpleenroll/"), "it may be a renewal");
         for (method, path) in
             [("GET", "/api/v1/renew"), ("POST", "/api/v1/renew/"), ("POST", "/api/v1/sign-csr")]
         {

@@ -6,7 +6,7 @@ use super::{Api, Asked, Plan};
 use crate::clock::{self, Now};
 use crate::http::{Json, Reply};
 use crate::problem::{Code, Problem};
-use crate::provisioner::Done;
+use crate::provisioner::{Done, Redemption};
 
 pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let Asked { request, body, .. } = asked;
@@ -19,9 +19,9 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
         Some(Value::String(device)) => Some(device.as_str()),
         Some(_) => return Err(Code::TokenDeviceMismatch.into()),
     };
-    let user = text(body, "user_id").map(for_the_log);
-    let client = request.client;
-    let job = api.provisioner.plan_redeem(token, csr, device, user, client, now)?;
+    let user_id = text(body, "user_id").map(for_the_log);
+    let asked = Redemption { csr, device, user_id, client: request.client, again: false };
+    let job = api.provisioner.plan_redeem(token, asked, now)?;
     Ok(Plan::Job(job, render))
 }
 

@@ -125,6 +125,15 @@ impl Csr {
         }
     }
 
+    /// The device that it is for.
+    ///
+    /// # Errors
+    /// [`CsrError::CommonName`] unless it has exactly one common name, which is a device's.
+    pub fn device(&self) -> Result<DeviceId, CsrError> {
+        let name = self.common_name.as_ref().map_err(|found| CsrError::CommonName(found))?;
+        DeviceId::parse(name).ok_or(CsrError::CommonName("one that is no device id"))
+    }
+
     /// Whose possession it proves.
     pub fn key(&self) -> &PublicKey {
         &self.key

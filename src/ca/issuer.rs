@@ -420,6 +420,11 @@ impl Issuer {
         self.chain.iter().map(|der| certificate_pem(der)).collect()
     }
 
+    /// The same in DER.
+    pub fn chain(&self) -> &[Vec<u8>] {
+        &self.chain
+    }
+
     /// Its folder.
     pub(super) fn dir(&self) -> &Path {
         self.certificate.parent().unwrap_or(Path::new(""))

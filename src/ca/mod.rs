@@ -1,7 +1,7 @@
 //! The certificate authority: who signs ([`issuer`]), what may be signed ([`csr`]), what has been
 //! signed ([`record`]), who shows it ([`identity`]) and what of it no longer counts ([`crl`], which
 //! [`publisher`] keeps fresh and [`hook`] tells the broker of). What ended long ago is forgotten
-//! ([`retention`]).
+//! ([`retention`]). [`pkcs7`] is how some clients want certificates.
 //!
 //! A clock that is not set decides nothing. So a CA is loaded at start, but made or judged by its
 //! dates only once the clock is plausible: [`Ca::settle`] is asked again until then.
@@ -15,6 +15,7 @@ pub mod issuer;
 mod key;
 #[cfg(test)]
 mod openssl;
+pub mod pkcs7;
 pub mod publisher;
 pub mod record;
 pub mod retention;

@@ -131,6 +131,15 @@ impl Row {
         fits(self.living(now_s).and_then(|terms| terms.secret), shown)
     }
 
+    /// When the registration was begun, if the secret was shown by which it was used up.
+    pub fn spent_by(&self, shown: &Shown) -> Option<u64> {
+        let latest = self.registration.as_ref();
+        let terms = latest.and_then(|latest| latest.terms.as_ref());
+        let is_right = fits(terms.and_then(|terms| terms.secret), shown);
+        let (latest, terms) = latest.zip(terms)?;
+        (is_right && self.spent.contains(&latest.ticket(terms))).then_some(latest.made_at)
+    }
+
     /// What the registration permits, while it lives.
     pub fn living(&self, now_s: u64) -> Option<&Terms> {
         self.registration.as_ref()?.terms.as_ref().filter(|_| self.stage(now_s) == Stage::Open)

@@ -3,9 +3,10 @@
 //! be given back before the answer. What can wait until after the answer is returned as
 //! [`Batch::after`].
 
+use super::plan::sign;
 use super::{
-    Batch, By, Change, Changed, Done, Issue, Job, Provisioner, Revoke, RevokeOne, Rewrite, Sign,
-    Signed, Used, no_certificate, not_issued,
+    Batch, By, Change, Changed, Done, Grant, Issue, Job, Provisioner, Redeem, Revoke, RevokeOne,
+    Rewrite, Sign, Signed, Used, no_certificate, not_issued,
 };
 use crate::ca::record::Reason;
 use crate::clock::{self, Now};
@@ -15,6 +16,10 @@ use crate::devices::{CLOCKS_APART_S, Row, Terms};
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::{Answer, Found, Op, Outcome, StoreError};
+
+/// How often a job asks the store after the first time: for a token in place of the one that the device
+/// has, and to redeem that.
+const MOST_FURTHER: usize = 2;
 
 /// What follows from the jobs of a batch.
 #[derive(Default)]
@@ -33,6 +38,8 @@ pub(super) struct FollowUp {
 pub(super) enum Step {
     /// Nothing is left to do.
     Done(Result<Done, Problem>),
+    /// The store has answered, and is to be asked for this.
+    Next(Job),
     /// The certificate is still to be signed.
     Granted(Box<Sign>),
     /// It is signed and entered; whether it is recorded, the commit says.
@@ -43,8 +50,21 @@ impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
         let mut follow_up = FollowUp::default();
-        let steps = self.ask(jobs, &mut follow_up, now);
+        let again: Vec<_> = jobs.iter().map(Job::again).collect();
+        let mut steps = self.ask(jobs, &mut follow_up, now);
+        for _ in 0..MOST_FURTHER {
+            if steps.iter().any(|step| matches!(step, Step::Next(_))) {
+                steps = self.go_on(steps, &mut follow_up, now);
+            }
+        }
         let mut done = self.record(steps, &mut follow_up, now);
+        for (done, again) in done.iter_mut().zip(&again) {
+            if let (Err(_), Some(again)) = (&*done, again)
+                && let Some(given) = self.give_again(again, now)
+            {
+                *done = given;
+            }
+        }
         self.publish_revoked(&mut done, &follow_up);
         self.publisher.watch_record(clock::now());
         self.run_ops(&follow_up.give_back, clock::now());
@@ -65,6 +85,21 @@ impl Provisioner {
             Err(problem) => Step::Done(Err(problem)),
         };
         jobs.into_iter().map(decide).collect()
+    }
+
+    /// Asks the store for what follows from its answers: one trip for all.
+    fn go_on(&self, steps: Vec<Step>, follow_up: &mut FollowUp, now: Now) -> Vec<Step> {
+        let mut jobs = Vec::new();
+        let take = |step| match step {
+            Step::Next(job) => {
+                jobs.push(job);
+                None
+            }
+            step => Some(step),
+        };
+        let steps: Vec<Option<Step>> = steps.into_iter().map(take).collect();
+        let mut next = self.ask(jobs, follow_up, now).into_iter();
+        steps.into_iter().filter_map(|step| step.or_else(|| next.next())).collect()
     }
 
     /// Asks the store, if there is anything to ask.
@@ -93,7 +128,8 @@ impl Provisioner {
     ) -> Step {
         let mut answer = || answers.next().unwrap_or(Err(StoreError::Undecided));
         Step::Done(match job {
-            Job::Issue(issue) => self.issued(issue, answer(), follow_up, now),
+            Job::Issue(issue) => return self.issued(issue, answer(), follow_up, now),
+            Job::Refused(_, problem) => Err(problem),
             Job::Sign(mut sign) => match sign.is_granted(answer) {
                 Ok(()) => return Step::Granted(sign),
                 Err(problem) => Err(sign.refused(problem)),
@@ -111,38 +147,29 @@ impl Provisioner {
         })
     }
 
-    fn issued(
-        &self,
-        issue: Issue,
-        answer: Answer,
-        follow_up: &mut FollowUp,
-        now: Now,
-    ) -> Result<Done, Problem> {
+    fn issued(&self, issue: Issue, answer: Answer, follow_up: &mut FollowUp, now: Now) -> Step {
         let device = &issue.device;
         let (token, killed, found) = match answer {
             Ok(Outcome::Issued { token, killed, found }) => (token, killed, *found),
             // The device has lost its token, or somebody with its secret has it.
             Ok(Outcome::AlreadyActive { .. }) if issue.by_secret && !issue.replace => {
-                let again = Job::Issue(Issue { replace: true, ..issue });
-                return match self.ask(vec![again], follow_up, now).pop() {
-                    Some(Step::Done(done)) => done,
-                    _ => Err(Code::InternalError.into()),
-                };
+                return Step::Next(Job::Issue(Issue { replace: true, ..issue }));
             }
-            other => return Err(not_issued(not_given(other, now), device)),
+            other => return Step::Done(Err(not_issued(not_given(other, now), device))),
         };
         let Found { row, holder } = found;
         // The device may have redeemed another token between the first look and the claim, or others
         // know what this instance does not.
+        let known = self.devices.row(device).merge(row.clone());
+        self.learn(device, row, now);
         let judged = match self.knows_holder(device, holder) {
-            true => issue.judge(&self.devices.row(device).merge(row.clone()), self, now),
+            true => issue.judge(&known, self, now),
             false => Err(Code::ServiceUnavailable),
         };
         if let Err(code) = judged {
             follow_up.give_back.push(Op::TakeBack(token));
-            return Err(not_issued(code, device));
+            return Step::Done(Err(not_issued(code, device)));
         }
-        self.learn(device, row, now);
         let (hash, client) = (token.hash.short(), issue.client);
         log::info!(
             event = "token_issued", device:%, client:%;
@@ -157,11 +184,14 @@ impl Provisioner {
                 "token {hash} of {device} killed: replaced, by {client}"
             );
         }
-        Ok(Done::Issued(token))
+        let Some(csr) = issue.csr else { return Step::Done(Ok(Done::Issued(token))) };
+        let redeem = Redeem { token, user_id: None, again: true, row: known, spends: None };
+        let job = sign(Grant::Token(Box::new(redeem)), *csr, issue.client);
+        job.map_or_else(|problem| Step::Done(Err(problem)), Step::Next)
     }
 
     /// Keeps a registration of which only others knew: this instance decides on the redemption, too.
-    fn learn(&self, device: &DeviceId, row: Row, now: Now) {
+    pub(super) fn learn(&self, device: &DeviceId, row: Row, now: Now) {
         if row == Row::default() {
             return;
         }
@@ -397,7 +427,7 @@ mod tests {
     use crate::files::test_dir::TestDir;
     use crate::jwt::{Signer, Token, TokenHash};
     use crate::metrics::Metrics;
-    use crate::provisioner::{Onboarding, Rules, Spending};
+    use crate::provisioner::{Onboarding, Redemption, Rules, Spending};
     use crate::share::{Mode, Sharing};
     use crate::store::ledger::Ledger;
     use crate::store::{Status, TokenStore};
@@ -476,6 +506,7 @@ mod tests {
             rule: config::Enrolment::Open,
             shown: Shown::Nothing,
             client,
+            csr: None,
         };
         provisioner.plan_issue(asked, now).unwrap()
     }
@@ -487,7 +518,9 @@ mod tests {
         let key = rcgen::KeyPair::generate().unwrap();
         let csr = params.serialize_request(&key).unwrap().pem().unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        provisioner.plan_redeem(token, &csr, None, None, client, now).unwrap()
+        let (device, user_id, again) = (None, None, false);
+        let asked = Redemption { csr: &csr, device, user_id, client, again };
+        provisioner.plan_redeem(token, asked, now).unwrap()
     }
 
     #[test]

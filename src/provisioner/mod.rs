@@ -3,8 +3,10 @@
 //! It knows no HTTP and no Redis. What can be refused without the store is refused when a job is
 //! planned ([`plan`]); what is left is done in batches, which share their round trips to the store
 //! ([`batch`]) and their `fsync` ([`sign`]). What others know of a device, where that matters, is asked
-//! for first, and what changes of its row is put on disk ([`prepare`]).
+//! for first, and what changes of its row is put on disk ([`prepare`]). Who has lost an answer may be
+//! given it again ([`again`]).
 
+mod again;
 mod batch;
 mod plan;
 mod prepare;
@@ -102,6 +104,8 @@ pub enum Job {
     Rewrite(Rewrite),
     /// Count the live tokens.
     Count,
+    /// One that is refused for this, unless its certificate was signed before.
+    Refused(Box<Job>, Problem),
 }
 
 /// An onboarding, as it is asked for.
@@ -117,6 +121,23 @@ pub struct Onboarding {
     pub shown: Shown,
     /// Who asks.
     pub client: IpAddr,
+    /// Redeem the token at once, for the key in this.
+    pub csr: Option<Csr>,
+}
+
+/// How a token is to be redeemed.
+#[derive(Clone, Debug)]
+pub struct Redemption<'a> {
+    /// For the key in this.
+    pub csr: &'a str,
+    /// The device that the request names, if it names one.
+    pub device: Option<&'a str>,
+    /// For the log.
+    pub user_id: Option<String>,
+    /// Who asks.
+    pub client: IpAddr,
+    /// A token that was used for the same key gives the same certificate again.
+    pub again: bool,
 }
 
 /// A planned onboarding. Its token is dated when what is known of the device's past is known.
@@ -132,6 +153,8 @@ pub struct Issue {
     look: bool,
     /// The secret of the device's registration was shown.
     by_secret: bool,
+    /// What its token is redeemed for at once.
+    csr: Option<Box<Csr>>,
 }
 
 /// A planned certificate.
@@ -156,6 +179,8 @@ enum Grant {
 struct Redeem {
     token: Token,
     user_id: Option<String>,
+    /// As in [`Redemption`].
+    again: bool,
     /// The device's row, as far as is known.
     row: Row,
     /// What of it is used up by this.
@@ -260,7 +285,7 @@ impl fmt::Display for By {
 pub enum Done {
     /// A token was issued.
     Issued(Token),
-    /// A certificate was signed and recorded.
+    /// A certificate was signed and recorded, now or when the device asked for it before.
     Signed(Box<Signed>),
     /// The device's certificates are revoked and its token is dead; or one certificate is revoked.
     Revoked {

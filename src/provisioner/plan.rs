@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use super::{
-    By, Changed, Grant, Issue, Job, Onboarding, Provisioner, Redeem, Revoke, RevokeOne, Rewrite,
-    Sign, not_issued, refused,
+    By, Changed, Grant, Issue, Job, Onboarding, Provisioner, Redeem, Redemption, Revoke, RevokeOne,
+    Rewrite, Sign, not_issued, refused,
 };
 use crate::ca::csr::Csr;
 use crate::ca::record::{Certificate, Reason};
@@ -24,20 +24,23 @@ impl Provisioner {
     /// instance knows and no other can know better.
     pub fn plan_issue(&self, asked: Onboarding, now: Now) -> Result<Job, Problem> {
         self.issuer(now)?;
-        let Onboarding { device, replace, rule, shown, client } = asked;
+        let Onboarding { device, replace, rule, shown, client, csr } = asked;
         let mut jti = [0; 16];
         getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
         let row = self.devices.row(&device);
         let by_secret = row.has_shown_secret(&shown, now.unix_s());
-        let look = false;
-        let issue = Issue { device, replace, rule, shown, client, jti, look, by_secret };
+        let (look, csr) = (false, csr.map(Box::new));
+        let issue = Issue { device, replace, rule, shown, client, jti, look, by_secret, csr };
         let look = match issue.judge(&row, self, now) {
             // A registration of which only others know asks for the secret, or excuses.
             Ok(()) => matches!(shown, Shown::Secret(_)) && !by_secret,
             Err(
                 Code::SecretInvalid | Code::DeviceNotRegistered | Code::DeviceHasActiveCertificate,
             ) if self.store.status().redis_enabled => true,
-            Err(code) => return Err(not_issued(code, &issue.device)),
+            Err(code) => {
+                let (problem, again) = (not_issued(code, &issue.device), issue.csr.is_some());
+                return refuse(Job::Issue(issue), problem, again);
+            }
         };
         Ok(Job::Issue(Issue { look, ..issue }))
     }
@@ -66,21 +69,27 @@ impl Provisioner {
         })
     }
 
-    /// Plans the redemption of a checked token for the key in `csr`. `device` is the device id that
-    /// the request names, if it names one.
+    /// The same of a token that may have ended, for who may be given a certificate again.
+    ///
+    /// # Errors
+    /// The first of the other checks that fails.
+    pub fn read_token(&self, compact: &str, now: Now) -> Result<Token, Problem> {
+        self.ca().check_clock(now)?;
+        Ok(self.signer.verify(compact, 0)?)
+    }
+
+    /// Plans the redemption of a token whose signature was checked.
     ///
     /// # Errors
     /// When the CSR is refused, is not the token's device's, or this instance knows already that
-    /// the token is spent or the device has a certificate.
+    /// the token has ended or is spent, or the device has a certificate.
     pub fn plan_redeem(
         &self,
         token: Token,
-        csr: &str,
-        device: Option<&str>,
-        user_id: Option<String>,
-        client: IpAddr,
+        asked: Redemption<'_>,
         now: Now,
     ) -> Result<Job, Problem> {
+        let Redemption { csr, device, user_id, client, again } = asked;
         let owner = &token.claims.device_id;
         let csr = Csr::parse(csr).map_err(|error| refused(error, &token.hash, owner))?;
         if device.is_some_and(|device| device.trim() != owner.as_str()) {
@@ -89,9 +98,13 @@ impl Provisioner {
         csr.belongs_to(owner).map_err(|error| refused(error, &token.hash, owner))?;
         self.issuer(now)?;
         let row = self.devices.row(owner);
-        self.look(&token, &row, now).map_err(|code| refused(code, &token.hash, owner))?;
-        let redeem = Redeem { token, user_id, row, spends: None };
-        sign(Grant::Token(Box::new(redeem)), csr, client)
+        let looked = self.look(&token, &row, now).map_err(|code| refused(code, &token.hash, owner));
+        let redeem = Redeem { token, user_id, again, row, spends: None };
+        let job = sign(Grant::Token(Box::new(redeem)), csr, client)?;
+        match looked {
+            Ok(()) => Ok(job),
+            Err(problem) => refuse(job, problem, again),
+        }
     }
 
     /// A token that this instance knows as spent is refused before an active certificate, which is
@@ -99,6 +112,9 @@ impl Provisioner {
     fn look(&self, token: &Token, row: &Row, now: Now) -> Result<(), Code> {
         if row.block.stands() {
             return Err(Code::DeviceBlocked);
+        }
+        if token.claims.exp <= now.unix_s() {
+            return Err(Code::TokenExpired);
         }
         let look = self.ca().record().look(&token.hash, &token.claims.device_id, now);
         if look.recorded_token || self.ledger.knows_as_spent(&token.hash) || self.is_dead(token) {
@@ -185,7 +201,12 @@ impl Provisioner {
     }
 }
 
-fn sign(grant: Grant, csr: Csr, client: IpAddr) -> Result<Job, Problem> {
+/// What is refused by what is known here; whether it may be given `again` is seen when all is known.
+fn refuse(job: Job, problem: Problem, again: bool) -> Result<Job, Problem> {
+    if again { Ok(Job::Refused(Box::new(job), problem)) } else { Err(problem) }
+}
+
+pub(super) fn sign(grant: Grant, csr: Csr, client: IpAddr) -> Result<Job, Problem> {
     let serial = Serial::random();
     let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
     Ok(Job::Sign(Box::new(Sign { grant, csr, serial, client })))

@@ -45,7 +45,7 @@ impl Prepared {
                     ops.push(Op::Consume(redeem.token.clone(), sign.serial));
                 }
             }
-            Job::RevokeOne(_) => {}
+            Job::RevokeOne(_) | Job::Refused(..) => {}
             Job::Revoke(_) | Job::Rewrite(_) => ops.extend(kills.map(Op::Kill)),
             Job::Count => ops.push(Op::Count),
         }
@@ -154,7 +154,11 @@ impl Provisioner {
         }
         let is_alone = issue.look && !seen.by_redis;
         let known = self.devices.row(&issue.device).merge(seen.row.clone());
-        issue.judge(&known, self, now).map_err(|code| match code {
+        let judged = issue.judge(&known, self, now);
+        if known.spent_by(&issue.shown).is_some() {
+            self.learn(&issue.device, seen.row.clone(), now);
+        }
+        judged.map_err(|code| match code {
             // Elsewhere it may be registered, and nobody can be asked.
             Code::SecretInvalid | Code::DeviceNotRegistered if is_alone => {
                 not_issued(Code::ServiceUnavailable, &issue.device)

@@ -37,6 +37,8 @@ impl Provisioner {
         let mut committed = entries.map(Entries::commit).unwrap_or_default().into_iter();
         let end = |step| match step {
             Step::Done(done) => done,
+            // Unreachable: all that was to be asked has been.
+            Step::Next(_) => Err(Code::InternalError.into()),
             // Unreachable: every granted one was entered or refused above.
             Step::Granted(sign) => Err(sign.refused(Code::InternalError.into())),
             Step::Entered(sign, signed) => {

@@ -153,7 +153,7 @@ fn those_that_are_refused() {
 /// An intermediate CA of ours by a root that lies elsewhere: the files' texts, ours first.
 pub struct Chain {
     key: String,
-    certificates: Vec<String>,
+    pub certificates: Vec<String>,
 }
 
 impl Chain {

@@ -29,6 +29,7 @@ mod enroll_attacks;
 mod enroll_tools;
 mod enrolment;
 mod errors;
+mod est;
 mod faults;
 mod flash_wear;
 mod forged_tokens;

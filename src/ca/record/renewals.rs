@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use super::entries::Entry;
 use super::rows::Slot;
-use super::{Certificate, Entries, Origin};
+use super::{Certificate, Entries, Origin, Record};
 use crate::ca::issuer::Leaf;
 use crate::ca::key::PublicKey;
 use crate::clock::Now;
@@ -59,14 +59,28 @@ impl Entries<'_> {
 
     /// The certificate that `old` was renewed to, for the same key, if it still counts.
     fn successor(&self, old: &Certificate, key: &PublicKey, now: Now) -> Option<Leaf> {
-        let rows = self.record.read();
-        let newer = rows.of_device(&old.device).take_while(|slot| slot.serial != old.serial);
-        let newer: Vec<Slot> = newer.filter(|slot| slot.is_active(now)).copied().collect();
+        let renews = |origin: Origin| origin.renews() == Some(old.serial);
+        self.record.signed_for(&old.device, key, renews, now)
+    }
+}
+
+impl Record {
+    /// The device's newest certificate for this key that still counts and `was_for` what it asks.
+    pub fn signed_for(
+        &self,
+        device: &DeviceId,
+        key: &PublicKey,
+        was_for: impl Fn(Origin) -> bool,
+        now: Now,
+    ) -> Option<Leaf> {
+        let rows = self.read();
+        let active = rows.of_device(device).filter(|slot| slot.is_active(now));
+        let active: Vec<Slot> = active.copied().collect();
         drop(rows);
-        newer.iter().find_map(|slot| {
-            let stored = self.record.stored_at(slot).ok()?;
-            let renews = stored.origin.and_then(Origin::renews) == Some(old.serial);
-            Leaf::read(stored.pem, old.device.clone()).filter(|leaf| renews && leaf.is_for(key))
+        active.iter().find_map(|slot| {
+            let stored = self.stored_at(slot).ok()?;
+            stored.origin.filter(|origin| was_for(*origin))?;
+            Leaf::read(stored.pem, device.clone()).filter(|leaf| leaf.is_for(key))
         })
     }
 }

@@ -1,0 +1,88 @@
+//! A device whose answer was lost asks again, with what it has shown before and for the same key: it is
+//! given the certificate that was signed for it, if that still counts. Another key is another certificate,
+//! and refused.
+
+use std::net::IpAddr;
+
+use super::{Done, Grant, Issue, Job, Provisioner, Signed, not_issued};
+use crate::ca::csr::Csr;
+use crate::ca::record::Origin;
+use crate::clock::Now;
+use crate::device::DeviceId;
+use crate::devices::enrol::Shown;
+use crate::jwt::TokenHash;
+use crate::problem::Problem;
+
+/// Who may have had its certificate before.
+pub(super) struct Again {
+    device: DeviceId,
+    csr: Csr,
+    paid: Paid,
+    client: IpAddr,
+}
+
+/// What the device has shown.
+enum Paid {
+    Token(TokenHash),
+    Secret(Shown),
+}
+
+impl Job {
+    /// Who may be given a certificate again if this is refused.
+    pub(super) fn again(&self) -> Option<Again> {
+        match self {
+            Job::Issue(Issue { device, shown, client, csr: Some(csr), .. }) => Some(Again {
+                device: device.clone(),
+                csr: Csr::clone(csr),
+                paid: Paid::Secret(*shown),
+                client: *client,
+            }),
+            Job::Sign(sign) => match &sign.grant {
+                Grant::Token(redeem) if redeem.again => Some(Again {
+                    device: redeem.token.claims.device_id.clone(),
+                    csr: sign.csr.clone(),
+                    paid: Paid::Token(redeem.token.hash),
+                    client: sign.client,
+                }),
+                _ => None,
+            },
+            Job::Refused(job, _) => job.again(),
+            _ => None,
+        }
+    }
+}
+
+impl Provisioner {
+    /// The certificate that was signed before for who asks again.
+    pub(super) fn give_again(&self, again: &Again, now: Now) -> Option<Result<Done, Problem>> {
+        let Again { device, csr, paid, client } = again;
+        let row = self.devices.row(device);
+        // A registration kills what was before it, so that a token that it has paid for is younger.
+        let begun = match paid {
+            Paid::Token(_) => None,
+            Paid::Secret(shown) => Some(row.spent_by(shown)?),
+        };
+        let was_for = |origin: Origin| match (origin, paid) {
+            (Origin::Token(token), Paid::Token(hash)) => token.hash == *hash,
+            (Origin::Token(token), Paid::Secret(_)) => begun.is_some_and(|s| token.iat > s),
+            _ => false,
+        };
+        let find = || self.ca().record().signed_for(device, csr.key(), was_for, now);
+        let look_up = || self.sharing.look_up(std::slice::from_ref(device)).then(find).flatten();
+        let leaf = find().or_else(look_up)?;
+        // What is to be revoked by a bound may not be so yet.
+        if self.ca().record().paid(&leaf.serial) <= row.bound.c {
+            return None;
+        }
+        let issuer = self.check_block(device).map_err(|code| not_issued(code, device));
+        let issuer = issuer.and_then(|()| Ok(self.issuer(now)?));
+        Some(issuer.map(|issuer| {
+            let serial = leaf.serial;
+            log::info!(
+                event = "certificate_signed", device:%, serial:%, client:%;
+                "certificate {serial} of {device} given again, by {client}"
+            );
+            Done::Signed(Box::new(Signed { leaf, issuer, again: true }))
+        }))
+    }
+}
