@@ -84,8 +84,8 @@ free_port() {
     echo "$free"
 }
 
-# await WHAT PID COMMAND…: runs the command every tenth of a second until it succeeds; fails after 20 s,
-# or when the process has ended.
+# await WHAT PID COMMAND…: runs the command every tenth of a second until it succeeds; fails after 20 s, or
+# $patience tenths of one, or when the process has ended.
 await() {
     awaited=$1
     process=$2
@@ -94,7 +94,7 @@ await() {
     until "$@"; do
         kill -0 "$process" 2>/dev/null || fail "it ended before $awaited"
         tries=$((tries + 1))
-        [ "$tries" -lt 200 ] || fail "waited in vain until $awaited"
+        [ "$tries" -lt "${patience:-200}" ] || fail "waited in vain until $awaited"
         sleep 0.1
     done
 }

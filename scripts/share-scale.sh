@@ -1,7 +1,7 @@
 #!/bin/sh
 # What one record over three instances costs, and how soon they agree.
 #
-# usage: scripts/share-scale.sh [DEVICES [REVOCATIONS [FLOWS]]]      (default 300, 50 and 2000)
+# usage: scripts/share-scale.sh [DEVICES [REVOCATIONS [FLOWS [LARGE]]]]      (default 300, 50, 2000 and 0)
 #
 # Starts Redis and three instances, and prints
 #   - how long after the last answer all three agree about that many devices, which were onboarded and
@@ -9,6 +9,9 @@
 #     certificates; and that `openssl ca -status` says of some what the service says;
 #   - how long after a DELETE at one instance the list of another names the certificate, under a load of
 #     onboardings at the third;
+#   - with LARGE, as many certificates more, one in ten of which is revoked while its instance is stopped:
+#     what a start with this record costs, how soon the revocations are in the list of another, and how
+#     soon a single one then is;
 #   - what an empty instance costs that gets the whole record: time, and bytes through Redis;
 #   - what a certificate takes in Redis;
 #   - whole onboardings a second with and without SHARE_RECORD, in turns.
@@ -29,6 +32,7 @@ esac
 devices=${1:-300}
 revocations=${2:-50}
 flows=${3:-2000}
+large=${4:-0}
 tools redis-server redis-cli:redis-tools curl openssl
 find_service
 share=$(program "${TOOLS_BIN:-$(dirname "$bin")}/share")
@@ -76,6 +80,7 @@ listed() { openssl crl -noout -text -in "$work/$1/ca/crl.pem" | sed -n 's/.*Seri
 
 a=$(free_port $((first_port + 1)))
 start a "$a"
+of_a=$instance
 await "a shares" "$instance" shares "$a"
 b=$(free_port $((a + 1)))
 start b "$b"
@@ -83,6 +88,7 @@ of_b=$instance
 await "b shares" "$instance" shares "$b"
 c=$(free_port $((b + 1)))
 start c "$c"
+of_c=$instance
 await "c shares" "$instance" shares "$c"
 
 "$share" flow fleet "$devices" "$a" "$b" "$c" >"$work/flow" &
@@ -138,7 +144,30 @@ for name in a b c; do
 done
 ok "openssl ca -status agrees"
 
+memory_of() { awk '/^VmRSS|^VmHWM/ { printf "%s %d KiB  ", $1, $2 }' "/proc/$1/status"; }
 certificates=$(known a | wc -l)
+if [ "$large" -gt 0 ]; then
+    patience=9000
+    certificates=$((certificates + large))
+    end "$of_c"
+    echo "$large more at a, read by b: $("$load" flow "127.0.0.1:$a" 16 "$large" large)"
+    b_has_all() { [ "$(wc -l <"$work/b/ca/index.txt")" -ge "$certificates" ]; }
+    await "b has the whole record" "$of_a" b_has_all
+    end "$of_a"
+    now=$(date -u +%y%m%d%H%M%SZ)
+    awk -F '\t' -v OFS='\t' -v now="$now" '$1 == "V" && NR % 10 == 0 { $1 = "R"; $3 = now } { print }' \
+        "$work/a/ca/index.txt" >"$work/revoked"
+    cat "$work/revoked" >"$work/a/ca/index.txt"
+    revoked=$(grep -c ^R "$work/revoked")
+    begun=$(milliseconds)
+    start a "$a"
+    of_a=$instance
+    echo "a start with $certificates certificates: answers after $(($(milliseconds) - begun)) ms, $(memory_of "$of_a")"
+    lists_all() { [ "$(grep -c ^R "$work/b/ca/index.txt")" -ge "$revoked" ] && [ "$(listed b | wc -l)" -ge "$revoked" ]; }
+    await "b lists all that is revoked" "$of_a" lists_all
+    echo "b lists $revoked certificates $(($(milliseconds) - begun)) ms after that start"
+    "$share" revoke large 9 $admin "$a" "$work/b/ca/crl.pem"
+fi
 memory=0
 for key in $(redis keys 'mqtt-lite:certs:*'); do
     memory=$((memory + $(redis memory usage "$key" samples 0)))
@@ -154,11 +183,11 @@ traffic() { redis info stats | tr -d '\r' | sed -n 's/^total_net_.*put_bytes://p
 before=$(traffic)
 begun=$(milliseconds)
 start new "$a"
-has_all() { [ "$(known new | wc -l)" -ge "$certificates" ]; }
+has_all() { [ "$(wc -l <"$work/new/ca/index.txt")" -ge "$certificates" ]; }
 await "new has the whole record" "$instance" has_all
 took=$(($(milliseconds) - begun))
 await "new shares" "$instance" shares "$a"
-echo "an empty instance has $certificates certificates after $took ms, $(($(traffic) - before)) bytes through Redis"
+echo "an empty instance has $certificates certificates after $took ms, $(($(traffic) - before)) bytes through Redis, $(memory_of "$instance")"
 end "$instance"
 running=$redis_process
 

@@ -154,9 +154,6 @@ impl Work {
 }
 
 /// Tries what `TLS=auto` has made, if anything.
-///
-/// # Errors
-/// What is wrong with it.
 pub fn load(files: &TlsFiles) -> Result<Option<Arc<CertifiedKey>>, String> {
     let read = |path| files::read(path).map_err(|e| e.to_string());
     let (Some(cert), Some(key)) = (read(&files.cert)?, read(&files.key)?) else { return Ok(None) };

@@ -44,9 +44,6 @@ pub struct Crl {
 
 impl Crl {
     /// Signs a list of what is revoked. Its number is the time, or one more than the `last`.
-    ///
-    /// # Errors
-    /// As [`Issuer::sign`].
     pub fn sign(
         issuer: &Issuer,
         revoked: &[Revocation],
@@ -79,9 +76,6 @@ impl Crl {
     }
 
     /// Writes the list for all to read.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
     pub fn write(&self, dir: &Path) -> Result<(), CaError> {
         Ok(files::write_atomic(&dir.join(FILE), self.pem.as_bytes(), 0o644)?)
     }

@@ -98,9 +98,6 @@ pub struct Csr {
 impl Csr {
     /// Reads PEM, PEM with literal `\n`, base64 of PEM, or base64 of DER, and checks syntax, key and
     /// signature algorithm, and signature, in this order.
-    ///
-    /// # Errors
-    /// The first of the checks that fails.
     pub fn parse(text: &str) -> Result<Self, CsrError> {
         let der = der_of(text).map_err(CsrError::Invalid)?;
         let request = Request::read(&der).map_err(CsrError::Invalid)?;
@@ -114,9 +111,6 @@ impl Csr {
     }
 
     /// Whether the request has exactly one common name and it is the device's, to the letter.
-    ///
-    /// # Errors
-    /// [`CsrError::CommonName`] if not.
     pub fn belongs_to(&self, device: &DeviceId) -> Result<(), CsrError> {
         match &self.common_name {
             Ok(name) if name == device.as_str() => Ok(()),

@@ -4,7 +4,6 @@
 //! environment with `PATH` only, no input, its own process group. It may write to stderr, which goes
 //! where our log goes. Whoever does not end in time is killed with all it has started.
 
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -26,63 +25,27 @@ const LOOK: (Duration, Duration) = (Duration::from_millis(2), Duration::from_mil
 /// Where the program finds others; its own name may be looked for there too.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Why the program did not do its work.
-#[derive(Debug)]
-pub enum HookError {
-    /// It is none that could be run.
-    NoProgram(String),
-    /// It could not be started or waited for.
-    Io(io::Error),
-    /// It said so.
-    Failed(ExitStatus),
-    /// It was killed because it took too long.
-    TimedOut(Duration),
-}
-
-impl fmt::Display for HookError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            HookError::NoProgram(why) => f.write_str(why),
-            HookError::Io(why) => why.fmt(f),
-            HookError::Failed(status) => status.fmt(f),
-            HookError::TimedOut(limit) => write!(f, "killed after {} s", limit.as_secs()),
-        }
-    }
-}
-
-impl std::error::Error for HookError {}
-
-impl From<io::Error> for HookError {
-    fn from(error: io::Error) -> Self {
-        HookError::Io(error)
-    }
-}
-
 /// Finds the program as [`run`] would, and checks that this user may run it.
-///
-/// # Errors
-/// Why it cannot be run.
-pub fn find(program: &Path) -> Result<PathBuf, HookError> {
-    let no_program = |why: &str| HookError::NoProgram(why.to_owned());
+pub fn find(program: &Path) -> io::Result<PathBuf> {
     let path = match program.components().count() {
         1 if program.is_relative() => PATH
             .split(':')
             .map(|dir| Path::new(dir).join(program))
             .find(|path| path.is_file())
-            .ok_or_else(|| no_program(&format!("no such program in {PATH}")))?,
+            .ok_or_else(|| io::Error::other(format!("no such program in {PATH}")))?,
         _ => program.to_owned(),
     };
     if !std::fs::metadata(&path)?.is_file() {
-        return Err(no_program("is no file"));
+        return Err(io::Error::other("is no file"));
     }
     accessat(CWD, &path, Access::EXEC_OK, AtFlags::EACCESS)
-        .map_err(|_| no_program("this user may not execute it: chmod +x"))?;
+        .map_err(|_| io::Error::other("this user may not execute it: chmod +x"))?;
     check_format(&path)?;
     Ok(path)
 }
 
 /// Without a shell nobody runs a script that does not say by what.
-fn check_format(path: &Path) -> Result<(), HookError> {
+fn check_format(path: &Path) -> io::Result<()> {
     let mut head = Vec::new();
     // One may be executed that may not be read.
     let Ok(file) = File::open(path) else { return Ok(()) };
@@ -90,23 +53,20 @@ fn check_format(path: &Path) -> Result<(), HookError> {
     let Some(line) = head.strip_prefix(b"#!") else {
         let is_script = head.is_ascii() && !head.contains(&0);
         let why = "a script must begin with the line #!/bin/sh, or name another interpreter there";
-        return if is_script { Err(HookError::NoProgram(why.to_owned())) } else { Ok(()) };
+        return if is_script { Err(io::Error::other(why)) } else { Ok(()) };
     };
     let line = line.split(|b| *b == b'\n').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line).into_owned();
     let interpreter =
         line.trim_start_matches([' ', '\t']).split([' ', '\t']).next().unwrap_or_default();
     if !Path::new(interpreter).exists() {
-        return Err(HookError::NoProgram(format!("its interpreter {interpreter:?} is not there")));
+        return Err(io::Error::other(format!("its interpreter {interpreter:?} is not there")));
     }
     Ok(())
 }
 
 /// Runs `program` with the path of the list, and waits for its end.
-///
-/// # Errors
-/// When it cannot be run, fails, or takes longer than `limit`.
-pub fn run(program: &Path, list: &Path, limit: Duration) -> Result<(), HookError> {
+pub fn run(program: &Path, list: &Path, limit: Duration) -> io::Result<()> {
     let program = find(program)?;
     // SECURITY: our environment holds keys and passwords; nothing of it goes on.
     let mut child = Command::new(program)
@@ -119,12 +79,12 @@ pub fn run(program: &Path, list: &Path, limit: Duration) -> Result<(), HookError
         .spawn()?;
     match end_of(&mut child, limit)? {
         Some(status) if status.success() => Ok(()),
-        Some(status) => Err(HookError::Failed(status)),
+        Some(status) => Err(io::Error::other(status.to_string())),
         None => {
             let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
             let _ = group.map(|group| kill_process_group(group, Signal::KILL));
             child.wait()?;
-            Err(HookError::TimedOut(limit))
+            Err(io::Error::other(format!("killed after {} s", limit.as_secs())))
         }
     }
 }

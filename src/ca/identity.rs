@@ -51,12 +51,9 @@ impl From<IdentityError> for Problem {
 }
 
 impl Ca {
-    /// The record of the certificate that a client showed, if it is one of ours, is not revoked, and
-    /// has not ended more than `late_days` ago.
-    ///
-    /// # Errors
-    /// What speaks against it. That it is not ours comes first, since only of our own can the rest
-    /// be known; then that it is revoked, which is for good.
+    /// The record of the certificate that a client showed, if it is one of ours, is not revoked,
+    /// and has not ended more than `late_days` ago. That it is not ours comes first, since only of
+    /// our own can the rest be known; then that it is revoked, which is for good.
     pub fn identify(
         &self,
         der: &[u8],
@@ -77,11 +74,8 @@ impl Ca {
         Ok(certificate)
     }
 
-    /// Whether a certificate in the record may be renewed now.
-    ///
-    /// # Errors
-    /// If it or the device's newest is revoked, or it has ended more than `late_days` ago. An older
-    /// one must be no way around a revocation.
+    /// Whether a certificate in the record may be renewed now. Not if it or the device's newest is
+    /// revoked: an older one must be no way around a revocation.
     pub fn still_counts(
         &self,
         certificate: &Certificate,

@@ -73,7 +73,7 @@ impl Leaf {
     pub(super) fn read(pem: String, device: DeviceId) -> Option<Self> {
         let [block] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
         let (_, parsed) = X509Certificate::from_der(&block.der).ok()?;
-        let (not_before, not_after) = super::validity(&block.der)?;
+        let (not_before, not_after) = super::validity_of(&parsed);
         let serial = Serial::from_der(parsed.raw_serial())?;
         let fingerprint = fingerprint(&block.der);
         let der = block.der;
@@ -129,9 +129,6 @@ impl fmt::Debug for Issuer {
 impl Issuer {
     /// Loads the CA of a folder and checks all but its dates; `None` if there is none.
     /// Its certificates will be valid for `validity_days`.
-    ///
-    /// # Errors
-    /// When a file cannot be read, or the two are not a CA that can sign.
     pub fn load(dir: &Path, validity_days: u32) -> Result<Option<Self>, CaError> {
         let (certificate, key) = (dir.join(CERTIFICATE), dir.join(KEY));
         let text = |path: &Path| -> Result<Option<String>, CaError> {
@@ -159,9 +156,6 @@ impl Issuer {
     /// The certificate is first written under another name, then the key, then the certificate gets
     /// its name. So a key without a certificate is either one whose certificate waits under that
     /// other name (see [`Issuer::finish`]) or one whose certificate somebody else must find.
-    ///
-    /// # Errors
-    /// When it cannot be signed or written.
     pub fn make(dir: &Path, years: u32, validity_days: u32, now: Now) -> Result<Self, CaError> {
         let key = KeyPair::generate().map_err(CaError::signing)?;
         let certificate = ca_params(years, now)?.self_signed(&key).map_err(CaError::signing)?;
@@ -177,9 +171,6 @@ impl Issuer {
     }
 
     /// Finishes what [`Issuer::make`] had begun when the power went.
-    ///
-    /// # Errors
-    /// When the file cannot be renamed.
     pub fn finish(dir: &Path) -> Result<(), CaError> {
         let begun = dir.join(CERTIFICATE_BEGUN);
         let Some(pem) = files::read(&begun)? else { return Ok(()) };
@@ -227,7 +218,7 @@ impl Issuer {
         params.distinguished_name = DistinguishedName::new();
         params.key_identifier_method = key_identifier.clone();
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let second = |t: x509_parser::time::ASN1Time| u64::try_from(t.timestamp()).unwrap_or(0);
+        let (not_before, not_after) = super::validity_of(ours);
         let unsigned = Unsigned { public: key.der_bytes().to_vec(), algorithm: key.algorithm() };
         let issuer = Issuer {
             layout: rcgen::Issuer::new(params, unsigned),
@@ -237,8 +228,8 @@ impl Issuer {
             fingerprint: fingerprint(chain.first().map_or(&[], Vec::as_slice)),
             validity_days,
             mac_key: MacKey::derive(&number),
-            not_before: second(ours.validity().not_before),
-            not_after: second(ours.validity().not_after),
+            not_before,
+            not_after,
             certificate: certificate.clone(),
             chain: chain.clone(),
         };
@@ -306,11 +297,6 @@ impl Issuer {
     }
 
     /// Whether the CA is valid at this time.
-    ///
-    /// # Errors
-    /// [`CaError::ClockNotSet`] if the clock stands before the program's build,
-    /// [`CaError::ClockBeforeCa`] before the CA's `notBefore`, [`CaError::Expired`] after its
-    /// `notAfter`.
     pub fn check_dates(&self, now: Now) -> Result<(), CaError> {
         if !now.is_plausible() {
             return Err(CaError::ClockNotSet);
@@ -334,9 +320,6 @@ impl Issuer {
 
     /// Signs a device's certificate. Of the request only the key is taken; that it is the device's
     /// ([`Csr::belongs_to`]) is checked once more.
-    ///
-    /// # Errors
-    /// When the clock is not set, the CA has expired, or the signature fails.
     pub fn sign(
         &self,
         csr: &Csr,
@@ -348,9 +331,6 @@ impl Issuer {
     }
 
     /// The same, valid for so many days.
-    ///
-    /// # Errors
-    /// As there.
     pub fn sign_for(
         &self,
         csr: &Csr,
@@ -375,9 +355,6 @@ impl Issuer {
 
     /// Signs a certificate for a server with this key and these DNS names and IP addresses, for so
     /// many seconds; the first name is its common name.
-    ///
-    /// # Errors
-    /// When a name is neither, or as [`Issuer::sign`].
     pub fn server_certificate(
         &self,
         names: &[impl AsRef<str>],

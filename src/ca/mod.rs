@@ -152,9 +152,6 @@ pub struct Ca {
 
 impl Ca {
     /// Loads the CA and its record. If there is no CA yet, one is made, if the clock is plausible.
-    ///
-    /// # Errors
-    /// When something in the folder is not as it should be, or the CA has expired.
     pub fn open(settings: &config::Ca, now: Now) -> Result<Self, CaError> {
         let dir = &settings.dir;
         files::make_dir(dir, 0o755)?; // the broker reads root-ca.crt and crl.pem
@@ -182,9 +179,6 @@ impl Ca {
 
     /// Once the clock is plausible, makes the CA if there is none, and judges its dates. `Ok(false)`
     /// as long as the clock is not. Cheap; may be asked for each request.
-    ///
-    /// # Errors
-    /// When the CA has expired or cannot be made.
     pub fn settle(&self, now: Now) -> Result<bool, CaError> {
         if !self.clock_is_plausible(now) {
             return Ok(false);
@@ -208,10 +202,6 @@ impl Ca {
     }
 
     /// Signs a list of what is revoked now and writes it to `crl.pem`.
-    ///
-    /// # Errors
-    /// When there is no CA yet, the clock is not set, the CA has expired, or the file cannot be
-    /// written.
     pub fn publish_crl(&self, now: Now) -> Result<Arc<Crl>, CaError> {
         let issuer = self.issuer.get().ok_or(CaError::ClockNotSet)?;
         let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
@@ -250,9 +240,6 @@ impl Ca {
     }
 
     /// As [`Ca::clock_is_plausible`].
-    ///
-    /// # Errors
-    /// Before which of the two it stands.
     pub fn check_clock(&self, now: Now) -> Result<(), CaError> {
         check_clock(self.issuer.get().map(|i| &**i), now)
     }
@@ -269,9 +256,6 @@ impl Ca {
 }
 
 /// Tries what [`Ca::open`] would do, and changes nothing.
-///
-/// # Errors
-/// What it would stumble over.
 pub fn check(settings: &config::Ca, now: Now) -> Result<(), CaError> {
     let issuer = Issuer::load(&settings.dir, settings.device_validity_days)?;
     let is_empty = Record::check(&settings.dir)?;
@@ -291,10 +275,12 @@ fn lost(dir: &Path) -> CaError {
 
 /// First and last second of a certificate in DER, since 1970; `None` if it is none.
 pub fn validity(der: &[u8]) -> Option<(u64, u64)> {
-    let (_, certificate) = X509Certificate::from_der(der).ok()?;
-    let validity = certificate.validity();
+    Some(validity_of(&X509Certificate::from_der(der).ok()?.1))
+}
+
+fn validity_of(certificate: &X509Certificate<'_>) -> (u64, u64) {
     let second = |time: ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
-    Some((second(validity.not_before), second(validity.not_after)))
+    (second(certificate.validity().not_before), second(certificate.validity().not_after))
 }
 
 fn check_clock(issuer: Option<&Issuer>, now: Now) -> Result<(), CaError> {

@@ -96,10 +96,8 @@ impl Publisher {
         &self.ca
     }
 
-    /// Publishes what is revoked now; the broker is told soon after.
-    ///
-    /// # Errors
-    /// As [`Ca::publish_crl`]. It is then tried again without being asked.
+    /// Publishes what is revoked now; the broker is told soon after. What fails is tried again
+    /// without being asked.
     pub fn publish(&self, now: Now) -> Result<Arc<Crl>, CaError> {
         let _alone = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
         let published = self.ca.publish_crl(now);

@@ -46,7 +46,7 @@ impl Server {
         let usage = certificate.extended_key_usage().ok()??.value;
         let is_ours = rest.is_empty() && usage.server_auth && ca.has_signed(&certificate);
         is_ours.then_some(())?;
-        let (not_before, not_after) = super::validity(der)?;
+        let (not_before, not_after) = super::validity_of(&certificate);
         Some(Server {
             serial: Serial::from_der(certificate.raw_serial())?,
             names: names(&certificate)?,
@@ -70,9 +70,6 @@ impl Server {
 }
 
 /// A new key (ECDSA P-256), and a certificate for it.
-///
-/// # Errors
-/// As [`Issuer::server_certificate`], and when something cannot be written.
 pub fn make(
     ca: &Issuer,
     names: &[String],
@@ -88,9 +85,6 @@ pub fn make(
 }
 
 /// A new certificate with the key of `old`, which lies in this file.
-///
-/// # Errors
-/// As [`make`].
 pub fn renew(
     ca: &Issuer,
     old: &Server,

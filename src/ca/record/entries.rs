@@ -6,6 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::MutexGuard;
 
+use super::merge::{Incoming, Plan};
 use super::rows::Row;
 use super::{CERTS, INDEX, Origin, Record, RecordError, Untold, Writer};
 use crate::ca::issuer::Leaf;
@@ -13,7 +14,6 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, Synced};
 use crate::jwt::TokenHash;
-use crate::serial::Serial;
 
 /// From so many certificates on, a batch syncs the file system once instead of each file.
 const SYNCED_TOGETHER: usize = 4;
@@ -23,45 +23,32 @@ const SYNCED_TOGETHER: usize = 4;
 pub struct Entries<'a> {
     pub(super) record: &'a Record,
     pub(super) writer: MutexGuard<'a, Writer>,
-    pub(super) added: Vec<Entry>,
-}
-
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) row: Row,
-    pub(super) origin: Option<Origin>,
-    added_at: Now,
-    file: String,
-}
-
-impl Entry {
-    /// The certificate that it renews.
-    pub(super) fn renews(&self) -> Option<Serial> {
-        self.origin.and_then(Origin::renews)
-    }
+    pub(super) added: Vec<Incoming>,
+    /// When the last one was added.
+    now: Option<Now>,
 }
 
 impl<'a> Entries<'a> {
     /// Waits until no other writer is in.
     pub(super) fn begin(record: &'a Record) -> Self {
-        Entries { record, writer: record.lock_writer(), added: Vec::new() }
+        Entries { record, writer: record.lock_writer(), added: Vec::new(), now: None }
     }
 
     /// As [`Record::knows_token`], in this batch too.
     pub fn knows_token(&self, token: &TokenHash) -> bool {
-        let same = |e: &Entry| e.origin.and_then(Origin::token).is_some_and(|t| t.hash == *token);
+        let same = |new: &Incoming| new.token().is_some_and(|used| used.hash == *token);
         self.added.iter().any(same) || self.record.knows_token(token)
     }
 
     /// As [`Record::has_active`], in this batch too.
     pub fn has_active(&self, device: &DeviceId, now: Now) -> bool {
-        let active = |e: &Entry| e.row.is_of(device) && e.row.is_active(now);
+        let active = |new: &Incoming| new.row.is_of(device) && new.row.is_active(now);
         self.added.iter().any(active) || self.record.has_active(device, now)
     }
 
     /// As [`Record::count_active`], in this batch too.
     pub fn count_active(&self, device: &DeviceId, now: Now) -> usize {
-        let active = |e: &&Entry| e.row.is_of(device) && e.row.is_active(now);
+        let active = |new: &&Incoming| new.row.is_of(device) && new.row.is_active(now);
         self.added.iter().filter(active).count() + self.record.count_active(device, now)
     }
 
@@ -71,12 +58,14 @@ impl<'a> Entries<'a> {
             Some(old) => Origin::Renewal { old, paid: Some(self.record.paid(&old)) },
             None => origin,
         });
-        self.added.push(Entry {
+        let text = origin.map(|origin| format!("{origin}\n")).unwrap_or_default() + &leaf.pem;
+        self.added.push(Incoming {
             row: Row::new(leaf.serial, leaf.device.clone(), leaf.not_after),
+            created_at: now.unix_s(),
             origin,
-            added_at: now,
-            file: origin.map(|o| format!("{o}\n")).unwrap_or_default() + &leaf.pem,
+            text: Some(text),
         });
+        self.now = Some(now);
     }
 
     /// Writes all that was added and answers for each, in the order of adding. What is `Ok` is on
@@ -87,21 +76,19 @@ impl<'a> Entries<'a> {
         if !results.is_empty() {
             let _ = self.record.trial.note(failed.cloned().unwrap_or(Ok(())));
         }
-        let (mut rows, mut news) = (self.record.write(), Vec::new());
-        for (entry, result) in self.added.into_iter().zip(&results) {
-            if result.is_err() {
-                continue;
-            }
-            rows.drop_ended_tokens(entry.added_at.unix_s());
-            if let (Some(_), Some(device)) = (entry.renews(), &entry.row.device) {
-                self.writer.renewals.note(device.clone(), entry.added_at);
-            }
-            let at = rows.insert(&entry.row);
-            entry.origin.and_then(Origin::token).iter().for_each(|token| rows.add_token(token, at));
-            news.push(Untold::Certificate(entry.row.serial));
+        let added = std::mem::take(&mut self.added).into_iter().zip(&results);
+        let added = added.filter_map(|(new, result)| result.is_ok().then_some(new)).collect();
+        let entered = Plan { added, ..Plan::default() };
+        let mut rows = self.record.write();
+        if let Some(now) = self.now {
+            rows.drop_ended_tokens(now.unix_s());
+            let renewed = entered.added.iter().filter(|new| new.renews().is_some());
+            let devices = renewed.filter_map(|new| new.row.device.clone());
+            devices.for_each(|device| self.writer.renewals.note(device, now));
         }
+        rows.apply(&entered);
         drop(rows);
-        self.record.news.add(news);
+        self.record.news.add(entered.added.iter().map(|new| Untold::Certificate(new.row.serial)));
         results
     }
 
@@ -109,14 +96,14 @@ impl<'a> Entries<'a> {
         let certs = self.record.dir.join(CERTS);
         let many = self.added.len() >= SYNCED_TOGETHER;
         let together = many.then(|| Synced::of(&certs)).flatten();
-        let write = |e| self.write_pem(e, together.is_some());
+        let write = |new| self.write_pem(new, together.is_some());
         let mut results: Vec<_> = self.added.iter().map(write).collect();
         let written = self.added.iter().zip(&results).filter(|(_, r)| r.is_ok());
-        let written: Vec<&Entry> = written.map(|(entry, _)| entry).collect();
+        let written: Vec<&Incoming> = written.map(|(new, _)| new).collect();
         if written.is_empty() {
             return results;
         }
-        let lines: String = written.iter().map(|e| e.row.line()).collect();
+        let lines: String = written.iter().map(|new| new.row.line()).collect();
         let outcome = together
             .map_or_else(|| files::sync_dir(&certs), |all| all.sync())
             .map_err(RecordError::not_written)
@@ -124,7 +111,7 @@ impl<'a> Entries<'a> {
         let Err(mut error) = outcome else { return results };
         // A line that may have stayed needs its certificate; without one the latter must go.
         if let RecordError::NotWritten { left_behind: left @ false, .. } = &mut error {
-            let removed: Vec<bool> = written.iter().map(|e| self.remove_pem(e)).collect();
+            let removed: Vec<bool> = written.iter().map(|new| self.remove_pem(new)).collect();
             *left = removed.contains(&false);
         }
         results.iter_mut().filter(|r| r.is_ok()).for_each(|r| *r = Err(error.clone()));
@@ -132,19 +119,20 @@ impl<'a> Entries<'a> {
     }
 
     /// `together`: it is synced later, with others.
-    fn write_pem(&self, entry: &Entry, together: bool) -> Result<(), RecordError> {
-        let path = self.record.pem_path(&entry.row.serial);
+    fn write_pem(&self, new: &Incoming, together: bool) -> Result<(), RecordError> {
+        let path = self.record.pem_path(&new.row.serial);
+        let text = new.text.as_deref().unwrap_or_default();
         let create = if together { files::create_new } else { files::create_new_synced };
-        create(&path, entry.file.as_bytes(), 0o644).map_err(|e| {
+        create(&path, text.as_bytes(), 0o644).map_err(|e| {
             let taken = e.kind() == Some(io::ErrorKind::AlreadyExists); // another's, let it be
-            let left_behind = !taken && !self.remove_pem(entry);
+            let left_behind = !taken && !self.remove_pem(new);
             RecordError::NotWritten { why: e.to_string(), left_behind }
         })
     }
 
     /// Whether the certificate's file is gone.
-    fn remove_pem(&self, entry: &Entry) -> bool {
-        files::remove_if_there(&self.record.pem_path(&entry.row.serial)).is_ok()
+    fn remove_pem(&self, new: &Incoming) -> bool {
+        files::remove_if_there(&self.record.pem_path(&new.row.serial)).is_ok()
     }
 }
 
@@ -207,6 +195,7 @@ mod tests {
     use crate::ca::record::fixture::{Fixture, device, enter, token};
     use crate::clock;
     use crate::files::test_dir::TestDir;
+    use crate::serial::Serial;
     use std::fs;
     use std::path::Path;
 

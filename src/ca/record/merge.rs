@@ -13,10 +13,9 @@ use x509_parser::certificate::X509Certificate;
 
 use super::index::{self, Change};
 use super::rows::{Place, Revoked, Row, Rows, Slot};
-use super::{
-    Certificate, Origin, Reason, Record, RecordError, Redeemed, Revocation, Spent, Untold, others,
-};
+use super::{Origin, Reason, Record, RecordError, Redeemed, Revocation, Spent, Untold, others};
 use crate::ca::issuer::{BACKDATE_S, Issuer, certificate_pem};
+use crate::ca::validity_of;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::CLOCKS_APART_S;
@@ -53,8 +52,6 @@ pub struct Judge<'a> {
 /// What has become of what came.
 #[derive(Debug, Default)]
 pub struct Merged {
-    /// The certificates that are new here.
-    pub certificates: Vec<Certificate>,
     /// What is revoked since, or earlier than was known, of what is here or is still to come. Whoever
     /// merges has a new list published then.
     pub revoked: Vec<Serial>,
@@ -84,10 +81,10 @@ pub struct Twice {
 pub(super) struct Incoming {
     pub(super) row: Row,
     pub(super) created_at: u64,
-    pub(super) paid: u64,
-    pub(super) token: Option<Redeemed>,
-    /// What goes into the file of others' certificates.
-    text: Option<String>,
+    pub(super) origin: Option<Origin>,
+    /// What is to be written: a file of its own, or into that of others' certificates. Nothing if it is
+    /// there already.
+    pub(super) text: Option<String>,
 }
 
 /// What is to change.
@@ -97,8 +94,8 @@ pub(super) struct Plan {
     /// Of what is here.
     pub(super) revoked: BTreeMap<Serial, Revoked>,
     /// Of what is not here.
-    foretold: BTreeMap<Serial, Revoked>,
-    twice: Vec<Twice>,
+    pub(super) foretold: BTreeMap<Serial, Revoked>,
+    pub(super) twice: Vec<Twice>,
 }
 
 impl Plan {
@@ -108,42 +105,43 @@ impl Plan {
 }
 
 impl Incoming {
-    /// One that another instance has signed, if it is what it should be.
-    fn shared(shared: Shared, ca: &Issuer) -> Result<Self, Serial> {
-        let Shared { serial, paid, token, der } = shared;
-        let (row, created_at) = device_row(&serial, &der, ca).ok_or(serial)?;
-        let token = token.map(|(hash, exp)| Redeemed { hash, iat: paid, exp });
-        let origin = token.map_or(Origin::Paid(paid), Origin::Token);
-        let text = Some(format!("{origin}\n{}", certificate_pem(&der)));
-        Ok(Incoming { row, created_at, paid, token, text })
+    /// What a certificate is entered as, if it is a device's, by this CA, and of this serial number.
+    pub(super) fn read(
+        serial: &Serial,
+        der: &[u8],
+        origin: Option<Origin>,
+        ca: &Issuer,
+    ) -> Option<Self> {
+        let (rest, certificate) = X509Certificate::from_der(der).ok()?;
+        let usage = certificate.extended_key_usage().ok()??.value;
+        let is_ours = rest.is_empty()
+            && Serial::from_der(certificate.raw_serial()) == Some(*serial)
+            && usage.client_auth
+            && ca.has_signed(&certificate);
+        is_ours.then_some(())?;
+        let name = certificate.subject().iter_common_name().next()?.as_str().ok()?;
+        let (not_before, expires_at) = validity_of(&certificate);
+        let row = Row::new(*serial, DeviceId::parse(name)?, expires_at);
+        let created_at = not_before.saturating_add(BACKDATE_S);
+        Some(Incoming { row, created_at, origin, text: None })
     }
 
-    /// One that is on disk and lacks its line.
-    pub(super) fn stray(row: Row, created_at: u64, paid: u64, token: Option<Redeemed>) -> Self {
-        Incoming { row, created_at, paid, token, text: None }
+    pub(super) fn token(&self) -> Option<Redeemed> {
+        self.origin.and_then(Origin::token)
+    }
+
+    /// The certificate that it renews.
+    pub(super) fn renews(&self) -> Option<Serial> {
+        self.origin.and_then(Origin::renews)
+    }
+
+    fn paid(&self) -> u64 {
+        self.origin.and_then(Origin::paid).unwrap_or(self.created_at)
     }
 
     fn age(&self) -> (u64, Serial) {
         (self.created_at, self.row.serial)
     }
-}
-
-/// What a certificate is entered as, if it is a device's, by this CA, and of this serial number; and
-/// when it was signed.
-pub(super) fn device_row(serial: &Serial, der: &[u8], ca: &Issuer) -> Option<(Row, u64)> {
-    let (rest, certificate) = X509Certificate::from_der(der).ok()?;
-    let usage = certificate.extended_key_usage().ok()??.value;
-    let is_ours = rest.is_empty()
-        && Serial::from_der(certificate.raw_serial()) == Some(*serial)
-        && usage.client_auth
-        && ca.has_signed(&certificate);
-    is_ours.then_some(())?;
-    let name = certificate.subject().iter_common_name().next()?.as_str().ok()?;
-    let validity = certificate.validity();
-    let expires_at = u64::try_from(validity.not_after.timestamp()).ok()?;
-    let not_before = u64::try_from(validity.not_before.timestamp()).unwrap_or(0);
-    let row = Row::new(*serial, DeviceId::parse(name)?, expires_at);
-    Some((row, not_before.saturating_add(BACKDATE_S)))
 }
 
 /// A certificate that was paid for at `paid` is revoked by a bound.
@@ -181,7 +179,7 @@ impl Rows {
             let serial = new.row.serial;
             let told = earlier(named.remove(&serial), self.is_foretold(&serial));
             let bound = new.row.device.as_ref().map_or(0, bound);
-            new.row.revoked = earlier(told, killed_by(bound, new.paid));
+            new.row.revoked = earlier(told, killed_by(bound, new.paid()));
             new.row.newer = self.newer_than(&new, signed_at);
             plan.twice.extend(self.other_of_token(&new, &plan));
             plan.added.push(new);
@@ -206,8 +204,8 @@ impl Rows {
     }
 
     fn other_of_token(&self, new: &Incoming, plan: &Plan) -> Option<Twice> {
-        let token = new.token?.hash;
-        let same = |other: &&Incoming| other.token.is_some_and(|other| other.hash == token);
+        let token = new.token()?.hash;
+        let same = |other: &&Incoming| other.token().is_some_and(|other| other.hash == token);
         let known = self.redeemed_for(&token).map(|slot| slot.serial);
         let other = known.or_else(|| Some(plan.added.iter().find(same)?.row.serial))?;
         Some(Twice { token, serials: [other, new.row.serial] })
@@ -217,7 +215,7 @@ impl Rows {
     pub(super) fn apply(&mut self, plan: &Plan) {
         for new in &plan.added {
             let at = self.insert(&new.row);
-            new.token.iter().for_each(|token| self.add_token(token, at));
+            new.token().iter().for_each(|token| self.add_token(token, at));
         }
         plan.revoked.iter().for_each(|(serial, revoked)| self.set_revoked(serial, *revoked));
         plan.foretold.iter().for_each(|(serial, revoked)| self.foretell(*serial, *revoked));
@@ -233,9 +231,6 @@ impl Record {
 
     /// A device's certificate as other instances are told of it; `None` if it is not in the record or
     /// its bytes are not here.
-    ///
-    /// # Errors
-    /// When they cannot be read.
     pub fn shared(&self, serial: &Serial) -> Result<Option<Shared>, RecordError> {
         if self.by_serial(serial).is_none() {
             return Ok(None);
@@ -275,9 +270,7 @@ impl Record {
     }
 
     /// Merges what comes from elsewhere; on disk when it returns. Merging again changes nothing.
-    ///
-    /// # Errors
-    /// When it cannot be written. It was then not merged, and merging again is safe.
+    /// After a failure nothing was merged, and merging again is safe.
     pub fn merge(
         &self,
         certificates: Vec<Shared>,
@@ -290,23 +283,36 @@ impl Record {
             if self.by_serial(&shared.serial).is_some() {
                 continue;
             }
-            match Incoming::shared(shared, judge.ca) {
-                Ok(new) if new.row.expires_at < judge.ended_before => {
-                    merged.passed.push(new.row.serial);
+            let Shared { serial, paid, token, der } = shared;
+            let token = token.map(|(hash, exp)| Redeemed { hash, iat: paid, exp });
+            let origin = token.map_or(Origin::Paid(paid), Origin::Token);
+            match Incoming::read(&serial, &der, Some(origin), judge.ca) {
+                None => merged.ignored.push(serial),
+                Some(new) if new.row.expires_at < judge.ended_before => merged.passed.push(serial),
+                Some(new) => {
+                    let text = Some(format!("{origin}\n{}", certificate_pem(&der)));
+                    incoming.push(Incoming { text, ..new });
                 }
-                Ok(new) => incoming.push(new),
-                Err(serial) => merged.ignored.push(serial),
             }
         }
         let revocations: Vec<Revocation> =
             revocations.iter().filter(|r| !merged.passed.contains(&r.serial)).copied().collect();
         let mut writer = self.lock_writer();
-        let signed_at = |slot: &Slot| self.stored_at(slot).ok().map(|stored| stored.created_at);
-        let mut plan = self.read().plan(incoming, &revocations, judge.bound, &signed_at);
+        let mut plan = self.plan(incoming, &revocations, judge.bound);
         self.enter(&mut writer, &mut plan, judge.ca)?;
         drop(writer);
         self.tell(plan, &mut merged, judge.now);
         Ok(merged)
+    }
+
+    pub(super) fn plan(
+        &self,
+        incoming: Vec<Incoming>,
+        revocations: &[Revocation],
+        bound: &dyn Fn(&DeviceId) -> u64,
+    ) -> Plan {
+        let signed_at = |slot: &Slot| self.stored_at(slot).ok().map(|stored| stored.created_at);
+        self.read().plan(incoming, revocations, bound, &signed_at)
     }
 
     /// Writes what was worked out, then shows it.
@@ -369,8 +375,7 @@ impl Record {
             else {
                 continue;
             };
-            merged.certificates.extend(rows.certificate(slot));
-            let Some(token) = new.token else { continue };
+            let Some(token) = new.token() else { continue };
             merged.spent.push(Spent { token, serial: slot.serial, device: device.clone() });
             let active = rows.of_device(device).filter(|slot| slot.is_active(now));
             let active: Vec<Serial> = active.map(|slot| slot.serial).collect();
@@ -388,9 +393,6 @@ impl Record {
     /// Revokes what the bounds of these devices kill: each with the `c` of its row. To be called when a
     /// row has changed, and with all rows at start. Returns what is revoked since, on disk. What was
     /// paid for at a time that cannot be known any more counts as dead.
-    ///
-    /// # Errors
-    /// As [`Record::revoke`].
     pub fn apply_bounds(&self, bounds: &[(DeviceId, u64)]) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
         let mut dead = BTreeMap::new();
@@ -519,7 +521,8 @@ mod tests {
                     let name = DEVICES[usize::from(n % 2)];
                     let row = Row::new(serial, device(name), 1_000);
                     let paid = 10 + u64::from(n / 2);
-                    let new = Incoming::stray(row, paid + u64::from(n % 3), paid, None);
+                    let (created_at, origin) = (paid + u64::from(n % 3), Some(Origin::Paid(paid)));
+                    let new = Incoming { row, created_at, origin, text: None };
                     state.certificates.insert(serial, new);
                 }
                 if self.below(4) == 0 {
@@ -595,10 +598,10 @@ mod tests {
         assert_eq!(news()[0].token, Some((spent.hash, spent.exp)));
         assert_eq!(news()[0].paid, spent.iat);
         let merged = other.merge(news(), &revoked, &fixture.judge()).unwrap();
-        assert_eq!((merged.certificates.len(), &merged.revoked[..]), (2, &serials[1..]));
+        assert_eq!(merged.revoked, serials[1..]);
         assert_eq!(merged.spent.len(), 1);
         let again = other.merge(news(), &revoked, &fixture.judge()).unwrap();
-        assert!(again.certificates.is_empty() && again.revoked.is_empty());
+        assert!(again.spent.is_empty() && again.revoked.is_empty());
         for other in [&other, &fixture.open_other(&dir)] {
             assert_eq!(other.unknown(&serials), []);
             assert!(other.knows_token(&spent.hash) && other.has_active(&device("device-1"), now));
@@ -645,7 +648,7 @@ mod tests {
             }
         }
         let merged = other.merge(vec![shared(&one, &leaf)], &[], &fixture.judge()).unwrap();
-        assert_eq!((merged.certificates.len(), merged.revoked), (1, vec![leaf.serial]));
+        assert_eq!(merged.revoked, [leaf.serial]);
         for other in [&other, &fixture.open_other(&dir)] {
             assert_eq!(other.revoked(now), [at(1_700_000_005)]);
             assert!(other.by_serial(&leaf.serial).unwrap().revoked_at.is_some());
@@ -732,7 +735,7 @@ mod tests {
         enter(&one, &late, None).unwrap();
         let revoked = Revocation { serial: late.serial, at: 5, reason: Reason::Unspecified };
         let merged = other.merge(vec![shared(&one, &late)], &[revoked], &old).unwrap();
-        assert!(merged.certificates.is_empty() && merged.revoked.is_empty());
+        assert!(merged.revoked.is_empty() && other.by_serial(&late.serial).is_none());
         assert_eq!(merged.passed, [late.serial]);
     }
 

@@ -27,6 +27,7 @@ use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
 use super::issuer::{self, BACKDATE_S, Issuer};
+use super::validity_of;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, FilesError};
@@ -141,19 +142,10 @@ pub struct Revocation {
 /// Why the record could not be read or written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RecordError {
-    /// A file cannot be read.
+    /// A file cannot be read, or `index.txt` has a line that is none of a CA database; which and why.
     Unreadable(String),
     /// A certificate's own file is not there, or is no certificate; why.
     Absent(String),
-    /// A line of `index.txt` is no line of a CA database.
-    Garbled {
-        /// The file.
-        path: PathBuf,
-        /// Counted from 1.
-        line: usize,
-        /// What is wrong with it.
-        why: &'static str,
-    },
     /// A file cannot be written.
     NotWritten {
         /// Which and why.
@@ -179,9 +171,6 @@ impl fmt::Display for RecordError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             RecordError::Unreadable(why) | RecordError::Absent(why) => f.write_str(why),
-            RecordError::Garbled { path, line, why } => {
-                write!(f, "{} line {line}: {why}", path.display())
-            }
             RecordError::NotWritten { why, left_behind: false } => f.write_str(why),
             RecordError::NotWritten { why, left_behind: true } => {
                 write!(f, "{why}; part of it may be on disk")
@@ -202,7 +191,7 @@ impl From<RecordError> for Problem {
     fn from(error: RecordError) -> Self {
         // What cannot be read now will not be readable in a second.
         let code = match &error {
-            RecordError::Unreadable(_) | RecordError::Garbled { .. } => Code::InternalError,
+            RecordError::Unreadable(_) => Code::InternalError,
             RecordError::NotWritten { .. } => Code::ServiceUnavailable,
             RecordError::Absent(_) => Code::CertificateNotFound,
         };
@@ -275,12 +264,7 @@ impl Stored {
     /// When what paid for it came to be. Older files do not tell, and it was then paid for when it was
     /// signed.
     pub fn paid(&self) -> u64 {
-        match self.origin {
-            Some(Origin::Token(token)) => token.iat,
-            Some(Origin::Renewal { paid, .. }) => paid.unwrap_or(self.created_at),
-            Some(Origin::Paid(paid)) => paid,
-            None => self.created_at,
-        }
+        self.origin.and_then(Origin::paid).unwrap_or(self.created_at)
     }
 }
 
@@ -301,6 +285,14 @@ pub enum Origin {
 }
 
 impl Origin {
+    fn paid(self) -> Option<u64> {
+        match self {
+            Origin::Token(token) => Some(token.iat),
+            Origin::Renewal { paid, .. } => paid,
+            Origin::Paid(paid) => Some(paid),
+        }
+    }
+
     fn token(self) -> Option<Redeemed> {
         match self {
             Origin::Token(token) => Some(token),
@@ -401,9 +393,6 @@ struct Writer {
 impl Record {
     /// Reads the record of `ca` in `dir`, puts in order what a power cut or a copy may have left, and
     /// loads the tokens of the last day; by its own dates if the clock is not set (`None`).
-    ///
-    /// # Errors
-    /// When a file cannot be read, or `index.txt` has a line that is none.
     pub fn open(dir: &Path, ca: Option<&Issuer>, now: Option<Now>) -> Result<Self, RecordError> {
         files::make_dir(&dir.join(CERTS), 0o755)?;
         let attributes = dir.join(ATTRIBUTES.0);
@@ -502,9 +491,6 @@ impl Record {
     /// Reads a certificate and what was written down with it. A record without one is a record all the
     /// same: a copy that was taken while certificates were written may lack it, and another program's
     /// may lie elsewhere.
-    ///
-    /// # Errors
-    /// [`RecordError::Absent`] when it is not there, or is no certificate.
     pub fn stored(&self, serial: &Serial) -> Result<Stored, RecordError> {
         let look = || self.read().by_serial(serial).copied();
         let Some(slot) = look() else { return self.stored_alone(serial) };
@@ -564,41 +550,38 @@ impl Record {
     }
 
     /// Revokes all certificates of a device that are not, and says which; also those that have
-    /// ended, which might be renewed all the same. On disk when it returns.
-    ///
-    /// # Errors
-    /// When `index.txt` cannot be read or written; memory then still has them unrevoked, and trying
-    /// again is safe.
+    /// ended, which might be renewed all the same. On disk when it returns. After a failure memory
+    /// still has them unrevoked, and trying again is safe.
     pub fn revoke(
         &self,
         device: &DeviceId,
         reason: Reason,
         now: Now,
     ) -> Result<Vec<Serial>, RecordError> {
-        let mut writer = self.lock_writer();
-        let rows = self.read();
-        let valid = rows.of_device(device).filter(|slot| slot.revoked().is_none());
-        let revoked = valid.map(|slot| (slot.serial, (now.unix_s().max(1), reason))).collect();
-        drop(rows);
-        self.enter_revoked(&mut writer, revoked)
+        self.revoke_those(|rows| rows.of_device(device).copied().collect(), reason, now)
     }
 
     /// Revokes those of the certificates that are not revoked, and says which. On disk when it returns.
-    ///
-    /// # Errors
-    /// As [`Record::revoke`].
     pub fn revoke_these(
         &self,
         these: &[Serial],
         reason: Reason,
         now: Now,
     ) -> Result<Vec<Serial>, RecordError> {
+        let those = |rows: &Rows| these.iter().filter_map(|s| rows.by_serial(s)).copied().collect();
+        self.revoke_those(those, reason, now)
+    }
+
+    fn revoke_those(
+        &self,
+        those: impl FnOnce(&Rows) -> Vec<Slot>,
+        reason: Reason,
+        now: Now,
+    ) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
-        let rows = self.read();
-        let is_valid = |s: &&Serial| rows.by_serial(s).is_some_and(|s| s.revoked().is_none());
-        let valid = these.iter().filter(is_valid);
-        let revoked = valid.map(|serial| (*serial, (now.unix_s().max(1), reason))).collect();
-        drop(rows);
+        let those = those(&self.read());
+        let valid = those.iter().filter(|slot| slot.revoked().is_none());
+        let revoked = valid.map(|slot| (slot.serial, (now.unix_s().max(1), reason))).collect();
         self.enter_revoked(&mut writer, revoked)
     }
 
@@ -660,7 +643,7 @@ fn read_stored(text: &str) -> Option<Stored> {
     let pem = text.get(before.len()..)?.to_owned();
     let [pem::Block { der, .. }] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
     let (_, certificate) = X509Certificate::from_der(&der).ok()?;
-    let not_before = u64::try_from(certificate.validity().not_before.timestamp()).unwrap_or(0);
+    let (not_before, _) = validity_of(&certificate);
     let lines = [TOKEN_LINE, RENEWAL_LINE, PAID_LINE];
     let is_origin = |line: &&str| lines.iter().any(|begin| line.starts_with(begin));
     let origin = match before.lines().find(is_origin) {

@@ -17,10 +17,8 @@ use crate::serial::Serial;
 impl Record {
     /// Forgets what ended before this second, and says what that was.
     ///
-    /// The caller vouches for the clock: one that is ahead would forget what is valid.
-    ///
-    /// # Errors
-    /// When files cannot be read or written. What is left goes the next time.
+    /// The caller vouches for the clock: one that is ahead would forget what is valid. What is left
+    /// after a failure goes the next time.
     pub fn prune(&self, ended_before: u64) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
         let is_gone = |slot: &&Slot| slot.expires_at < ended_before;

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use super::entries::Entry;
+use super::merge::Incoming;
 use super::rows::Slot;
 use super::{Certificate, Entries, Origin, Record};
 use crate::ca::issuer::Leaf;
@@ -40,7 +40,7 @@ pub enum Renewal {
 impl Entries<'_> {
     /// Judges the renewal of `old` for `key`.
     pub fn judge_renewal(&self, old: &Certificate, key: &PublicKey, now: Now) -> Renewal {
-        if self.added.iter().any(|e| e.renews() == Some(old.serial)) {
+        if self.added.iter().any(|new| new.renews() == Some(old.serial)) {
             return Renewal::UnderWay;
         }
         if let Some(leaf) = self.successor(old, key, now) {
@@ -49,7 +49,7 @@ impl Entries<'_> {
         if self.count_active(&old.device, now) >= MOST_ACTIVE {
             return Renewal::TooMany(HOUR_MS / 1000);
         }
-        let of_device = |e: &&Entry| e.renews().is_some() && e.row.is_of(&old.device);
+        let of_device = |new: &&Incoming| new.renews().is_some() && new.row.is_of(&old.device);
         let here = self.added.iter().filter(of_device).count();
         match self.writer.renewals.wait_ms(&old.device, here, now) {
             0 => Renewal::New,

@@ -11,7 +11,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
 use super::index::{self, Change, Index};
-use super::merge::{self, Incoming};
+use super::merge::Incoming;
 use super::rows::{Place, Row, Rows, Slot};
 use super::{
     CERTS, CLOCK_SLACK_S, Certificate, INDEX, Origin, Reason, Record, RecordError, Revocation,
@@ -47,7 +47,8 @@ pub(super) struct Tail {
 /// Reads `index.txt`; `None` if it is missing.
 pub(super) fn read_index(path: &Path) -> Result<Option<(Rows, Tail)>, RecordError> {
     let Some(bytes) = files::read(path)? else { return Ok(None) };
-    let garbled = |(line, why)| RecordError::Garbled { path: path.to_owned(), line, why };
+    let garbled =
+        |(line, why)| RecordError::Unreadable(format!("{} line {line}: {why}", path.display()));
     let Index { rows, unended, whole } = index::read_index(&bytes).map_err(garbled)?;
     let tail = bytes.get(whole..).unwrap_or_default().to_vec();
     Ok(Some((rows, Tail { row: unended, bytes: tail, at: whole })))
@@ -55,11 +56,9 @@ pub(super) fn read_index(path: &Path) -> Result<Option<(Rows, Tail)>, RecordErro
 
 impl Record {
     /// Puts the record in order: cuts off a torn line, ends one that an editor has left without an
-    /// end, enters certificates without a line, and revokes what `crl.pem` lists.
-    ///
-    /// # Errors
-    /// When a file cannot be read or written, or `index.txt` is missing while there are
-    /// certificates: what it knew of revocations would be lost.
+    /// end, enters certificates without a line, and revokes what `crl.pem` lists. Fails if
+    /// `index.txt` is missing while there are certificates: what it knew of revocations would be
+    /// lost.
     pub(super) fn put_in_order(
         &self,
         tail: Tail,
@@ -271,8 +270,7 @@ impl Record {
         listed: &[Revocation],
         ca: &Issuer,
     ) -> Result<(), RecordError> {
-        let signed_at = |slot: &Slot| self.stored_at(slot).ok().map(|stored| stored.created_at);
-        let mut plan = self.read().plan(strays, listed, &|_| 0, &signed_at);
+        let mut plan = self.plan(strays, listed, &|_| 0);
         // A revocation is never taken back, but dated as the record has it.
         let rows = self.read();
         plan.revoked
@@ -380,9 +378,7 @@ fn is_recent(
 
 /// What a certificate on disk is entered as, if it is a device's by this CA.
 fn stray(serial: &Serial, stored: &Stored, ca: &Issuer) -> Option<Incoming> {
-    let (row, created_at) = merge::device_row(serial, &stored.der, ca)?;
-    let token = stored.origin.and_then(Origin::token);
-    Some(Incoming::stray(row, created_at, stored.paid(), token))
+    Incoming::read(serial, &stored.der, stored.origin, ca)
 }
 
 #[cfg(test)]

@@ -31,9 +31,6 @@ pub(super) struct Servers {
 }
 
 /// Leaves a server's certificate for the record in the CA's folder.
-///
-/// # Errors
-/// When it cannot be written.
 pub fn deposit_server(dir: &Path, made: &ServerCertificate) -> Result<(), RecordError> {
     let certs = dir.join(CERTS);
     let is_new = !certs.exists();
@@ -52,10 +49,7 @@ pub fn deposit_server(dir: &Path, made: &ServerCertificate) -> Result<(), Record
 
 impl Record {
     /// Enters the servers' certificates that lie in `certs/` and have no line. Cheap if nothing has
-    /// come there.
-    ///
-    /// # Errors
-    /// When the folder cannot be read or the lines cannot be written; trying again is safe.
+    /// come there. After a failure trying again is safe.
     pub fn enter_servers(&self, ca: &Issuer) -> Result<(), RecordError> {
         if !self.servers.may_have_come(&self.dir.join(CERTS)) {
             return Ok(());

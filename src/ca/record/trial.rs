@@ -38,9 +38,6 @@ impl Trial {
 impl Record {
     /// Checks that the record in `dir` can be read and written, and changes nothing. Returns whether
     /// nothing is recorded there.
-    ///
-    /// # Errors
-    /// What [`Record::open`], or the first certificate, would stumble over.
     pub fn check(dir: &Path) -> Result<bool, RecordError> {
         files::try_folder(&dir.join(CERTS)).map_err(RecordError::not_written)?;
         let index = repair::read_index(&dir.join(INDEX))?;
@@ -54,9 +51,6 @@ impl Record {
 
     /// Finds out whether the record can be written: tries a file where certificates go and one beside
     /// `index.txt`, and opens that for a line.
-    ///
-    /// # Errors
-    /// When it cannot.
     pub fn try_out(&self) -> Result<(), RecordError> {
         let index = self.dir.join(INDEX);
         let attempt = files::try_writing(&self.dir.join(CERTS))
