@@ -13,7 +13,7 @@ me="test"
 . "$(dirname "$0")/lib.sh"
 cd "$root"
 tools redis-server redis-cli:redis-tools mosquitto mosquitto_pub:mosquitto-clients busybox \
-    chromium zbarimg:zbar-tools \
+    chromium rsync zbarimg:zbar-tools \
     prlimit:util-linux setpriv:util-linux promtool:prometheus openssl curl wget faketime shellcheck cc:gcc
 python3 -c 'import ensurepip, venv' >/dev/null 2>&1 || debian python3-venv
 has cargo || fail "missing: cargo (Rust, with rustfmt and clippy)"

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::support::csr::{Csr, openssl};
 use crate::support::http::Client;
@@ -23,13 +24,35 @@ const DEVICES: [&str; 3] = ["d0", "d1", "d2"];
 
 /// What was answered: of each certificate, by its serial, its text, its token and the request.
 #[derive(Default)]
-struct Answered(Mutex<Certificates>);
+struct Answered {
+    signed: Mutex<Certificates>,
+    /// The devices whose revocation was answered.
+    revoked: Mutex<Vec<String>>,
+}
 
 type Certificates = BTreeMap<String, (String, String, String)>;
 
 impl Answered {
     fn count(&self) -> usize {
-        self.0.lock().unwrap().len()
+        self.signed.lock().unwrap().len()
+    }
+
+    /// All of it until now.
+    fn now(&self) -> (Certificates, Vec<String>) {
+        (self.signed.lock().unwrap().clone(), self.revoked.lock().unwrap().clone())
+    }
+
+    /// Revokes one device after the other, twenty a second, until it is told to stop.
+    fn revoke(&self, service: &Service, devices: &[String], stop: &AtomicBool) {
+        for device in devices {
+            let next = Instant::now() + Duration::from_millis(50);
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+            assert_eq!(service.revoke(device).status, 200);
+            self.revoked.lock().unwrap().push(device.clone());
+            thread::sleep(next.saturating_duration_since(Instant::now()));
+        }
     }
 
     /// Onboards and signs, again and again, until it is told to stop.
@@ -42,13 +65,13 @@ impl Answered {
             let answer = load::sign(http, &token, &csr).unwrap();
             assert_eq!(answer.status, 200, "{}", answer.text());
             let known = (answer.field("certificate"), token, csr.clone());
-            self.0.lock().unwrap().insert(answer.field("serial_number"), known);
+            self.signed.lock().unwrap().insert(answer.field("serial_number"), known);
         }
     }
 }
 
-/// A service on the copy knows them all; `gone` is revoked still.
-fn check(answered: &Certificates, copy: &Path, how: &str) {
+/// A service on the copy knows them all, and what was revoked is revoked still.
+fn check(answered: &Certificates, revoked: &[String], copy: &Path, how: &str) {
     let setup = Setup::new().envs(&ENV);
     fs::rename(copy, setup.data("")).unwrap();
     let service = setup.start();
@@ -59,14 +82,18 @@ fn check(answered: &Certificates, copy: &Path, how: &str) {
         let again = service.sign(token, csr);
         check_error(&again, 401, "TOKEN_ALREADY_USED", how);
     }
-    let status = service.http.get("/api/v1/certificates/gone/status");
-    assert_eq!(status.field("status"), "revoked", "{how}");
+    for device in revoked {
+        let status = service.http.get(&format!("/api/v1/certificates/{device}/status"));
+        assert_eq!(status.field("status"), "revoked", "{how}: {device}");
+    }
     let list = service.read("ca/crl.pem");
     assert_eq!(list, service.http.get("/api/v1/crl").text(), "{how}");
     let index = service.index();
     let lines = index.iter().map(|line| &line[3]);
     assert_eq!(lines.clone().collect::<std::collections::BTreeSet<_>>().len(), index.len());
-    println!("{how}: {} answered, {} known; {}", answered.len(), index.len(), entered(&service));
+    let entered = entered(&service);
+    let (signed, revoked, known) = (answered.len(), revoked.len(), index.len());
+    println!("{how}: {signed} signed, {revoked} revoked, {known} known; {entered}");
 }
 
 fn entered(service: &Service) -> String {
@@ -77,7 +104,11 @@ fn entered(service: &Service) -> String {
 fn run(program: &str, args: &[&str]) {
     let output = Command::new(program).args(args).output().unwrap();
     // GNU tar ends with 1 when a file changed while it was read, which is what this is about.
-    let fits = output.status.success() || (program == "tar" && output.status.code() == Some(1));
+    // So rsync ends with 24 when a file has gone meanwhile.
+    let fits = match (program, output.status.code()) {
+        ("tar", Some(1)) | ("rsync", Some(24)) => true,
+        (_, code) => code == Some(0),
+    };
     assert!(fits, "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -93,7 +124,8 @@ fn copy(how: &str, from: &Path, to: &Path, more: &dyn Fn()) {
             run("tar", &["-xf", &archive, "-C", &target]);
         }
         "cp -r" => run("cp", &["-r", &source, &target]),
-        // As rsync does in its two rounds: the files of a folder before its folders, by name …
+        "rsync" => run("rsync", &["-a", "--exclude=/run", &format!("{source}/"), &target]),
+        // In other orders that a tool may have: the files of a folder before its folders, by name …
         "files, then folders" => copy_by(from, to, more, &["crl.pem", "index.txt"], true),
         // … and the other way round.
         "folders, then files" => copy_by(from, to, more, &["index.txt", "crl.pem"], false),
@@ -124,7 +156,7 @@ fn copy_by(from: &Path, to: &Path, more: &dyn Fn(), files: &[&str], files_first:
 }
 
 /// Also when the test fails.
-struct Stops<'a>(&'a AtomicBool);
+pub struct Stops<'a>(pub &'a AtomicBool);
 
 impl Drop for Stops<'_> {
     fn drop(&mut self) {
@@ -136,8 +168,10 @@ impl Drop for Stops<'_> {
 fn copies_taken_while_signing() {
     let dir = TempDir::new();
     let service = Setup::new().envs(&ENV).start();
-    service.enroll("gone", &Csr::new("gone").make());
-    assert_eq!(service.revoke("gone").status, 200);
+    let gone: Vec<String> = (0..200).map(|n| format!("gone-{n}")).collect();
+    for device in &gone {
+        service.enroll(device, &Csr::new(device).make());
+    }
     let (answered, stop) = (Answered::default(), AtomicBool::new(false));
     let copies = thread::scope(|scope| {
         let _stops = Stops(&stop);
@@ -145,31 +179,32 @@ fn copies_taken_while_signing() {
             let (answered, stop, http) = (&answered, &stop, service.http);
             scope.spawn(move || answered.fill(&http, device, stop));
         }
+        scope.spawn(|| answered.revoke(&service, &gone, &stop));
         let more = || {
             let goal = answered.count() + 3;
             wait::for_true("more is signed", || answered.count() >= goal);
         };
         let mut copies = Vec::new();
-        for how in ["tar", "cp -r", "files, then folders", "folders, then files"] {
+        for how in ["tar", "cp -r", "rsync", "files, then folders", "folders, then files"] {
             for round in 0..3 {
                 more();
-                let answered_now = || answered.0.lock().unwrap().clone();
-                let (before, to) = (answered_now(), dir.path().join(format!("{round} {how}")));
+                let ((before, revoked), to) =
+                    (answered.now(), dir.path().join(format!("{round} {how}")));
                 copy(how, &service.data(""), &to, &more);
                 // What was answered meanwhile is not lost either, if it came along.
-                let mut expected = answered_now();
+                let (mut expected, _) = answered.now();
                 let came = |serial: &str| {
                     let file = to.join(format!("ca/certs/{}.pem", serial.to_uppercase()));
                     fs::read_to_string(file).is_ok_and(|text| text.contains("-----END"))
                 };
                 expected.retain(|serial, _| before.contains_key(serial) || came(serial));
-                copies.push((expected, to, how));
+                copies.push((expected, revoked, to, how));
             }
         }
         copies
     });
-    for (answered, copy, how) in copies {
-        check(&answered, &copy, how);
+    for (answered, revoked, copy, how) in copies {
+        check(&answered, &revoked, &copy, how);
     }
 }
 

@@ -19,6 +19,11 @@ use crate::support::wait;
 
 /// A service whose hook reloads the broker whose process id stands in `pid`.
 fn with_hook(dir: &TempDir, setup: Setup) -> Service {
+    setup.env("CRL_HOOK", &reloading_hook(dir)).env("ADMIN_API_KEY", ADMIN_KEY).start()
+}
+
+/// A hook that reloads the broker whose process id stands in `pid`, and says in `ran` that it was run.
+pub fn reloading_hook(dir: &TempDir) -> String {
     let (pid, ran) = (dir.path().join("pid"), dir.path().join("ran"));
     let text = format!(
         "#!/bin/sh\necho \"$1\" >>{}\n[ ! -s {pid} ] || kill -HUP \"$(cat {pid})\"\n",
@@ -27,8 +32,7 @@ fn with_hook(dir: &TempDir, setup: Setup) -> Service {
     );
     let hook = dir.file("hook", &text);
     assert!(Command::new("chmod").arg("755").arg(&hook).status().unwrap().success());
-    let setup = setup.env("CRL_HOOK", hook.to_str().unwrap());
-    setup.env("ADMIN_API_KEY", ADMIN_KEY).start()
+    hook.display().to_string()
 }
 
 #[test]

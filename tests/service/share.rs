@@ -2,19 +2,26 @@
 //! happens to Redis meanwhile (SPEC 9). Rows r1 to r25 of the model (`docs/model`) on real servers.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::copies::Stops;
+use crate::mosquitto;
 use crate::support::device;
+use crate::support::history::History;
 use crate::support::http::Response;
 use crate::support::instance::{
     self, ADMIN_KEY, Device, certificate, cut_off, onboard, reconnect, redeem, revoke, token,
 };
+use crate::support::load::Fleet;
 use crate::support::mosquitto::Broker;
 use crate::support::proxy::Proxy;
 use crate::support::redis::Redis;
 use crate::support::service::Service;
+use crate::support::temp::TempDir;
 use crate::support::{check_error, csr, https, wait};
 
 /// In so much time an answer is true everywhere.
@@ -201,20 +208,40 @@ fn three_instances_agree_after_many_devices_and_a_crash() {
     agree(&all.iter().collect::<Vec<_>>(), &states);
 }
 
-/// The broker of another instance, which did neither sign nor revoke.
+/// The broker of another instance, which did neither sign nor revoke, while a third has much to do.
 #[test]
 fn a_broker_of_another_instance_refuses_what_was_revoked() {
-    let redis = Redis::start(&[]);
-    let all: [Service; 3] = instances(&redis.url(), &[("ONBOARDING_API_KEY", "")]);
-    let d = device::Device::new("d", &format!("http://127.0.0.1:{}", all[0].port()));
-    d.must_enroll(&[]);
-    let broker = Broker::start(&all[2]);
-    let topic = "devices/d/state";
-    broker.publish(&d, topic, "x").unwrap();
-    assert_eq!(revoke(&all[1], &Device::new("d")).status, 200);
-    soon("the list", &[&all[2]], |service| listed(service).len() == 1);
-    crate::support::service::send_signal(broker.pid(), "HUP");
-    broker.refuses_soon(&d);
+    const REVOKED: usize = 3;
+    let (redis, dir) = (Redis::start(&[]), TempDir::new());
+    let open = ("ONBOARDING_API_KEY", "");
+    let [a, b]: [Service; 2] = instances(&redis.url(), &[open]);
+    let hook = mosquitto::reloading_hook(&dir);
+    let c = instance::another(&a, &redis.url(), &[open, ("CRL_HOOK", &hook)]);
+    let broker = Broker::start(&c);
+    dir.file("pid", &broker.pid().to_string());
+    let url = format!("http://127.0.0.1:{}", a.port());
+    let devices = (0..REVOKED).map(|n| device::Device::new(&format!("d{n}"), &url));
+    let devices: Vec<device::Device> = devices.collect();
+    for device in &devices {
+        device.must_enroll(&[]);
+        broker.publish(device, &format!("devices/{}/state", device.name), "x").unwrap();
+    }
+    let (fleet, history, stop) = (Fleet::new(100), History::default(), AtomicBool::new(false));
+    let longest = thread::scope(|scope| {
+        let _stops = Stops(&stop);
+        scope.spawn(|| fleet.run(&[a.http], &history, 500.0, 9, || stop.load(Ordering::Relaxed)));
+        let delays = devices.iter().map(|device| {
+            let answer = revoke(&b, &Device::new(&device.name));
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            let answered = Instant::now();
+            broker.refuses_soon(device);
+            answered.elapsed()
+        });
+        delays.max()
+    });
+    println!("a broker refuses {longest:?} after the answer at the latest");
+    let requests = history.events().len();
+    assert!(requests > 100, "{requests} requests are no load");
 }
 
 /// Row r17 of the model.
