@@ -3,9 +3,9 @@
 //! SECURITY: whatever a client manages to get into a message, it cannot begin a line of its own or
 //! steer a terminal, as control characters are escaped here and nowhere else has to think of it.
 
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
-use std::io::{self, IsTerminal as _, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt as _;
 
 use env_logger::{Builder, Target};
@@ -20,12 +20,11 @@ use crate::stderr;
 /// their insides, and nobody has checked what they show.
 const OTHERS: LevelFilter = LevelFilter::Warn;
 
-/// Starts the log. `variable` looks up `JOURNAL_STREAM`, by which systemd tells that standard error
-/// goes to its journal, and what may forbid colours on a terminal: `NO_COLOR` and `TERM`.
+/// Starts the log. `journal_stream` is what systemd sets where standard error goes to its journal.
 ///
 /// # Errors
 /// When there is a logger already.
-pub fn init(log: &Log, variable: impl Fn(&str) -> Option<OsString>) -> Result<(), SetLoggerError> {
+pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerError> {
     let mut builder = Builder::new();
     match &log.filter {
         Some(filter) => builder.parse_filters(filter),
@@ -33,14 +32,10 @@ pub fn init(log: &Log, variable: impl Fn(&str) -> Option<OsString>) -> Result<()
             .filter_level(OTHERS.min(log.level))
             .filter_module(env!("CARGO_CRATE_NAME"), log.level),
     };
-    let stream = variable("JOURNAL_STREAM");
-    let journal = stream.is_some_and(|stream| stream.to_str().is_some_and(is_stderr));
-    let style = match (log.format, journal) {
+    let style = match (log.format, journal_stream.and_then(OsStr::to_str).is_some_and(is_stderr)) {
         (LogFormat::Json, _) => Style::Json,
         (LogFormat::Text, true) => Style::Journal,
-        (LogFormat::Text, false) => {
-            Style::Text { colours: may_colour(variable) && io::stderr().is_terminal() }
-        }
+        (LogFormat::Text, false) => Style::Text,
     };
     stderr::init(move |lost| style.lost(lost));
     builder
@@ -68,7 +63,7 @@ impl Write for Lines {
 enum Style {
     Json,
     Journal,
-    Text { colours: bool },
+    Text,
 }
 
 impl Style {
@@ -77,7 +72,7 @@ impl Style {
         match self {
             Style::Json => json(out, record, unix_ms),
             Style::Journal => journal_text(out, record),
-            Style::Text { colours } => text(out, record, unix_ms, colours),
+            Style::Text => text(out, record, unix_ms),
         }
     }
 
@@ -95,12 +90,6 @@ impl Style {
     }
 }
 
-/// As users and terminals have agreed to say it: a `NO_COLOR` that is not empty, or `TERM=dumb`.
-fn may_colour(variable: impl Fn(&str) -> Option<OsString>) -> bool {
-    variable("NO_COLOR").is_none_or(|no| no.is_empty())
-        && variable("TERM").is_some_and(|term| term != "dumb")
-}
-
 /// True if `device:inode` names what standard error is. systemd leaves the variable to our
 /// children and to whatever we redirect, so that it is there alone proves nothing.
 fn is_stderr(journal_stream: &str) -> bool {
@@ -109,21 +98,9 @@ fn is_stderr(journal_stream: &str) -> bool {
 }
 
 /// `2026-01-01T00:00:00.000Z INFO  message`
-fn text(out: &mut impl Write, record: &Record<'_>, unix_ms: u64, colours: bool) -> io::Result<()> {
-    let (begin, end) = if colours { (colour(record.level()), "\x1b[0m") } else { ("", "") };
-    write!(out, "{} {begin}{:<5}{end} ", clock::rfc3339(unix_ms), record.level())?;
+fn text(out: &mut impl Write, record: &Record<'_>, unix_ms: u64) -> io::Result<()> {
+    write!(out, "{} {:<5} ", clock::rfc3339(unix_ms), record.level())?;
     message(out, record)
-}
-
-/// Red, yellow, green, blue, cyan (ECMA-48, SGR).
-fn colour(level: Level) -> &'static str {
-    match level {
-        Level::Error => "\x1b[1;31m",
-        Level::Warn => "\x1b[33m",
-        Level::Info => "\x1b[32m",
-        Level::Debug => "\x1b[34m",
-        Level::Trace => "\x1b[36m",
-    }
 }
 
 /// `<6>message`: the journal keeps the time itself, and takes the priority from the prefix.
@@ -228,24 +205,13 @@ mod tests {
 
     #[test]
     fn text_is_one_line() {
-        let line = |message| with(message, |out, record| text(out, record, 7, false));
+        let line = |message| with(message, |out, record| text(out, record, 7));
         assert_eq!(line(format_args!("hello")), "1970-01-01T00:00:00.007Z INFO  hello\n");
         assert_eq!(
             line(format_args!("{NASTY}")),
             "1970-01-01T00:00:00.007Z INFO  a\\n2026 INFO  \"b\\\"\\u000d\\u0009\\u001b[2J\\u009b\
              \\u007f\\u2028⚠️ é\n"
         );
-    }
-
-    #[test]
-    fn colours_are_for_the_level_alone_and_can_be_forbidden() {
-        let line = with(format_args!("hello"), |out, record| text(out, record, 7, true));
-        assert_eq!(line, "1970-01-01T00:00:00.007Z \u{1b}[32mINFO \u{1b}[0m hello\n");
-        let may = |no_color: Option<&str>, term: Option<&str>| {
-            may_colour(|name| if name == "TERM" { term } else { no_color }.map(OsString::from))
-        };
-        assert!(may(None, Some("xterm")) && may(Some(""), Some("linux")));
-        assert!(!may(Some("1"), Some("xterm")) && !may(None, Some("dumb")) && !may(None, None));
     }
 
     #[test]

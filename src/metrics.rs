@@ -270,29 +270,24 @@ impl Metrics {
 /// What the kernel says of this process; nothing where there is no `/proc`.
 fn show_proc(page: &mut Page) {
     let read = |name| fs::read_to_string(format!("/proc/self/{name}")).unwrap_or_default();
-    let status = read("status");
-    let field = |name| status.lines().find_map(|line: &str| line.strip_prefix(name)).map(number);
-    if let Some(kib) = field("VmRSS:").flatten() {
-        let help = "Resident memory.";
-        page.gauge("process_resident_memory_bytes", help, kib.saturating_mul(1024));
-    }
-    if let Some(threads) = field("Threads:").flatten() {
-        page.gauge("process_threads", "Threads.", threads);
+    let behind =
+        |text: &str, name| text.lines().find_map(|line| line.strip_prefix(name)).and_then(number);
+    let (status, limits) = (read("status"), read("limits"));
+    let memory = behind(&status, "VmRSS:").map(|kib| kib.saturating_mul(1024));
+    // One of them is the folder that is being read.
+    let files = fs::read_dir("/proc/self/fd").map(|files| files.count().saturating_sub(1) as u64);
+    for (name, help, value) in [
+        ("process_resident_memory_bytes", "Resident memory.", memory),
+        ("process_threads", "Threads.", behind(&status, "Threads:")),
+        ("process_open_fds", "Open files and sockets.", files.ok()),
+        ("process_max_fds", "Most open files and sockets.", behind(&limits, "Max open files")),
+    ] {
+        value.iter().for_each(|value| page.gauge(name, help, value));
     }
     if let Some(ticks) = cpu_ticks(&read("stat")) {
         let help = "Processor time used, by user and system.";
         // 100 a second in everything that Linux tells programs.
         page.counter("process_cpu_seconds_total", help, Decimal::<2>(ticks));
-    }
-    if let Ok(files) = fs::read_dir("/proc/self/fd") {
-        // One of them is the folder that is being read.
-        let open = files.count().saturating_sub(1);
-        page.gauge("process_open_fds", "Open files and sockets.", open);
-    }
-    let limits = read("limits");
-    let most = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
-    if let Some(most) = most.and_then(number) {
-        page.gauge("process_max_fds", "Most open files and sockets.", most);
     }
 }
 

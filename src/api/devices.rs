@@ -51,19 +51,16 @@ pub(super) fn forget(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
 fn render_changed(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let (changed, shared) = the_only(done)?;
     let mut json = Json::new();
-    json.field("success", true);
-    registration(&mut json, api, &changed, now).field("shared", shared);
+    write(json.field("success", true), &registration(api, &changed, now)).field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 
 fn render_forgotten(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let (Changed { device, row, .. }, shared) = the_only(done)?;
     let newest = api.provisioner.ca().record().newest(&device);
+    let [id, state, ..] = described(&device, &row, newest.as_ref(), now);
     let mut json = Json::new();
-    json.field("success", true)
-        .field("device_id", device.as_str())
-        .field("state", state(&row, newest.as_ref(), now))
-        .field("shared", shared);
+    write(json.field("success", true), &[id, state]).field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 
@@ -108,11 +105,7 @@ pub(super) fn register(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
 
 fn render_list(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Rewritten { changes, shared } = done else { return Err(Code::InternalError.into()) };
-    let entry = |changed: &Changed| {
-        let mut json = Json::new();
-        registration(&mut json, api, changed, now).field("result", result_of(changed));
-        json.end()
-    };
+    let entry = |changed: &Changed| write(&mut Json::new(), &entry(api, changed, now)).end();
     let entries: Vec<String> = changes.iter().map(entry).collect();
     let mut json = Json::new();
     json.field("success", true).array("devices", &entries).field("shared", shared);
@@ -121,62 +114,66 @@ fn render_list(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 
 fn render_table(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Rewritten { changes, shared } = done else { return Err(Code::InternalError.into()) };
-    let mut table = csv::line(&[
-        "device_id",
-        "state",
-        "enrolment",
-        "enrolment_secret",
-        "enrolment_expires_at",
-        "result",
-        "shared",
-    ]);
-    for changed in &changes {
-        let Changed { device, row, secret, .. } = changed;
-        let newest = api.provisioner.ca().record().newest(device);
-        table += &csv::line(&[
-            device.as_str(),
-            state(row, newest.as_ref(), now),
-            row.stage(now.unix_s()).as_str(),
-            secret.as_ref().map_or("", NewSecret::reveal),
-            &enrolment_end(row, now).unwrap_or_default(),
-            result_of(changed),
-            if shared { "true" } else { "false" },
-        ]);
-    }
-    Ok(table_reply(table))
+    let shared = ("shared", Some(shared.to_string()));
+    let line = |changed| [entry(api, changed, now), vec![shared.clone()]].concat();
+    let head = "device_id,state,enrolment,enrolment_secret,enrolment_expires_at,result,shared";
+    Ok(table(head, changes.iter().map(line)))
 }
 
-fn table_reply(table: String) -> Reply {
-    Reply::of_type("text/csv; charset=utf-8", table)
+/// Names and values: the fields of an object, or cells of a table. What is not there is left out of the
+/// one, and empty in the other.
+type Cell = (&'static str, Option<String>);
+
+fn write<'j>(json: &'j mut Json, cells: &[Cell]) -> &'j mut Json {
+    for (name, value) in cells {
+        if let Some(value) = value {
+            json.text(name, value);
+        }
+    }
+    json
+}
+
+/// A table with these columns, as a file.
+fn table(head: &str, lines: impl Iterator<Item = Vec<Cell>>) -> Reply {
+    let mut text = format!("{head}\r\n");
+    for cells in lines {
+        let value = |name| cells.iter().find(|(of, _)| *of == name)?.1.as_deref();
+        let line = head.split(',').map(|name| value(name).unwrap_or_default());
+        text += &csv::line(&line.collect::<Vec<_>>());
+    }
+    Reply::of_type("text/csv; charset=utf-8", text)
         .field("Content-Disposition", "attachment; filename=\"devices.csv\"")
 }
 
-fn result_of(changed: &Changed) -> &'static str {
-    match changed.change {
-        Change::Keep => "unchanged",
-        _ => "registered",
-    }
+/// What is said of a device wherever it is named.
+fn described(device: &DeviceId, row: &Row, newest: Option<&Certificate>, now: Now) -> [Cell; 4] {
+    [
+        ("device_id", Some(device.to_string())),
+        ("state", Some(state(row, newest, now).to_owned())),
+        ("enrolment", Some(row.stage(now.unix_s()).as_str().to_owned())),
+        ("enrolment_expires_at", enrolment_end(row, now)),
+    ]
 }
 
 /// What a change has made of a device, with its secret if it has a new one: that is shown here and
 /// never again.
-fn registration<'j>(json: &'j mut Json, api: &Api, changed: &Changed, now: Now) -> &'j mut Json {
+fn registration(api: &Api, changed: &Changed, now: Now) -> Vec<Cell> {
     let Changed { device, row, secret, .. } = changed;
     let newest = api.provisioner.ca().record().newest(device);
-    json.field("device_id", device.as_str())
-        .field("state", state(row, newest.as_ref(), now))
-        .field("enrolment", row.stage(now.unix_s()).as_str());
-    if let Some(secret) = secret {
-        json.text("enrolment_secret", secret.reveal());
-    }
-    optional(json, "enrolment_expires_at", enrolment_end(row, now))
+    let mut cells = described(device, row, newest.as_ref(), now).to_vec();
+    let secret = secret.as_ref().map(|secret| secret.reveal().to_owned());
+    cells.insert(3, ("enrolment_secret", secret));
+    cells
 }
 
-fn optional<'j>(json: &'j mut Json, name: &str, value: Option<String>) -> &'j mut Json {
-    match value {
-        Some(value) => json.text(name, &value),
-        None => json,
-    }
+fn entry(api: &Api, changed: &Changed, now: Now) -> Vec<Cell> {
+    let result = match changed.change {
+        Change::Keep => "unchanged",
+        _ => "registered",
+    };
+    let mut cells = registration(api, changed, now);
+    cells.push(("result", Some(result.to_owned())));
+    cells
 }
 
 /// What a device is, in one word.
@@ -314,41 +311,42 @@ pub(super) fn show(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     if !row.is_listed() && certificates.is_empty() {
         return Err(Code::DeviceNotFound.into());
     }
-    let listed: Vec<String> = certificates
-        .iter()
-        .take(LARGEST_PAGE as usize)
-        .map(|certificate| {
-            let stored = record.stored(&certificate.serial).ok();
-            let mut json = Json::new();
-            json.field("serial_number", certificate.serial.to_string())
-                .field("status", certificate.status(now).as_str())
-                .field("created_at", stored.map(|s| clock::rfc3339(s.created_at * 1000)))
-                .field("expires_at", clock::rfc3339(certificate.expires_at * 1000));
-            let revoked_at = certificate.revoked_at.map(|at| clock::rfc3339(at * 1000));
-            optional(&mut json, "revoked_at", revoked_at).end()
-        })
-        .collect();
+    let of_record = |certificate: &Certificate| {
+        let stored = record.stored(&certificate.serial).ok();
+        let [serial, status, end] = of_certificate(certificate, now);
+        let mut json = Json::new();
+        write(&mut json, &[serial, status])
+            .field("created_at", stored.map(|s| clock::rfc3339(s.created_at * 1000)));
+        let revoked_at = certificate.revoked_at.map(|at| clock::rfc3339(at * 1000));
+        write(&mut json, &[end, ("revoked_at", revoked_at)]).end()
+    };
+    let listed = certificates.iter().take(LARGEST_PAGE as usize);
+    let listed: Vec<String> = listed.map(of_record).collect();
     let mut json = Json::new();
-    json.field("success", true)
-        .field("device_id", device.as_str())
-        .field("state", state(&row, certificates.first(), now))
-        .field("enrolment", row.stage(now.unix_s()).as_str());
-    optional(&mut json, "enrolment_expires_at", enrolment_end(&row, now));
+    write(json.field("success", true), &described(&device, &row, certificates.first(), now));
     let terms = row.registration.as_ref().and_then(|latest| latest.terms.as_ref());
     if let Some(days) = terms.and_then(|terms| terms.cert_days) {
         json.field("cert_days", days);
     }
-    optional(&mut json, "note", note_of(&row).map(ToOwned::to_owned));
-    json.array("certificates", &listed);
+    write(&mut json, &[note_of(&row)]).array("certificates", &listed);
     let (changed_at, changed_by) = last_change(&row);
-    optional(&mut json, "changed_at", changed_at.map(clock::rfc3339));
-    optional(&mut json, "changed_by", changed_by);
+    let changed_at = ("changed_at", changed_at.map(clock::rfc3339));
+    write(&mut json, &[changed_at, ("changed_by", changed_by)]);
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 
-fn note_of(row: &Row) -> Option<&str> {
-    let terms = row.registration.as_ref()?.terms.as_ref()?;
-    terms.note.as_ref().map(Text::as_str)
+fn note_of(row: &Row) -> Cell {
+    let terms = row.registration.as_ref().and_then(|latest| latest.terms.as_ref());
+    let note = terms.and_then(|terms| terms.note.as_ref());
+    ("note", note.map(|note| note.as_str().to_owned()))
+}
+
+fn of_certificate(certificate: &Certificate, now: Now) -> [Cell; 3] {
+    [
+        ("serial_number", Some(certificate.serial.to_string())),
+        ("status", Some(certificate.status(now).as_str().to_owned())),
+        ("expires_at", Some(clock::rfc3339(certificate.expires_at * 1000))),
+    ]
 }
 
 /// When the row was changed last, in milliseconds since 1970, and by whom, which a block does not say.
@@ -463,58 +461,40 @@ impl<R: Iterator<Item = (DeviceId, Row)>, C: Iterator<Item = Certificate>> Itera
     }
 }
 
+impl Listed {
+    fn cells(&self, now: Now) -> Vec<Cell> {
+        let mut cells = described(&self.device, &self.row, self.newest.as_ref(), now).to_vec();
+        cells.push(note_of(&self.row));
+        cells
+    }
+}
+
 fn list_json(found: &[Listed], next: Option<DeviceId>, now: Now) -> Reply {
     let entry = |listed: &Listed| {
-        let Listed { device, row, newest } = listed;
         let mut json = Json::new();
-        json.field("device_id", device.as_str())
-            .field("state", state(row, newest.as_ref(), now))
-            .field("enrolment", row.stage(now.unix_s()).as_str());
-        optional(&mut json, "enrolment_expires_at", enrolment_end(row, now));
-        optional(&mut json, "note", note_of(row).map(ToOwned::to_owned));
-        if let Some(newest) = newest {
-            let mut certificate = Json::new();
-            certificate
-                .field("serial_number", newest.serial.to_string())
-                .field("status", newest.status(now).as_str())
-                .field("expires_at", clock::rfc3339(newest.expires_at * 1000));
-            json.object("certificate", &mut certificate);
+        write(&mut json, &listed.cells(now));
+        if let Some(newest) = &listed.newest {
+            json.object("certificate", write(&mut Json::new(), &of_certificate(newest, now)));
         }
         json.end()
     };
     let entries: Vec<String> = found.iter().map(entry).collect();
     let mut json = Json::new();
     json.field("success", true).array("devices", &entries);
-    optional(&mut json, "next", next.map(|next| next.to_string()));
+    write(&mut json, &[("next", next.map(|next| next.to_string()))]);
     Reply::json(json.timestamp(now))
 }
 
 fn list_table(found: &[Listed], next: Option<DeviceId>, now: Now) -> Reply {
-    let mut table = csv::line(&[
-        "device_id",
-        "state",
-        "enrolment",
-        "enrolment_expires_at",
-        "note",
-        "serial_number",
-        "status",
-        "expires_at",
-    ]);
-    for Listed { device, row, newest } in found {
-        let newest = newest.as_ref();
-        table += &csv::line(&[
-            device.as_str(),
-            state(row, newest, now),
-            row.stage(now.unix_s()).as_str(),
-            &enrolment_end(row, now).unwrap_or_default(),
-            note_of(row).unwrap_or_default(),
-            &newest.map(|newest| newest.serial.to_string()).unwrap_or_default(),
-            newest.map_or("", |newest| newest.status(now).as_str()),
-            &newest.map(|n| clock::rfc3339(n.expires_at * 1000)).unwrap_or_default(),
-        ]);
-    }
+    let line = |listed: &Listed| {
+        let newest = listed.newest.iter().flat_map(|newest| of_certificate(newest, now));
+        listed.cells(now).into_iter().chain(newest).collect()
+    };
+    let head =
+        "device_id,state,enrolment,enrolment_expires_at,note,serial_number,status,expires_at";
+    let reply = table(head, found.iter().map(line));
     match next {
-        Some(next) => table_reply(table).field("X-Next", next.as_str()),
-        None => table_reply(table),
+        Some(next) => reply.field("X-Next", next.as_str()),
+        None => reply,
     }
 }

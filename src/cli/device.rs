@@ -4,29 +4,22 @@
 //! machine can read.
 
 use std::fmt;
-use std::io::{self, BufRead as _, BufReader, Read, Write};
-use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::net::ToSocketAddrs as _;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::crypto::ring;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, RootCertStore, Stream};
 use serde_json::{Map, Value, json};
 
 use super::args::{Action, Device};
-use super::healthcheck::{reachable, tls_session};
+use super::client::{Client, ClientError, by_ca};
 use super::{BAD_CONFIG, Given, fail, print, read_file};
-use crate::config::{AdminKey, Http, Secret, certificates};
+use crate::config::{AdminKey, Http, Secret};
 use crate::device::DeviceId;
-use crate::socket::{TimedSocket, deadline_in};
 
 /// How long one request may take.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// The largest answer: a page of the list is a quarter of it.
-const MAX_ANSWER_BYTES: u64 = 4 << 20;
 /// Devices on one page of the list.
 const PAGE: usize = 1_000;
 
@@ -35,23 +28,25 @@ const PAGE: usize = 1_000;
 enum DeviceError {
     /// It was asked for wrongly.
     Usage(String),
-    /// The server was not reached, or is not the right one.
+    /// The server was not reached, is not the right one, or refuses.
     Server(String),
-    /// The server refuses.
-    Refused(String),
 }
 
 impl fmt::Display for DeviceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            DeviceError::Usage(why) | DeviceError::Server(why) | DeviceError::Refused(why) => {
-                f.write_str(why)
-            }
+            DeviceError::Usage(why) | DeviceError::Server(why) => f.write_str(why),
         }
     }
 }
 
 impl std::error::Error for DeviceError {}
+
+impl From<ClientError> for DeviceError {
+    fn from(error: ClientError) -> Self {
+        DeviceError::Server(error.to_string())
+    }
+}
 
 pub(super) fn run(given: &Given, request: &Device) -> ExitCode {
     match Server::new(given, request).and_then(|server| act(&server, request)) {
@@ -98,7 +93,7 @@ fn add(server: &Server, request: &Device) -> Result<String, DeviceError> {
     };
     let body: Value = request.ids.iter().map(device).collect();
     if request.csv {
-        return Ok(server.answer("POST", "/devices", Some(body), "text/csv")?.body);
+        return Ok(server.answer("POST", "/devices", Some(body), "text/csv")?.1);
     }
     let answer = server.ask("POST", "/devices", Some(body))?;
     let mut text = String::new();
@@ -126,15 +121,12 @@ fn list(server: &Server, request: &Device) -> Result<String, DeviceError> {
     let mut table = String::new();
     let mut after = String::new();
     loop {
-        let page = server.answer("GET", &format!("{query}&after={after}"), None, "text/csv")?;
-        let rows = if table.is_empty() {
-            Some(&*page.body)
-        } else {
-            page.body.split_once('\n').map(|(_, rows)| rows)
-        };
-        table += rows.unwrap_or_default();
-        match page.next {
-            Some(next) => after = next,
+        let path = format!("{query}&after={after}");
+        let (head, page) = server.answer("GET", &path, None, "text/csv")?;
+        let rows = page.split_once('\n').map_or("", |(_, rows)| rows);
+        table += if table.is_empty() { &page } else { rows };
+        match head.lines().find_map(|line| line.strip_prefix("X-Next: ")) {
+            Some(next) => after = next.trim().to_owned(),
             None => break,
         }
     }
@@ -211,26 +203,10 @@ fn text_of<'v>(value: &'v Value, name: &str) -> &'v str {
     value.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// An answer of the server.
-struct Answer {
-    body: String,
-    /// What the next page is asked for with.
-    next: Option<String>,
-}
-
-/// Who is asked.
+/// The service, and the key that it asks for.
 struct Server {
-    address: SocketAddr,
-    host: String,
-    tls: Option<Tls>,
+    client: Client,
     key: Secret,
-}
-
-enum Tls {
-    /// Our own certificate, and none else.
-    Own(Http),
-    /// By this CA.
-    Ca(Arc<ClientConfig>),
 }
 
 impl Server {
@@ -240,50 +216,20 @@ impl Server {
         let key = AdminKey::from_lookup(|name| environment.get(name), read_file);
         let key = key.map_err(|e| usage(&e))?;
         let key = key.ok_or_else(|| usage(&"ADMIN_API_KEY or ADMIN_API_KEY_FILE must be set"))?;
-        if let Some(url) = &request.url {
-            return Server::elsewhere(url, request.ca.as_deref(), key);
-        }
-        let http = Http::from_lookup(|name| environment.get(name)).map_err(|e| usage(&e))?;
-        let address = SocketAddr::new(reachable(http.host), http.port);
-        let tls = match (&request.ca, http.tls.is_some()) {
-            (_, false) => None,
-            (Some(ca), true) => Some(Tls::Ca(trusting(ca)?)),
-            (None, true) => Some(Tls::Own(http)),
-        };
-        if tls.is_none() && !address.ip().is_loopback() {
-            return Err(plain_http());
-        }
-        Ok(Server { address, host: address.ip().to_string(), tls, key })
-    }
-
-    /// The server at `http://…` or `https://…`.
-    fn elsewhere(url: &str, ca: Option<&Path>, key: Secret) -> Result<Self, DeviceError> {
-        let wrong = || DeviceError::Usage("--url must be https://host[:port]".to_owned());
-        let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
-        let authority = rest.strip_suffix('/').unwrap_or(rest);
-        let (host, port) = match authority.rsplit_once(':') {
-            Some((host, port)) if !port.ends_with(']') => {
-                (host, port.parse().map_err(|_| wrong())?)
+        let ca = request.ca.as_deref();
+        let client = match &request.url {
+            Some(url) => elsewhere(url, ca)?,
+            None => {
+                let http = Http::from_lookup(|name| environment.get(name));
+                Client::local(&http.map_err(|e| usage(&e))?, ca, DEADLINE)?
             }
-            _ => (authority, if scheme == "https" { 443 } else { 80 }),
         };
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let tls = match (scheme, ca) {
-            ("http", _) => None,
-            ("https", Some(ca)) => Some(Tls::Ca(trusting(ca)?)),
-            ("https", None) => {
-                let why = "--url https://… needs --ca FILE, the CA of that server's certificate";
-                return Err(DeviceError::Usage(why.to_owned()));
-            }
-            _ => return Err(wrong()),
-        };
-        let not_found = |why: &dyn fmt::Display| DeviceError::Server(format!("{host}: {why}"));
-        let mut found = (host.as_str(), port).to_socket_addrs().map_err(|e| not_found(&e))?;
-        let address = found.next().ok_or_else(|| not_found(&"no such host"))?;
-        if tls.is_none() && !address.ip().is_loopback() {
-            return Err(plain_http());
+        if client.tls.is_none() && !client.address.ip().is_loopback() {
+            return Err(usage(
+                &"plain HTTP off loopback would show the key to the network: use https:// and --ca",
+            ));
         }
-        Ok(Server { address, host, tls, key })
+        Ok(Server { client, key })
     }
 
     fn put(&self, id: &str, body: Value) -> Result<Value, DeviceError> {
@@ -291,101 +237,65 @@ impl Server {
     }
 
     fn ask(&self, method: &str, path: &str, body: Option<Value>) -> Result<Value, DeviceError> {
-        let answer = self.answer(method, path, body, "application/json")?;
-        serde_json::from_str(&answer.body)
-            .map_err(|_| DeviceError::Server(format!("{} answers no JSON", self.address)))
+        let (_, body) = self.answer(method, path, body, "application/json")?;
+        serde_json::from_str(&body)
+            .map_err(|_| DeviceError::Server(format!("{} answers no JSON", self.client.address)))
     }
 
+    /// The head and the body of a good answer.
     fn answer(
         &self,
         method: &str,
         path: &str,
         body: Option<Value>,
         accept: &str,
-    ) -> Result<Answer, DeviceError> {
+    ) -> Result<(String, String), DeviceError> {
+        let address = self.client.address;
         let body = body.map(|body| body.to_string()).unwrap_or_default();
-        let request = format!(
-            "{method} /api/v1{path} HTTP/1.1\r\nHost: {}\r\nAuthorization: Bearer {}\r\n\
+        let (head, body) = self.client.exchange(&format!(
+            "{method} /api/v1{path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {}\r\n\
              Accept: {accept}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
              Connection: close\r\n\r\n{body}",
-            self.address,
             self.key.reveal(),
             body.len()
-        );
-        let (head, body) = self.exchange(request.as_bytes())?;
+        ))?;
         let status = head.split(' ').nth(1).unwrap_or_default();
-        if status != "200" {
-            let error: Value = serde_json::from_str(&body).unwrap_or_default();
-            let (text, code) = (text_of(&error, "error"), text_of(&error, "code"));
-            return Err(DeviceError::Refused(match code {
-                "" => format!("{} answers {status}, and nothing of ours", self.address),
-                code => format!("{text} ({code})"),
-            }));
+        if status == "200" {
+            return Ok((head, body));
         }
-        let next = |line: &str| Some(line.strip_prefix("X-Next: ")?.trim().to_owned());
-        Ok(Answer { body, next: head.lines().find_map(next) })
-    }
-
-    fn exchange(&self, request: &[u8]) -> Result<(String, String), DeviceError> {
-        let failed = |e: &dyn fmt::Display| DeviceError::Server(format!("{}: {e}", self.address));
-        let socket = TimedSocket::connect(&self.address.into(), deadline_in(DEADLINE));
-        let mut socket = socket.map_err(|e| failed(&e))?;
-        let session = match &self.tls {
-            None => None,
-            Some(Tls::Own(http)) => match &http.tls {
-                Some(own) => {
-                    Some(tls_session(&own.cert, self.address.ip()).map_err(|e| failed(&e))?)
-                }
-                None => None,
-            },
-            Some(Tls::Ca(config)) => {
-                let name = ServerName::try_from(self.host.clone()).map_err(|e| failed(&e))?;
-                let session = ClientConnection::new(Arc::clone(config), name);
-                Some(session.map_err(|e| failed(&e))?)
-            }
-        };
-        let answer = match session {
-            Some(mut session) => talk(&mut Stream::new(&mut session, &mut socket), request),
-            None => talk(&mut socket, request),
-        };
-        answer.map_err(|e| failed(&e))
+        let error: Value = serde_json::from_str(&body).unwrap_or_default();
+        let (text, code) = (text_of(&error, "error"), text_of(&error, "code"));
+        Err(DeviceError::Server(match code {
+            "" => format!("{address} answers {status}, and nothing of ours"),
+            code => format!("{text} ({code})"),
+        }))
     }
 }
 
-fn plain_http() -> DeviceError {
-    let why = "plain HTTP off loopback would show the key to the network: use https:// and --ca";
-    DeviceError::Usage(why.to_owned())
-}
-
-fn trusting(ca: &Path) -> Result<Arc<ClientConfig>, DeviceError> {
-    let failed =
-        |why: &dyn fmt::Display| DeviceError::Usage(format!("--ca {}: {why}", ca.display()));
-    let pem = read_file(ca).map_err(|e| failed(&e))?;
-    let mut roots = RootCertStore::empty();
-    for certificate in certificates(&pem).map_err(|e| failed(&e))? {
-        roots.add(certificate).map_err(|e| failed(&e))?;
-    }
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .map_err(|e| failed(&e))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(Arc::new(config))
-}
-
-/// Sends the request; gives the head and the body of the answer.
-fn talk(stream: &mut (impl Read + Write), request: &[u8]) -> io::Result<(String, String)> {
-    stream.write_all(request)?;
-    stream.flush()?;
-    let mut reader = BufReader::new(stream.take(MAX_ANSWER_BYTES));
-    let mut head = String::new();
-    while reader.read_line(&mut head)? > 2 {}
-    let length = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
-    });
-    let mut body =
-        vec![0; usize::try_from(length.unwrap_or(0_u64).min(MAX_ANSWER_BYTES)).unwrap_or(0)];
-    reader.read_exact(&mut body)?;
-    Ok((head, String::from_utf8_lossy(&body).into_owned()))
+/// The server at `http://…` or `https://…`.
+fn elsewhere(url: &str, ca: Option<&Path>) -> Result<Client, DeviceError> {
+    let wrong = || DeviceError::Usage("--url must be https://host[:port]".to_owned());
+    let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
+    let authority = rest.strip_suffix('/').unwrap_or(rest);
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, port.parse().map_err(|_| wrong())?),
+        _ => (authority, if scheme == "https" { 443 } else { 80 }),
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let not_found = |why: &dyn fmt::Display| DeviceError::Server(format!("{host}: {why}"));
+    let tls = match (scheme, ca) {
+        ("http", _) => None,
+        ("https", Some(ca)) => {
+            let name = ServerName::try_from(host.clone()).map_err(|e| not_found(&e))?;
+            Some((by_ca(ca).map_err(|e| DeviceError::Usage(format!("--ca {e}")))?, name))
+        }
+        ("https", None) => {
+            let why = "--url https://… needs --ca FILE, the CA of that server's certificate";
+            return Err(DeviceError::Usage(why.to_owned()));
+        }
+        _ => return Err(wrong()),
+    };
+    let mut found = (host.as_str(), port).to_socket_addrs().map_err(|e| not_found(&e))?;
+    let address = found.next().ok_or_else(|| not_found(&"no such host"))?;
+    Ok(Client { address, tls, deadline: DEADLINE })
 }

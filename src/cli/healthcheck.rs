@@ -1,64 +1,14 @@
 //! `healthcheck`: asks the local server for `/health`, for containers and watchdogs that have no curl.
-//!
-//! One deadline covers everything from connecting to the answer, so that a server that hangs is
-//! found out as surely as one that is gone.
 
-use std::fmt;
-use std::fs;
-use std::io::{self, BufRead as _, BufReader, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{
-    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme,
-    Stream,
-};
-
+use super::client::{Client, ClientError};
 use super::{FAILED, Given, done, fail};
-use crate::config::{Http, certificates};
-use crate::socket::{TimedSocket, deadline_in, is_late};
+use crate::config::Http;
 
 /// How long the whole check may take.
 const DEADLINE: Duration = Duration::from_secs(3);
-
-/// Why the server does not count as well.
-#[derive(Debug)]
-pub(super) enum HealthError {
-    /// No connection, or it broke before the status line.
-    Io(SocketAddr, io::Error),
-    /// It did not answer in time.
-    Timeout(SocketAddr),
-    /// It answered with another status than 200, or not in HTTP.
-    Answer(SocketAddr, String),
-    /// The file with our certificate could not be read.
-    Certificate(PathBuf, String),
-    /// TLS could not be set up.
-    Tls(rustls::Error),
-}
-
-impl fmt::Display for HealthError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            HealthError::Io(address, e) => write!(f, "{address} does not serve /health: {e}"),
-            HealthError::Timeout(address) => {
-                write!(f, "{address} does not answer within {} s", DEADLINE.as_secs())
-            }
-            HealthError::Answer(address, line) => {
-                write!(f, "{address} is not well, it answers {line:?}")
-            }
-            HealthError::Certificate(path, why) => write!(f, "{}: {why}", path.display()),
-            HealthError::Tls(e) => write!(f, "TLS cannot be set up: {e}"),
-        }
-    }
-}
-
-impl std::error::Error for HealthError {}
 
 /// Never exits with 2, which container engines reserve for themselves.
 pub(super) fn run(given: &Given) -> ExitCode {
@@ -70,118 +20,28 @@ pub(super) fn run(given: &Given) -> ExitCode {
 }
 
 /// Whether the server on this machine, configured as `http` says, answers 200 within `deadline`.
-fn check(http: &Http, deadline: Duration) -> Result<(), HealthError> {
-    let address = SocketAddr::new(reachable(http.host), http.port);
-    let tls = http.tls.as_ref().map(|tls| tls_session(&tls.cert, address.ip())).transpose()?;
-    let status_line = ask(address, tls, deadline).map_err(|e| match is_late(&e) {
-        true => HealthError::Timeout(address),
-        false => HealthError::Io(address, e),
-    })?;
+fn check(http: &Http, deadline: Duration) -> Result<(), ClientError> {
+    let server = Client::local(http, None, deadline)?;
+    let request = "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    let (head, _) = server.exchange(request)?;
+    let status_line = head.lines().next().unwrap_or_default();
     let mut words = status_line.split(' ');
     if (words.next(), words.next()) == (Some("HTTP/1.1"), Some("200")) {
         return Ok(());
     }
-    Err(HealthError::Answer(address, status_line))
-}
-
-/// Whoever listens on every address is asked over loopback.
-pub(super) fn reachable(host: IpAddr) -> IpAddr {
-    match host {
-        IpAddr::V4(v4) if v4.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(v6) if v6.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        other => other,
-    }
-}
-
-fn ask(
-    address: SocketAddr,
-    tls: Option<ClientConnection>,
-    deadline: Duration,
-) -> io::Result<String> {
-    let mut socket = TimedSocket::connect(&address.into(), deadline_in(deadline))?;
-    match tls {
-        Some(mut session) => exchange(&mut Stream::new(&mut session, &mut socket)),
-        None => exchange(&mut socket),
-    }
-}
-
-fn exchange(stream: &mut (impl Read + Write)) -> io::Result<String> {
-    stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-    stream.flush()?;
-    // More than a status line is not needed, and whoever sends none in 256 bytes is not our server.
-    let mut line = Vec::new();
-    BufReader::new(stream.take(256)).read_until(b'\n', &mut line)?;
-    Ok(String::from_utf8_lossy(line.trim_ascii_end()).into_owned())
-}
-
-pub(super) fn tls_session(cert: &Path, ip: IpAddr) -> Result<ClientConnection, HealthError> {
-    let unreadable = |why: String| HealthError::Certificate(cert.to_owned(), why);
-    let file = fs::read(cert).map_err(|e| unreadable(e.to_string()))?;
-    let chain = certificates(&file).map_err(unreadable)?;
-    let pinned = chain.into_iter().next().ok_or_else(|| unreadable("it is empty".to_owned()))?;
-    let provider = Arc::new(ring::default_provider());
-    let verifier = Pinned { certificate: pinned, provider: Arc::clone(&provider) };
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(HealthError::Tls)?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_no_client_auth();
-    ClientConnection::new(Arc::new(config), ServerName::from(ip)).map_err(HealthError::Tls)
-}
-
-/// Trusts the one certificate that the server was given, whatever names and dates it has: the
-/// question is whether our server answers, and a certificate past its date does not change that.
-#[derive(Debug)]
-struct Pinned {
-    certificate: CertificateDer<'static>,
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for Pinned {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        if *end_entity == self.certificate {
-            return Ok(ServerCertVerified::assertion());
-        }
-        Err(CertificateError::ApplicationVerificationFailure.into())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
+    Err(ClientError::Answer(server.address, status_line.to_owned()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
+    use std::path::{Path, PathBuf};
+    use std::sync::Arc;
     use std::thread;
 
-    use rustls::pki_types::PrivateKeyDer;
+    use rustls::crypto::ring;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
     use rustls::{ServerConfig, ServerConnection};
 
     use super::*;
@@ -237,7 +97,7 @@ mod tests {
         });
         let before = clock::now().mono_ms;
         let error = check(&http(port, None), Duration::from_millis(50)).unwrap_err();
-        assert!(matches!(error, HealthError::Timeout(_)), "{error}");
+        assert!(matches!(error, ClientError::Timeout(..)), "{error}");
         assert!(clock::now().mono_ms - before < 2000);
     }
 
@@ -247,17 +107,7 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         drop(listener);
         let error = check(&http(port, None), DEADLINE).unwrap_err();
-        assert!(matches!(error, HealthError::Io(..)), "{error}");
-    }
-
-    #[test]
-    fn every_address_means_loopback() {
-        let check = |host: &str, expected: &str| {
-            assert_eq!(reachable(host.parse().unwrap()), expected.parse::<IpAddr>().unwrap());
-        };
-        check("0.0.0.0", "127.0.0.1");
-        check("::", "::1");
-        check("10.0.0.1", "10.0.0.1");
+        assert!(matches!(error, ClientError::Io(..)), "{error}");
     }
 
     /// A certificate for another name, which does not matter, and its key.
@@ -302,7 +152,7 @@ mod tests {
         assert!(error.to_string().contains("certificate"), "{error}");
         let missing = TlsFiles { cert: dir.join("none"), key: PathBuf::new() };
         let error = check(&http(1, Some(missing)), DEADLINE).unwrap_err();
-        assert!(matches!(error, HealthError::Certificate(..)), "{error}");
+        assert!(matches!(error, ClientError::Certificate(..)), "{error}");
         std::fs::remove_dir_all(dir).unwrap();
     }
 }

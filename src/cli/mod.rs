@@ -2,6 +2,7 @@
 
 mod args;
 mod check_config;
+mod client;
 mod device;
 mod healthcheck;
 mod serve;

@@ -12,7 +12,7 @@ pub(super) fn run(given: &Given) -> ExitCode {
         Ok(loaded) => loaded,
         Err(e) => return fail(BAD_CONFIG, e),
     };
-    if let Err(e) = logging::init(&config.log, |name| environment.get(name)) {
+    if let Err(e) = logging::init(&config.log, environment.get("JOURNAL_STREAM").as_deref()) {
         return fail(FAILED, e);
     }
     config.warnings.iter().for_each(|warning| log::warn!("{warning}"));

@@ -22,7 +22,6 @@ const OTHERS: &[&str] = &[
     "CRL",
     "NOPERM",
     "NOTIFY_SOCKET",
-    "NO_COLOR",
     "OOM",
     "READONLY",
     "REDIS_CLUSTER",

@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         filter: std::env::var("RUST_LOG").ok(),
         format: LogFormat::Text,
     };
-    logging::init(&log, |name| std::env::var_os(name))?;
+    logging::init(&log, std::env::var_os("JOURNAL_STREAM").as_deref())?;
     let lanes: usize = std::env::args().nth(1).map_or(Ok(1), |n| n.parse())?;
     let port: u16 = std::env::args().nth(2).map_or(Ok(19102), |n| n.parse())?;
     thread::spawn(move || bare(port + 1));

@@ -1,0 +1,226 @@
+//! The HTTP client of the commands: one request over a connection of its own, under one deadline, so
+//! that a server that hangs is found out as surely as one that is gone.
+
+use std::fmt;
+use std::io::{self, BufRead as _, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::client::WantsClientCert;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{
+    CertificateError, ClientConfig, ClientConnection, ConfigBuilder, DigitallySignedStruct,
+    RootCertStore, SignatureScheme, Stream, WantsVerifier,
+};
+
+use super::read_file;
+use crate::config::{Http, certificates};
+use crate::socket::{TimedSocket, deadline_in, is_late};
+
+/// The largest answer: a page of the list of devices is a quarter of it.
+const MAX_ANSWER_BYTES: u64 = 4 << 20;
+
+/// Why there is no answer that counts.
+#[derive(Debug)]
+pub(super) enum ClientError {
+    /// A file of certificates cannot be used.
+    Certificate(PathBuf, String),
+    /// TLS could not be set up.
+    Tls(rustls::Error),
+    /// No connection, or it broke before the end of the answer.
+    Io(SocketAddr, io::Error),
+    /// It was not there in time.
+    Timeout(SocketAddr, Duration),
+    /// It is not the one that was wanted.
+    Answer(SocketAddr, String),
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ClientError::Certificate(path, why) => write!(f, "{}: {why}", path.display()),
+            ClientError::Tls(e) => write!(f, "TLS cannot be set up: {e}"),
+            ClientError::Io(address, e) => write!(f, "{address} does not serve: {e}"),
+            ClientError::Timeout(address, limit) => {
+                write!(f, "{address} does not answer within {} s", limit.as_secs())
+            }
+            ClientError::Answer(address, line) => {
+                write!(f, "{address} is not well, it answers {line:?}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for ClientError {}
+
+/// What is asked.
+pub(super) struct Client {
+    pub address: SocketAddr,
+    /// Whose certificates are trusted, and the name that is looked for in one.
+    pub tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
+    /// How long one request may take.
+    pub deadline: Duration,
+}
+
+impl Client {
+    /// The service on this machine as `http` configures it. Over HTTPS its own certificate is trusted
+    /// and none else, or those by `ca`.
+    pub fn local(http: &Http, ca: Option<&Path>, deadline: Duration) -> Result<Self, ClientError> {
+        let address = SocketAddr::new(reachable(http.host), http.port);
+        let config = http.tls.as_ref().map(|own| match ca {
+            Some(ca) => by_ca(ca),
+            None => pinned(&own.cert),
+        });
+        let name = ServerName::from(address.ip());
+        let tls = config.transpose()?.map(|config| (config, name));
+        Ok(Client { address, tls, deadline })
+    }
+
+    /// Sends a whole request; gives the head and the body of the answer.
+    pub fn exchange(&self, request: &str) -> Result<(String, String), ClientError> {
+        let session = self.tls.as_ref().map(|(config, name)| {
+            ClientConnection::new(Arc::clone(config), name.clone()).map_err(ClientError::Tls)
+        });
+        let mut session = session.transpose()?;
+        let connect = TimedSocket::connect(&self.address.into(), deadline_in(self.deadline));
+        let answer = connect.and_then(|mut socket| match &mut session {
+            Some(session) => talk(&mut Stream::new(session, &mut socket), request),
+            None => talk(&mut socket, request),
+        });
+        answer.map_err(|e| match is_late(&e) {
+            true => ClientError::Timeout(self.address, self.deadline),
+            false => ClientError::Io(self.address, e),
+        })
+    }
+}
+
+/// Whoever listens on every address is asked over loopback.
+fn reachable(host: IpAddr) -> IpAddr {
+    match host {
+        IpAddr::V4(v4) if v4.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(v6) if v6.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        other => other,
+    }
+}
+
+fn talk(stream: &mut (impl Read + Write), request: &str) -> io::Result<(String, String)> {
+    stream.write_all(request.as_bytes())?;
+    stream.flush()?;
+    let mut reader = BufReader::new(stream.take(MAX_ANSWER_BYTES));
+    let mut head = Vec::new();
+    while reader.read_until(b'\n', &mut head)? > 2 {}
+    let head = String::from_utf8_lossy(&head).into_owned();
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
+    });
+    let mut body = Vec::new();
+    let length: u64 = length.unwrap_or(0);
+    if reader.take(length).read_to_end(&mut body)? as u64 != length {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok((head, String::from_utf8_lossy(&body).into_owned()))
+}
+
+/// Trusts certificates by the CAs of this file.
+pub(super) fn by_ca(path: &Path) -> Result<Arc<ClientConfig>, ClientError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates_of(path)? {
+        let wrong = |e: rustls::Error| ClientError::Certificate(path.to_owned(), e.to_string());
+        roots.add(certificate).map_err(wrong)?;
+    }
+    config(|builder, _| builder.with_root_certificates(roots))
+}
+
+/// Trusts the first certificate of this file.
+fn pinned(path: &Path) -> Result<Arc<ClientConfig>, ClientError> {
+    let certificate = certificates_of(path)?.swap_remove(0);
+    config(|builder, provider| {
+        let verifier = Pinned { certificate, provider };
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
+    })
+}
+
+/// The certificates of a file, at least one.
+fn certificates_of(path: &Path) -> Result<Vec<CertificateDer<'static>>, ClientError> {
+    let unreadable = |why| ClientError::Certificate(path.to_owned(), why);
+    let file = read_file(path).map_err(|e| unreadable(e.to_string()))?;
+    certificates(&file).map_err(unreadable)
+}
+
+type Builder<State> = ConfigBuilder<ClientConfig, State>;
+
+fn config(
+    trusting: impl FnOnce(Builder<WantsVerifier>, Arc<CryptoProvider>) -> Builder<WantsClientCert>,
+) -> Result<Arc<ClientConfig>, ClientError> {
+    let provider = Arc::new(ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .map_err(ClientError::Tls)?;
+    Ok(Arc::new(trusting(builder, provider).with_no_client_auth()))
+}
+
+/// Trusts the one certificate that the server was given, whatever names and dates it has: the
+/// question is whether our server answers, and a certificate past its date does not change that.
+#[derive(Debug)]
+struct Pinned {
+    certificate: CertificateDer<'static>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if *end_entity == self.certificate {
+            return Ok(ServerCertVerified::assertion());
+        }
+        Err(CertificateError::ApplicationVerificationFailure.into())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_address_means_loopback() {
+        let check = |host: &str, expected: &str| {
+            assert_eq!(reachable(host.parse().unwrap()), expected.parse::<IpAddr>().unwrap());
+        };
+        check("0.0.0.0", "127.0.0.1");
+        check("::", "::1");
+        check("10.0.0.1", "10.0.0.1");
+    }
+}
