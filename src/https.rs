@@ -103,7 +103,7 @@ impl Https {
 
     fn due(&self, files: &TlsFiles, ca: &Ca, issuer: &Issuer, now: Now) -> Option<Work> {
         let der = self.shown.as_ref().and_then(|shown| shown.cert.first());
-        let old = der.and_then(|der| Server::read(der, issuer));
+        let old = self.ours(issuer);
         let Some(given) = &self.auto else {
             // Whoever has put another one there has not told us of it yet.
             let is_there =
@@ -116,9 +116,8 @@ impl Https {
         let Some(old) = old.filter(|old| !ca.record().is_revoked(&old.serial)) else {
             return Some(Work::Make(wanted));
         };
-        let life_s = server::default_life_s();
         if old.is_due(issuer, now) {
-            return Some(Work::Renew(Box::new(old), wanted, life_s));
+            return Some(Work::Renew(Box::new(old), wanted, server::LIFE_S));
         }
         let gone: Vec<&String> = old.names.iter().filter(|name| !wanted.contains(name)).collect();
         let is_complete = wanted.iter().all(|name| old.names.contains(name));
@@ -127,12 +126,16 @@ impl Https {
         }
         let kept = gone.into_iter().filter(|_| given.is_empty());
         let names = wanted.iter().chain(kept).take(NAMES_MAX).cloned().collect();
-        Some(Work::Renew(Box::new(old), names, life_s))
+        Some(Work::Renew(Box::new(old), names, server::LIFE_S))
+    }
+
+    /// What is shown, if this CA has signed it.
+    fn ours(&self, issuer: &Issuer) -> Option<Server> {
+        Server::read(self.shown.as_ref()?.cert.first()?, issuer)
     }
 
     fn say(&self, issuer: &Issuer) {
-        let der = self.shown.as_ref().and_then(|shown| shown.cert.first());
-        if let Some(server) = der.and_then(|der| Server::read(der, issuer)) {
+        if let Some(server) = self.ours(issuer) {
             let end = clock::rfc3339(server.not_after.saturating_mul(1000));
             log::info!("our TLS certificate is new, until {end}, for {}", server.names.join(", "));
         }
@@ -146,7 +149,7 @@ impl Work {
                 if let Some(folder) = files.cert.parent() {
                     files::make_dir(folder, 0o755)?;
                 }
-                server::make(ca, &names, server::default_life_s(), files, now)
+                server::make(ca, &names, server::LIFE_S, files, now)
             }
             Work::Renew(old, names, life_s) => server::renew(ca, &old, &names, life_s, files, now),
         }

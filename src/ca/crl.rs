@@ -20,9 +20,7 @@ use crate::files;
 use crate::pem;
 use crate::serial::Serial;
 
-/// The list in the CA's folder.
 pub const FILE: &str = "crl.pem";
-/// How long a list is valid.
 const LIFETIME_S: u64 = 7 * 86_400;
 /// The identifier of the extension that tells the reason (RFC 5280, 5.3.1), in DER.
 const REASON_CODE: &[u8] = &[0x06, 0x03, 0x55, 0x1d, 0x15];
@@ -32,9 +30,7 @@ const RENEWED_AFTER_S: u64 = 86_400;
 /// A signed list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Crl {
-    /// In PEM.
     pub pem: String,
-    /// In DER.
     pub der: Vec<u8>,
     /// Its number, which only grows.
     pub number: u64,

@@ -3,73 +3,39 @@
 //! The edge has seen that the client holds the certificate's key, and nothing else. Whether the
 //! certificate means anything is judged here, so that each refusal has a name.
 
-use std::fmt;
-
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
 use super::Ca;
 use super::record::Certificate;
-use crate::clock::Now;
+use crate::clock::{DAY_S, Now};
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 
-const DAY_S: u64 = 86_400;
-
-/// Why a certificate does not say who the client is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IdentityError {
-    /// It was not issued to a device by this CA; why.
-    NotOurs(&'static str),
-    /// Its time is over.
-    Expired,
-    /// It is revoked.
-    Revoked,
+/// Why the client is nobody: it was not issued to a device by this CA.
+pub fn not_ours(why: &str) -> Problem {
+    Problem::from(Code::ClientCertificateInvalid).log(format!("client certificate: {why}"))
 }
 
-impl fmt::Display for IdentityError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            IdentityError::NotOurs(why) => write!(f, "client certificate: {why}"),
-            IdentityError::Expired => f.write_str("client certificate has expired"),
-            IdentityError::Revoked => f.write_str("client certificate is revoked"),
-        }
-    }
-}
-
-impl std::error::Error for IdentityError {}
-
-impl From<IdentityError> for Problem {
-    fn from(error: IdentityError) -> Self {
-        let code = match error {
-            IdentityError::NotOurs(_) => Code::ClientCertificateInvalid,
-            IdentityError::Expired => Code::ClientCertificateExpired,
-            IdentityError::Revoked => Code::ClientCertificateRevoked,
-        };
-        Problem::from(code).log(error)
-    }
+/// The same, if it is revoked.
+pub fn revoked() -> Problem {
+    Problem::from(Code::ClientCertificateRevoked).log("client certificate is revoked")
 }
 
 impl Ca {
     /// The record of the certificate that a client showed, if it is one of ours, is not revoked,
     /// and has not ended more than `late_days` ago. That it is not ours comes first, since only of
     /// our own can the rest be known; then that it is revoked, which is for good.
-    pub fn identify(
-        &self,
-        der: &[u8],
-        late_days: u32,
-        now: Now,
-    ) -> Result<Certificate, IdentityError> {
-        let not_ours = IdentityError::NotOurs;
+    pub fn identify(&self, der: &[u8], late_days: u32, now: Now) -> Result<Certificate, Problem> {
         let (rest, certificate) =
             X509Certificate::from_der(der).map_err(|_| not_ours("cannot be read"))?;
-        let issuer = self.issuer().ok_or(not_ours("there is no CA yet"))?;
+        let issuer = self.issuer().ok_or_else(|| not_ours("there is no CA yet"))?;
         if !rest.is_empty() || !issuer.has_signed(&certificate) {
             return Err(not_ours("signed by another CA"));
         }
         let serial = Serial::from_der(certificate.raw_serial());
         let certificate = serial.and_then(|serial| self.record().by_serial(&serial));
-        let certificate = certificate.ok_or(not_ours("not in the record of devices"))?;
+        let certificate = certificate.ok_or_else(|| not_ours("not in the record of devices"))?;
         self.still_counts(&certificate, late_days, now)?;
         Ok(certificate)
     }
@@ -81,14 +47,19 @@ impl Ca {
         certificate: &Certificate,
         late_days: u32,
         now: Now,
-    ) -> Result<(), IdentityError> {
+    ) -> Result<(), Problem> {
         let newest = self.record().newest(&certificate.device);
         if newest.as_ref().is_none_or(|newest| newest.revoked_at.is_some())
             || certificate.revoked_at.is_some()
         {
-            return Err(IdentityError::Revoked);
+            return Err(revoked());
         }
         let last = certificate.expires_at.saturating_add(u64::from(late_days) * DAY_S);
-        if now.unix_s() > last { Err(IdentityError::Expired) } else { Ok(()) }
+        let expired = Problem::from(Code::ClientCertificateExpired);
+        if now.unix_s() > last {
+            Err(expired.log("client certificate has expired"))
+        } else {
+            Ok(())
+        }
     }
 }

@@ -69,17 +69,6 @@ pub struct Leaf {
 }
 
 impl Leaf {
-    /// Reads one that was signed before.
-    pub(super) fn read(pem: String, device: DeviceId) -> Option<Self> {
-        let [block] = <[_; 1]>::try_from(pem::blocks(&pem)?).ok()?;
-        let (_, parsed) = X509Certificate::from_der(&block.der).ok()?;
-        let (not_before, not_after) = super::validity_of(&parsed);
-        let serial = Serial::from_der(parsed.raw_serial())?;
-        let fingerprint = fingerprint(&block.der);
-        let der = block.der;
-        Some(Leaf { pem, der, serial, device, not_before, not_after, fingerprint })
-    }
-
     /// Whether it certifies this key.
     pub(super) fn is_for(&self, key: &PublicKey) -> bool {
         let parsed = X509Certificate::from_der(&self.der);

@@ -75,20 +75,15 @@ impl KeyError {
 /// A family of keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// ECDSA on P-256.
     P256,
-    /// ECDSA on P-384.
     P384,
-    /// Ed25519.
     Ed25519,
-    /// RSA, 2048 to 4096 bits.
     Rsa,
 }
 
 /// A public key of a supported kind, as a certificate carries it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublicKey {
-    /// Its family.
     pub kind: Kind,
     bytes: Vec<u8>,
 }

@@ -6,24 +6,24 @@
 //! A clock that is not set decides nothing. So a CA is loaded at start, but made or judged by its
 //! dates only once the clock is plausible: [`Ca::settle`] is asked again until then.
 
-pub mod crl;
+pub(crate) mod crl;
 pub mod csr;
 mod der;
-pub mod hook;
-pub mod identity;
+pub(crate) mod hook;
+pub(crate) mod identity;
 pub mod issuer;
 mod key;
 #[cfg(test)]
 mod openssl;
 pub mod pkcs7;
 pub mod publisher;
-pub mod record;
-pub mod retention;
-pub mod server;
+pub(crate) mod record;
+pub(crate) mod retention;
+pub(crate) mod server;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
@@ -32,6 +32,7 @@ use x509_parser::time::ASN1Time;
 use crate::clock::{self, Now};
 use crate::config;
 use crate::files::{self, FilesError};
+use crate::locks::{locked, reading, writing};
 use crate::problem::{Code, Problem};
 use crl::Crl;
 use issuer::Issuer;
@@ -162,13 +163,9 @@ impl Ca {
         if issuer.is_none() && !record.is_empty() {
             return Err(lost(dir));
         }
-        let loaded = OnceLock::new();
-        if let Some(issuer) = issuer {
-            let _ = loaded.set(issuer); // it is new, so it is empty
-        }
         let ca = Ca {
             settings: settings.clone(),
-            issuer: loaded,
+            issuer: issuer.map_or_else(OnceLock::new, OnceLock::from),
             crl: RwLock::default(),
             making: Mutex::default(),
             record,
@@ -191,7 +188,7 @@ impl Ca {
     }
 
     fn make(&self, now: Now) -> Result<(), CaError> {
-        let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = locked(&self.making);
         if self.issuer.get().is_none() {
             let config::Ca { dir, root_validity_years, device_validity_days } = &self.settings;
             let made = Issuer::make(dir, *root_validity_years, *device_validity_days, now)?;
@@ -204,29 +201,29 @@ impl Ca {
     /// Signs a list of what is revoked now and writes it to `crl.pem`.
     pub fn publish_crl(&self, now: Now) -> Result<Arc<Crl>, CaError> {
         let issuer = self.issuer.get().ok_or(CaError::ClockNotSet)?;
-        let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = locked(&self.making);
         let dir = &self.settings.dir;
         let last = self.crl().map_or_else(|| crl::last_number(dir, issuer), |c| c.number);
         let made = Arc::new(Crl::sign(issuer, &self.record.revoked(now), last, now)?);
         made.write(dir)?;
-        *self.crl.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&made));
+        *writing(&self.crl) = Some(Arc::clone(&made));
         Ok(made)
     }
 
     /// Takes the list in the folder for the one that was published last, if it is still right.
     pub fn find_crl(&self, now: Now) -> Option<Arc<Crl>> {
         let issuer = self.issuer.get()?;
-        let _alone = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = locked(&self.making);
         let found = crl::current(&self.settings.dir, issuer, &self.record.revoked(now), now)?;
         let found = Arc::new(found);
-        *self.crl.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&found));
+        *writing(&self.crl) = Some(Arc::clone(&found));
         Some(found)
     }
 
     /// The list that was published last, by this process or, if it was still right when this one
     /// started, before.
     pub fn crl(&self) -> Option<Arc<Crl>> {
-        self.crl.read().unwrap_or_else(PoisonError::into_inner).clone()
+        reading(&self.crl).clone()
     }
 
     /// The CA that signs, if there is one.

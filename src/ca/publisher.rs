@@ -15,6 +15,7 @@ use super::record::{Certificate, Reason};
 use super::retention::Retention;
 use super::{Ca, CaError, crl, hook};
 use crate::clock::{self, DAY_S, Now};
+use crate::locks::locked;
 use crate::metrics::Metrics;
 use crate::serial::Serial;
 
@@ -99,7 +100,7 @@ impl Publisher {
     /// Publishes what is revoked now; the broker is told soon after. What fails is tried again
     /// without being asked.
     pub fn publish(&self, now: Now) -> Result<Arc<Crl>, CaError> {
-        let _alone = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = locked(&self.publishing);
         let published = self.ca.publish_crl(now);
         let mut state = self.lock();
         match &published {
@@ -370,7 +371,7 @@ impl Publisher {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.state)
     }
 }
 

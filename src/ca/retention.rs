@@ -5,9 +5,10 @@
 //! that others do not agree with.
 
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use crate::clock::{DAY_S, Now};
+use crate::locks::locked;
 
 /// How long the clock must have been steady.
 const STEADY_MS: u64 = DAY_S * 1000;
@@ -62,7 +63,7 @@ impl Retention {
     /// Returns since when the clock was not set, by [`Now::mono_ms`]. To be called whenever it may have
     /// been: a step that is taken back before anybody looks is not seen.
     pub fn look(&self, now: Now) -> u64 {
-        let mut steady = self.steady.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut steady = locked(&self.steady);
         let base_ms = base_ms(now);
         if base_ms.abs_diff(steady.base_ms) > STEP_MS {
             steady.since_ms = now.mono_ms;

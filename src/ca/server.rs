@@ -24,15 +24,14 @@ use crate::serial::Serial;
 
 /// Lifetime: a year and a month, so that a yearly renewal may be late.
 pub const DAYS: u32 = 396;
+pub const LIFE_S: u64 = DAYS as u64 * DAY_S;
 
 /// What is to be known of a server's certificate by this CA.
 #[derive(Clone, Debug)]
 pub struct Server {
-    /// Its serial number.
     pub serial: Serial,
     /// DNS names and IP addresses, its common name first.
     pub names: Vec<String>,
-    /// Its first second, since 1970.
     pub not_before: u64,
     /// Its last.
     pub not_after: u64,
@@ -105,11 +104,6 @@ pub fn renew(
 fn try_folder(file: &Path) -> Result<(), CaError> {
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
     Ok(files::try_writing(folder.unwrap_or(Path::new(".")))?)
-}
-
-/// The lifetime of a new certificate in seconds.
-pub fn default_life_s() -> u64 {
-    u64::from(DAYS) * DAY_S
 }
 
 /// Signs, and leaves the certificate where the service finds it for the record.

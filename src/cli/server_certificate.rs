@@ -50,7 +50,7 @@ fn make(ca: &Issuer, request: &ServerCertificate, to: &TlsFiles) -> Result<(), C
         let why = "exists: --renew DIR renews it, --force overwrites it";
         return Err(CaError::refused(there, why));
     }
-    let life_s = life_s(request).unwrap_or_else(server::default_life_s);
+    let life_s = life_s(request).unwrap_or(server::LIFE_S);
     server::make(ca, &request.names, life_s, to, clock::now())
 }
 

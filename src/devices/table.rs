@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use super::codec;
 use super::file::{self, DevicesFile};
@@ -22,6 +22,7 @@ use super::{Block, Bound, Instance, Row};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::FilesError;
+use crate::locks::{locked, reading, writing};
 
 /// Rows are dropped by a clock that has gone evenly for so long, in milliseconds. One that was set
 /// wrong meanwhile would drop what still matters.
@@ -111,7 +112,7 @@ impl Devices {
     /// How far the device's past is dead, and whether it is blocked.
     pub fn bound(&self, device: &DeviceId) -> (Bound, Block) {
         let heard = locked(&self.heard).get(device).copied().unwrap_or_default();
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = reading(&self.rows);
         let known = rows.get(device.as_str().as_bytes()).map(Packed::bound);
         let (bound, block) = known.unwrap_or_default();
         (Bound { t: bound.t.max(heard.t), ..bound }, block)
@@ -119,14 +120,14 @@ impl Devices {
 
     /// The devices whose bound reaches certificates, each with its `c`.
     pub fn bounds(&self) -> Vec<(DeviceId, u64)> {
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = reading(&self.rows);
         let reaching = rows.iter().map(|row| (row, row.bound().0.c)).filter(|(_, c)| *c > 0);
         reaching.filter_map(|(row, c)| Some((row.device()?, c))).collect()
     }
 
     /// All that is known of the device.
     pub fn row(&self, device: &DeviceId) -> Row {
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = reading(&self.rows);
         rows.get(device.as_str().as_bytes()).map(Packed::unpack).unwrap_or_default().row
     }
 
@@ -159,7 +160,7 @@ impl Devices {
         prefix: &str,
         most: usize,
     ) -> (Vec<(DeviceId, Row)>, Option<DeviceId>) {
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = reading(&self.rows);
         let begin = match after < prefix {
             true => ops::Bound::Included(prefix.as_bytes()),
             false => ops::Bound::Excluded(after.as_bytes()),
@@ -228,7 +229,7 @@ impl Devices {
         let now_s = now.unix_s();
         let recent = |row: &Packed| row.bound().0.is_recent(now_s);
         let ours = |row: &Packed| row.ours() && row.unpack().row.matters(now_s);
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = reading(&self.rows);
         rows.iter().filter(|row| recent(row) || ours(row)).filter_map(Packed::device).collect()
     }
 
@@ -239,7 +240,7 @@ impl Devices {
 
     /// The devices of which something matters.
     pub fn all(&self, now: Now) -> Vec<DeviceId> {
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = reading(&self.rows);
         let matters = |row: &&Packed| row.unpack().row.matters(now.unix_s());
         rows.iter().filter(matters).filter_map(Packed::device).collect()
     }
@@ -249,7 +250,7 @@ impl Devices {
         let lines: String = changes.iter().map(|change| change.lines(self.own, now)).collect();
         let outcome = writer.file.append(&lines).map_err(|error| NotWritten(error.to_string()));
         if outcome.is_ok() {
-            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+            let mut rows = writing(&self.rows);
             for change in &changes {
                 for (device, news) in &change.news {
                     merge_into(&mut rows, device, news.clone(), change.ours);
@@ -271,10 +272,10 @@ impl Devices {
     /// rows, so the lock under which they are read here makes nobody wait.
     fn rewrite(&self, writer: &mut Writer, now: Now) {
         if writer.clock_is_steady(now) {
-            let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
+            let mut rows = writing(&self.rows);
             rows.retain(|row| row.unpack().row.matters(now.unix_s()));
         }
-        let rows = self.rows.read().unwrap_or_else(PoisonError::into_inner);
+        let rows = reading(&self.rows);
         let lines = rows.iter().filter_map(|packed| {
             let Kept { row, ours } = packed.unpack();
             Some(file::lines(&packed.device()?, &row, ours.then_some(self.own), now.unix_ms))
@@ -383,11 +384,6 @@ impl PartialEq for Packed {
 }
 
 impl Eq for Packed {}
-
-/// Locks, also after a panic elsewhere: every critical section here leaves its data whole.
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 #[cfg(test)]
 mod tests {

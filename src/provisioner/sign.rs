@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::batch::{FollowUp, Step, unexpected};
 use super::{Done, Grant, Provisioner, Redeem, Sign, Signed, Used, not_issued, refused};
 use crate::ca::csr::Csr;
-use crate::ca::identity::IdentityError;
+use crate::ca::identity;
 use crate::ca::issuer::Leaf;
 use crate::ca::record::{Certificate, Entries, Origin, RecordError, Redeemed, Renewal, Spent};
 use crate::clock::{self, Now};
@@ -153,14 +153,14 @@ impl Provisioner {
     }
 
     /// It may have been revoked since it was shown; not any more while the record is locked.
-    fn judge_again(&self, shown: &Certificate, now: Now) -> Result<(), IdentityError> {
+    fn judge_again(&self, shown: &Certificate, now: Now) -> Result<(), Problem> {
         let old = self.ca().record().by_serial(&shown.serial);
-        let old = old.ok_or(IdentityError::NotOurs("gone from the record"))?;
+        let old = old.ok_or_else(|| identity::not_ours("gone from the record"))?;
         self.ca().still_counts(&old, self.rules.renew_after_expiry_days, now)?;
         // The bound of a revocation may have been raised whose turn for the record is still to come.
         let bound = self.devices.bound(&old.device).0.c;
         let is_dead = bound > 0 && self.ca().record().paid(&old.serial) <= bound;
-        if is_dead { Err(IdentityError::Revoked) } else { Ok(()) }
+        if is_dead { Err(identity::revoked()) } else { Ok(()) }
     }
     fn recorded(
         &self,

@@ -8,7 +8,6 @@ use crate::store::StoreError;
 /// What stands in Redis under a place of its own.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Name {
-    /// A certificate.
     Certificate(Serial),
     /// That a certificate is revoked.
     Revocation(Serial),

@@ -9,7 +9,7 @@ use super::exchange::{Exchange, Name, Place};
 use super::out::to_put;
 use super::thread::{BATCH, Progress, Thread};
 use crate::ca::record::Spent;
-use crate::ca::record::merge::{Judge, Merged, Twice};
+use crate::ca::record::merge::{Judge, Merged};
 use crate::clock;
 use crate::config::Reenroll;
 use crate::device::DeviceId;
@@ -185,7 +185,7 @@ impl<E: Exchange> Thread<E> {
             let claims = Claims { device_id: device, iat: token.iat, exp: token.exp, jti: None };
             self.parts.ledger.load(token.hash, serial, claims, now);
         }
-        for Twice { token, serials: [one, other] } in twice {
+        for (token, [one, other]) in twice {
             let token = token.short();
             log::error!(
                 event = "token_redeemed_twice", serial = format!("{one},{other}");

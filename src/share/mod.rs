@@ -15,8 +15,8 @@ mod codec;
 mod exchange;
 mod inward;
 mod out;
-pub mod redis;
-pub mod thread;
+pub(crate) mod redis;
+pub(crate) mod thread;
 mod whole;
 
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -26,6 +26,7 @@ use std::time::Duration;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::Token;
+use crate::locks::locked;
 use crate::serial::Serial;
 use crate::store::StoreError;
 
@@ -204,7 +205,7 @@ impl Sharing {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.state)
     }
 }
 

@@ -36,7 +36,6 @@ pub struct Parts<E> {
     pub sharing: Arc<Sharing>,
     /// Has the record, and publishes what is revoked.
     pub publisher: Arc<Publisher>,
-    /// The rows.
     pub devices: Arc<Devices>,
     /// Frees the leases of tokens that are used up.
     pub store: Arc<dyn TokenStore>,
@@ -48,7 +47,6 @@ pub struct Parts<E> {
     pub reenroll: Reenroll,
 }
 
-/// The thread.
 pub struct Thread<E> {
     pub(super) parts: Parts<E>,
     pub(super) progress: Progress,

@@ -11,13 +11,14 @@ pub mod memory;
 pub mod redis;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::{Bound, Row};
 use crate::jwt::{Claims, Signer, Token, TokenHash};
+pub(crate) use crate::locks::locked;
 use crate::serial::Serial;
 use crate::subscriber::Subscriber;
 
@@ -333,9 +334,4 @@ pub trait TokenStore: Send + Sync {
 
     /// Which store answers.
     fn status(&self) -> Status;
-}
-
-/// Locks, also after a panic elsewhere: every critical section here leaves its data whole.
-pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -63,7 +63,10 @@ pub(super) fn read_index(bytes: &[u8]) -> Result<Index, (usize, &'static str)> {
             break;
         }
         match read.map_err(|why| (number, why))? {
-            Line::Row(row) => index.rows.accept(&row).map_err(|why| (number, why))?,
+            Line::Row(row) => {
+                let twice = (number, "the serial number stands twice");
+                index.rows.insert(&row).map(drop).ok_or(twice)?;
+            }
             Line::Foretold(serial, revoked) if index.rows.by_serial(&serial).is_none() => {
                 index.rows.foretell(serial, revoked);
             }
@@ -325,7 +328,7 @@ mod tests {
             reason: Reason::Unspecified,
         });
         assert_eq!(rows.revoked(now), expected);
-        assert!(rows.accept(&Row::new(serial("007fff"), device("d"), 1)).is_err(), "twice");
+        assert!(rows.insert(&Row::new(serial("007fff"), device("d"), 1)).is_none(), "twice");
 
         let mut copy = Vec::new();
         let revoked = |hex| (serial(hex), Change::Revoked((at, Reason::Unspecified)));

@@ -25,13 +25,11 @@ use crate::serial::Serial;
 /// A certificate as instances exchange it. Times are in seconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shared {
-    /// Its serial number.
     pub serial: Serial,
     /// When what paid for it came to be.
     pub paid: u64,
     /// The hash of the token that it was signed for, and when that ends.
     pub token: Option<(TokenHash, u64)>,
-    /// The certificate.
     pub der: Vec<u8>,
 }
 
@@ -45,7 +43,6 @@ pub struct Judge<'a> {
     pub bound: &'a dyn Fn(&DeviceId) -> u64,
     /// What has ended before this second is not entered; 0 enters all.
     pub ended_before: u64,
-    /// The time.
     pub now: Now,
 }
 
@@ -62,18 +59,9 @@ pub struct Merged {
     /// The tokens of the new certificates, which count as used.
     pub spent: Vec<Spent>,
     /// Tokens that paid for two certificates, the one that was known first.
-    pub twice: Vec<Twice>,
+    pub twice: Vec<(TokenHash, [Serial; 2])>,
     /// Devices with more than one active certificate, the newest of which a token has paid for.
     pub both_active: Vec<(DeviceId, Vec<Serial>)>,
-}
-
-/// A token that paid for two certificates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Twice {
-    /// The token.
-    pub token: TokenHash,
-    /// The two.
-    pub serials: [Serial; 2],
 }
 
 /// A certificate that is to be entered.
@@ -95,7 +83,7 @@ pub(super) struct Plan {
     pub(super) revoked: BTreeMap<Serial, Revoked>,
     /// Of what is not here.
     pub(super) foretold: BTreeMap<Serial, Revoked>,
-    pub(super) twice: Vec<Twice>,
+    pub(super) twice: Vec<(TokenHash, [Serial; 2])>,
 }
 
 impl Plan {
@@ -130,7 +118,6 @@ impl Incoming {
         self.origin.and_then(Origin::token)
     }
 
-    /// The certificate that it renews.
     pub(super) fn renews(&self) -> Option<Serial> {
         self.origin.and_then(Origin::renews)
     }
@@ -151,7 +138,6 @@ pub(super) fn killed_by(bound: u64, paid: u64) -> Option<Revoked> {
     is_dead.then(|| (bound.saturating_sub(CLOCKS_APART_S).max(1), Reason::Unspecified))
 }
 
-/// The earlier of two.
 fn earlier(one: Option<Revoked>, other: Option<Revoked>) -> Option<Revoked> {
     one.into_iter().chain(other).min()
 }
@@ -203,19 +189,19 @@ impl Rows {
         self.of_device(device).take_while(is_newer).count() as u32
     }
 
-    fn other_of_token(&self, new: &Incoming, plan: &Plan) -> Option<Twice> {
+    fn other_of_token(&self, new: &Incoming, plan: &Plan) -> Option<(TokenHash, [Serial; 2])> {
         let token = new.token()?.hash;
         let same = |other: &&Incoming| other.token().is_some_and(|other| other.hash == token);
         let known = self.redeemed_for(&token).map(|slot| slot.serial);
         let other = known.or_else(|| Some(plan.added.iter().find(same)?.row.serial))?;
-        Some(Twice { token, serials: [other, new.row.serial] })
+        Some((token, [other, new.row.serial]))
     }
 
     /// Enters what was worked out.
     pub(super) fn apply(&mut self, plan: &Plan) {
         for new in &plan.added {
             let at = self.insert(&new.row);
-            new.token().iter().for_each(|token| self.add_token(token, at));
+            at.zip(new.token()).iter().for_each(|(at, token)| self.add_token(token, *at));
         }
         plan.revoked.iter().for_each(|(serial, revoked)| self.set_revoked(serial, *revoked));
         plan.foretold.iter().for_each(|(serial, revoked)| self.foretell(*serial, *revoked));
@@ -723,7 +709,7 @@ mod tests {
         assert!(first.twice.is_empty() && first.both_active.is_empty());
         let second = merge(&leaves[1]);
         let serials = [leaves[0].serial, leaves[1].serial];
-        assert_eq!(second.twice, [Twice { token: spent.hash, serials }]);
+        assert_eq!(second.twice, [(spent.hash, serials)]);
         let [(device, mut active)] = <[_; 1]>::try_from(second.both_active).unwrap();
         active.sort();
         let mut expected = serials.to_vec();

@@ -21,17 +21,18 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
-use super::issuer::{self, BACKDATE_S, Issuer};
+use super::issuer::{self, BACKDATE_S, Issuer, Leaf};
 use super::validity_of;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::{self, FilesError};
 use crate::jwt::TokenHash;
+use crate::locks::{locked, reading, writing};
 use crate::pem;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
@@ -265,6 +266,15 @@ impl Stored {
     /// signed.
     pub fn paid(&self) -> u64 {
         self.origin.and_then(Origin::paid).unwrap_or(self.created_at)
+    }
+}
+
+impl Stored {
+    /// The same as it was when it was signed.
+    fn leaf(self, device: DeviceId, slot: &Slot) -> Leaf {
+        let Stored { pem, der, fingerprint, created_at, .. } = self;
+        let (serial, not_before) = (slot.serial, created_at.saturating_sub(BACKDATE_S));
+        Leaf { pem, der, serial, device, not_before, not_after: slot.expires_at, fingerprint }
     }
 }
 
@@ -623,17 +633,16 @@ impl Record {
         self.dir.join(CERTS).join(format!("{serial:X}.pem"))
     }
 
-    // A panic cannot leave the rows half changed in a way that matters, so poison is ignored.
     fn read(&self) -> RwLockReadGuard<'_, Rows> {
-        self.rows.read().unwrap_or_else(PoisonError::into_inner)
+        reading(&self.rows)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Rows> {
-        self.rows.write().unwrap_or_else(PoisonError::into_inner)
+        writing(&self.rows)
     }
 
     fn lock_writer(&self) -> MutexGuard<'_, Writer> {
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.writer)
     }
 }
 

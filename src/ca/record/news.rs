@@ -6,9 +6,10 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use super::Record;
+use crate::locks::locked;
 use crate::serial::Serial;
 
 /// The most that the list holds: one serial number takes 21 bytes.
@@ -37,13 +38,13 @@ struct List {
 
 impl fmt::Debug for News {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "News({})", self.lock().untold.len())
+        write!(f, "News({})", locked(&self.list).untold.len())
     }
 }
 
 impl News {
     pub(super) fn add(&self, news: impl IntoIterator<Item = Untold>) {
-        let mut list = self.lock();
+        let mut list = locked(&self.list);
         let before = list.untold.len();
         for untold in news {
             if list.untold.len() < MOST {
@@ -58,22 +59,18 @@ impl News {
             wake();
         }
     }
-
-    fn lock(&self) -> MutexGuard<'_, List> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Record {
     /// The first of what is to be told, at most so many, in the order in which it was recorded. After
     /// a start that is what was recorded in the last day.
     pub fn untold(&self, most: usize) -> Vec<Untold> {
-        self.news.lock().untold.iter().take(most).copied().collect()
+        locked(&self.news.list).untold.iter().take(most).copied().collect()
     }
 
     /// The first so many of them were told.
     pub fn told(&self, count: usize) {
-        let mut list = self.news.lock();
+        let mut list = locked(&self.news.list);
         let count = count.min(list.untold.len());
         list.untold.drain(..count);
     }
@@ -81,7 +78,7 @@ impl Record {
     /// Returns once whether something is missing in the list, because it was full: then the whole record
     /// has to be compared.
     pub fn news_overflowed(&self) -> bool {
-        std::mem::take(&mut self.news.lock().overflowed)
+        std::mem::take(&mut locked(&self.news.list).overflowed)
     }
 
     /// Has `wake` called whenever there is something to tell. It is called by whoever records, so it

@@ -27,7 +27,6 @@ const CROWDED: usize = 1024;
 /// What a device that asks for a renewal gets.
 #[derive(Debug)]
 pub enum Renewal {
-    /// A certificate.
     New,
     /// The one that was signed for the same key when it last asked.
     Again(Box<Leaf>),
@@ -80,7 +79,7 @@ impl Record {
         active.iter().find_map(|slot| {
             let stored = self.stored_at(slot).ok()?;
             stored.origin.filter(|origin| was_for(*origin))?;
-            Leaf::read(stored.pem, device.clone()).filter(|leaf| leaf.is_for(key))
+            Some(stored.leaf(device.clone(), slot)).filter(|leaf| leaf.is_for(key))
         })
     }
 }

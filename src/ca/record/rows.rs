@@ -274,21 +274,8 @@ impl Rows {
         self.tokens.iter().filter_map(spent).collect()
     }
 
-    /// Adds a row that is read, unless there is one of its serial number.
-    pub(super) fn accept(&mut self, row: &Row) -> Result<(), &'static str> {
-        match self.add(row) {
-            (_, None) => Ok(()),
-            (_, Some(_)) => Err("the serial number stands twice"),
-        }
-    }
-
-    /// Adds a row, and returns where it is.
-    pub(super) fn insert(&mut self, row: &Row) -> u32 {
-        self.add(row).0
-    }
-
-    /// Adds a row. Returns where it is, and where one of the same serial number was found.
-    fn add(&mut self, row: &Row) -> (u32, Option<u32>) {
+    /// Adds a row, and returns where it is; nothing where one of the same serial number was there.
+    pub(super) fn insert(&mut self, row: &Row) -> Option<u32> {
         let at = self.list.len() as u32;
         let (revoked_at, reason) = row.revoked.unwrap_or((0, Reason::Unspecified));
         self.foretold.remove(&row.serial);
@@ -299,14 +286,17 @@ impl Rows {
         let Row { serial, expires_at, place, .. } = *row;
         let (list, hash) = (&self.list, self.hash(&serial));
         let is = |at: u32| list.get(at as usize).is_some_and(|slot| slot.serial == serial);
-        let twin = self.by_serial.put(hash, at, is);
+        if let Some(twin) = self.by_serial.put(hash, at, is) {
+            self.by_serial.put(hash, twin, |found| found == at);
+            return None;
+        }
         let mut slot =
             Slot { serial, expires_at, revoked_at, reason, place, name: NONE, older: NONE };
         if let Some(device) = &row.device {
             (slot.name, slot.older) = self.chain(device.as_str().as_bytes(), at, row.newer);
         }
         self.list.push(slot);
-        (at, twin)
+        Some(at)
     }
 
     /// Puts the row at `at` below `newer` of the device's rows. Returns where its name is, and the

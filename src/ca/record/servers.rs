@@ -7,7 +7,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use super::index::Change;
 use super::rows::{Place, Row};
@@ -16,6 +16,7 @@ use crate::ca::issuer::{Issuer, ServerCertificate};
 use crate::ca::server::Server;
 use crate::clock::Now;
 use crate::files;
+use crate::locks::locked;
 use crate::serial::Serial;
 
 /// What the file of a server's certificate begins with.
@@ -88,7 +89,7 @@ impl Record {
             rows.insert(row);
         }
         drop(rows);
-        self.servers.lock().extend(found.iter().cloned());
+        locked(&self.servers.list).extend(found.iter().cloned());
         for server in &found {
             let (serial, server) = (server.serial, name(server));
             log::info!(serial:%; "certificate {serial} of the server {server} is entered");
@@ -103,7 +104,8 @@ impl Record {
         let servers = rows.all().filter(|slot| slot.place == Place::Server).map(|s| s.serial);
         let serials: Vec<Serial> = servers.collect();
         drop(rows);
-        self.servers.lock().extend(serials.iter().filter_map(|serial| self.server_at(serial, ca)));
+        locked(&self.servers.list)
+            .extend(serials.iter().filter_map(|serial| self.server_at(serial, ca)));
     }
 
     /// What lies in the file of this serial number, if that is a server's certificate by this CA.
@@ -116,7 +118,7 @@ impl Record {
 
     /// Whether this is the certificate of a server of this name.
     pub fn is_of_server(&self, serial: &Serial, of: &str) -> bool {
-        let known = self.servers.lock().iter().any(|s| s.serial == *serial && name(s) == of);
+        let known = locked(&self.servers.list).iter().any(|s| s.serial == *serial && name(s) == of);
         known && self.read().by_serial(serial).is_some()
     }
 
@@ -127,7 +129,7 @@ impl Record {
 
     /// What is to be said of servers' certificates that end soon and that no later one replaces.
     pub fn ending_servers(&self, now: Now) -> Vec<String> {
-        let servers = self.servers.lock();
+        let servers = locked(&self.servers.list);
         let counts: Vec<&Server> = servers.iter().filter(|s| !self.is_revoked(&s.serial)).collect();
         let is_replaced = |old: &Server| {
             let has_all = |s: &Server| old.names.iter().all(|name| s.names.contains(name));
@@ -146,7 +148,7 @@ impl Servers {
     fn may_have_come(&self, certs: &Path) -> bool {
         let folder = fs::metadata(certs).ok();
         let changed = folder.map(|folder| (folder.mtime(), folder.mtime_nsec()));
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = locked(&self.seen);
         let is_settled = changed.is_some() && *seen == [changed; 2];
         let [_, last] = *seen;
         *seen = [last, changed];
@@ -154,11 +156,7 @@ impl Servers {
     }
 
     fn look_again(&self) {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = [None; 2];
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Server>> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+        *locked(&self.seen) = [None; 2];
     }
 }
 

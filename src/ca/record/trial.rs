@@ -6,10 +6,11 @@
 
 use std::fs::OpenOptions;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use super::{CERTS, INDEX, Record, RecordError, repair};
 use crate::files;
+use crate::locks::locked;
 
 /// Why the record cannot be written; nothing if the last attempt worked.
 #[derive(Debug, Default)]
@@ -18,7 +19,7 @@ pub(super) struct Trial(Mutex<Option<String>>);
 impl Trial {
     /// Remembers the outcome of an attempt to write, and passes it on.
     pub(super) fn note(&self, outcome: Result<(), RecordError>) -> Result<(), RecordError> {
-        let mut trouble = self.lock();
+        let mut trouble = locked(&self.0);
         match (&outcome, trouble.is_some()) {
             (Ok(()), true) => log::info!("the record of certificates can be written again"),
             (Err(error), false) => {
@@ -28,10 +29,6 @@ impl Trial {
         }
         *trouble = outcome.as_ref().err().map(ToString::to_string);
         outcome
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -46,7 +43,7 @@ impl Record {
 
     /// Why the record cannot be written, as far as the last attempt tells.
     pub fn trouble(&self) -> Option<String> {
-        self.trial.lock().clone()
+        locked(&self.trial.0).clone()
     }
 
     /// Finds out whether the record can be written: tries a file where certificates go and one beside
