@@ -4,7 +4,7 @@
 # usage: scripts/bench.sh [--quick | --rounds N] [--no-build] [--out DIR]
 #
 #   --quick      one short round, to see that everything runs; the figures mean nothing
-#   --rounds N   this many rounds, a minute each; else 5
+#   --rounds N   this many rounds, two minutes each; else 5
 #   --no-build   measure the programs that are there
 #   --out DIR    write there instead of docs/
 #
@@ -57,5 +57,5 @@ exec python3 tools/measure.py \
     --program "${MPL_BIN:-$build/release/mqtt-publisher-lite}" \
     --unbatched "${MPL_UNBATCHED:-}" \
     --tools "$build/release" \
-    --peer "$build/peer/release/peer" \
+    --peers "$build/peer/release" \
     --out "$out" --rounds "$rounds" $quick

@@ -4,6 +4,10 @@
 //! their certificates, with requests for P-256 certificates that are prepared before the clock
 //! starts, and prints flows per second and the percentiles of a flow's time.
 //!
+//! `load rate ADDRESS CONNECTIONS RATE SECONDS PREFIX` sends so many onboardings a second, each at its
+//! time, and prints the percentiles of the time from then to the answer: one that waits because the
+//! answer before it was late has waited.
+//!
 //! `load slow ADDRESS CONNECTIONS` sends half a request on each connection, prints `ready`, and
 //! holds them until standard input ends.
 //!
@@ -37,11 +41,15 @@ fn main() -> Result<(), Failure> {
         ["flow", address, connections, devices, prefix] => {
             flow(address.parse()?, connections.parse()?, devices.parse()?, prefix)
         }
+        ["rate", address, connections, rate, seconds, prefix] => {
+            let rate = Rate { connections: connections.parse()?, per_second: rate.parse()? };
+            at_rate(address.parse()?, rate, seconds.parse()?, prefix)
+        }
         ["slow", address, connections] => slow(address.parse()?, connections.parse()?),
         ["start", address, times, program, ref rest @ ..] => {
             (0..times.parse()?).try_for_each(|_: u32| start(address.parse()?, program, rest))
         }
-        _ => Err("usage: load flow|slow|start ADDRESS …".into()),
+        _ => Err("usage: load flow|rate|slow|start ADDRESS …".into()),
     }
 }
 
@@ -74,6 +82,54 @@ fn slow(address: SocketAddr, connections: usize) -> Result<(), Failure> {
     println!("ready");
     io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
+}
+
+/// So many requests a second, over so many connections in turn.
+#[derive(Clone, Copy)]
+struct Rate {
+    connections: u32,
+    per_second: u32,
+}
+
+fn at_rate(address: SocketAddr, rate: Rate, seconds: u32, prefix: &str) -> Result<(), Failure> {
+    let start = Instant::now() + Duration::from_millis(50);
+    let drivers: Vec<_> = (0..rate.connections)
+        .map(|first| {
+            let names = format!("{prefix}-{first}-");
+            let numbers = (first..seconds * rate.per_second).step_by(rate.connections as usize);
+            let due = move |n: u32| start + Duration::from_secs(1) * n / rate.per_second;
+            thread::spawn(move || onboard_at(address, numbers.map(due), &names))
+        })
+        .collect();
+    let mut times = Vec::new();
+    for driver in drivers {
+        times.extend(driver.join().map_err(|_| "a driver panicked")??);
+    }
+    times.sort_unstable();
+    let (p50, p99) = (quantile_ms(&times, 0.5), quantile_ms(&times, 0.99));
+    println!("requests {} p50_ms {p50:.3} p99_ms {p99:.3}", times.len());
+    Ok(())
+}
+
+fn onboard_at(
+    address: SocketAddr,
+    due: impl Iterator<Item = Instant>,
+    names: &str,
+) -> Result<Vec<Duration>, Failure> {
+    let stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    let mut connection = Connection::over(stream);
+    let mut times = Vec::new();
+    for (n, due) in due.enumerate() {
+        let request = post("onboarding", "", &format!(r#"{{"device_id":"{names}{n}"}}"#));
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+        let answer = connection.exchange(&request)?;
+        if answer.status != 200 {
+            return Err(answer.body.into());
+        }
+        times.push(due.elapsed());
+    }
+    Ok(times)
 }
 
 /// What one device sends: its onboarding, and the body with which it presents its token.
