@@ -482,7 +482,8 @@ def markdown(bench, table, quick):
         "*axum* is `tools/peer`: axum, tokio and the redis crate, the same token, the same six "
         "commands in one pipeline, the same line in the log, and none of the rest. *tiny_http* is the "
         "same with `tiny_http` on the network and four workers that block, one request at a time, "
-        "each over a connection to Redis of its own. The times are of `wrk`, at a steady rate of "
+        "each over a connection to Redis of its own; not all of many connections get a turn there, so "
+        "that its percentiles are of those that do. The times are of `wrk`, at a steady rate of "
         f"`tools`' `load`: {RATE_CONNECTIONS} connections in turn send each request at its time, and a "
         "request's time counts from then. The memory is `VmRSS`, the CPU is `/proc/PID/stat`. Folders "
         "of data stay until the end, since ext4 is slow for a while where much was deleted.", "",

@@ -27,6 +27,8 @@ struct Shared<T> {
 struct Waiting<T> {
     mail: Vec<T>,
     bytes: usize,
+    /// Senders that wait for room: to wake them costs a system call, even if there are none.
+    blocked: usize,
     closed: bool,
 }
 
@@ -34,7 +36,7 @@ impl<T> Inbox<T> {
     /// An empty one; `waker` ends the edge's sleep.
     pub fn new(waker: Waker) -> Self {
         Inbox(Arc::new(Shared {
-            state: Mutex::new(Waiting { mail: Vec::new(), bytes: 0, closed: false }),
+            state: Mutex::new(Waiting { mail: Vec::new(), bytes: 0, blocked: 0, closed: false }),
             changed: Condvar::new(),
             asleep: AtomicBool::new(false),
             waker,
@@ -61,8 +63,8 @@ impl<T> Inbox<T> {
     /// Takes all messages, in the order in which they came.
     pub fn take(&self) -> Vec<T> {
         let mut state = self.0.lock();
-        if state.bytes > 0 {
-            state.bytes = 0;
+        state.bytes = 0;
+        if state.blocked > 0 {
             self.0.changed.notify_all();
         }
         std::mem::take(&mut state.mail)
@@ -82,7 +84,9 @@ impl<T> Sender<T> {
     pub fn send(&self, mail: impl IntoIterator<Item = T>, bytes: usize) {
         let mut state = self.0.lock();
         while bytes > 0 && state.bytes > BYTES_MAX && !state.closed {
+            state.blocked += 1;
             state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.blocked -= 1;
         }
         state.bytes += bytes;
         state.mail.extend(mail);

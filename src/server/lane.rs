@@ -199,7 +199,7 @@ impl Batch {
         // A body must be read to its end, or what is behind it in the lane is never seen.
         let body = read_body(&mut request);
         let private = field(&request, edge::PRIVATE_FIELD).unwrap_or_default();
-        match (edge::read_private(&private), body) {
+        match (edge::read_private(private), body) {
             ((number, None), _) => (self.outbox)(vec![(number, Reply::empty(204))]),
             ((number, Some(sender)), Some(body)) => {
                 self.requests.push(taken(&request, sender, body));
@@ -248,24 +248,25 @@ fn read_body(request: &mut tiny_http::Request) -> Option<Vec<u8>> {
     (body.len() == length).then_some(body)
 }
 
-fn field(request: &tiny_http::Request, name: &'static str) -> Option<String> {
+fn field<'r>(request: &'r tiny_http::Request, name: &'static str) -> Option<&'r str> {
     let field = request.headers().iter().find(|header| header.field.equiv(name))?;
-    Some(field.value.as_str().to_owned())
+    Some(field.value.as_str())
 }
 
 /// The request in words of our own.
 fn taken(request: &tiny_http::Request, sender: Sender<Vec<u8>>, body: Vec<u8>) -> Request {
     let (path, query) = request.url().split_once('?').unwrap_or((request.url(), ""));
+    let owned = |name| field(request, name).map(str::to_owned);
     Request {
         method: Method::parse(request.method().as_str()),
         path: path.to_owned(),
         query: query.to_owned(),
-        authorization: field(request, "Authorization"),
+        authorization: owned("Authorization"),
         content_type: match sender.is_json {
             true => Some(edge::JSON.to_owned()),
-            false => field(request, "Content-Type"),
+            false => owned("Content-Type"),
         },
-        accept: field(request, "Accept"),
+        accept: owned("Accept"),
         client: sender.address,
         client_certificate: sender.certificate,
         body,
