@@ -115,7 +115,7 @@ fn ask_and_stay(service: &Service) -> TcpStream {
     let mut stream = TcpStream::connect(service.http.addr).unwrap();
     stream.write_all(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let mut answer = Vec::new();
-    while !answer.ends_with(b"}") {
+    while !answer.ends_with(b"}\n") {
         let mut piece = [0; 4096];
         let n = stream.read(&mut piece).unwrap();
         assert_ne!(n, 0, "{}", String::from_utf8_lossy(&answer));
