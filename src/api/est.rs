@@ -66,6 +66,12 @@ pub(super) fn enrol(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Prob
     Ok(Plan::Job(job, render))
 }
 
+/// Nothing was shown: some clients only then show what they have. One of them, Bouncy Castle, does not read
+/// a body here, and takes one that it has not read for a broken connection: there is none.
+pub(super) fn challenge() -> Problem {
+    Problem::from(Code::SecretInvalid).text("")
+}
+
 /// Neither a secret nor a token was shown.
 pub(super) fn no_login() -> Problem {
     Problem::from(Code::SecretInvalid).text(

@@ -378,8 +378,11 @@ impl Api {
     }
 
     fn authorise_login(&self, request: &Request, now: Now) -> Result<Caller, Problem> {
-        if request.authorization.is_none() && request.client_certificate.is_some() {
-            return self.authorise(Credentials::ClientCertificate, request, now);
+        if request.authorization.is_none() {
+            return match request.client_certificate {
+                Some(_) => self.authorise(Credentials::ClientCertificate, request, now),
+                None => Err(est::challenge()),
+            };
         }
         let (name, password) = request.login().unwrap_or_default();
         if password.contains('.') {

@@ -371,6 +371,9 @@ mod tests {
             assert_eq!(row.stage(T), Stage::Open);
             let spent = row.clone().merge(row.spend(T).unwrap());
             assert_eq!((spent.stage(T), spent.spend(T)), (Stage::Spent, None));
+            assert_eq!(spent.spent_by(&Shown::Secret(SECRET)), secret.map(|_| T));
+            assert_eq!(spent.spent_by(&Shown::Secret(OTHER)), None);
+            assert_eq!(row.spent_by(&Shown::Secret(SECRET)), None);
             let note = Edit { note: Some(Text::parse("x")), ..Edit::default() };
             assert_eq!(edit(&spent, &note, 1).stage(T), Stage::Spent, "a note undoes nothing");
             // The note was made where the spend was not known yet.

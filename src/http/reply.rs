@@ -51,9 +51,9 @@ impl Reply {
         Self::json(json.timestamp(now)).refusing(problem, "Bearer")
     }
 
-    /// An error, to a client that shows it to a person (RFC 7030, 4.2.3).
+    /// An error, to a client that shows it to a person (RFC 7030, 4.2.3); one without a text has no body.
     pub fn plain_problem(problem: &Problem, _: Now) -> Self {
-        let text = format!("{}\n", problem.message());
+        let text: String = problem.message().lines().map(|line| format!("{line}\n")).collect();
         Self::of_type("text/plain; charset=utf-8", text).refusing(problem, r#"Basic realm="est""#)
     }
 
