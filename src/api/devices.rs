@@ -1,5 +1,6 @@
 //! `/api/v1/devices`: who may enrol, who is blocked, and what there is.
 
+use std::cmp::Ordering;
 use std::iter::Peekable;
 
 use serde_json::{Map, Value};
@@ -450,14 +451,17 @@ impl<R: Iterator<Item = (DeviceId, Row)>, C: Iterator<Item = Certificate>> Itera
     type Item = Listed;
 
     fn next(&mut self) -> Option<Listed> {
-        let by_row = self.rows.peek().map(|(device, _)| device.as_str());
-        let by_certificate = self.newest.peek().map(|certificate| certificate.device.as_str());
-        let first = by_row.into_iter().chain(by_certificate).min()?.to_owned();
-        let row = self.rows.next_if(|(device, _)| device.as_str() == first);
-        let newest = self.newest.next_if(|certificate| certificate.device.as_str() == first);
-        let device = row.as_ref().map(|(device, _)| device.clone());
-        let device = device.or_else(|| newest.as_ref().map(|c| c.device.clone()))?;
-        Some(Listed { device, row: row.map(|(_, row)| row).unwrap_or_default(), newest })
+        let order = match (self.rows.peek(), self.newest.peek()) {
+            (Some((device, _)), Some(newest)) => device.cmp(&newest.device),
+            (Some(_), None) => Ordering::Less,
+            (None, _) => Ordering::Greater,
+        };
+        let newest = self.newest.next_if(|_| order.is_ge());
+        let (device, row) = match self.rows.next_if(|_| order.is_le()) {
+            Some((device, row)) => (device, row),
+            None => (newest.as_ref()?.device.clone(), Row::default()),
+        };
+        Some(Listed { device, row, newest })
     }
 }
 
