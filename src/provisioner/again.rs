@@ -11,7 +11,7 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::enrol::Shown;
 use crate::jwt::TokenHash;
-use crate::problem::Problem;
+use crate::problem::{Code, Problem};
 
 /// Who may have had its certificate before.
 pub(super) struct Again {
@@ -53,8 +53,13 @@ impl Job {
 }
 
 impl Provisioner {
-    /// The certificate that was signed before for who asks again.
-    pub(super) fn give_again(&self, again: &Again, now: Now) -> Option<Result<Done, Problem>> {
+    /// The certificate that was signed before for who asks again and was refused for `code`.
+    pub(super) fn give_again(
+        &self,
+        again: &Again,
+        code: Code,
+        now: Now,
+    ) -> Option<Result<Done, Problem>> {
         let Again { device, csr, paid, client } = again;
         let row = self.devices.row(device);
         // A registration kills what was before it, so that a token that it has paid for is younger.
@@ -68,8 +73,11 @@ impl Provisioner {
             _ => false,
         };
         let find = || self.ca().record().signed_for(device, csr.key(), was_for, now);
-        let look_up = || self.sharing.look_up(std::slice::from_ref(device)).then(find).flatten();
-        let leaf = find().or_else(look_up)?;
+        // Others may have signed it. Where nothing can be decided now nobody can be asked.
+        let is_used =
+            [Code::SecretInvalid, Code::TokenAlreadyUsed, Code::TokenExpired].contains(&code);
+        let look_up = || is_used && self.sharing.look_up(std::slice::from_ref(device));
+        let leaf = find().or_else(|| look_up().then(find).flatten())?;
         // What is to be revoked by a bound may not be so yet.
         if self.ca().record().paid(&leaf.serial) <= row.bound.c {
             return None;

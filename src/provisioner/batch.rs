@@ -59,8 +59,8 @@ impl Provisioner {
         }
         let mut done = self.record(steps, &mut follow_up, now);
         for (done, again) in done.iter_mut().zip(&again) {
-            if let (Err(_), Some(again)) = (&*done, again)
-                && let Some(given) = self.give_again(again, now)
+            if let (Err(problem), Some(again)) = (&*done, again)
+                && let Some(given) = self.give_again(again, problem.code, now)
             {
                 *done = given;
             }

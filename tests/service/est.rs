@@ -641,6 +641,26 @@ impl Stage {
     }
 }
 
+/// As when a client gives up and asks again while the first attempt is under way.
+#[test]
+fn many_at_once_with_one_key_get_the_same_certificate() {
+    let stage = Stage::set(REGISTERED);
+    let (secret, live) = (stage.register("d"), stage.token("e", &stage.register("e")));
+    for (device, password) in [("d", secret), ("e", live)] {
+        let login = format!("{device}:{password}");
+        let body = format!("@{}", stage.dir.file(device, &Csr::new(device).make()).display());
+        let args = ["-H", TYPE, "--data-binary", &body, "-u", &login];
+        let ask = || stage.ask(ENROLL, None, &args);
+        let mut leaves: Vec<String> = thread::scope(|scope| {
+            let tries: Vec<_> = (0..6).map(|_| scope.spawn(ask)).collect();
+            tries.into_iter().map(|t| stage.leaf(&t.join().unwrap())).collect()
+        });
+        leaves.dedup();
+        assert_eq!(leaves.len(), 1, "{device}");
+    }
+    assert_eq!(stage.signed(), 2);
+}
+
 /// A token that is issued inside costs what it costs a device that asks for it, and no trip more.
 #[test]
 fn an_enrolment_takes_no_trip_more_than_onboarding_and_redemption() {
