@@ -95,7 +95,9 @@ impl fmt::Display for CaError {
                 let date = clock::rfc3339(not_after.saturating_mul(1000));
                 write!(f, "{}: the CA expired at {date}", path.display())
             }
-            CaError::Missing(dir) => write!(f, "there is no CA in {}", dir.display()),
+            CaError::Missing(dir) => {
+                write!(f, "there is no CA in {}; is DATA_DIR that of the service?", dir.display())
+            }
             CaError::ClockNotSet => f.write_str("the clock is not set"),
             CaError::ClockBeforeCa { path, not_before } => {
                 let (path, date) =

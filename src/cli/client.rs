@@ -35,6 +35,8 @@ pub(super) enum ClientError {
     Io(SocketAddr, io::Error),
     /// It was not there in time.
     Timeout(SocketAddr, Duration),
+    /// It is no HTTP.
+    Foreign(SocketAddr),
     /// It is not the one that was wanted.
     Answer(SocketAddr, String),
 }
@@ -48,6 +50,11 @@ impl fmt::Display for ClientError {
             ClientError::Timeout(address, limit) => {
                 write!(f, "{address} does not answer within {} s", limit.as_secs())
             }
+            ClientError::Foreign(address) => write!(
+                f,
+                "{address} answers no HTTP; if the service there has TLS, give this command its \
+                 settings (--env-file)"
+            ),
             ClientError::Answer(address, line) => {
                 write!(f, "{address} is not well, it answers {line:?}")
             }
@@ -91,10 +98,12 @@ impl Client {
             Some(session) => talk(&mut Stream::new(session, &mut socket), request),
             None => talk(&mut socket, request),
         });
-        answer.map_err(|e| match is_late(&e) {
-            true => ClientError::Timeout(self.address, self.deadline),
-            false => ClientError::Io(self.address, e),
-        })
+        match answer {
+            Ok((head, _)) if !head.starts_with("HTTP/") => Err(ClientError::Foreign(self.address)),
+            Ok(answer) => Ok(answer),
+            Err(e) if is_late(&e) => Err(ClientError::Timeout(self.address, self.deadline)),
+            Err(e) => Err(ClientError::Io(self.address, e)),
+        }
     }
 }
 
@@ -138,7 +147,13 @@ pub(super) fn by_ca(path: &Path) -> Result<Arc<ClientConfig>, ClientError> {
 
 /// Trusts the first certificate of this file.
 fn pinned(path: &Path) -> Result<Arc<ClientConfig>, ClientError> {
-    let certificate = certificates_of(path)?.swap_remove(0);
+    let found = certificates_of(path).map_err(|error| match error {
+        ClientError::Certificate(path, why) => {
+            ClientError::Certificate(path, format!("{why}; is DATA_DIR that of the service?"))
+        }
+        other => other,
+    });
+    let certificate = found?.swap_remove(0);
     config(|builder, provider| {
         let verifier = Pinned { certificate, provider };
         builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))

@@ -175,7 +175,7 @@ fn shown(answer: &Value) -> String {
     let mut text = String::new();
     for (name, value) in answer.as_object().into_iter().flatten() {
         match value {
-            _ if ["success", "timestamp", "shared", "message"].contains(&name.as_str()) => {}
+            _ if ["success", "timestamp", "shared"].contains(&name.as_str()) => {}
             Value::String(value) => text += &format!("{name}: {value}\n"),
             Value::Array(certificates) => {
                 for certificate in certificates {

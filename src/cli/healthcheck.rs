@@ -85,8 +85,9 @@ mod tests {
             not_well("HTTP/1.1 503 Service Unavailable")
         );
         assert_eq!(outcome("HTTP/1.1 2000 x\r\n"), not_well("HTTP/1.1 2000 x"));
-        assert_eq!(outcome("SSH-2.0-x\r\n"), not_well("SSH-2.0-x"));
-        assert_eq!(outcome(""), not_well(""));
+        for foreign in ["SSH-2.0-x\r\n", ""] {
+            assert!(outcome(foreign).unwrap_err().starts_with("ADDRESS answers no HTTP; "));
+        }
     }
 
     #[test]
