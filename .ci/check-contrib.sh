@@ -195,7 +195,9 @@ while IFS='=' read -r name _; do
     grep -q "^ *${name%_FILE}\\b" "$work/help" || fail "environment.example: $name is no setting"
 done <"$work/environment"
 mkdir "$work/etc"
-sed "s|=/etc/mqtt-publisher-lite/|=$work/etc/|" "$work/environment" >"$work/etc/environment"
+# TLS=auto is the other way to what TLS_CERT is one of.
+sed "s|=/etc/mqtt-publisher-lite/|=$work/etc/|; s|=/var/lib/|=$work/|; /^TLS=auto\$/d" "$work/environment" \
+    >"$work/etc/environment"
 for key in onboarding-api-key admin-api-key redis-password; do
     head -c 24 /dev/urandom | base64 >"$work/etc/$key"
 done

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Installs, runs, upgrades, removes and purges the Debian package in a Debian of its own, and boots that
-# one: under its systemd the service runs with its user and its walls, and a Mosquitto beside it hears of a
-# revocation. By hand, after scripts/release.sh: it fetches that Debian (debootstrap, some 150 MB) and
-# needs root.
+# one: under its systemd docs/quickstart.md is walked as it stands, the service runs with its user and its
+# walls, and the Mosquitto beside it hears of a revocation. By hand, after scripts/release.sh: it fetches
+# that Debian (debootstrap, some 150 MB) and needs root.
 #
 # usage: .ci/check-deb.sh [PACKAGE]
 set -eu
@@ -19,6 +19,8 @@ make_work
 debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,procps,curl,openssl,mosquitto,mosquitto-clients stable "$work/debian" >"$work/log" 2>&1 ||
     fail "debootstrap: $(tail -3 "$work/log")"
 cp "$deb" "$work/debian/package.deb"
+# An installer writes this one.
+printf '127.0.0.1 localhost\n::1 localhost\n' >"$work/debian/etc/hosts"
 inside() { chroot "$work/debian" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive "$@"; }
 mode() { stat -c '%a %G' "$work/debian$1"; }
 
@@ -31,17 +33,15 @@ inside systemd-analyze verify --man=no $name.service mosquitto-crl.path mosquitt
     fail "units: $(cat "$work/out")"
 ok "installed: user $id, units verified, nothing enabled"
 
-port=$(free_port 21000)
-mqtt=$(free_port 22000)
+# The blocks of a page that are for the package.
+blocks_of() { awk '/^ *```sh (by \.ci\/check-deb\.sh|run package)/ { on = 1; next } /^ *```/ { on = 0 } on' "$root/$1"; }
 cat >"$work/debian/walk.sh" <<END
 set -eux
-cd /root
-api=http://127.0.0.1:$port
+$(blocks_of docs/quickstart.md)
+openssl x509 -noout -ext subjectAltName -in \$data/tls/server.crt | grep "DNS:\$(cat /proc/sys/kernel/hostname), .*IP Address:127.0.0.1"
+
 in_time() { n=0; until "\$@"; do n=\$((n + 1)); test "\$n" -lt 100 || return 1; sleep 0.1; done; }
-answers() { curl -sf "\$api/ready"; }
-key=\$(openssl rand -hex 16)
-printf '%s\\n' HTTP_HOST=127.0.0.1 PORT=$port "ADMIN_API_KEY=\$key" >>/etc/$name/environment
-systemctl enable --now $name.service
+answers() { curl -sf --cacert \$data/ca/root-ca.crt https://localhost:3002/ready; }
 answers
 pid=\$(systemctl show -p MainPID --value $name.service)
 test "\$(stat -c %U /proc/\$pid)" = mqtt-lite
@@ -51,32 +51,17 @@ kill -9 "\$pid"
 in_time sh -c "! kill -0 \$pid 2>/dev/null"
 in_time answers
 
-export DATA_DIR=/var/lib/$name
-$name server-certificate 127.0.0.1 --out /etc/mosquitto/certs
-chown mosquitto /etc/mosquitto/certs/server.key
-cat >/etc/mosquitto/conf.d/devices.conf <<EOF
-listener $mqtt 127.0.0.1
-cafile \$DATA_DIR/ca/root-ca.crt
-certfile /etc/mosquitto/certs/server.crt
-keyfile /etc/mosquitto/certs/server.key
-crlfile \$DATA_DIR/ca/crl.pem
-require_certificate true
-use_identity_as_username true
-EOF
-systemctl restart mosquitto.service
-systemctl enable --now mosquitto-crl.path mosquitto-certificate.timer
-systemctl start mosquitto-certificate.service
 systemctl is-active mosquitto-certificate.timer
-for device in one two; do
-    /usr/share/$name/enroll.sh --url "\$api" --device-id \$device --dir \$device
-done
-say() { mosquitto_pub -h 127.0.0.1 -p $mqtt --cafile \$1/ca.crt --cert \$1/device.crt --key \$1/device.key -t t -m on -q 1; }
-in_time say one
-say two
-curl -sf -X DELETE -H "Authorization: Bearer \$key" "\$api/api/v1/certificates/one"
-shut_out() { ! say one 2>/dev/null; }
+systemctl start mosquitto-certificate.service
+mqtt-publisher-lite --env-file \$settings device add pump-2 | awk '{ print \$2 }' >secret
+enroll.sh --url https://127.0.0.1:3002 --device-id pump-2 --dir pump-2 --secret-file secret --ca-fingerprint "\$fingerprint"
+say() { mosquitto_pub -h localhost -p 8883 --cafile \$1/ca.crt --cert \$1/device.crt --key \$1/device.key -t devices/\$1/t -m on -q 1; }
+say pump-1
+say pump-2
+mqtt-publisher-lite --env-file \$settings device revoke pump-1
+shut_out() { ! say pump-1 2>/dev/null; }
 in_time shut_out || { journalctl --no-pager -u mosquitto-crl -u mosquitto | tail -n 15; exit 1; }
-say two
+say pump-2
 systemctl stop $name.service
 test "\$(systemctl show -p Result --value $name.service)" = success
 echo walked >/walked
@@ -86,6 +71,7 @@ cat >"$work/debian/etc/systemd/system/walk.service" <<END
 After=multi-user.target
 [Service]
 Type=oneshot
+Environment=HOME=/root
 ExecStart=/bin/sh /walk.sh
 ExecStopPost=/bin/systemctl --no-block poweroff
 StandardOutput=file:/walk.log
@@ -96,10 +82,10 @@ WantedBy=multi-user.target
 END
 inside systemctl enable walk.service >"$work/out" 2>&1
 # Its own end is an error to nspawn where the file systems of the machine are not quite its own.
-timeout 180 systemd-nspawn --quiet --register=no --keep-unit --boot -D "$work/debian" >"$work/boot" 2>&1 || true
+timeout 180 systemd-nspawn --quiet --private-network --register=no --keep-unit --boot -D "$work/debian" >"$work/boot" 2>&1 || true
 [ -e "$work/debian/walked" ] || fail "under systemd: $(tail -n 20 "$work/debian/walk.log")"
 inside systemctl disable walk.service >"$work/out" 2>&1
-ok "under systemd: starts, reloads, is started again, and a broker hears of a revocation"
+ok "docs/quickstart.md under systemd; it reloads, is started again, and the broker hears of a revocation"
 
 echo 'LOG_LEVEL=debug' >>"$work/debian/etc/$name/environment"
 inside dpkg -i /package.deb >"$work/out" 2>&1 || fail "upgrade: $(cat "$work/out")"

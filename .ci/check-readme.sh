@@ -5,6 +5,7 @@
 #   run          it is run, and fails if any of its commands does
 #   run keys     the same, while the service that was started last has both API keys; $ONBOARDING_API_KEY
 #                and $ADMIN_API_KEY hold them
+#   run package  the same as run; .ci/check-deb.sh runs it, too, after the installation of the package
 #   server PORT  it is run beside the others, as in a terminal of its own, and has to listen on PORT; an
 #                earlier one on that port is stopped first
 #   settings     lines NAME=value, which `check-config --offline` has to accept
@@ -92,7 +93,7 @@ chmod 755 "$work/bin/cargo" "$work/bin/redis-cli"
 PATH=$work/bin:$PATH
 ONBOARDING_API_KEY=onboarding-key-of-the-page
 ADMIN_API_KEY=admin-key-of-the-page
-export PATH ONBOARDING_API_KEY ADMIN_API_KEY
+export PATH
 
 # begin PORT COMMAND…: starts it in a process group of its own, which can be ended with all in it.
 begin() {
@@ -119,7 +120,7 @@ serve() {
     ! grep -q REDIS_HOST "$served" || redis=REDIS_PORT=$(port 6379)
     begin "$(port "${served##*.}")" env -i PATH="$PATH" PORT="$(port 3002)" ${redis:+"$redis"} "$@" sh -eu "$served"
     # The service listens before it has found its Redis.
-    ! grep -q 'cargo run\|/mqtt-publisher-lite$' "$served" ||
+    ! grep -q 'cargo run\|mqtt-publisher-lite' "$served" ||
         await "it is ready" "$(cat "$work/pid.$here")" ready "$here"
 }
 

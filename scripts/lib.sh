@@ -38,10 +38,11 @@ program() {
     case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
 }
 
-# Finds the service, for $bin: MPL_BIN, else target/release, else target/debug.
+# Finds the service, for $bin: MPL_BIN, else that of a release's tarball, else target/release, else
+# target/debug.
 find_service() {
     bin=${MPL_BIN:-}
-    for candidate in "$build/release/mqtt-publisher-lite" "$build/debug/mqtt-publisher-lite"; do
+    for candidate in "$root/mqtt-publisher-lite" "$build/release/mqtt-publisher-lite" "$build/debug/mqtt-publisher-lite"; do
         [ -n "$bin" ] || [ ! -x "$candidate" ] || bin=$candidate
     done
     [ -n "$bin" ] || fail "no program: build it (cargo build --release) or set MPL_BIN"

@@ -52,8 +52,9 @@ pack() {
 tarball() {
     folder=$name-$version-$1
     mkdir -p "$work/tar/$folder"
-    install -m 755 "$2" scripts/enroll.sh scripts/smoke.sh scripts/lib.sh "$work/tar/$folder/"
-    chmod 644 "$work/tar/$folder/lib.sh"
+    mkdir "$work/tar/$folder/scripts"
+    install -m 755 "$2" "$work/tar/$folder/"
+    cp scripts/enroll.sh scripts/smoke.sh scripts/lib.sh "$work/tar/$folder/scripts/"
     cp -R README.md CHANGELOG.md LICENSE-APACHE LICENSE-MIT contrib docs "$work/tar/$folder/"
     chmod -R u=rwX,go=rX "$work/tar/$folder"
     pack "$work/tar" "$folder" | gzip -9n >"$out/$folder.tar.gz"
@@ -74,7 +75,8 @@ package() {
     for unit in contrib/systemd/*.service contrib/systemd/*.path contrib/systemd/*.timer; do
         sed 's|/usr/local/bin/|/usr/bin/|' "$unit" >"$tree/usr/lib/systemd/system/${unit##*/}"
     done
-    install -m 640 contrib/environment.example "$tree/etc/$name/environment"
+    sed 's/^#DATA_DIR=/DATA_DIR=/' contrib/environment.example >"$tree/etc/$name/environment"
+    chmod 640 "$tree/etc/$name/environment"
     install -m 644 README.md docs/*.md docs/*.svg "$doc/"
     cat contrib/debian/copyright LICENSE-MIT >"$doc/copyright"
     gzip -9n <CHANGELOG.md >"$doc/changelog.gz"

@@ -146,7 +146,9 @@ fn every_metric_that_is_watched_exists() {
 const BY_HAND: &[(&str, &str, &str)] = &[
     ("operations.md", "scripts/build-static.sh", "minutes, and compilers that are fetched"),
     ("quickstart.md", "apt-get update", "it changes the machine; scripts/test.sh does the like"),
-    ("quickstart.md", "git clone", "CI has the source, and compiles it in other ways"),
+    ("quickstart.md", "apt-get install -y curl", "the same, before the way by hand"),
+    ("quickstart.md", "tar -xzf", "CI has no release"),
+    ("quickstart.md", "apt-get install -y git", "CI has the source, and compiles it in other ways"),
 ];
 
 /// What stands behind "```sh" is read by `.ci/check-readme.sh`, which `.ci/run` calls for each page
@@ -165,6 +167,10 @@ fn every_block_of_commands_is_run_by_somebody() {
             let words: Vec<&str> = mark.split_whitespace().collect();
             match words[..] {
                 ["run"] | ["run", "keys"] | ["settings"] => assert!(called, "{page}: {line}"),
+                ["run", "package"] => {
+                    let script = read(".ci/check-deb.sh");
+                    assert!(called && script.contains(&format!("blocks_of {}", named(&page))));
+                }
                 ["server", port] => {
                     assert!(called && port.parse::<u16>().is_ok(), "{page}: {line}")
                 }
