@@ -2,9 +2,10 @@
 //! no system call is made for a message.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use super::poll::Waker;
+use crate::locks::locked;
 
 /// Bytes of replies that may wait here. A sender that has more blocks: without this bound a worker could
 /// make large replies faster than the edge can count them.
@@ -52,7 +53,7 @@ impl<T> Inbox<T> {
     pub fn may_sleep(&self) -> bool {
         // Set before the inbox is looked at, so that a message sent after the look wakes the edge.
         self.0.asleep.store(true, Ordering::SeqCst);
-        self.0.lock().mail.is_empty()
+        locked(&self.0.state).mail.is_empty()
     }
 
     /// The edge is awake.
@@ -62,7 +63,7 @@ impl<T> Inbox<T> {
 
     /// Takes all messages, in the order in which they came.
     pub fn take(&self) -> Vec<T> {
-        let mut state = self.0.lock();
+        let mut state = locked(&self.0.state);
         state.bytes = 0;
         if state.blocked > 0 {
             self.0.changed.notify_all();
@@ -73,7 +74,7 @@ impl<T> Inbox<T> {
 
 impl<T> Drop for Inbox<T> {
     fn drop(&mut self) {
-        self.0.lock().closed = true;
+        locked(&self.0.state).closed = true;
         self.0.changed.notify_all();
     }
 }
@@ -82,7 +83,7 @@ impl<T> Sender<T> {
     /// Tells the edge. `bytes` is what this costs until the edge takes it; while more waits than may,
     /// it waits here.
     pub fn send(&self, mail: impl IntoIterator<Item = T>, bytes: usize) {
-        let mut state = self.0.lock();
+        let mut state = locked(&self.0.state);
         while bytes > 0 && state.bytes > BYTES_MAX && !state.closed {
             state.blocked += 1;
             state = self.0.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -100,12 +101,6 @@ impl<T> Sender<T> {
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
         Sender(Arc::clone(&self.0))
-    }
-}
-
-impl<T> Shared<T> {
-    fn lock(&self) -> MutexGuard<'_, Waiting<T>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -157,19 +157,13 @@ impl Provisioner {
             }
             other => return Step::Done(Err(not_issued(not_given(other, now), device))),
         };
-        let Found { row, holder } = found;
-        // The device may have redeemed another token between the first look and the claim, or others
-        // know what this instance does not.
-        let known = self.devices.row(device).merge(row.clone());
-        self.learn(device, row, now);
-        let judged = match self.knows_holder(device, holder) {
-            true => issue.judge(&known, self, now),
-            false => Err(Code::ServiceUnavailable),
+        let known = match self.judge_found(&issue, found, now) {
+            Ok(known) => known,
+            Err(code) => {
+                follow_up.give_back.push(Op::TakeBack(token));
+                return Step::Done(Err(not_issued(code, device)));
+            }
         };
-        if let Err(code) = judged {
-            follow_up.give_back.push(Op::TakeBack(token));
-            return Step::Done(Err(not_issued(code, device)));
-        }
         let (hash, client) = (token.hash.short(), issue.client);
         log::info!(
             event = "token_issued", device:%, client:%;
@@ -188,6 +182,19 @@ impl Provisioner {
         let redeem = Redeem { token, user_id: None, again: true, row: known, spends: None };
         let job = sign(Grant::Token(Box::new(redeem)), *csr, issue.client);
         job.map_or_else(|problem| Step::Done(Err(problem)), Step::Next)
+    }
+
+    /// The device may have redeemed another token between the first look and the claim, or others know
+    /// what this instance does not. Returns the row as it is known now.
+    fn judge_found(&self, issue: &Issue, found: Found, now: Now) -> Result<Row, Code> {
+        let (device, Found { row, holder }) = (&issue.device, found);
+        let known = self.devices.row(device).merge(row.clone());
+        self.learn(device, row, now);
+        if !self.knows_holder(device, holder) {
+            return Err(Code::ServiceUnavailable);
+        }
+        issue.judge(&known, self, now)?;
+        Ok(known)
     }
 
     /// Keeps a registration of which only others knew: this instance decides on the redemption, too.
@@ -239,12 +246,7 @@ impl Provisioner {
                 "token {hash} of {device} killed, {by}"
             );
         }
-        // Dated as others date what the bound kills: of two dates the earlier counts, and of two reasons
-        // of one date the one that says something.
-        let bound_ms = self.devices.bound(&device).0.c.saturating_sub(CLOCKS_APART_S) * 1000;
-        let now = clock::now();
-        let now = Now { unix_ms: now.unix_ms.min(bound_ms), ..now };
-        let serials = record.revoke(&device, reason, now)?;
+        let serials = record.revoke(&device, reason, self.revoked_at(&device))?;
         self.note_revoked(&serials, device.as_str(), reason, &by, follow_up);
         if edit.is_some() {
             log::info!(
@@ -252,8 +254,8 @@ impl Provisioner {
                 "device {device} blocked, {by}"
             );
         }
-        let is_listed = self.devices.row(&device).is_listed();
-        if is_listed || self.ledger.knows_device(&device) || record.knows_device(&device) {
+        let is_known = self.ledger.knows_device(&device) || record.knows_device(&device);
+        if is_known || self.devices.row(&device).is_listed() {
             return Ok(Done::Revoked { of: device.as_str().to_owned(), serial: None, shared });
         }
         let status = self.store.status();
@@ -263,6 +265,14 @@ impl Provisioner {
             return Err(Problem::from(Code::ServiceUnavailable).log(why));
         }
         Err(no_certificate())
+    }
+
+    /// Dated as others date what the bound kills: of two dates the earlier counts, and of two reasons of
+    /// one date the one that says something.
+    fn revoked_at(&self, device: &DeviceId) -> Now {
+        let bound_ms = self.devices.bound(device).0.c.saturating_sub(CLOCKS_APART_S) * 1000;
+        let now = clock::now();
+        Now { unix_ms: now.unix_ms.min(bound_ms), ..now }
     }
 
     /// Revokes a certificate if it is of the device, or the server, of this name; one that is unknown
@@ -426,6 +436,7 @@ mod tests {
     use crate::devices::table::Devices;
     use crate::files::test_dir::TestDir;
     use crate::jwt::{Signer, Token, TokenHash};
+    use crate::locks::locked;
     use crate::metrics::Metrics;
     use crate::provisioner::{Onboarding, Redemption, Rules, Spending};
     use crate::share::{Mode, Sharing};
@@ -597,7 +608,7 @@ mod tests {
         std::fs::remove_dir(&file).unwrap();
         std::fs::rename(&kept, &file).unwrap();
         assert_eq!(redeem(3), (Err(Code::ServiceUnavailable), false), "it is written now");
-        assert!(provisioner.spending.lock().is_empty());
+        assert!(locked(&provisioner.spending.0).is_empty());
         assert_eq!(provisioner.devices.row(&device).stage(now.unix_s()), Stage::Spent);
     }
 }

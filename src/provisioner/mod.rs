@@ -15,7 +15,7 @@ mod sign;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf};
@@ -65,13 +65,6 @@ pub struct Provisioner {
 /// but what it has used up could not be written.
 #[derive(Debug, Default)]
 pub struct Spending(Mutex<BTreeMap<DeviceId, Option<Row>>>);
-
-impl Spending {
-    /// Locks, also after a panic elsewhere: every critical section leaves the set whole.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<DeviceId, Option<Row>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// What the configuration says of tokens and certificates.
 #[derive(Clone, Copy, Debug)]

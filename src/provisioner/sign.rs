@@ -2,6 +2,7 @@
 //! after the other, then all are made durable at once.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::batch::{FollowUp, Step, unexpected};
@@ -15,6 +16,7 @@ use crate::device::DeviceId;
 use crate::devices::Row;
 use crate::devices::enrol::Stage;
 use crate::jwt::Token;
+use crate::locks::locked;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::{Answer, Op, Outcome};
@@ -140,7 +142,7 @@ impl Provisioner {
     /// Whether nobody else uses the registration. What could not be written of an earlier one is tried
     /// again.
     fn begin_spending(&self, device: &DeviceId, now: Now) -> bool {
-        let mut spending = self.spending.lock();
+        let mut spending = locked(&self.spending.0);
         let Some(begun) = spending.get(device) else {
             spending.insert(device.clone(), None);
             return true;
@@ -181,21 +183,7 @@ impl Provisioner {
         }
         let client = sign.client;
         match sign.grant {
-            Grant::Token(redeem) => {
-                let Redeem { token, user_id, spends, .. } = *redeem;
-                let user = user_id.map(|user| format!(", user {user:?}")).unwrap_or_default();
-                let short = token.hash.short();
-                log::info!(
-                    event = "certificate_signed", device:%, serial:%, client:%;
-                    "certificate {serial} signed for {device}, token {short} consumed, by {client}{user}"
-                );
-                self.metrics.tokens_consumed.add(1);
-                self.metrics.certificates_issued.add(1);
-                if spends.is_some() {
-                    self.supersede_older(device, *serial, clock::now());
-                }
-                follow_up.used.push(Used { token, serial: *serial, spends });
-            }
+            Grant::Token(redeem) => follow_up.used.push(self.redeemed(*redeem, *serial, client)),
             Grant::Certificate(old) => {
                 let old = old.serial;
                 log::info!(
@@ -211,6 +199,22 @@ impl Provisioner {
         Ok(Done::Signed(Box::new(signed)))
     }
 
+    fn redeemed(&self, redeem: Redeem, serial: Serial, client: IpAddr) -> Used {
+        let Redeem { token, user_id, spends, .. } = redeem;
+        let (device, short) = (&token.claims.device_id, token.hash.short());
+        let user = user_id.map(|user| format!(", user {user:?}")).unwrap_or_default();
+        log::info!(
+            event = "certificate_signed", device:%, serial:%, client:%;
+            "certificate {serial} signed for {device}, token {short} consumed, by {client}{user}"
+        );
+        self.metrics.tokens_consumed.add(1);
+        self.metrics.certificates_issued.add(1);
+        if spends.is_some() {
+            self.supersede_older(device, serial, clock::now());
+        }
+        Used { token, serial, spends }
+    }
+
     /// The registrations that were used are used up here before anybody is answered, and in Redis
     /// before the devices' leases are free.
     fn enter_spent(&self, follow_up: &mut FollowUp, now: Now) {
@@ -224,8 +228,8 @@ impl Provisioner {
         }
         for (device, row) in spent {
             match entered {
-                Ok(()) => self.spending.lock().remove(&device),
-                Err(_) => self.spending.lock().insert(device, Some(row)),
+                Ok(()) => locked(&self.spending.0).remove(&device),
+                Err(_) => locked(&self.spending.0).insert(device, Some(row)),
             };
         }
         for Used { token, serial, spends } in used {
@@ -270,7 +274,7 @@ impl Provisioner {
         if let Grant::Token(redeem) = &sign.grant
             && redeem.spends.is_some()
         {
-            self.spending.lock().remove(&redeem.token.claims.device_id);
+            locked(&self.spending.0).remove(&redeem.token.claims.device_id);
         }
     }
 

@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use crate::api::{Request, classify};
 use crate::clock;
 use crate::edge::{self, LaneAddress, Outbox, Sender};
 use crate::http::{LaneKind, LaneRules, Method, Reply};
+use crate::locks::locked;
 use crate::problem::Code;
 
 /// A batch whose bodies have this many bytes takes no more: they are ours to hold, not the edge's.
@@ -79,7 +80,7 @@ impl LaneServer {
     /// Puts a new server in the place of the present one, if any.
     fn listen(&self) -> io::Result<Arc<Server>> {
         // The old one goes first: as it goes, it removes the socket's file.
-        drop(self.present().take());
+        drop(locked(&self.server).take());
         let path = &self.address.path;
         let failed =
             |why: &dyn fmt::Display| io::Error::other(format!("{}: {why}", path.display()));
@@ -88,14 +89,14 @@ impl LaneServer {
             _ => {}
         }
         let server = Arc::new(Server::http_unix(path).map_err(|e| failed(&e))?);
-        *self.present() = Some(Arc::clone(&server));
+        *locked(&self.server) = Some(Arc::clone(&server));
         Ok(server)
     }
 
     /// Ends the present [`LaneServer::next_batch`], or the next one.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
-        if let Some(server) = &*self.present() {
+        if let Some(server) = &*locked(&self.server) {
             server.unblock();
         }
     }
@@ -125,7 +126,7 @@ impl LaneServer {
                 Err(e) => log::warn!("lane {}: {e}", self.address.path.display()),
             }
             drop(server);
-            self.present().take();
+            locked(&self.server).take();
             if !batch.requests.is_empty() {
                 return Some(batch);
             }
@@ -136,7 +137,7 @@ impl LaneServer {
     /// The present server, or another in its place; `None` when stopped.
     fn server(&self) -> Option<Arc<Server>> {
         loop {
-            let present = self.present().clone();
+            let present = locked(&self.server).clone();
             match present.map_or_else(|| self.listen(), Ok) {
                 Ok(server) => return Some(server),
                 Err(_) if self.is_stopped() => return None,
@@ -148,10 +149,6 @@ impl LaneServer {
 
     fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
-    }
-
-    fn present(&self) -> MutexGuard<'_, Option<Arc<Server>>> {
-        self.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -321,7 +318,7 @@ mod tests {
 
     impl Drop for Staged {
         fn drop(&mut self) {
-            self.lane.present().take();
+            locked(&self.lane.server).take();
             fs::remove_dir(&self.dir).unwrap();
         }
     }
@@ -408,7 +405,7 @@ mod tests {
         staged.next_batch().answer(vec![reply("r")]);
         assert_eq!(staged.answered(), [(7, 200, "r".to_owned())]);
         // A stale file, as after a crash, is replaced.
-        staged.lane.present().take();
+        locked(&staged.lane.server).take();
         fs::write(&staged.lane.address.path, "").unwrap();
         drop(open_lanes(&staged.dir, &[LaneKind::Plain], 1).unwrap());
     }

@@ -9,12 +9,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use super::Acceptor;
 use super::stream::{Received, Stream};
 use super::turns::Turns;
+use crate::locks::locked;
 
 /// Enough for the largest numbers that RSA has.
 const STACK_BYTES: usize = 256 * 1024;
@@ -90,7 +91,7 @@ impl Handshakes {
 
     /// Has a step computed for a client at this address.
     pub fn submit(&self, address: IpAddr, step: HandshakeStep) {
-        let mut steps = self.shared.lock();
+        let mut steps = locked(&self.shared.steps);
         match step.tls.has_signed() {
             true => steps.cheap.push_back(step),
             false => steps.costly.push(address, step),
@@ -101,7 +102,7 @@ impl Handshakes {
 
     /// Forgets the step of a connection that is closed, if it still waits.
     pub fn cancel(&self, at: usize) {
-        let mut steps = self.shared.lock();
+        let mut steps = locked(&self.shared.steps);
         steps.costly.remove(|step| step.at == at);
         steps.cheap.retain(|step| step.at != at);
     }
@@ -109,7 +110,7 @@ impl Handshakes {
 
 impl Drop for Handshakes {
     fn drop(&mut self) {
-        self.shared.lock().stopped = true;
+        locked(&self.shared.steps).stopped = true;
         self.shared.changed.notify_one();
         if let Some(thread) = self.thread.take() {
             // If it panicked, that was logged.
@@ -119,10 +120,6 @@ impl Drop for Handshakes {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Steps> {
-        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn work(&self, done: &dyn Fn(Computed)) {
         if let Err(e) = rustix::process::nice(NICE) {
             log::debug!("handshakes have the priority of all else: {e}");
@@ -134,7 +131,7 @@ impl Shared {
 
     /// Waits for a step; `None` at the end.
     fn next(&self) -> Option<HandshakeStep> {
-        let mut steps = self.lock();
+        let mut steps = locked(&self.steps);
         while !steps.stopped {
             let cheap = steps.cheap.pop_front();
             if let Some(step) = cheap.or_else(|| steps.costly.pop()) {

@@ -11,7 +11,7 @@ mod handshakes;
 mod stream;
 mod turns;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{
@@ -26,6 +26,8 @@ use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureSc
 
 pub use handshakes::{Computed, HandshakeStep, Handshakes};
 pub use stream::{RECORD, Received, STATE_HELD, Stream};
+
+use crate::locks::locked;
 
 /// Most bytes of certificates that a client may show. They are kept with the connection, and in the
 /// ticket of its session. A certificate of ours has 500, one of RSA 4096 with its CA 3,000.
@@ -51,7 +53,7 @@ impl Acceptor {
     /// As [`Acceptor::new`]; then everything stays as it was.
     pub fn replace(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
         let config = server_config(shown)?;
-        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
+        *locked(&self.config) = Some(config);
         Ok(())
     }
 
@@ -60,7 +62,7 @@ impl Acceptor {
     /// # Errors
     /// When there is no certificate yet, or rustls finds its configuration wanting.
     pub fn accept(&self) -> Result<Stream, rustls::Error> {
-        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let config = locked(&self.config).clone();
         Stream::new(config.ok_or_else(|| rustls::Error::General("no certificate yet".into()))?)
     }
 }
