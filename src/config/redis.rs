@@ -60,6 +60,8 @@ pub enum Place {
     Socket(PathBuf),
     /// Where sentinels say that it is.
     Sentinels(Sentinels),
+    /// Where the nodes of a cluster say that its masters are; these are asked first.
+    Cluster(Vec<HostPort>),
 }
 
 /// A host and a TCP port there.
@@ -120,11 +122,16 @@ impl Redis {
         let required = vars.flag(&var::REDIS_REQUIRED)?;
         let wait_replicas = vars.number(&var::REDIS_WAIT_REPLICAS)?;
         let key_prefix = key_prefix(vars)?;
+        let is_cluster = vars.flag(&var::REDIS_CLUSTER)?;
         let timeout = Duration::from_millis(vars.number(&var::REDIS_TIMEOUT_MS)?);
         let connect_timeout = Duration::from_millis(vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?);
         let pool_size = vars.number(&var::REDIS_POOL_SIZE)?;
         let share_record = vars.flag(&var::SHARE_RECORD)?;
         let Some(Server { at, login, db, .. }) = server.filter(|_| enabled) else {
+            if enabled && is_cluster {
+                let reason = "needs REDIS_URL or REDIS_HOST";
+                return Err(ConfigError::new(&var::REDIS_CLUSTER, "true", reason));
+            }
             if enabled && required {
                 let reason = "needs REDIS_URL, REDIS_HOST or REDIS_SENTINELS";
                 return Err(ConfigError::new(&var::REDIS_REQUIRED, "true", reason));
@@ -137,6 +144,9 @@ impl Redis {
         if tls.is_some() && matches!(at, Place::Socket(_)) {
             let reason = "must be false for a Unix socket, over which Redis speaks no TLS";
             return Err(ConfigError::bare(var::REDIS_TLS.name, reason));
+        }
+        if matches!(at, Place::Cluster(_)) {
+            check_cluster(db, &key_prefix)?;
         }
         Ok(Some(Redis {
             at,
@@ -167,7 +177,7 @@ impl Redis {
                 vars.show(&var::REDIS_PORT, at.port);
             }
             Place::Socket(path) => vars.show(&var::REDIS_HOST, path.display()),
-            Place::Sentinels(_) => {}
+            Place::Sentinels(_) | Place::Cluster(_) => {}
         }
     }
 }
@@ -269,7 +279,16 @@ impl Server {
             return Err(beside_sentinels(variable));
         }
         warnings.extend(ignored_parts(vars, variable)?);
-        Server::from_url(variable, url.reveal()).map(Some)
+        if !vars.flag(&var::REDIS_CLUSTER)? {
+            return Server::from_url(variable, url.reveal()).map(Some);
+        }
+        let (url, others) = first_and_others(url.reveal());
+        let server = Server::from_url(variable, &url)?;
+        let others = others.split(',').filter(|other| !other.is_empty());
+        let others = others.map(|other| HostPort::parse(other.trim(), REDIS_PORT));
+        let others = others.collect::<Option<Vec<_>>>();
+        let others = others.ok_or_else(|| ConfigError::new(variable, &url, variable.allowed))?;
+        Ok(Some(Server { at: cluster(server.at, others)?, ..server }))
     }
 
     /// Nothing of `text` goes into an error: a password may stand anywhere in a URL that is wrong.
@@ -290,8 +309,13 @@ impl Server {
         sentinels: Option<Sentinels>,
     ) -> Result<Option<Self>, ConfigError> {
         let port = vars.number(&var::REDIS_PORT)?;
+        let is_cluster = vars.flag(&var::REDIS_CLUSTER)?;
+        let seeds = |text: &str| {
+            text.split(',').map(|item| HostPort::parse(item.trim(), port)).collect::<Option<_>>()
+        };
         let named = vars.optional(&var::REDIS_HOST, |text| match text.starts_with('/') {
             true => socket(text),
+            false if is_cluster => seeds(text).map(Place::Cluster),
             false => Some(Place::Host(HostPort { host: host(text)?, port })),
         })?;
         let login = Login::from_vars(vars, &var::REDIS_USERNAME, &var::REDIS_PASSWORD)?;
@@ -299,9 +323,51 @@ impl Server {
         if named.is_some() && sentinels.is_some() {
             return Err(beside_sentinels(&var::REDIS_HOST));
         }
+        if is_cluster && sentinels.is_some() {
+            return Err(beside_sentinels(&var::REDIS_CLUSTER));
+        }
+        let named = match named {
+            Some(place) if is_cluster => Some(cluster(place, vec![])?),
+            named => named,
+        };
         let at = named.or(sentinels.map(Place::Sentinels));
         Ok(at.map(|at| Server { at, login, db, tls: false }))
     }
+}
+
+/// A URL may name several nodes of a cluster, with commas between. Nothing of a password is taken for one.
+fn first_and_others(url: &str) -> (String, String) {
+    let hosts = url.rfind('@').map_or_else(|| url.find("://").map_or(0, |at| at + 3), |at| at + 1);
+    let (before, rest) = url.split_at(hosts);
+    let (list, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    let (first, others) = list.split_once(',').unwrap_or((list, ""));
+    (format!("{before}{first}{path}"), others.to_owned())
+}
+
+/// The place of a cluster, of which these nodes are named.
+fn cluster(first: Place, others: Vec<HostPort>) -> Result<Place, ConfigError> {
+    match first {
+        Place::Host(first) => Ok(Place::Cluster([vec![first], others].concat())),
+        Place::Socket(_) => {
+            let reason = "must be false for a Unix socket, since its nodes are at TCP ports";
+            Err(ConfigError::bare(var::REDIS_CLUSTER.name, reason))
+        }
+        place => Ok(place),
+    }
+}
+
+/// A cluster has no numbered databases; and braces in the prefix would be taken for a hash tag, which is
+/// to be the device's.
+fn check_cluster(db: i64, key_prefix: &str) -> Result<(), ConfigError> {
+    if db != 0 {
+        let reason = "must be 0 when REDIS_CLUSTER is set";
+        return Err(ConfigError::bare(var::REDIS_DB.name, reason));
+    }
+    if key_prefix.contains(['{', '}']) {
+        let reason = "must have no braces when REDIS_CLUSTER is set";
+        return Err(ConfigError::bare(var::REDIS_KEY_PREFIX.name, reason));
+    }
+    Ok(())
 }
 
 fn beside_sentinels(variable: &Variable) -> ConfigError {

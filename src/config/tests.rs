@@ -347,7 +347,7 @@ fn place(redis: &Redis) -> (String, u16) {
     match &redis.at {
         Place::Host(HostPort { host, port }) => (host.clone(), *port),
         Place::Socket(path) => (path.display().to_string(), 0),
-        Place::Sentinels(_) => panic!("sentinels"),
+        Place::Sentinels(_) | Place::Cluster(_) => panic!("several"),
     }
 }
 
@@ -480,6 +480,46 @@ fn sentinels_say_where_redis_is() {
             &format!("REDIS_SENTINELS: must be unset when {name} is set"),
         );
     }
+}
+
+#[test]
+fn a_cluster_has_several_nodes() {
+    let cluster = ("REDIS_CLUSTER", "true");
+    let found = |vars: &[(&str, &str)]| match good(&[&[cluster], vars].concat()).redis.unwrap().at {
+        Place::Cluster(seeds) => {
+            seeds.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        }
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(found(&[("REDIS_HOST", "a, b:1,[::1]:2"), ("REDIS_PORT", "7")]), "a:7 b:1 [::1]:2");
+    assert_eq!(found(&[("REDIS_URL", "rediss://a")]), "a:6379");
+    let url = ("REDIS_URL", "redis://u:p%2C,w@a:1,b:2,[::1]/0");
+    assert_eq!(found(&[url]), "a:1 b:2 [::1]:6379");
+    assert_eq!(good(&[cluster, url]).redis.unwrap().login.password.unwrap().reveal(), "p,,w");
+    let host = ("REDIS_HOST", "a");
+    let wrong: [(&[(&str, &str)], &str); 8] = [
+        (&[], "REDIS_CLUSTER"),
+        (&[host, ("REDIS_DB", "1")], "REDIS_DB: must be 0 when REDIS_CLUSTER is set"),
+        (&[("REDIS_URL", "redis://a/1")], "REDIS_DB: must be 0 when REDIS_CLUSTER is set"),
+        (&[("REDIS_SENTINELS", "a")], "REDIS_SENTINELS: must be unset when REDIS_CLUSTER is set"),
+        (
+            &[("REDIS_HOST", "/s")],
+            "REDIS_CLUSTER: must be false for a Unix socket, since its nodes are at TCP ports",
+        ),
+        (
+            &[host, ("REDIS_KEY_PREFIX", "{x}")],
+            "REDIS_KEY_PREFIX: must have no braces when REDIS_CLUSTER is set",
+        ),
+        (&[("REDIS_HOST", "a,,b")], "REDIS_HOST"),
+        (&[("REDIS_URL", "redis://:hunter@a,b:x")], "REDIS_URL"),
+    ];
+    for (vars, line) in wrong {
+        let error = load(&[&[cluster], vars].concat(), &[]).expect_err(line);
+        let error = error.to_string();
+        assert!(error.starts_with(line), "{error}");
+        assert!(!error.contains("hunter"), "{error}");
+    }
+    assert!(load(&[("REDIS_HOST", "a,b")], &[]).is_err(), "several nodes without a cluster");
 }
 
 #[test]

@@ -176,6 +176,9 @@ variables! {
     REDIS_SENTINEL_USERNAME = "default", Text("a user name that has a REDIS_SENTINEL_PASSWORD"),
         "ACL user at the sentinels";
     REDIS_SENTINEL_PASSWORD = "", Secret("text"), "password at the sentinels";
+    /// With a connection of each worker to each master.
+    REDIS_CLUSTER = "false", Flag,
+        "Redis is a cluster, of which REDIS_URL or REDIS_HOST names nodes";
     /// Costs every onboarding and redemption while Redis is away.
     REDIS_REQUIRED = "false", Flag, "true: no answer rather than one from memory; the start waits";
     /// Each redemption waits for the slowest of them.

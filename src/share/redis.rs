@@ -136,20 +136,28 @@ impl Exchange for RedisExchange {
             _ => self.line.swap(key, field, seen, value),
         };
         let hold = |(device, serial): &(DeviceId, Serial)| {
-            let set = self.line.on("SET", &format!("holder:{device}")).arg(&serial.to_string());
+            let set = self.line.on_holder("SET", device).arg(&serial.to_string());
             set.arg("EX").number(HOLDER_S)
         };
         let name = |entry: Command, name: &Name| entry.arg(name.kind()).arg(&name.to_string());
         let entry = news.names.iter().fold(self.entry(), name);
-        let entry = (!news.names.is_empty()).then_some(entry);
-        let swaps = news.swaps.iter().map(swap);
-        let replies = self.ask(swaps.chain(news.holders.iter().map(hold)).chain(entry))?;
-        let swapped = replies.into_iter().take(news.swaps.len());
-        swapped.map(|reply| Ok(reply.number()? == 1)).collect()
+        // What is announced stands by then, be it on other nodes.
+        let mut commands = Commands::default();
+        let swaps: Vec<Ask> = news.swaps.iter().map(|s| commands.ask(swap(s))).collect();
+        commands.then();
+        for held in &news.holders {
+            commands.ask(hold(held));
+        }
+        commands.then();
+        if !news.names.is_empty() {
+            commands.ask(entry);
+        }
+        let mut replies = self.line.ask(&commands)?;
+        swaps.into_iter().map(|ask| Ok(replies.take(ask).number()? == 1)).collect()
     }
 
     fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Serial>, StoreError> {
-        let get = |device: &DeviceId| self.line.on("GET", &format!("holder:{device}"));
+        let get = |device: &DeviceId| self.line.on_holder("GET", device);
         let replies = self.ask(devices.iter().map(get))?.into_iter();
         let held = replies.map(Reply::text).collect::<Result<Vec<_>, _>>()?;
         Ok(held.iter().flatten().filter_map(|serial| Serial::from_hex(serial)).collect())
@@ -162,11 +170,9 @@ impl Exchange for RedisExchange {
 
     /// A server that may not be asked says nothing.
     fn is_filling(&mut self) -> Result<bool, StoreError> {
-        let mut commands = Commands::default();
-        let info = Info::ask(&mut commands);
-        let Info { used, most, .. } = info(&mut self.line.ask(&commands)?);
         let is_full = |(used, most): (u64, u64)| most > 0 && used / FULL.0 > most / FULL.1;
-        Ok(used.zip(most).is_some_and(is_full))
+        let infos = self.line.info()?;
+        Ok(infos.iter().any(|Info { used, most, .. }| used.zip(*most).is_some_and(is_full)))
     }
 }
 

@@ -233,6 +233,8 @@ pub enum DownKind {
     Refused,
     /// `READONLY`: another server may be the one to write to.
     ReadOnly,
+    /// A part of the keys is out of reach, of which this is one; the others are served.
+    Part,
     /// All connections were in use all the time; nothing is wrong with the server.
     Busy,
 }

@@ -24,7 +24,6 @@ const OTHERS: &[&str] = &[
     "NOTIFY_SOCKET",
     "OOM",
     "READONLY",
-    "REDIS_CLUSTER",
     "REDIS_SERVICE_HOST",
     "RUNTIME_DIRECTORY",
     "WATCHDOG_USEC",

@@ -51,6 +51,8 @@ const BAD: &[(&str, &str, &[Variable])] = &[
     ("REDIS_TLS_CERT", "no/such/file.pem", &[("REDIS_TLS_KEY", "no/such/file.pem")]),
     ("REDIS_SENTINELS", "10.0.0.1:x", &[]),
     ("REDIS_SENTINEL_MASTER", "my master", &[]),
+    ("REDIS_CLUSTER", "perhaps", &[]),
+    ("REDIS_CLUSTER", "true", &[]),
     ("REDIS_TIMEOUT_MS", "0", &[]),
     ("REDIS_TIMEOUT_MS", "fast", &[]),
     ("REDIS_CONNECT_TIMEOUT_MS", "0", &[]),
@@ -110,6 +112,43 @@ fn every_bad_value_stops_the_start_with_one_line_that_names_it() {
         .flatten()
         .collect();
     assert!(faults.is_empty(), "{} faults: {faults:#?}", faults.len());
+}
+
+/// Settings of where Redis is that are good by themselves, and those of which two do not go together, or
+/// are both wrong: one line names one of them.
+#[test]
+fn settings_of_redis_that_do_not_go_together() {
+    const CLUSTER: (&str, &str) = ("REDIS_CLUSTER", "true");
+    const HOST: (&str, &str) = ("REDIS_HOST", "127.0.0.1");
+    const URL: (&str, &str) = ("REDIS_URL", "redis://127.0.0.1");
+    const SENTINELS: (&str, &str) = ("REDIS_SENTINELS", "127.0.0.1");
+    const SOCKET: (&str, &str) = ("REDIS_HOST", "/run/redis.sock");
+    let together: [&[(&str, &str)]; 15] = [
+        &[SENTINELS, HOST],
+        &[SENTINELS, URL],
+        &[SENTINELS, SOCKET],
+        &[SENTINELS, CLUSTER],
+        &[SENTINELS, CLUSTER, HOST],
+        &[CLUSTER, HOST, ("REDIS_DB", "1")],
+        &[CLUSTER, ("REDIS_URL", "redis://127.0.0.1/1")],
+        &[CLUSTER, SOCKET],
+        &[CLUSTER, ("REDIS_URL", "unix:///run/redis.sock")],
+        &[CLUSTER, HOST, ("REDIS_KEY_PREFIX", "{a")],
+        &[CLUSTER, HOST, ("REDIS_KEY_PREFIX", "}a"), ("REDIS_DB", "1")],
+        &[("REDIS_HOST", "127.0.0.1,127.0.0.2")],
+        &[SOCKET, ("REDIS_TLS", "true")],
+        &[HOST, ("REDIS_TLS_CERT", "one.pem")],
+        &[("REDIS_DB", "x"), ("REDIS_PORT", "x"), HOST],
+    ];
+    let check = |env: &[(&str, &str)]| {
+        let exit = Setup::new().args(&["check-config", "--offline"]).envs(env).run();
+        let lines: Vec<&str> = exit.log.lines().filter(|line| !line.trim().is_empty()).collect();
+        let names = |line: &&&str| env.iter().any(|(name, _)| line.contains(name));
+        assert_eq!(exit.code, Some(2), "{env:?}: {}", exit.log);
+        assert_eq!(lines.iter().filter(names).count(), 1, "{env:?}: {lines:?}");
+        assert_eq!(lines.len(), 1, "{env:?}: {lines:?}");
+    };
+    together.iter().for_each(|env| check(env));
 }
 
 /// What is wrong about this end, if anything.

@@ -4,9 +4,9 @@ use std::sync::Barrier;
 use std::thread;
 
 use crate::support::csr::Csr;
+use crate::support::engine::Engine;
 use crate::support::http::Response;
-use crate::support::redis::{Redis, Way};
-use crate::support::sentinel::Trio;
+use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
 use crate::support::{check_error, load, token, wait};
 
@@ -90,12 +90,9 @@ fn without_a_shared_secret_there_is_a_warning() {
 
 #[test]
 fn one_token_fifty_requests_two_instances_one_certificate() {
-    for way in [Way::Tcp, Way::Socket, Way::MutualTls] {
-        let redis = Redis::by(way);
-        race_for_one_token(&redis.env());
+    for engine in Engine::ALL {
+        race_for_one_token(&engine.start().env());
     }
-    let trio = Trio::start();
-    race_for_one_token(&trio.env());
 }
 
 fn race_for_one_token(redis: &[(&str, String)]) {

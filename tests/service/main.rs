@@ -49,6 +49,7 @@ mod outages;
 mod page;
 mod power_cut;
 mod rate_limit;
+mod redis_cluster;
 mod redis_layout;
 mod redis_returns;
 mod redis_sentinel;

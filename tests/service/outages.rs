@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::support::engine::Engine;
 use crate::support::history::{History, Op, Rules};
 use crate::support::load::{Fleet, replay_all};
 use crate::support::proxy::{Mode, Proxy};
 use crate::support::redis::{Redis, Way};
-use crate::support::sentinel::Trio;
 use crate::support::service::{Service, Setup};
 
 /// Requests a second.
@@ -19,7 +19,7 @@ fn start(url: &str) -> Service {
     setup().env("REDIS_URL", url).start()
 }
 
-fn setup() -> Setup {
+pub fn setup() -> Setup {
     Setup::new().envs(&[
         ("REENROLL", "allow"),
         ("REDIS_TIMEOUT_MS", "300"),
@@ -30,7 +30,7 @@ fn setup() -> Setup {
 
 /// Runs the load while `break_it` does its worst, told what the load has done; then redeems what is
 /// left and judges.
-fn under_load(service: &Service, break_it: impl FnOnce(&History)) {
+pub fn under_load(service: &Service, break_it: impl FnOnce(&History)) {
     let (fleet, history, stop) = (Fleet::new(400), History::new(), AtomicBool::new(false));
     let servers = [service.http];
     thread::scope(|scope| {
@@ -60,42 +60,39 @@ impl Drop for Ends<'_> {
 
 #[test]
 fn killed_and_restarted_ten_times() {
-    kill_ten_times(Way::Tcp);
+    kill(Engine::One(Way::Tcp), 10);
 }
 
 #[test]
 fn killed_and_restarted_ten_times_at_its_socket() {
-    kill_ten_times(Way::Socket);
+    kill(Engine::One(Way::Socket), 10);
 }
 
 #[test]
 fn killed_and_restarted_ten_times_behind_mutual_tls() {
-    kill_ten_times(Way::MutualTls);
-}
-
-fn kill_ten_times(way: Way) {
-    let mut redis = Redis::by(way);
-    let service = setup().env_of(&redis.env()).start();
-    under_load(&service, |load| {
-        for round in 0..10 {
-            redis.kill9();
-            load.wait_for(60);
-            redis.start_again();
-            // Now and then it dies again while tokens are being carried over.
-            load.wait_for(if round % 3 == 0 { 24 } else { 140 });
-        }
-    });
+    kill(Engine::One(Way::MutualTls), 10);
 }
 
 #[test]
 fn the_master_of_a_trio_is_killed_ten_times() {
-    let mut trio = Trio::start();
-    let service = setup().env_of(&trio.env()).start();
+    kill(Engine::Sentinels, 10);
+}
+
+#[test]
+fn each_master_of_a_cluster_is_killed_in_turn() {
+    kill(Engine::Cluster, 3);
+}
+
+fn kill(engine: Engine, times: usize) {
+    let mut servers = engine.start();
+    let service = setup().env_of(&servers.env()).start();
     under_load(&service, |load| {
-        for _ in 0..10 {
-            let dead = trio.kill_master();
+        for round in 0..times {
+            let dead = servers.kill(round);
             load.wait_for(60);
-            trio.revive(dead);
+            servers.revive(dead);
+            // Now and then it dies again while tokens are being carried over.
+            load.wait_for(if round % 3 == 0 { 24 } else { 140 });
         }
     });
 }

@@ -87,9 +87,6 @@ fn what_is_wrong_is_said() {
     let env = [("REDIS_SENTINELS", &*wrong.address()), ("REDIS_SENTINEL_MASTER", "other")];
     let said = "a sentinel calls it the master, but its role is \"slave\"";
     check(&env, &format!("127.0.0.1:{}: {said}", replica.port()));
-    let cluster = Redis::start(&["--cluster-enabled", "yes"]);
-    let why = "it is a node of a cluster, for which REDIS_CLUSTER has yet to be made: CLUSTERDOWN";
-    check(&[("REDIS_URL", &cluster.url())], why);
 }
 
 /// Its own user and password, which are not those of the servers.

@@ -1,11 +1,20 @@
 //! `REDIS_WAIT_REPLICAS`: a redemption counts when replicas have its mark, so that a fail-over forgets
 //! no use.
 
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use super::outages::setup;
+use crate::support::history::{History, Op};
 use crate::support::instance::{
     self, Device, certificates, mark_key, redeem, redeem_patiently, refused_as_used, token,
 };
+use crate::support::load::{Fleet, replay_all};
 use crate::support::proxy::Proxy;
 use crate::support::redis::Redis;
+use crate::support::sentinel::Trio;
 use crate::support::{check_error, wait};
 
 const WAITING: [(&str, &str); 3] =
@@ -84,4 +93,57 @@ fn a_fail_over_forgets_no_use() {
         }
     }
     assert_eq!(certificates(&[&a, &b]), 2 * EACH);
+}
+
+/// With all replicas awaited and `none`, nothing is redeemed twice, by whichever instance, over fail-overs
+/// of a trio: twice, or as often as `TEST_FAIL_OVERS` says. Prints what the waiting costs.
+#[test]
+fn fail_overs_of_a_trio_redeem_nothing_twice() {
+    let rounds = std::env::var("TEST_FAIL_OVERS").map_or(2, |rounds| rounds.parse().unwrap());
+    let mut trio = Trio::start();
+    let setup = |waits: &str| {
+        let env = [("OUTAGE_REDEEM", "none"), ("REDIS_WAIT_REPLICAS", waits)];
+        setup().env_of(&trio.env()).envs(&env).env("JWT_SECRET", crate::support::token::SECRET)
+    };
+    let a = setup("2").start();
+    let [b, hasty] = ["2", "0"].map(|waits| setup(waits).share_ca(&a).start());
+    [&a, &b, &hasty].iter().for_each(|service| service.wait_for_storage("redis"));
+    let (fleet, history, stop) = (Fleet::new(300), History::new(), AtomicBool::new(false));
+    let price = |server| {
+        let history = History::new();
+        let (begin, end) = (Instant::now(), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope
+                .spawn(|| fleet.run(&[server], &history, 100.0, 1, || end.load(Ordering::Relaxed)));
+            history.wait_for(200);
+            end.store(true, Ordering::Relaxed);
+        });
+        [0.5, 0.99].map(|share| history.quantile(Op::Redeem, share, begin, Instant::now()))
+    };
+    println!("a redemption, median and p99: {:?}, awaited {:?}", price(hasty.http), price(a.http));
+    let servers = [a.http, b.http];
+    thread::scope(|scope| {
+        scope.spawn(|| fleet.run(&servers, &history, 60.0, 4, || stop.load(Ordering::Relaxed)));
+        for _ in 0..rounds {
+            history.wait_for(60);
+            let dead = trio.kill_master();
+            history.wait_for(40);
+            trio.revive(dead);
+            // At the other instance, mostly.
+            replay_all(&[b.http, a.http, b.http], &history, &fleet);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    [&a, &b].iter().for_each(|service| service.wait_for_storage("redis"));
+    replay_all(&[b.http, a.http], &history, &fleet);
+    let granted: Vec<String> = history
+        .events()
+        .into_iter()
+        .filter(|event| event.op == Op::Redeem && event.status == 200)
+        .map(|event| event.token)
+        .collect();
+    let distinct: HashSet<&String> = granted.iter().collect();
+    println!("{} redeemed over {rounds} fail-overs", granted.len());
+    assert_eq!(distinct.len(), granted.len(), "redeemed twice\n{}\n{}", a.log(), b.log());
+    assert!(granted.len() > 20 * rounds, "there was work: {}", granted.len());
 }

@@ -10,9 +10,11 @@
 
 pub mod browser;
 pub mod clock;
+pub mod cluster;
 pub mod command_proxy;
 pub mod csr;
 pub mod device;
+pub mod engine;
 pub mod history;
 pub mod hostile;
 pub mod http;
@@ -30,8 +32,8 @@ pub mod temp;
 pub mod token;
 pub mod wait;
 
+use engine::Engine;
 use http::Response;
-use redis::Redis;
 use service::{Service, Setup};
 
 /// Asserts that `answer` is an error of the contract with this status and one of these codes
@@ -102,11 +104,14 @@ pub fn fields(json: &str) -> Vec<String> {
     names
 }
 
-/// Runs `test` against a server with memory only and against one with Redis, each with `env`.
+/// Runs `test` against a server with memory only and against one with Redis, of each kind that is asked
+/// for, with `env`.
 pub fn on_both_stores(env: &[(&str, &str)], test: impl Fn(&Service)) {
     test(&Setup::new().envs(env).start());
-    let redis = Redis::start(&[]);
-    let service = Setup::new().envs(env).env("REDIS_URL", &redis.url()).start();
-    service.wait_for_storage("redis");
-    test(&service);
+    for engine in Engine::asked_for() {
+        let servers = engine.start();
+        let service = Setup::new().envs(env).env_of(&servers.env()).start();
+        service.wait_for_storage("redis");
+        test(&service);
+    }
 }

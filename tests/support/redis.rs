@@ -196,6 +196,10 @@ impl Redis {
         let _ = fs::remove_dir_all(self.dir.path().join("appendonlydir"));
     }
 
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// SIGKILL, and waits for the end.
     pub fn kill9(&mut self) {
         if let Some(mut child) = self.child.take() {

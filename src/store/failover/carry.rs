@@ -12,7 +12,7 @@ use crate::config::OutageRedeem;
 use crate::device::DeviceId;
 use crate::devices::Row;
 use crate::store::memory::InRedis;
-use crate::store::{Answer, Down, Op, Outcome, StoreError, locked};
+use crate::store::{Answer, Down, DownKind, Op, Outcome, StoreError, locked};
 
 /// After an outage other instances may still be carrying their tokens over: so long an unknown
 /// token is answered with 503.
@@ -48,6 +48,7 @@ impl Failover {
     /// everything; else only what was noted since the connection was lost.
     fn make_lists(&self, hello: &Hello) -> bool {
         let mut state = locked(&self.state);
+        state.follow_ups.take_up();
         let all_listed = state.follow_ups.are_all_for(&hello.run_id);
         let full = state.mode == Mode::Degraded || !all_listed;
         let is_another = |last: &String| hello.run_id.as_ref().is_some_and(|run| run != last);
@@ -91,8 +92,14 @@ impl Failover {
                 Some(Err(StoreError::Failed(why))) => {
                     log::error!("could not be carried over to Redis: {:?}: {why}", task.follow_up);
                 }
-                Some(Err(down)) => {
+                Some(Err(StoreError::Down(down))) if down.kind == DownKind::Part => {
                     self.not_sent(&task, &down);
+                    state.follow_ups.set_aside(task.follow_up);
+                }
+                Some(Err(down)) => {
+                    if let StoreError::Down(down) = &down {
+                        self.not_sent(&task, down);
+                    }
                     state.follow_ups.put_back(task.follow_up);
                     error = Some(down);
                 }
@@ -158,9 +165,9 @@ impl Failover {
 
     /// A token of which nothing was sent is still only here, and may be redeemed from memory also with
     /// `OUTAGE_REDEEM=none`.
-    fn not_sent(&self, task: &Task, error: &StoreError) {
-        if let (FollowUp::Carry(hash), true, StoreError::Down(Down { maybe_done: false, .. })) =
-            (&task.follow_up, task.is_new_there, error)
+    fn not_sent(&self, task: &Task, down: &Down) {
+        if let (FollowUp::Carry(hash), true, false) =
+            (&task.follow_up, task.is_new_there, down.maybe_done)
         {
             self.memory.note_in_redis(hash, InRedis::No);
         }

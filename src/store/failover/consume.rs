@@ -7,7 +7,7 @@ use crate::jwt::{Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::Begin;
 use crate::store::memory::{Copy, InRedis};
-use crate::store::{Answer, Down, Outcome, StoreError};
+use crate::store::{Answer, Down, DownKind, Outcome, StoreError};
 
 /// A token with less than this left may have ended in Redis already.
 const ABOUT_TO_END_MS: u64 = 2000;
@@ -79,6 +79,13 @@ impl Failover {
                     state.follow_ups.mark(*hash);
                 }
                 Ok(Outcome::Granted(row))
+            }
+            // Redis does not have the token, whatever it has of its mark.
+            Err(StoreError::Down(Down { kind: DownKind::Part, .. }))
+                if is_only_here() && !late && !self.rules.required =>
+            {
+                self.ledger.release(hash, serial);
+                self.grant_from_memory(state, token, serial, now)
             }
             Err(StoreError::Down(Down { maybe_done: true, .. })) => {
                 self.ledger.lose(hash, serial);
@@ -189,7 +196,19 @@ impl Failover {
         if !ours || !matches!(state.mode, Mode::Degraded | Mode::Returning) {
             return Err(StoreError::Undecided);
         }
-        // An attempt whose outcome is not known got no certificate, and no other instance grants it.
+        self.grant_from_memory(state, token, serial, now)
+    }
+
+    /// No other instance grants it.
+    fn grant_from_memory(
+        &self,
+        state: &mut State,
+        token: &Token,
+        serial: Serial,
+        now: Now,
+    ) -> Answer {
+        let hash = &token.hash;
+        // An attempt whose outcome is not known got no certificate.
         if self.ledger.begin(token, serial, true, now) != Begin::Begun {
             return Ok(Outcome::AlreadyUsed);
         }

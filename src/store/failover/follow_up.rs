@@ -12,6 +12,8 @@ use crate::serial::Serial;
 
 /// Marks to withdraw that are remembered; more than one outage leaves under any sane load.
 const MOST_WITHDRAWALS: usize = 4096;
+/// What is set aside; with more than that everything is listed again.
+const MOST_ASIDE: usize = 100_000;
 
 /// One thing to tell; what exactly is sent is decided when it is sent.
 #[derive(Clone, Debug)]
@@ -37,6 +39,8 @@ pub(super) struct FollowUps {
     withdrawals: BTreeMap<(TokenHash, Serial), Token>,
     removals: BTreeMap<TokenHash, Token>,
     carries: Vec<TokenHash>,
+    /// What a part of Redis that is out of reach has to be told.
+    aside: Vec<FollowUp>,
 }
 
 /// What the lists of marks and of live tokens are good for.
@@ -143,6 +147,18 @@ impl FollowUps {
             return taken.map(|(_, token)| FollowUp::Remove(token)).collect();
         }
         take_last(&mut self.carries, most).map(FollowUp::Carry).collect()
+    }
+
+    /// Tried again after the next [`FollowUps::take_up`]; until then others go on.
+    pub fn set_aside(&mut self, follow_up: FollowUp) {
+        match self.aside.len() < MOST_ASIDE {
+            true => self.aside.push(follow_up),
+            false => self.abandon(),
+        }
+    }
+
+    pub fn take_up(&mut self) {
+        std::mem::take(&mut self.aside).into_iter().for_each(|follow_up| self.put_back(follow_up));
     }
 
     /// Not done after all.

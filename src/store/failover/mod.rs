@@ -69,6 +69,15 @@ pub trait Remote: Send + Sync {
     /// Drops all connections.
     fn disconnect(&self);
 
+    /// Why a part of the keys is out of reach ([`DownKind::Part`]), if one is.
+    fn missing(&self) -> Option<String>;
+
+    /// Whether more is in reach than the present connections reach. Blocks, beside those who are served.
+    ///
+    /// # Errors
+    /// When nobody says any more where the keys are.
+    fn can_reach_more(&self) -> Result<bool, StoreError>;
+
     /// The server has closed a connection while nobody used it. Waits for nothing.
     fn was_cut(&self, now: Now) -> bool;
 
@@ -476,10 +485,14 @@ impl Failover {
     fn notice(&self, state: &mut State, results: &[Answer], epoch: u64) {
         let downs = || {
             results.iter().filter_map(|result| match result {
-                Err(StoreError::Down(down)) if down.kind != DownKind::Busy => Some(down),
+                Err(StoreError::Down(down)) => Some(down),
                 _ => None,
             })
         };
+        if downs().any(|down| down.kind == DownKind::Part) {
+            self.changed.notify_all();
+        }
+        let downs = || downs().filter(|d| ![DownKind::Busy, DownKind::Part].contains(&d.kind));
         let worst = downs().find(|down| down.kind == DownKind::Refused).or_else(|| downs().next());
         let Some(down) = worst.filter(|_| state.epoch == epoch && state.mode == Mode::Primary)
         else {
@@ -488,7 +501,7 @@ impl Failover {
         match down.kind {
             DownKind::Refused => self.degrade(state, down),
             DownKind::Lost | DownKind::ReadOnly => self.suspect(state, &down.why),
-            DownKind::Busy => {}
+            DownKind::Busy | DownKind::Part => {}
         }
     }
 

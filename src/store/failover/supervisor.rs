@@ -23,11 +23,13 @@ impl Failover {
         let mut back_off = BACK_OFF;
         let mut kept = locked(&self.state).last_run.clone();
         let mut looked_ms = clock::now().mono_ms;
+        let mut missed = None;
         loop {
             self.keep_run(&mut kept);
             let state = locked(&self.state);
             let idle = |state: &mut State| {
-                !state.stopped && state.mode == Mode::Primary && state.follow_ups.is_empty()
+                let busy = !state.follow_ups.is_empty() || self.remote.missing().is_some();
+                !state.stopped && state.mode == Mode::Primary && !busy
             };
             let passed_ms = || clock::now().mono_ms.saturating_sub(looked_ms);
             let left = LOOK_EVERY.saturating_sub(Duration::from_millis(passed_ms()));
@@ -45,16 +47,39 @@ impl Failover {
                 } else {
                     self.tidy_up();
                 }
+                let missing = self.remote.missing();
+                back_off = if missing.is_some() { self.mend(back_off) } else { BACK_OFF };
+                log_missing(&mut missed, missing);
                 continue;
             }
             back_off = match self.bring_back() {
                 Ok(()) => BACK_OFF,
                 Err(error) => {
                     self.stay_away(&error.into_down());
-                    self.pause(back_off);
-                    (back_off * 2).min(BACK_OFF_MOST)
+                    self.pause(back_off)
                 }
             };
+        }
+    }
+
+    /// Looks for the part that is out of reach, while the others are served. When it is found, all
+    /// connections are made anew, and what it may have lost is carried over. Returns how long to wait
+    /// before the next look.
+    fn mend(&self, back_off: Duration) -> Duration {
+        let epoch = locked(&self.state).epoch;
+        match self.remote.can_reach_more() {
+            Ok(true) => {
+                let mut state = locked(&self.state);
+                if state.mode == Mode::Primary {
+                    self.doubt(&mut state, Mode::Renewing, "more of it is in reach");
+                }
+                back_off
+            }
+            Ok(false) => self.pause(back_off),
+            Err(error) => {
+                self.notice(&mut locked(&self.state), &[Err(error)], epoch);
+                back_off
+            }
         }
     }
 
@@ -77,7 +102,8 @@ impl Failover {
     /// was started again, perhaps with older data.
     fn look(&self) {
         let (epoch, run_id) = {
-            let state = locked(&self.state);
+            let mut state = locked(&self.state);
+            state.follow_ups.take_up();
             (state.epoch, state.follow_ups.run_id().cloned())
         };
         if let Err(error) = self.remote.look(run_id.as_deref(), clock::now()) {
@@ -113,12 +139,28 @@ impl Failover {
         self.changed.notify_all();
     }
 
-    /// Waits between half the time and the whole, so that instances do not come all at once.
-    fn pause(&self, back_off: Duration) {
+    /// Waits between half the time and the whole, so that instances do not come all at once. Returns how
+    /// long the next wait is to be.
+    fn pause(&self, back_off: Duration) -> Duration {
         let mut random = [0; 1];
         let jitter = getrandom::fill(&mut random).map_or(0, |()| u32::from(random[0]));
         let wait = back_off / 2 + back_off / 2 * jitter / 255;
         let state = locked(&self.state);
-        drop(self.changed.wait_timeout_while(state, wait, |state| !state.stopped));
+        let mode = state.mode;
+        let same = |state: &mut State| !state.stopped && state.mode == mode;
+        drop(self.changed.wait_timeout_while(state, wait, same));
+        (back_off * 2).min(BACK_OFF_MOST)
     }
+}
+
+/// One warning for what is lost of it, and one line when it is back.
+fn log_missing(missed: &mut Option<String>, missing: Option<String>) {
+    match &missing {
+        Some(why) if missed.is_none() => log::warn!(
+            "a part of Redis is lost ({why}): what it has waits until it is back, the rest is served"
+        ),
+        None if missed.is_some() => log::info!("✅ all of Redis is in reach again"),
+        _ => {}
+    }
+    *missed = missing;
 }

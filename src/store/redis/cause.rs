@@ -104,8 +104,6 @@ fn refusal_cause(said: &str, command: &str) -> String {
         format!(
             "{command} is not allowed, docs/redis.md has the rights that its user needs: {said}"
         )
-    } else if ["MOVED", "CROSSSLOT", "CLUSTERDOWN"].iter().any(|code| said.starts_with(code)) {
-        format!("it is a node of a cluster, for which REDIS_CLUSTER has yet to be made: {said}")
     } else {
         said.to_owned()
     }

@@ -3,8 +3,11 @@
 //! The crate's own `Cmd` keeps its words in two vectors and is copied on its way; with four commands
 //! a token that was a tenth of what an onboarding costs.
 
+use std::ops::Range;
+
+use super::cluster::Route;
 use super::reply::{Replies, maybe_done};
-use crate::store::StoreError;
+use crate::store::{DownKind, StoreError};
 
 /// Commands that only look: they may be sent twice, and one that was carried out has changed nothing.
 const LOOKING: [&str; 8] =
@@ -15,13 +18,15 @@ pub(crate) struct Command {
     words: usize,
     /// The words, each with its length before it.
     packed: Vec<u8>,
+    /// Where its key stands among them; empty if it has none.
+    key: Range<usize>,
 }
 
 impl Command {
     pub fn new(name: &str) -> Self {
         /// Room for the longest of an onboarding: a token in its key and again in its value.
         const USUAL: usize = 768;
-        Command { words: 0, packed: Vec::with_capacity(USUAL) }.arg(name)
+        Command { words: 0, packed: Vec::with_capacity(USUAL), key: 0..0 }.arg(name)
     }
 
     pub fn arg(self, word: &str) -> Self {
@@ -31,6 +36,19 @@ impl Command {
     /// One word made of pieces.
     pub fn joined(self, pieces: &[&str]) -> Self {
         self.word(pieces.iter().map(|piece| piece.as_bytes()))
+    }
+
+    /// The key, made of pieces. No command has two.
+    pub fn on(self, pieces: &[&str]) -> Self {
+        let mut command = self.joined(pieces);
+        let end = command.packed.len() - b"\r\n".len();
+        let length: usize = pieces.iter().map(|piece| piece.len()).sum();
+        command.key = end - length..end;
+        command
+    }
+
+    pub fn key(&self) -> Option<&[u8]> {
+        self.packed.get(self.key.clone()).filter(|_| self.key.end > 0)
     }
 
     /// A word that need not be text.
@@ -58,7 +76,7 @@ impl Command {
         std::str::from_utf8(word).unwrap_or_default().trim_end()
     }
 
-    fn only_looks(&self) -> bool {
+    pub fn only_looks(&self) -> bool {
         LOOKING.contains(&self.name())
     }
 
@@ -72,14 +90,31 @@ impl Command {
 #[derive(Default)]
 pub(crate) struct Commands {
     asked: Vec<Asked>,
-    /// What was written counts only when replicas have it.
-    pub awaits_replicas: bool,
+    stage: u8,
+    /// Where what is asked from now on goes.
+    pub(super) route: Route,
+    /// Something was changed by what came before them.
+    pub follow: bool,
 }
 
-struct Asked {
-    command: Command,
-    /// Without it nothing of the trip counts.
-    must_succeed: bool,
+pub(super) struct Asked {
+    pub command: Command,
+    need: Need,
+    /// What it writes counts only when replicas have it.
+    pub awaits_replicas: bool,
+    pub stage: u8,
+    pub route: Route,
+}
+
+/// What it is for a trip that a command fails.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// The trip fails.
+    Must,
+    /// The trip fails, unless it is a part of the keys that is out of reach.
+    Counts,
+    /// Nothing: its reply is judged by whoever takes it.
+    May,
 }
 
 /// One of the commands, by which its reply is taken.
@@ -89,21 +124,42 @@ pub(crate) struct Ask(pub(super) usize);
 impl Commands {
     /// What must succeed.
     pub fn ask(&mut self, command: Command) -> Ask {
-        self.push(command, true)
+        self.push(command, Need::Must, false)
     }
 
-    /// What may fail: its reply is judged by whoever takes it.
+    /// What is for the counts only.
+    pub fn count(&mut self, command: Command) -> Ask {
+        self.push(command, Need::Counts, false)
+    }
+
+    /// What may fail.
     pub fn try_ask(&mut self, command: Command) -> Ask {
-        self.push(command, false)
+        self.push(command, Need::May, false)
     }
 
-    fn push(&mut self, command: Command, must_succeed: bool) -> Ask {
-        self.asked.push(Asked { command, must_succeed });
+    /// What must succeed and replicas must have.
+    pub fn ask_safely(&mut self, command: Command) -> Ask {
+        self.push(command, Need::Must, true)
+    }
+
+    fn push(&mut self, command: Command, need: Need, awaits_replicas: bool) -> Ask {
+        let (stage, route) = (self.stage, self.route);
+        self.asked.push(Asked { command, need, awaits_replicas, stage, route });
         Ask(self.asked.len() - 1)
+    }
+
+    /// What is asked from now on is carried out after what was asked before, also where nodes have no
+    /// order among each other.
+    pub fn then(&mut self) {
+        self.stage += 1;
     }
 
     pub fn is_empty(&self) -> bool {
         self.asked.is_empty()
+    }
+
+    pub(super) fn asked(&self) -> &[Asked] {
+        &self.asked
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Command> {
@@ -112,13 +168,38 @@ impl Commands {
 
     /// The replies, if what must succeed did; else its error, and whether others have changed anything.
     pub fn judge(&self, replies: Replies) -> Result<Replies, StoreError> {
-        let both = || self.asked.iter().zip(replies.iter());
-        let failed = both().find_map(|(asked, reply)| reply.error().filter(|_| asked.must_succeed));
-        let Some(error) = failed.cloned() else { return Ok(replies) };
-        let has_changed =
-            both().any(|(asked, reply)| reply.error().is_none() && !asked.command.only_looks());
-        Err(maybe_done(error, has_changed))
+        let failed = |asked: &Asked, error: &StoreError| match asked.need {
+            Need::Must => true,
+            Need::Counts => !is_part(error),
+            Need::May => false,
+        };
+        let Some(error) = self.failure(&replies, failed) else { return Ok(replies) };
+        let has_changed = self
+            .asked
+            .iter()
+            .zip(replies.iter())
+            .any(|(asked, reply)| reply.error().is_none() && !asked.command.only_looks());
+        Err(maybe_done(error, has_changed || self.follow))
     }
+
+    /// Why nobody can be served by servers that answer so, be a part of the keys out of reach or not.
+    pub fn refusal(&self, replies: &Replies) -> Option<StoreError> {
+        self.failure(replies, |asked, error| asked.need != Need::May && !is_part(error))
+    }
+
+    fn failure(
+        &self,
+        replies: &Replies,
+        is_failure: impl Fn(&Asked, &StoreError) -> bool,
+    ) -> Option<StoreError> {
+        let mut both = self.asked.iter().zip(replies.iter());
+        both.find_map(|(asked, reply)| reply.error().filter(|error| is_failure(asked, error)))
+            .cloned()
+    }
+}
+
+fn is_part(error: &StoreError) -> bool {
+    matches!(error, StoreError::Down(down) if down.kind == DownKind::Part)
 }
 
 fn push_counted(kind: u8, count: u64, out: &mut Vec<u8>) {

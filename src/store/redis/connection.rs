@@ -9,13 +9,12 @@ use std::io::{self, Read, Write as _};
 use std::sync::Arc;
 use std::time::Instant;
 
-use redis::{Parser, Value};
+use redis::{Parser, ServerError, Value};
 
 use super::cause::{Server, Stage};
 use super::command::{Command, Commands};
 use super::reply::{Replies, Reply};
 use super::stream::Stream;
-use crate::clock::Now;
 use crate::config::Login;
 use crate::socket::time_left;
 use crate::store::{Down, StoreError};
@@ -26,22 +25,11 @@ pub(super) struct Connection {
     parser: Parser,
     server: Arc<Server>,
     stage: Stage,
-    /// The pool's generation that it belongs to.
-    pub generation: u64,
-    /// When it was put back into the pool, by [`Now::mono_ms`].
-    pub idle_since_ms: u64,
 }
 
 impl Connection {
     pub fn new(stream: Stream, server: Arc<Server>) -> Self {
-        Connection {
-            stream,
-            parser: Parser::new(),
-            server,
-            stage: Stage::Login,
-            generation: 0,
-            idle_since_ms: 0,
-        }
+        Connection { stream, parser: Parser::new(), server, stage: Stage::Login }
     }
 
     /// Says who we are, or at least something, so that the server answers: one that allows no more
@@ -71,16 +59,8 @@ impl Connection {
     }
 
     /// From now on what is sent may be carried out although no answer comes.
-    pub fn serve(mut self, generation: u64, now: Now) -> Self {
+    pub fn serve(&mut self) {
         self.stage = Stage::Service;
-        self.generation = generation;
-        self.idle_since_ms = now.mono_ms;
-        self
-    }
-
-    /// The server is not one that can be used.
-    pub fn unusable(&self, why: &str) -> Down {
-        self.server.unusable(why)
     }
 
     /// The other side has closed it while nobody used it.
@@ -92,30 +72,12 @@ impl Connection {
     pub fn round_trip(&mut self, commands: &Commands, deadline: Instant) -> Result<Replies, Down> {
         let commands: Vec<&Command> = commands.iter().collect();
         self.send(&commands, deadline)?;
-        let replies = commands.iter().map(|command| self.receive(command));
-        Ok(Replies::new(replies.collect::<Result<_, _>>()?, 0))
-    }
-
-    /// The same for several at once, and one `wait` for those of them that await replicas.
-    pub fn run(
-        &mut self,
-        batch: &[&Commands],
-        wait: &Command,
-        deadline: Instant,
-    ) -> Result<Vec<Replies>, Down> {
-        let wait = batch.iter().any(|commands| commands.awaits_replicas).then_some(wait);
-        let all: Vec<&Command> = batch.iter().flat_map(|c| c.iter()).chain(wait).collect();
-        self.send(&all, deadline)?;
-        let mut replies = Vec::with_capacity(batch.len());
-        for commands in batch {
-            let each = commands.iter().map(|command| self.receive(command));
-            replies.push(Replies::new(each.collect::<Result<_, _>>()?, 0));
+        let mut replies = Vec::with_capacity(commands.len());
+        for command in commands {
+            let reply = self.receive()?;
+            replies.push(Reply(reply.map_err(|error| self.server.refused(&error, command.name()))));
         }
-        if let Some(wait) = wait {
-            let replicas = self.receive(wait)?.number().ok().and_then(|n| n.try_into().ok());
-            replies.iter_mut().for_each(|replies| replies.replicas = replicas.unwrap_or(0));
-        }
-        Ok(replies)
+        Ok(Replies::new(replies))
     }
 
     /// Until the deadline, replies to these can be received.
@@ -129,14 +91,17 @@ impl Connection {
         sent.map_err(|error| self.server.failed(&error, self.stage))
     }
 
-    /// The next reply; an error of the server is a reply like any other.
-    pub fn receive(&mut self, to: &Command) -> Result<Reply, Down> {
+    /// What is received from now on has to come before the deadline.
+    pub fn set_deadline(&mut self, deadline: Instant) {
+        self.stream.set_deadline(deadline);
+    }
+
+    /// The next reply, or the error that is in its place.
+    pub fn receive(&mut self) -> Result<Result<Value, ServerError>, Down> {
         let mut reader = Reader { stream: &mut self.stream, failure: None };
         match (self.parser.parse_value(&mut reader), reader.failure) {
-            (Ok(Value::ServerError(error)), _) => {
-                Ok(Reply(Err(self.server.refused(&error, to.name()))))
-            }
-            (Ok(value), _) => Ok(Reply(Ok(value))),
+            (Ok(Value::ServerError(error)), _) => Ok(Err(error)),
+            (Ok(value), _) => Ok(Ok(value)),
             (Err(_), Some(error)) => Err(self.server.failed(&error, self.stage)),
             (Err(_), None) => Err(self.server.misspoke(self.stage)),
         }

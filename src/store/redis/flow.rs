@@ -43,11 +43,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use super::command::Commands;
+use super::command::{Ask, Commands};
 use super::issue::Issue;
-use super::layout::Layout;
+use super::layout::{Key, Layout};
 use super::redeem::{Consume, withdraw};
-use super::reply::Replies;
+use super::reply::{Replies, maybe_done};
 use super::rows::{self, Killing, Then};
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -74,8 +74,16 @@ pub(super) struct Context {
     pub patience_ms: u64,
     pub clock: RedisClock,
     pub replicas: Replicas,
-    /// Members of the set of live tokens that have ended long ago and are removed next.
-    pub ended: Mutex<Vec<String>>,
+    /// The run that was greeted: of a cluster, of all its masters.
+    pub run_id: Mutex<Option<String>>,
+    pub ended: Mutex<Ended>,
+}
+
+/// Members of one of the sets of live tokens that have ended long ago and are removed next.
+#[derive(Debug, Default)]
+pub(super) struct Ended {
+    set: usize,
+    members: Vec<String>,
 }
 
 /// The clock that all instances share. By a clock of ours that is wrong, tokens would be counted that
@@ -148,8 +156,15 @@ impl Context {
             patience_ms,
             clock: RedisClock::default(),
             replicas: Replicas::default(),
+            run_id: Mutex::default(),
             ended: Mutex::default(),
         }
+    }
+
+    /// The run of which this one of a node is a part.
+    pub fn run_of(&self, node: &str) -> Option<String> {
+        let whole = locked(&self.run_id).clone()?;
+        whole.split('+').any(|run_id| run_id == node).then_some(whole)
     }
 
     /// The claims of a token found in Redis; of one that is not ours, the little that is known.
@@ -198,8 +213,13 @@ impl Next {
         let Next::Trip(..) = self else { return };
         let trip = std::mem::replace(self, Next::Done(Err(StoreError::Undecided)));
         let Next::Trip(commands, read) = trip else { return };
-        let replies = replies.and_then(|replies| commands.judge(replies));
-        let next = replies.and_then(|replies| read(context, replies));
+        let mut next = replies.and_then(|replies| commands.judge(replies)).and_then(|replies| {
+            // What was asked has been carried out.
+            read(context, replies).map_err(|error| maybe_done(error, true))
+        });
+        if let Ok(Next::Trip(commands, _)) = &mut next {
+            commands.follow = true;
+        }
         *self = next.unwrap_or_else(|error| Next::Done(Err(error)));
     }
 
@@ -238,7 +258,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Next {
         }
         Op::Count => count(context, now),
         Op::Mark(hash, mark, claims) => enter(*hash, *mark, claims.clone(), context, now),
-        Op::Carry(token, left_ms) => carry(token, (*left_ms).max(1), context, now),
+        Op::Carry(token, left_ms) => carry(token.clone(), (*left_ms).max(1), context, now),
     }
 }
 
@@ -250,19 +270,26 @@ pub(super) fn remove(token: &Token, then: Outcome, context: &Context) -> Next {
 }
 
 pub(super) fn ask_removal(out: &mut Commands, layout: &Layout, token: &Token) {
-    out.ask(layout.free_lease(&token.claims.device_id, &token.compact));
-    out.ask(layout.delete_token(&token.compact));
-    out.ask(layout.remove_live(&token.hash));
+    let Token { claims, compact, hash } = token;
+    out.ask(layout.compare_and_delete(Key::Lease(&claims.device_id), compact));
+    out.ask(layout.on("DEL", Key::Token(&claims.device_id, compact)));
+    out.count(layout.remove_live(hash));
 }
 
 /// Counting: by score, so expired entries need no pruning to be left out.
 fn count(context: &Context, now: Now) -> Next {
-    let mut commands = Commands::default();
-    let count = commands.ask(context.layout.count_live(context.clock.at(now)));
-    let time = commands.ask(context.layout.time());
+    let (layout, mut commands) = (&context.layout, Commands::default());
+    let now_ms = context.clock.at(now);
+    let counts: Vec<Ask> = layout
+        .all_live()
+        .iter()
+        .map(|live| commands.ask(layout.count_live(live, now_ms)))
+        .collect();
+    let time = commands.ask(layout.time());
     Next::trip(commands, move |context, mut replies| {
         context.clock.set(replies.take(time).time_ms()?, now);
-        let count = replies.take(count).number()?;
+        let counts = counts.into_iter().map(|ask| replies.take(ask).number());
+        let count = counts.sum::<Result<i64, _>>()?;
         Next::done(Outcome::Counted(u64::try_from(count).unwrap_or(0)))
     })
 }
@@ -273,13 +300,14 @@ fn count(context: &Context, now: Now) -> Next {
 /// show it whole.
 fn enter(hash: TokenHash, mark: Mark, claims: Claims, context: &Context, now: Now) -> Next {
     let (layout, mut commands) = (&context.layout, Commands::default());
-    let before = commands.ask(layout.get_mark(&hash));
-    commands.ask(layout.set_mark(&hash, &layout.mark(mark), lasts_ms(&claims, now)));
-    commands.ask(layout.remove_live(&hash));
-    let lease = commands.ask(layout.get_lease(&claims.device_id));
-    let token = context.signer.sign(claims.clone());
+    let (device, token) = (&claims.device_id, context.signer.sign(claims.clone()));
+    let key = Key::Mark(device, &hash);
+    let before = commands.ask(layout.on("GET", key));
+    commands.ask(layout.set_mark(key, &layout.mark(mark), lasts_ms(&claims, now)));
+    commands.count(layout.remove_live(&hash));
+    let lease = commands.ask(layout.on("GET", Key::Lease(device)));
     if token.hash == hash {
-        commands.ask(layout.delete_token(&token.compact));
+        commands.ask(layout.on("DEL", Key::Token(device, &token.compact)));
     }
     Next::trip(commands, move |context, mut replies| {
         let was_lost = replies.take(before).text()?.is_none() && claims.exp > now.unix_s();
@@ -293,12 +321,24 @@ fn enter(hash: TokenHash, mark: Mark, claims: Claims, context: &Context, now: No
     })
 }
 
-/// Carry-over of a live token. Whatever mark stands does not matter: if it is another's, the token stays
-/// refused; if it is tentative, it will be withdrawn.
-fn carry(token: &Token, left_ms: u64, context: &Context, now: Now) -> Next {
+/// Carry-over of a live token. One whose row is out of reach could not be redeemed there, so it stays
+/// with us for now.
+fn carry(token: Token, left_ms: u64, context: &Context, now: Now) -> Next {
+    if !context.layout.is_spread {
+        return carry_over(&token, left_ms, context, now);
+    }
+    let mut commands = Commands::default();
+    commands.ask(context.layout.get_row(&token.claims.device_id));
+    Next::trip(commands, move |context, _| Ok(carry_over(&token, left_ms, context, now)))
+}
+
+/// Whatever mark stands does not matter: if it is another's, the token stays refused; if it is
+/// tentative, it will be withdrawn.
+fn carry_over(token: &Token, left_ms: u64, context: &Context, now: Now) -> Next {
     let (layout, mut commands) = (&context.layout, Commands::default());
     commands.ask(layout.set_token(token, left_ms));
-    let mark = commands.ask(layout.get_mark(&token.hash));
+    let key = Key::Mark(&token.claims.device_id, &token.hash);
+    let mark = commands.ask(layout.on("GET", key));
     let token = token.clone();
     Next::trip(commands, move |context, mut replies| match replies.take(mark).text()? {
         Some(_) => Next::done(Outcome::Done),
@@ -310,21 +350,24 @@ fn carry(token: &Token, left_ms: u64, context: &Context, now: Now) -> Next {
 /// likely.
 fn carry_unmarked(token: &Token, left_ms: u64, context: &Context, now: Now) -> Next {
     let (layout, mut commands) = (&context.layout, Commands::default());
-    commands.ask(layout.add_live(&token.hash, context.clock.at(now).saturating_add(left_ms)));
+    commands.count(layout.add_live(&token.hash, context.clock.at(now).saturating_add(left_ms)));
     commands.ask(layout.lease_if_free(token, left_ms));
     Next::trip(commands, |_, _| Next::done(Outcome::Done))
 }
 
-/// Pruning the set of live tokens: removes what an earlier trip has found, and finds what the next
-/// one is to remove, so many at most. It needs no trip of its own, and each batch of tokens removes more
-/// than it adds.
+/// Pruning the sets of live tokens, one after the other: removes what an earlier trip has found, and
+/// finds what the next one is to remove, so many at most. It needs no trip of its own, and each batch of
+/// tokens removes more than it adds.
 pub(super) fn prune(context: &Context, most: u64, now: Now) -> Next {
     let (layout, mut commands) = (&context.layout, Commands::default());
-    commands.try_ask(layout.remove_live_members(&std::mem::take(&mut *locked(&context.ended))));
+    let all = layout.all_live();
+    let Ended { set, members } = std::mem::take(&mut *locked(&context.ended));
+    commands.try_ask(layout.remove_live_members(all.get(set).unwrap_or(&"live"), &members));
     let until_ms = context.clock.at(now).saturating_sub(PRUNE_AFTER_MS);
-    let found = commands.ask(layout.oldest_live(until_ms, most));
+    let set = (set + 1) % all.len();
+    let found = commands.ask(layout.oldest_live(all.get(set).unwrap_or(&"live"), until_ms, most));
     Next::trip(commands, move |context, mut replies| {
-        *locked(&context.ended) = replies.take(found).texts()?;
+        *locked(&context.ended) = Ended { set, members: replies.take(found).texts()? };
         Next::done(Outcome::Done)
     })
 }
@@ -343,7 +386,13 @@ mod tests {
 
     fn context() -> Context {
         Context::new(
-            Layout { prefix: String::new(), name: None, wait_replicas: 0, share_record: true },
+            Layout {
+                prefix: String::new(),
+                name: None,
+                wait_replicas: 0,
+                share_record: true,
+                is_spread: false,
+            },
             Signer::new(b"secret"),
             None,
             1000,
@@ -376,7 +425,7 @@ mod tests {
     fn after(mut next: Next, context: &Context, replies: Vec<Value>) -> Next {
         assert_eq!(names(&next).len(), replies.len());
         let replies = replies.into_iter().map(|value| Reply(Ok(value))).collect();
-        next.read(context, Ok(Replies::new(replies, 0)));
+        next.read(context, Ok(Replies::new(replies)));
         next
     }
 
@@ -478,7 +527,7 @@ mod tests {
             Reply(Err(StoreError::Down(down)))
         };
         let maybe_done = |mut next: Next, replies: Vec<Reply>| {
-            next.read(&context(), Ok(Replies::new(replies, 0)));
+            next.read(&context(), Ok(Replies::new(replies)));
             match next.into_answer() {
                 Err(StoreError::Down(down)) => down.maybe_done,
                 other => panic!("{other:?}"),

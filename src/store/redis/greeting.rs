@@ -1,84 +1,123 @@
-//! The first words on a new connection: who is there, and does it do for us what we will ask?
+//! The first words on new connections: who is there, and does it do for us what we will ask?
 
 use std::time::Instant;
 
+use super::cluster::{Nodes, Route};
 use super::command::{Ask, Commands};
-use super::connection::Connection;
 use super::flow::Context;
-use super::layout::Layout;
+use super::layout::{Key, Layout};
 use super::reply::Info;
 use crate::clock;
-use crate::store::StoreError;
+use crate::device::DeviceId;
+use crate::jwt::TokenHash;
 use crate::store::failover::Hello;
+use crate::store::{DownKind, StoreError, locked};
 
-/// Asks who the server is, whether it takes writes, whether this user may do all that will be
-/// needed, and whose CA is entered there. All in one round trip, and the writing is real: a server
-/// that is full, or a replica, refuses only writes.
+/// Asks each node who it is, whether it takes writes, and whether this user may do all that will be
+/// needed; and whose CA is entered. All in one round trip, and the writing is real: a server that is
+/// full, or a replica, refuses only writes.
 pub(super) fn greet(
     context: &Context,
-    connection: &mut Connection,
+    nodes: &mut Nodes,
     ca: Option<&str>,
     deadline: Instant,
 ) -> Result<Hello, StoreError> {
     let layout = &context.layout;
     let mut commands = Commands::default();
-    let info = Info::ask(&mut commands);
-    let time = commands.try_ask(layout.time());
-    ask_every_kind(layout, &mut commands);
-    let about_rows = ask_about_rows(layout, &mut commands);
+    let mut asked = Vec::new();
+    for node in nodes.connected() {
+        commands.route = Route::Node(node);
+        let info = Info::ask(&mut commands);
+        let time = commands.try_ask(layout.time());
+        ask_every_kind(layout, nodes.map.device_at(node).as_ref(), &mut commands);
+        asked.push((node, info, time, ask_about_rows(layout, &mut commands)));
+    }
+    commands.route = Route::Key;
     let claim = layout.name.as_ref().map(|name| (name, name.ask(layout, &mut commands)));
     if let Some(ca) = ca {
         commands.ask(layout.enter_ca(ca));
     }
-    let entered = commands.ask(layout.get_ca());
-    let mut replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
-    let server = info(&mut replies);
-    if server.mode.as_deref() == Some("sentinel") {
-        let why =
-            "it is a sentinel: name it in REDIS_SENTINELS, in place of REDIS_URL or REDIS_HOST";
-        return Err(StoreError::Down(connection.unusable(why)));
+    let entered = commands.ask(layout.on("GET", Key::Named("ca")));
+    let mut replies = nodes.ask(&commands, deadline);
+    let (mut hello, mut runs) = (Hello::default(), Vec::new());
+    let refusal = commands.refusal(&replies);
+    for (node, info, time, about_rows) in asked {
+        let server = info(&mut replies);
+        check_mode(layout, server.mode.as_deref()).map_err(|why| nodes.unusable(node, why))?;
+        match replies.take(time).time_ms() {
+            Ok(time_ms) => context.clock.set(time_ms, clock::now()),
+            Err(error) if is_part(&error) => continue,
+            Err(error) => return Err(error),
+        }
+        let refused = about_rows.into_iter().find_map(|ask| replies.take(ask).0.err());
+        hello.rows_refused = hello.rows_refused.or(refused.map(|error| error.to_string()));
+        let keeps_all = server.keeps_all();
+        hello.eviction = hello.eviction.or(server.policy.filter(|_| !keeps_all));
+        runs.push(server.run_id);
     }
-    context.clock.set(replies.take(time).time_ms()?, clock::now());
-    let mut replies = commands.judge(replies)?;
-    let rows_refused = about_rows.into_iter().find_map(|ask| replies.take(ask).0.err());
+    refusal.map_or(Ok(()), Err)?;
+    if !nodes.is_connected() {
+        return Err(nodes.map.lost());
+    }
+    hello.run_id = nodes.run_id(runs);
+    locked(&context.run_id).clone_from(&hello.run_id);
     if let Some((name, claimed)) = claim {
         claimed(name, &mut replies, clock::now())?;
     }
-    let entered = replies.take(entered).text()?;
-    let keeps_all = server.keeps_all();
-    Ok(Hello {
-        run_id: server.run_id,
-        eviction: server.policy.filter(|_| !keeps_all),
-        foreign_ca: entered.filter(|entered| ca.is_some_and(|ca| ca != entered)),
-        rows_refused: rows_refused.map(|error| error.to_string()),
-    })
+    let entered = replies.take(entered).text().ok().flatten();
+    hello.foreign_ca = entered.filter(|entered| ca.is_some_and(|ca| ca != entered));
+    Ok(hello)
+}
+
+/// It is what the settings say.
+fn check_mode(layout: &Layout, mode: Option<&str>) -> Result<(), &'static str> {
+    match mode {
+        Some("sentinel") => {
+            Err("it is a sentinel: name it in REDIS_SENTINELS, in place of REDIS_URL or REDIS_HOST")
+        }
+        Some("cluster") if !layout.is_spread => {
+            Err("it is a node of a cluster, which needs REDIS_CLUSTER=true")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_part(error: &StoreError) -> bool {
+    matches!(error, StoreError::Down(down) if down.kind == DownKind::Part)
 }
 
 /// The same for the rows of devices, which are left out where a right for them is missing.
 fn ask_about_rows(layout: &Layout, out: &mut Commands) -> [Ask; 2] {
     const ANY: &str = "devices:00";
     let asked = [
-        layout.on("HGET", ANY, "").arg(""),
+        layout.on("HGET", Key::Named(ANY)).arg(""),
         layout.compare_and_set_field(ANY, "", b"never there", b""),
     ];
     asked.map(|command| out.try_ask(command))
 }
 
 /// Every command that is used, on every kind of key, in a form that changes nothing: a right that
-/// the user lacks is to be found before it is needed.
-fn ask_every_kind(layout: &Layout, out: &mut Commands) {
+/// the user lacks is to be found before it is needed. A node that says only that another one has the
+/// key allows it.
+fn ask_every_kind(layout: &Layout, device: Option<&DeviceId>, out: &mut Commands) {
+    let Some(device) = device else { return };
+    let hash = TokenHash::of("");
+    let (token, lease) = (Key::Token(device, ""), Key::Lease(device));
+    let mark = Key::Mark(device, &hash);
+    let live = layout.all_live().first().copied().unwrap_or_default();
     let asked = [
-        layout.on("DEL", "token:", ""),
-        layout.on("EXISTS", "token:", ""),
-        layout.on("GET", "device:", ""),
-        layout.on("PTTL", "device:", ""),
-        layout.compare_and_delete("device:", "", ""),
-        layout.on("GET", "used:", ""),
-        layout.compare_and_delete("used:", "", ""),
-        layout.on("ZADD", "live", "").arg("XX").number(0).arg(""),
-        layout.on("ZREM", "live", "").arg(""),
-        layout.count_live(u64::MAX / 1000),
-        layout.oldest_live(0, 1),
+        layout.write_nothing(device),
+        layout.on("DEL", token),
+        layout.on("EXISTS", token),
+        layout.on("GET", lease),
+        layout.on("PTTL", lease),
+        layout.compare_and_delete(lease, ""),
+        layout.on("GET", mark),
+        layout.compare_and_delete(mark, ""),
+        layout.on("ZADD", Key::Named(live)).arg("XX").number(0).arg(""),
+        layout.on("ZREM", Key::Named(live)).arg(""),
+        layout.count_live(live, u64::MAX / 1000),
+        layout.oldest_live(live, 0, 1),
     ];
     let wait = (layout.wait_replicas > 0).then(|| layout.wait_for(1));
     for command in asked.into_iter().chain(wait) {

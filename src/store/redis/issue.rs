@@ -3,8 +3,8 @@
 
 use super::command::{Ask, Commands};
 use super::flow::{Context, Next, ask_removal, remove};
-use super::layout::Layout;
-use super::reply::{Replies, maybe_done};
+use super::layout::{Key, Layout};
+use super::reply::Replies;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::{Token, TokenHash};
@@ -49,8 +49,8 @@ impl Issue {
         let layout = &context.layout;
         commands.ask(layout.set_token(&self.token, self.left_ms));
         commands.ask(layout.lease_if_free(&self.token, self.left_ms));
-        let lease = commands.ask(layout.get_lease(&self.token.claims.device_id));
-        commands.ask(layout.add_live(&self.token.hash, self.ends_ms));
+        let lease = commands.ask(layout.on("GET", Key::Lease(&self.token.claims.device_id)));
+        commands.count(layout.add_live(&self.token.hash, self.ends_ms));
         let found = ask_found(&mut commands, layout, &self.token.claims.device_id);
         Next::trip(commands, move |context, mut replies| {
             let found = found(context, &mut replies)?;
@@ -95,12 +95,12 @@ impl Issue {
         let (layout, mut commands) = (&context.layout, Commands::default());
         let device = &self.token.claims.device_id;
         let hash = TokenHash::of(&other);
-        commands.ask(layout.delete_token(&self.token.compact));
-        commands.ask(layout.remove_live(&self.token.hash));
-        let there = commands.ask(layout.exists_token(&other));
-        let mark = commands.ask(layout.get_mark(&hash));
-        let mark_left = commands.ask(layout.mark_left(&hash));
-        let lease_left = commands.ask(layout.lease_left(device));
+        commands.ask(layout.on("DEL", Key::Token(device, &self.token.compact)));
+        commands.count(layout.remove_live(&self.token.hash));
+        let there = commands.ask(layout.on("EXISTS", Key::Token(device, &other)));
+        let mark = commands.ask(layout.on("GET", Key::Mark(device, &hash)));
+        let mark_left = commands.ask(layout.on("PTTL", Key::Mark(device, &hash)));
+        let lease_left = commands.ask(layout.on("PTTL", Key::Lease(device)));
         Next::trip(commands, move |context, mut replies| {
             let gone = replies.take(there).number()? == 0;
             let mark = replies.take(mark).text()?;
@@ -135,17 +135,19 @@ impl Issue {
             self.killed = Some(Dead::of(old));
         }
         commands.ask(layout.set_token(&self.token, self.left_ms));
-        commands.ask(layout.add_live(&self.token.hash, self.ends_ms));
+        commands.count(layout.add_live(&self.token.hash, self.ends_ms));
         let from = match &old {
             Some(Old::Stale(compact)) => Some(&**compact),
             Some(Old::Replaced(old)) => Some(&*old.compact),
             None => None,
         };
         if let Some(from) = from {
-            commands.ask(layout.take_lease_over(from, &self.token, self.left_ms));
+            let lease = Key::Lease(&self.token.claims.device_id);
+            let to = &self.token.compact;
+            commands.ask(layout.compare_and_set(lease, from, to, self.left_ms));
         }
         commands.ask(layout.lease_if_free(&self.token, self.left_ms));
-        let lease = commands.ask(layout.get_lease(&self.token.claims.device_id));
+        let lease = commands.ask(layout.on("GET", Key::Lease(&self.token.claims.device_id)));
         let found = ask_found(&mut commands, layout, &self.token.claims.device_id);
         Next::trip(commands, move |context, mut replies| {
             let found = found(context, &mut replies)?;
@@ -162,9 +164,10 @@ impl Issue {
 
     /// The lease went to another after all: the new token is removed again.
     fn yield_to(self, holder: String, context: &Context) -> Next {
-        let mut commands = Commands::default();
-        commands.ask(context.layout.delete_token(&self.token.compact));
-        commands.ask(context.layout.remove_live(&self.token.hash));
+        let (layout, mut commands) = (&context.layout, Commands::default());
+        let Token { claims, compact, .. } = &self.token;
+        commands.ask(layout.on("DEL", Key::Token(&claims.device_id, compact)));
+        commands.count(layout.remove_live(&self.token.hash));
         Next::trip(commands, move |context, _| Next::done(self.already_active(context, &holder, 0)))
     }
 
@@ -184,11 +187,10 @@ fn ask_found(
     device: &DeviceId,
 ) -> impl FnOnce(&Context, &mut Replies) -> Result<Found, StoreError> + use<> {
     let row = out.try_ask(layout.get_row(device));
-    let holder = layout.share_record.then(|| out.try_ask(layout.get_holder(device)));
+    let holder = layout.share_record.then(|| out.try_ask(layout.on("GET", Key::Holder(device))));
     let device = device.clone();
     move |context, replies| {
-        let row = context.row_of(&device, replies.take(row));
-        let (row, _) = row.map_err(|error| maybe_done(error, true))?;
+        let (row, _) = context.row_of(&device, replies.take(row))?;
         let holder = holder.and_then(|ask| replies.take(ask).text().ok().flatten());
         Ok(Found { row, holder: holder.and_then(|serial| Serial::from_hex(&serial)) })
     }
@@ -197,10 +199,11 @@ fn ask_found(
 /// Mark first: an instance that holds a copy might carry the token over (`docs/model`, row 1).
 /// Returns the deletion of the token.
 pub(super) fn ask_kill(out: &mut Commands, layout: &Layout, token: &Token, now: Now) -> Ask {
-    let mark = layout.mark(Mark::Killed);
-    out.ask(layout.set_mark(&token.hash, &mark, lasts_ms(&token.claims, now)));
-    let deleted = out.ask(layout.delete_token(&token.compact));
-    out.ask(layout.remove_live(&token.hash));
+    let device = &token.claims.device_id;
+    let (key, mark) = (Key::Mark(device, &token.hash), layout.mark(Mark::Killed));
+    out.ask(layout.set_mark(key, &mark, lasts_ms(&token.claims, now)));
+    let deleted = out.ask(layout.on("DEL", Key::Token(device, &token.compact)));
+    out.count(layout.remove_live(&token.hash));
     deleted
 }
 

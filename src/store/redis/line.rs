@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use super::cluster::{Nodes, Route};
 use super::command::{Command, Commands};
-use super::layout::Layout;
+use super::layout::{Key, Layout};
 use super::pool::Pool;
 use super::reply::{Info, Replies};
 use crate::clock;
 use crate::config;
+use crate::device::DeviceId;
 use crate::store::StoreError;
 
 /// Longest wait for the replies of a round trip, if `REDIS_TIMEOUT_MS` is not longer: nobody waits for
@@ -34,23 +36,26 @@ impl Line {
     /// # Errors
     /// Why the server cannot be used.
     pub fn connect(&self) -> Result<Option<String>, StoreError> {
-        let mut commands = Commands::default();
-        let info = Info::ask(&mut commands);
-        let greet = |connection: &mut super::connection::Connection, deadline| {
-            let replies = connection.round_trip(&commands, deadline);
-            Ok(info(&mut replies.map_err(StoreError::Down)?).run_id)
+        let greet = |nodes: &mut Nodes, deadline| {
+            let runs = ask_each(nodes, deadline).into_iter().map(|info| info.run_id).collect();
+            if nodes.is_connected() { Ok(nodes.run_id(runs)) } else { Err(nodes.map.lost()) }
         };
         self.pool.reopen(greet, clock::now())
     }
 
     /// A command whose first word is a key.
     pub fn on(&self, command: &str, key: &str) -> Command {
-        self.layout.on(command, key, "")
+        self.layout.on(command, Key::Named(key))
+    }
+
+    /// A command on the newest certificate of a device.
+    pub fn on_holder(&self, command: &str, device: &DeviceId) -> Command {
+        self.layout.on(command, Key::Holder(device))
     }
 
     /// A command with a key among its words.
     pub fn key(&self, command: Command, key: &str) -> Command {
-        command.joined(&[&self.layout.prefix, key])
+        self.layout.key(command, Key::Named(key))
     }
 
     /// Sets a field if it holds what was seen; one that is not there holds the empty value.
@@ -61,23 +66,46 @@ impl Line {
     /// Sends the commands and reads one reply for each.
     ///
     /// # Errors
-    /// When the connection is lost, and is closed then, or when one fails that must not.
+    /// When one that must not fail does. After a lost connection all are closed.
     pub fn ask(&self, commands: &Commands) -> Result<Replies, StoreError> {
         if commands.is_empty() {
             return Ok(Replies::default());
         }
-        let deadline = Instant::now() + self.timeout;
-        let mut connection =
-            self.pool.take(self.pool.generation(), deadline).map_err(StoreError::Down)?;
-        match connection.round_trip(commands, deadline) {
-            Ok(replies) => {
-                self.pool.put_back(connection, clock::now());
-                commands.judge(replies)
-            }
-            Err(down) => {
-                self.pool.close();
-                Err(StoreError::Down(down))
-            }
-        }
+        self.with(|nodes, deadline| commands.judge(nodes.ask(commands, deadline)))
     }
+
+    /// What the servers say of themselves.
+    ///
+    /// # Errors
+    /// When there is no connection.
+    pub fn info(&self) -> Result<Vec<Info>, StoreError> {
+        self.with(|nodes, deadline| Ok(ask_each(nodes, deadline)))
+    }
+
+    fn with<T>(
+        &self,
+        ask: impl FnOnce(&mut Nodes, Instant) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let deadline = Instant::now() + self.timeout;
+        let mut nodes =
+            self.pool.take(self.pool.generation(), deadline).map_err(StoreError::Down)?;
+        let connected = nodes.connected().count();
+        let asked = ask(&mut nodes, deadline);
+        match nodes.connected().count() == connected {
+            true => self.pool.put_back(nodes, clock::now()),
+            false => self.pool.close(),
+        }
+        asked
+    }
+}
+
+fn ask_each(nodes: &mut Nodes, deadline: Instant) -> Vec<Info> {
+    let mut commands = Commands::default();
+    let mut asked = Vec::new();
+    for node in nodes.connected() {
+        commands.route = Route::Node(node);
+        asked.push(Info::ask(&mut commands));
+    }
+    let mut replies = nodes.ask(&commands, deadline);
+    asked.into_iter().map(|info| info(&mut replies)).collect()
 }

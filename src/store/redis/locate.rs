@@ -1,9 +1,10 @@
-//! Where the server is: at an address that is configured, or where the sentinels say.
+//! Where the server is: at an address that is configured, where the sentinels say, or where the nodes of
+//! a cluster say that its masters are.
 //!
 //! Looking a name up blocks for as long as the system's resolver likes, so it runs on a thread of
 //! its own. An answer that comes too late for one attempt is there for the next.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::path::{Path, PathBuf};
@@ -13,17 +14,21 @@ use std::thread;
 use std::time::Instant;
 
 use super::cause::{Server, Stage};
+use super::cluster::{Map, Nodes, Read, Slots};
 use super::command::{Command, Commands};
 use super::connection::Connection;
-use super::reply::{Reply, is_denied};
+use super::layout::Layout;
+use super::reply::{Reply, is_denied, unexpected};
 use super::stream::{Stream, Tls};
 use crate::config::{self, HostPort, Login, Place, Sentinels};
+use crate::device::DeviceId;
 use crate::socket::{SockAddr, TimedSocket, deadline_in, time_left};
 use crate::store::StoreError;
 
 /// A resolver needs little more than its own buffers.
 const LOOKUP_STACK_BYTES: usize = 256 * 1024;
-/// More sentinels than anybody has, so that one that lies cannot fill the memory.
+/// More sentinels than anybody has, and as many nodes of a cluster as have to be known, so that one
+/// that lies cannot fill the memory.
 const SENTINELS_MOST: usize = 32;
 
 /// A server that can be connected to.
@@ -44,8 +49,22 @@ impl<'a> Opener<'a> {
         Ok(Opener { config, tls: config.tls.as_ref().map(Tls::new).transpose()? })
     }
 
+    /// Another connection to each of these.
+    pub fn open_again(
+        &self,
+        targets: &[Option<Target>],
+        map: &Arc<Map>,
+        deadline: Instant,
+    ) -> Result<Nodes, StoreError> {
+        let open = |target: &Option<Target>| {
+            target.as_ref().map(|target| self.open(target, deadline)).transpose()
+        };
+        let connections = targets.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Nodes::new(connections, Arc::clone(map)))
+    }
+
     /// A connection, TLS and login included.
-    pub fn open(&self, target: &Target, deadline: Instant) -> Result<Connection, StoreError> {
+    fn open(&self, target: &Target, deadline: Instant) -> Result<Connection, StoreError> {
         let socket = connect(target, deadline)?;
         self.enter(socket, target, &self.config.login, self.config.db, deadline)
     }
@@ -86,7 +105,13 @@ enum Way {
     Name(Name),
     Socket(PathBuf, Arc<Server>),
     Sentinels(Watched),
+    Cluster(Masters),
 }
+
+/// A server that was found, and where it is.
+type Found = (Connection, Target);
+/// Servers that were found; none in the place of one that is not in reach.
+type AllFound = (Nodes, Vec<Option<Target>>);
 
 impl Locator {
     pub fn new(config: &config::Redis) -> Self {
@@ -98,6 +123,7 @@ impl Locator {
                 Way::Socket(path.clone(), Arc::new(Server { name, host, tls }))
             }
             Place::Sentinels(settings) => Way::Sentinels(Watched::new(settings.clone(), tls)),
+            Place::Cluster(seeds) => Way::Cluster(Masters::new(seeds, tls)),
         };
         Locator { way, turn: 0 }
     }
@@ -108,24 +134,40 @@ impl Locator {
             Way::Name(name) => Arc::clone(&name.server),
             Way::Socket(_, server) => Arc::clone(server),
             Way::Sentinels(watched) => Arc::clone(&watched.server),
+            Way::Cluster(masters) => Arc::clone(&masters.server),
         }
     }
 
-    /// A connection to the server that is to be used, and where it leads.
-    pub fn open(
-        &mut self,
-        opener: &Opener<'_>,
-        deadline: Instant,
-    ) -> Result<(Connection, Target), StoreError> {
+    /// Connections to the servers that are to be used, and where they lead.
+    pub fn open(&mut self, opener: &Opener<'_>, deadline: Instant) -> Result<AllFound, StoreError> {
+        let one = |(connection, target): Found| {
+            let servers = vec![Arc::clone(&target.server)];
+            let map = Map::new(servers, Slots::default(), BTreeMap::new());
+            (Nodes::new(vec![Some(connection)], Arc::new(map)), vec![Some(target)])
+        };
         let opened = match &mut self.way {
-            Way::Name(name) => opener.open_by_name(name, self.turn, deadline),
-            Way::Socket(path, server) => opener.open_socket(path, server, deadline),
-            Way::Sentinels(watched) => watched.open(self.turn, opener, deadline),
+            Way::Name(name) => opener.open_by_name(name, self.turn, deadline).map(one),
+            Way::Socket(path, server) => opener.open_socket(path, server, deadline).map(one),
+            Way::Sentinels(watched) => watched.open(self.turn, opener, deadline).map(one),
+            Way::Cluster(masters) => masters.open(self.turn, opener, deadline),
         };
         if opened.is_err() {
             self.try_another();
         }
         opened
+    }
+
+    /// Whether nodes of the cluster are in reach that were not.
+    pub fn can_reach_more(
+        &mut self,
+        map: &Map,
+        layout: &Layout,
+        opener: &Opener<'_>,
+        deadline: Instant,
+    ) -> Result<bool, StoreError> {
+        let Way::Cluster(masters) = &mut self.way else { return Ok(false) };
+        self.turn = self.turn.wrapping_add(1);
+        masters.can_reach_more(map, layout, (self.turn, opener, deadline))
     }
 
     /// What was found is not what is wanted: the next attempt begins with another address.
@@ -140,7 +182,7 @@ impl Opener<'_> {
         name: &mut Name,
         turn: usize,
         deadline: Instant,
-    ) -> Result<(Connection, Target), StoreError> {
+    ) -> Result<Found, StoreError> {
         let (socket, target) = name.connect(turn, deadline)?;
         Ok((self.enter(socket, &target, &self.config.login, self.config.db, deadline)?, target))
     }
@@ -150,7 +192,7 @@ impl Opener<'_> {
         path: &Path,
         server: &Arc<Server>,
         deadline: Instant,
-    ) -> Result<(Connection, Target), StoreError> {
+    ) -> Result<Found, StoreError> {
         let address = SockAddr::unix(path).map_err(|error| server.down(&error, Stage::Connect))?;
         let target = Target { address, server: Arc::clone(server) };
         Ok((self.open(&target, deadline)?, target))
@@ -192,20 +234,13 @@ impl Watched {
         turn: usize,
         opener: &Opener<'_>,
         deadline: Instant,
-    ) -> Result<(Connection, Target), StoreError> {
-        let count = self.sentinels.len();
-        let mut failure = StoreError::Down(self.server.lost("no sentinel is known", false));
-        for tried in 0..count {
-            let left = time_left(deadline).unwrap_or_default();
-            let share = left / u32::try_from(count - tried).unwrap_or(u32::MAX);
-            let end = deadline_in(share);
-            let master = self.ask(turn.wrapping_add(tried) % count, opener, deadline_in(share / 2));
-            match master.and_then(|master| self.open_master(master, opener, end)) {
-                Ok(opened) => return Ok(opened),
-                Err(error) => failure = error,
-            }
-        }
-        Err(failure)
+    ) -> Result<Found, StoreError> {
+        let none = StoreError::Down(self.server.lost("no sentinel is known", false));
+        first_of(self.sentinels.len(), turn, deadline, none, |index, end| {
+            let half = time_left(end).unwrap_or_default() / 2;
+            let master = self.ask(index, opener, deadline_in(half))?;
+            self.open_master(master, opener, end)
+        })
     }
 
     /// Asks a sentinel where the master is, and for the other sentinels.
@@ -252,7 +287,7 @@ impl Watched {
         master: HostPort,
         opener: &Opener<'_>,
         deadline: Instant,
-    ) -> Result<(Connection, Target), StoreError> {
+    ) -> Result<Found, StoreError> {
         let mut name = Name::new(master, "", self.tls);
         let (mut connection, target) = opener.open_by_name(&mut name, 0, deadline)?;
         let mut commands = Commands::default();
@@ -271,6 +306,200 @@ impl Watched {
             Err(error) => Err(error),
         }
     }
+}
+
+/// The first attempt that succeeds, beginning with another one each turn. None may use more than its
+/// share of the time.
+fn first_of<T>(
+    count: usize,
+    turn: usize,
+    deadline: Instant,
+    none: StoreError,
+    mut attempt: impl FnMut(usize, Instant) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    let mut failure = none;
+    for tried in 0..count {
+        match attempt(turn.wrapping_add(tried) % count, share(deadline, count - tried)) {
+            Ok(found) => return Ok(found),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
+}
+
+/// When the first of so many has to be done, for the others to have as much time each.
+fn share(deadline: Instant, of: usize) -> Instant {
+    let left = time_left(deadline).unwrap_or_default();
+    deadline_in(left / u32::try_from(of).unwrap_or(u32::MAX))
+}
+
+/// The masters of a cluster. A node is asked for each set of connections where they are, and all that
+/// are in reach are connected with.
+struct Masters {
+    /// Those that are asked: as configured, and as found.
+    seeds: Vec<Name>,
+    server: Arc<Server>,
+    tls: bool,
+    /// Where nodes have pointed to. They are masters, be it that they have no slot yet.
+    wanted: Vec<HostPort>,
+    /// What was not in reach a moment ago: it is left out, for nobody is to wait for it.
+    unreachable: Vec<HostPort>,
+}
+
+impl Masters {
+    fn new(seeds: &[HostPort], tls: bool) -> Self {
+        let list: Vec<String> = seeds.iter().map(HostPort::to_string).collect();
+        let name = format!("the cluster at {}", list.join(","));
+        let server = Arc::new(Server { name, host: String::new(), tls });
+        let (wanted, unreachable) = (Vec::new(), Vec::new());
+        let seeds = seeds.iter().map(|at| Name::new(at.clone(), "", tls)).collect();
+        Masters { seeds, server, tls, wanted, unreachable }
+    }
+
+    /// What the first node says that can be asked.
+    fn read(
+        &mut self,
+        turn: usize,
+        opener: &Opener<'_>,
+        deadline: Instant,
+    ) -> Result<Read, StoreError> {
+        let none = StoreError::Down(self.server.lost("no node is known", false));
+        let read = first_of(self.seeds.len(), turn, deadline, none, |index, end| {
+            let seed = self.seeds.get_mut(index).ok_or(StoreError::Undecided)?;
+            let (mut connection, target) = opener.open_by_name(seed, index, end)?;
+            let mut commands = Commands::default();
+            let slots = commands.try_ask(ask_slots());
+            let replies = connection.round_trip(&commands, end);
+            let slots = replies.map_err(StoreError::Down)?.take(slots);
+            let mut read = read_slots(slots).map_err(|error| {
+                let why = error.to_string();
+                let is_none = ["cluster support disabled", "unknown command"];
+                match is_none.iter().any(|said| why.contains(said)) {
+                    true => StoreError::Down(
+                        target.server.unusable("it is no node of a cluster, see REDIS_CLUSTER"),
+                    ),
+                    false => error,
+                }
+            })?;
+            // A node without a name of its own is meant by the one by which it was asked.
+            let nameless = read.at.iter_mut().filter(|at| at.host.is_empty());
+            nameless.for_each(|at| at.host.clone_from(&target.server.host));
+            match read.at.is_empty() {
+                true => Err(StoreError::Down(target.server.lost("no slot has a node", false))),
+                false => Ok(read),
+            }
+        })?;
+        for at in &read.at {
+            let is_known = self.seeds.iter().any(|seed| seed.at == *at);
+            if !is_known && self.seeds.len() < SENTINELS_MOST {
+                self.seeds.push(Name::new(at.clone(), "", self.tls));
+            }
+        }
+        Ok(read)
+    }
+
+    fn open(
+        &mut self,
+        turn: usize,
+        opener: &Opener<'_>,
+        deadline: Instant,
+    ) -> Result<AllFound, StoreError> {
+        let Read { mut at, slots } = self.read(turn, opener, share(deadline, 2))?;
+        at.extend(std::mem::take(&mut self.wanted));
+        let unreachable = std::mem::take(&mut self.unreachable);
+        let (mut servers, mut connections, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let mut lost = BTreeMap::new();
+        let count = at.len();
+        for (node, at) in at.into_iter().enumerate() {
+            let mut name = Name::new(at, "", self.tls);
+            servers.push(Arc::clone(&name.server));
+            let opened = match unreachable.contains(&name.at) {
+                true => Err(StoreError::Down(name.server.lost("still not in reach", false))),
+                false => opener.open_by_name(&mut name, turn, share(deadline, count - node)),
+            };
+            let (connection, target) =
+                opened.map_err(|error| lost.insert(node, error.into_down())).ok().unzip();
+            connections.push(connection);
+            targets.push(target);
+        }
+        let nodes = Nodes::new(connections, Arc::new(Map::new(servers, slots, lost)));
+        if nodes.is_connected() { Ok((nodes, targets)) } else { Err(nodes.map.lost()) }
+    }
+
+    /// One may be in reach and yet take no writes.
+    fn can_reach_more(
+        &mut self,
+        map: &Map,
+        layout: &Layout,
+        (turn, opener, deadline): (usize, &Opener<'_>, Instant),
+    ) -> Result<bool, StoreError> {
+        let Read { mut at, slots } = self.read(turn, opener, share(deadline, 2))?;
+        let mut is_more = map.has_lost_another_than(&at);
+        self.wanted = map.unknown().into_iter().filter(|wanted| !at.contains(wanted)).collect();
+        at.extend(self.wanted.iter().cloned());
+        self.unreachable.clear();
+        let count = at.len();
+        for (node, at) in at.into_iter().enumerate().filter(|(_, at)| !map.has(at)) {
+            let end = share(deadline, count - node);
+            match self.takes_writes(&at, slots.device_at(node).as_ref(), layout, opener, end) {
+                Ok(()) => is_more = true,
+                Err(error) => {
+                    log::debug!("{error}");
+                    self.unreachable.push(at);
+                }
+            }
+        }
+        Ok(is_more)
+    }
+
+    fn takes_writes(
+        &self,
+        at: &HostPort,
+        device: Option<&DeviceId>,
+        layout: &Layout,
+        opener: &Opener<'_>,
+        deadline: Instant,
+    ) -> Result<(), StoreError> {
+        let mut name = Name::new(at.clone(), "", self.tls);
+        let (mut connection, _) = opener.open_by_name(&mut name, 0, deadline)?;
+        let mut commands = Commands::default();
+        commands.ask(layout.write_nothing(device.ok_or(StoreError::Undecided)?));
+        let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
+        match commands.judge(replies) {
+            // A node without slots says where they are.
+            Err(error) if !error.to_string().contains("MOVED") => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+pub(super) fn ask_slots() -> Command {
+    Command::new("CLUSTER").arg("SLOTS")
+}
+
+/// For each range of slots its first, its last and who has it: the master, then its replicas.
+pub(super) fn read_slots(reply: Reply) -> Result<Read, StoreError> {
+    let mut read = Read { at: Vec::new(), slots: Slots::of_nobody() };
+    for range in reply.list()? {
+        let mut parts = range.list()?.into_iter();
+        let mut next = || parts.next().ok_or_else(|| unexpected("a short range of slots"));
+        let (first, last, master) = (next()?.number()?, next()?.number()?, next()?.list()?);
+        let mut parts = master.into_iter();
+        let host = parts.next().and_then(|host| host.text().ok().flatten()).unwrap_or_default();
+        let port = parts.next().and_then(|port| port.number().ok()).and_then(|n| n.try_into().ok());
+        let (first, last) = (u16::try_from(first), u16::try_from(last));
+        let (Ok(first), Ok(last), Some(port)) = (first, last, port) else {
+            return Err(unexpected("no range of slots"));
+        };
+        let at = HostPort { host, port };
+        let known = read.at.iter().position(|other| *other == at);
+        let node = known.unwrap_or(read.at.len());
+        if known.is_none() {
+            read.at.push(at);
+        }
+        read.slots.set(first, last, node);
+    }
+    Ok(read)
 }
 
 /// Where a sentinel is that another one describes.
@@ -305,20 +534,13 @@ impl Name {
     ) -> Result<(TimedSocket, Target), StoreError> {
         let unknown = |error: io::Error, server: &Server| server.down(&error, Stage::LookUp);
         let found = self.look_up(deadline);
-        let mut addresses = found.map_err(|error| unknown(error, &self.server))?;
-        let count = addresses.len();
-        addresses.rotate_left(turn % count.max(1));
-        let mut failure = unknown(io::ErrorKind::NotFound.into(), &self.server);
-        for (tried, address) in addresses.into_iter().enumerate() {
+        let addresses = found.map_err(|error| unknown(error, &self.server))?;
+        let none = || unknown(io::ErrorKind::NotFound.into(), &self.server);
+        first_of(addresses.len(), turn, deadline, none(), |index, end| {
+            let address = *addresses.get(index).ok_or_else(none)?;
             let target = Target { address: address.into(), server: Arc::clone(&self.server) };
-            let left = time_left(deadline).unwrap_or_default();
-            let share = left / u32::try_from(count - tried).unwrap_or(u32::MAX);
-            match connect(&target, deadline_in(share)) {
-                Ok(socket) => return Ok((socket, target)),
-                Err(error) => failure = error,
-            }
-        }
-        Err(failure)
+            Ok((connect(&target, end)?, target))
+        })
     }
 
     /// All addresses, in the resolver's order.

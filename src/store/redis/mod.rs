@@ -18,6 +18,7 @@
 //! Each operation is a chain of round trips ([`Next`]), which the operations of a batch share.
 
 mod cause;
+mod cluster;
 mod command;
 mod connection;
 mod flow;
@@ -45,8 +46,8 @@ use crate::metrics::Metrics;
 use crate::store::failover::{Hello, OurCa, Remote};
 use crate::store::{Answer, Down, Op, Rows, Status, StoreError};
 
+use cluster::{Nodes, Route};
 pub(crate) use command::{Ask, Command, Commands};
-use connection::Connection;
 use flow::{Context, Next};
 use layout::Layout;
 pub(crate) use line::Line;
@@ -129,16 +130,18 @@ impl RedisStore {
     /// closed, and its operations are not run again.
     fn advance(&self, operations: &mut [Next], line: u64, now: Now) -> Result<(), Down> {
         let deadline = Instant::now() + self.timeout;
-        let mut connection = self.pool.take(line, deadline)?;
+        let mut nodes = self.pool.take(line, deadline)?;
+        let connected = nodes.connected().count();
+        // Once for the batch; the other half of the time is for what follows.
+        let wait = self.context.layout.wait_for(self.context.patience_ms / 2);
+        let wait = (self.context.layout.wait_replicas > 0).then_some(&wait);
         loop {
             let commands: Vec<&Commands> = operations.iter().filter_map(Next::commands).collect();
             if commands.is_empty() {
                 break;
             }
             let sent = Instant::now();
-            // Once for the batch; the other half of the time is for what follows.
-            let wait = self.context.layout.wait_for(self.context.patience_ms / 2);
-            let replies = connection.run(&commands, &wait, deadline)?;
+            let replies = nodes.run(&commands, wait, deadline);
             self.note_round_trip(sent.elapsed());
             let mut replies = replies.into_iter();
             for operation in operations.iter_mut().filter(|next| next.commands().is_some()) {
@@ -146,7 +149,10 @@ impl RedisStore {
                 operation.read(&self.context, Ok(replies));
             }
         }
-        self.pool.put_back(connection, now);
+        if nodes.connected().count() < connected {
+            self.metrics.redis_failures.add(1);
+        }
+        self.pool.put_back(nodes, now);
         Ok(())
     }
 }
@@ -184,8 +190,8 @@ impl Remote for RedisStore {
             self.context.mac_key.get_or_init(|| ca.mac_key.clone());
         }
         let fingerprint = ca.map(|ca| &*ca.fingerprint);
-        let greet = |connection: &mut Connection, deadline| {
-            greeting::greet(&self.context, connection, fingerprint, deadline)
+        let greet = |nodes: &mut Nodes, deadline| {
+            greeting::greet(&self.context, nodes, fingerprint, deadline)
         };
         self.pool.reopen(greet, clock::now())
     }
@@ -199,25 +205,57 @@ impl Remote for RedisStore {
     }
 
     fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError> {
-        let layout = &self.context.layout;
         let deadline = || Instant::now() + self.timeout;
         let any = self.pool.take(self.pool.generation(), deadline()).map_err(StoreError::Down)?;
         let mut next = Some(any);
-        while let Some(mut connection) = next {
-            let mut commands = Commands::default();
-            let claim = layout.name.as_ref().map(|name| (name, name.ask(layout, &mut commands)));
-            let info = Info::ask(&mut commands);
-            let replies = connection.round_trip(&commands, deadline());
-            let mut replies = replies.map_err(StoreError::Down)?;
-            if let Some((name, claimed)) = claim {
-                claimed(name, &mut replies, now)?;
-            }
-            if run_id.is_some() && info(&mut replies).run_id.as_deref() != run_id {
-                let why = "it is another server, or was started again";
-                return Err(StoreError::Down(self.pool.lost(why)));
-            }
-            self.pool.put_back(connection, clock::now());
+        while let Some(mut nodes) = next {
+            self.look_over(&mut nodes, run_id, deadline(), now)?;
+            self.pool.put_back(nodes, clock::now());
             next = self.pool.take_idle(now);
+        }
+        Ok(())
+    }
+
+    fn missing(&self) -> Option<String> {
+        self.pool.missing()
+    }
+
+    fn can_reach_more(&self) -> Result<bool, StoreError> {
+        self.pool.can_reach_more(&self.context.layout)
+    }
+}
+
+impl RedisStore {
+    fn look_over(
+        &self,
+        nodes: &mut Nodes,
+        run_id: Option<&str>,
+        deadline: Instant,
+        now: Now,
+    ) -> Result<(), StoreError> {
+        let layout = &self.context.layout;
+        let mut commands = Commands::default();
+        let claim = layout.name.as_ref().map(|name| (name, name.ask(layout, &mut commands)));
+        let slots = layout.is_spread.then(|| commands.try_ask(locate::ask_slots()));
+        let mut infos = Vec::new();
+        for node in nodes.connected() {
+            commands.route = Route::Node(node);
+            infos.push(Info::ask(&mut commands));
+        }
+        let mut replies = nodes.ask(&commands, deadline);
+        if !nodes.is_connected() {
+            return Err(StoreError::Down(self.pool.lost("it does not answer")));
+        }
+        if let Some((name, claimed)) = claim {
+            claimed(name, &mut replies, now)?;
+        }
+        if let Some(Ok(read)) = slots.map(|slots| locate::read_slots(replies.take(slots))) {
+            nodes.map.update(&read);
+        }
+        let mut runs = infos.into_iter().filter_map(|info| info(&mut replies).run_id);
+        if run_id.is_some_and(|whole| runs.any(|run| whole.split('+').all(|known| *known != run))) {
+            let why = "it is another server, or was started again";
+            return Err(StoreError::Down(self.pool.lost(why)));
         }
         Ok(())
     }

@@ -9,12 +9,12 @@
 use std::sync::Mutex;
 
 use super::command::Commands;
-use super::layout::Layout;
+use super::layout::{Key, Layout};
 use super::reply::{Replies, is_denied};
 use crate::clock::Now;
 use crate::devices::Instance;
 use crate::devices::identity::Identity;
-use crate::store::{StoreError, locked};
+use crate::store::{DownKind, StoreError, locked};
 
 /// How long a lease lasts that is not renewed.
 const LEASE_MS: u64 = 30_000;
@@ -85,12 +85,12 @@ impl Name {
         let own = self.identity.process.to_string();
         let before = self.identity.before.filter(|_| claim != Claim::Ours);
         let from = before.map_or_else(|| own.clone(), |before| before.to_string());
-        let key = ("instance:", &*id.to_string());
-        let set = layout.on("SET", key.0, key.1).arg(&own).arg("NX").arg("PX").number(LEASE_MS);
+        let key = format!("instance:{id}");
+        let key = Key::Named(&key);
         let asked = [
             layout.compare_and_set(key, &from, &own, LEASE_MS),
-            set,
-            layout.on("GET", key.0, key.1),
+            layout.on("SET", key).arg(&own).arg("NX").arg("PX").number(LEASE_MS),
+            layout.on("GET", key),
         ];
         let asked = asked.map(|command| out.try_ask(command));
         move |name, replies, now| {
@@ -105,6 +105,8 @@ impl Name {
                     }
                     name.judge(Some(&name.identity.process.to_string()), now);
                 }
+                // It is known when the node that has it is back.
+                Err(StoreError::Down(down)) if down.kind == DownKind::Part => {}
                 Err(error) => return Err(error),
             }
             Ok(())

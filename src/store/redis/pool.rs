@@ -1,12 +1,13 @@
-//! The connections that are not in use, one for each worker. Only [`Pool::reopen`] makes any, on its
-//! caller's thread.
+//! The connections that are not in use, for each worker one to each node. Only [`Pool::reopen`] makes
+//! any, on its caller's thread.
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::cause::Server;
-use super::connection::Connection;
+use super::cluster::{Map, Nodes};
+use super::layout::Layout;
 use super::locate::{Locator, Opener};
 use crate::clock::Now;
 use crate::config;
@@ -19,7 +20,7 @@ const IDLE_MS: u64 = 20;
 /// One that was idle for longer is asked whether it still leads to the same server.
 const LONG_IDLE_MS: u64 = 4000;
 
-/// All connections to one server.
+/// All connections to one server, or to the nodes of a cluster.
 pub(super) struct Pool {
     config: config::Redis,
     server: Arc<Server>,
@@ -35,7 +36,9 @@ pub(super) struct Pool {
 
 #[derive(Default)]
 struct State {
-    idle: Vec<Connection>,
+    idle: Vec<Nodes>,
+    /// What they share of the nodes.
+    map: Option<Arc<Map>>,
     /// Connections of this generation, idle or in use; 0 while there is no server.
     open: usize,
     /// Counts up at every reopening; a connection of an older one is closed when it comes back.
@@ -69,8 +72,8 @@ impl Pool {
     /// The other side has closed a connection that was idle. Waits for nothing.
     pub fn was_cut(&self, now: Now) -> bool {
         let mut state = locked(&self.state);
-        state.idle.iter_mut().any(|connection| {
-            now.mono_ms.saturating_sub(connection.idle_since_ms) > IDLE_MS && connection.has_ended()
+        state.idle.iter_mut().any(|nodes| {
+            now.mono_ms.saturating_sub(nodes.idle_since_ms) > IDLE_MS && nodes.has_ended()
         })
     }
 
@@ -80,14 +83,14 @@ impl Pool {
     }
 
     /// An idle connection of this generation, or one that another worker puts back before the deadline.
-    pub fn take(&self, generation: u64, deadline: Instant) -> Result<Connection, Down> {
+    pub fn take(&self, generation: u64, deadline: Instant) -> Result<Nodes, Down> {
         let mut state = locked(&self.state);
         loop {
             if state.generation != generation {
                 return Err(self.server.lost("connected anew meanwhile", false));
             }
-            if let Some(connection) = state.idle.pop() {
-                return Ok(connection);
+            if let Some(nodes) = state.idle.pop() {
+                return Ok(nodes);
             }
             if state.open == 0 {
                 return Err(self.server.lost("not connected", false));
@@ -103,9 +106,9 @@ impl Pool {
     }
 
     /// One that nobody has used for a while.
-    pub fn take_idle(&self, now: Now) -> Option<Connection> {
+    pub fn take_idle(&self, now: Now) -> Option<Nodes> {
         let mut state = locked(&self.state);
-        let is_idle = |c: &Connection| now.mono_ms.saturating_sub(c.idle_since_ms) > LONG_IDLE_MS;
+        let is_idle = |c: &Nodes| now.mono_ms.saturating_sub(c.idle_since_ms) > LONG_IDLE_MS;
         let at = state.idle.iter().position(is_idle)?;
         Some(state.idle.swap_remove(at))
     }
@@ -114,14 +117,27 @@ impl Pool {
         self.server.lost(why, false)
     }
 
-    /// Only a connection that has answered everything comes back; the others are dropped.
-    pub fn put_back(&self, mut connection: Connection, now: Now) {
+    /// Only connections that have answered everything come back; the others are dropped.
+    pub fn put_back(&self, mut nodes: Nodes, now: Now) {
         let mut state = locked(&self.state);
-        if connection.generation == state.generation {
-            connection.idle_since_ms = now.mono_ms;
-            state.idle.push(connection);
+        if nodes.generation == state.generation && nodes.is_connected() {
+            nodes.idle_since_ms = now.mono_ms;
+            state.idle.push(nodes);
             self.put_back.notify_one();
         }
+    }
+
+    /// Why a part of the keys is out of reach, if one is.
+    pub fn missing(&self) -> Option<String> {
+        locked(&self.state).map.as_ref()?.missing()
+    }
+
+    /// Where the nodes are by now, and whether some are in reach that were not. Connects, but keeps no
+    /// connection.
+    pub fn can_reach_more(&self, layout: &Layout) -> Result<bool, StoreError> {
+        let Some(map) = locked(&self.state).map.clone() else { return Ok(false) };
+        let deadline = Instant::now() + self.connect_timeout;
+        locked(&self.locator).can_reach_more(&map, layout, &self.opener()?, deadline)
     }
 
     /// Closes what is idle, and what is in use when it comes back.
@@ -130,6 +146,7 @@ impl Pool {
         state.generation += 1;
         state.open = 0;
         state.idle.clear();
+        state.map = None;
         self.put_back.notify_all();
     }
 
@@ -145,16 +162,17 @@ impl Pool {
     /// to, it would serve another server, empty perhaps, as if it were the one that was greeted.
     pub fn reopen<T>(
         &self,
-        greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
+        greet: impl FnOnce(&mut Nodes, Instant) -> Result<T, StoreError>,
         now: Now,
     ) -> Result<T, StoreError> {
         self.close();
-        let (connections, hello) = self.open_all(&mut locked(&self.locator), greet)?;
+        let (fresh, hello) = self.open_all(&mut locked(&self.locator), greet)?;
         let mut state = locked(&self.state);
         state.generation += 1;
-        state.open = connections.len();
+        state.open = fresh.len();
+        state.map = fresh.first().map(|nodes| Arc::clone(&nodes.map));
         let generation = state.generation;
-        state.idle = connections.into_iter().map(|c| c.serve(generation, now)).collect();
+        state.idle = fresh.into_iter().map(|c| c.serve(generation, now)).collect();
         self.put_back.notify_all();
         Ok(hello)
     }
@@ -162,17 +180,17 @@ impl Pool {
     fn open_all<T>(
         &self,
         locator: &mut Locator,
-        greet: impl FnOnce(&mut Connection, Instant) -> Result<T, StoreError>,
-    ) -> Result<(Vec<Connection>, T), StoreError> {
+        greet: impl FnOnce(&mut Nodes, Instant) -> Result<T, StoreError>,
+    ) -> Result<(Vec<Nodes>, T), StoreError> {
         let begun = Instant::now();
         let deadline = begun + self.connect_timeout;
         let opener = self.opener()?;
-        let (mut last, target) = locator.open(&opener, deadline)?;
+        let (mut last, targets) = locator.open(&opener, deadline)?;
         let mut fresh = Vec::with_capacity(self.size);
         let mut refused = None;
         while refused.is_none() && fresh.len() + 1 < self.size {
-            match opener.open(&target, deadline - self.connect_timeout / 2) {
-                Ok(connection) => fresh.push(std::mem::replace(&mut last, connection)),
+            match opener.open_again(&targets, &last.map, deadline - self.connect_timeout / 2) {
+                Ok(nodes) => fresh.push(std::mem::replace(&mut last, nodes)),
                 Err(error) => refused = Some(error),
             }
         }

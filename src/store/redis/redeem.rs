@@ -1,9 +1,11 @@
 //! Redeeming a token, and giving it back. The trips are drawn in `flow`.
 
+use super::cluster::{Route, slot_of};
 use super::command::{Ask, Command, Commands};
 use super::flow::{Context, Next};
+use super::layout::Key;
 use super::name::Whose;
-use super::reply::{Info, Replies, maybe_done};
+use super::reply::{Info, Replies};
 use crate::clock::{self, Now};
 use crate::devices::Row;
 use crate::jwt::Token;
@@ -35,7 +37,7 @@ impl Consume {
     pub fn begin(self, context: &Context) -> Next {
         let layout = &context.layout;
         let (ours, lasts_ms) = (self.mark(context), lasts_ms(&self.token.claims, self.now));
-        let set = layout.mark_if_free(&self.token.hash, &ours, lasts_ms);
+        let set = layout.set_mark(self.key(), &ours, lasts_ms).arg("NX");
         self.judged(set, context, move |attempt, (fate, mark), context| match mark {
             None => Err(StoreError::Undecided),
             Some(mark) if mark == ours => attempt.marked(fate, context),
@@ -53,7 +55,7 @@ impl Consume {
     pub fn take_mark_over(self, dead: &str, context: &Context) -> Next {
         let layout = &context.layout;
         let (ours, lasts_ms) = (self.mark(context), lasts_ms(&self.token.claims, self.now));
-        let set = layout.take_mark_over(&self.token.hash, dead, &ours, lasts_ms);
+        let set = layout.compare_and_set(self.key(), dead, &ours, lasts_ms);
         self.judged(set, context, move |attempt, (fate, mark), context| match mark {
             // The dead one was withdrawn just now.
             None => Err(StoreError::Undecided),
@@ -63,12 +65,15 @@ impl Consume {
         })
     }
 
+    fn key(&self) -> Key<'_> {
+        Key::Mark(&self.token.claims.device_id, &self.token.hash)
+    }
+
     fn mark(&self, context: &Context) -> String {
         context.layout.mark(Mark::Serial(self.serial))
     }
 
-    /// Sets the mark, and then asks for what decides. The mark comes last. An error says whether our
-    /// mark may stand although there was one.
+    /// Sets the mark, and then asks for what decides. The mark comes last.
     fn judged(
         self,
         set_mark: Command,
@@ -76,15 +81,16 @@ impl Consume {
         then: impl FnOnce(Self, (Fate, Option<String>), &Context) -> Result<Next, StoreError> + 'static,
     ) -> Next {
         let (layout, mut commands) = (&context.layout, Commands::default());
-        commands.ask(set_mark);
-        commands.awaits_replicas = layout.wait_replicas > 0;
-        let there = commands.ask(layout.exists_token(&self.token.compact));
-        let row = commands.try_ask(layout.get_row(&self.token.claims.device_id));
-        let mark = commands.ask(layout.get_mark(&self.token.hash));
+        let device = &self.token.claims.device_id;
+        commands.ask_safely(set_mark);
+        commands.then();
+        let there = commands.ask(layout.on("EXISTS", Key::Token(device, &self.token.compact)));
+        let row = commands.try_ask(layout.get_row(device));
+        let mark = commands.ask(layout.on("GET", self.key()));
         Next::trip(commands, move |context, mut replies| {
             let mark = replies.take(mark).text()?;
-            let fate = self.fate(context, &mut replies, there, row);
-            then(self, (fate.map_err(|error| maybe_done(error, true))?, mark), context)
+            let fate = self.fate(context, &mut replies, there, row)?;
+            then(self, (fate, mark), context)
         })
     }
 
@@ -129,39 +135,31 @@ impl Consume {
     /// dropped the token by itself.
     fn missing(self, context: &Context) -> Next {
         let mut commands = Commands::default();
-        let withdrawn = ask_withdrawal(&mut commands, &self.token, self.serial, context);
+        // Asked is the node that has the device's keys.
+        commands.route = Route::Slot(slot_of(self.token.claims.device_id.as_str().as_bytes()));
+        let withdrawn = commands.ask(withdrawal(&self.token, self.serial, context));
         let info = Info::ask(&mut commands);
-        Next::trip(commands, move |_, mut replies| {
-            withdrawn(&mut replies)?;
+        Next::trip(commands, move |context, mut replies| {
+            replies.take(withdrawn).number()?;
             let server = info(&mut replies);
             let lossless = server.keeps_all();
-            Next::done(Outcome::Unknown { lossless_run: server.run_id.filter(|_| lossless) })
+            let run_id = server.run_id.filter(|_| lossless);
+            Next::done(Outcome::Unknown { lossless_run: run_id.and_then(|id| context.run_of(&id)) })
         })
     }
 }
 
-/// Giving back: the mark is removed if it is still ours (`docs/model`, row 4).
+/// Giving back: the mark is removed if it is still ours (`docs/model`, row 4). A refusal leaves it where
+/// it is.
 pub(super) fn withdraw(token: &Token, serial: Serial, then: Answer, context: &Context) -> Next {
     let mut commands = Commands::default();
-    let withdrawn = ask_withdrawal(&mut commands, token, serial, context);
-    Next::trip(commands, move |_, mut replies| {
-        withdrawn(&mut replies)?;
-        Ok(Next::Done(then))
-    })
+    commands.ask(withdrawal(token, serial, context));
+    commands.follow = true;
+    Next::trip(commands, move |_, _| Ok(Next::Done(then)))
 }
 
-/// A refusal leaves the mark where it is.
-fn ask_withdrawal(
-    out: &mut Commands,
-    token: &Token,
-    serial: Serial,
-    context: &Context,
-) -> impl FnOnce(&mut Replies) -> Result<(), StoreError> + use<> {
+fn withdrawal(token: &Token, serial: Serial, context: &Context) -> Command {
     let layout = &context.layout;
     let mark = layout.mark(Mark::Serial(serial));
-    let ask = out.try_ask(layout.withdraw_mark(&token.hash, &mark));
-    move |replies| {
-        let done = replies.take(ask).number().map(drop);
-        done.map_err(|error| maybe_done(error, true))
-    }
+    layout.compare_and_delete(Key::Mark(&token.claims.device_id, &token.hash), &mark)
 }

@@ -11,13 +11,19 @@ use crate::store::{Down, StoreError};
 #[derive(Debug, Default)]
 pub(crate) struct Replies {
     replies: Vec<Reply>,
-    /// So many replicas have what was written.
+    /// So many replicas have what they must have.
     pub replicas: u64,
 }
 
 impl Replies {
-    pub fn new(replies: Vec<Reply>, replicas: u64) -> Self {
-        Replies { replies, replicas }
+    pub fn new(replies: Vec<Reply>) -> Self {
+        Replies { replies, replicas: 0 }
+    }
+
+    /// `replicas`: so many have what was written, if they must.
+    pub fn add(&mut self, reply: Reply, replicas: Option<u64>) {
+        self.replies.push(reply);
+        self.replicas = replicas.unwrap_or(self.replicas);
     }
 
     /// The reply to this command. It is there once.

@@ -19,6 +19,7 @@ use redis::Value;
 use super::command::Commands;
 use super::flow::{Context, Next};
 use super::issue::{Issue, Old, age_ms, ask_kill};
+use super::layout::Key;
 use super::reply::{Replies, Reply, is_denied};
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -33,7 +34,8 @@ const TRIES: u8 = 2;
 const UNDER_WAY_MS: u64 = 30_000;
 
 impl Context {
-    /// The row in the reply to [`Layout::get_row`](super::layout::Layout::get_row), and the value as it stands there.
+    /// The row in the reply to [`Layout::get_row`](super::layout::Layout::get_row), and the value as it
+    /// stands there.
     pub fn row_of(&self, device: &DeviceId, reply: Reply) -> Result<(Row, Vec<u8>), StoreError> {
         match reply.0 {
             Ok(Value::BulkString(value)) => {
@@ -57,7 +59,7 @@ pub(super) fn look(
     then: impl FnOnce(Seen, &Context) -> Result<Next, StoreError> + 'static,
 ) -> Next {
     let mut commands = Commands::default();
-    let lease = commands.ask(context.layout.get_lease(&device));
+    let lease = commands.ask(context.layout.on("GET", Key::Lease(&device)));
     let row = commands.try_ask(context.layout.get_row(&device));
     Next::trip(commands, move |context, mut replies| {
         let lease = replies.take(lease).text()?;
@@ -115,6 +117,8 @@ impl Killing {
             let news = codec::seal(key, device, row);
             commands.try_ask(layout.merge_row(device, &seen.value, &news))
         });
+        // Looked at before the bound is raised, a redemption may come between (`docs/model`, row 29b).
+        commands.then();
         let t = row.bound.t;
         let dead = seen.leased.clone().filter(|token| token.claims.iat <= t);
         let then = dead.map(|dead| self.ask_about(&mut commands, dead, context));
@@ -148,10 +152,12 @@ impl Killing {
         let now = self.now;
         let is_replaced = matches!(self.then, Then::Replace(_));
         let asked = if is_replaced {
-            [out.ask(layout.get_mark(&dead.hash)), out.ask(layout.mark_left(&dead.hash))]
+            let mark = Key::Mark(&self.kill.device, &dead.hash);
+            ["GET", "PTTL"].map(|command| out.ask(layout.on(command, mark)))
         } else {
             let gone = ask_kill(out, layout, &dead, now);
-            [gone, out.ask(layout.free_lease(&self.kill.device, &dead.compact))]
+            let lease = Key::Lease(&self.kill.device);
+            [gone, out.ask(layout.compare_and_delete(lease, &dead.compact))]
         };
         move |replies| {
             let [first, second] = asked.map(|ask| replies.take(ask));

@@ -1,0 +1,229 @@
+//! A Redis Cluster: nodes die, slots move, and one shard may be away while the others serve.
+
+use std::time::Duration;
+
+use super::outages::{setup, under_load};
+use crate::support::cluster::{Cluster, slot_of};
+use crate::support::instance::{
+    self, Device, certificates, onboard, redeem, redeem_patiently, refused_as_used, revoke, token,
+};
+use crate::support::port::Port;
+use crate::support::service::{Service, Setup};
+use crate::support::{check_error, token as jwt, wait};
+
+const IN_CLUSTER: (&str, &str) = ("REDIS_CLUSTER", "true");
+
+fn first(cluster: &Cluster) -> Service {
+    instance::first(&cluster.url(), &[IN_CLUSTER])
+}
+
+fn another(of: &Service, cluster: &Cluster) -> Service {
+    instance::another(of, &cluster.url(), &[IN_CLUSTER])
+}
+
+fn mark_key(token: &str, device: &Device) -> String {
+    let hash = jwt::mark_of(token).replace("used:", "");
+    format!("mqtt-lite:used:{{{}}}:{hash}", device.name)
+}
+
+fn lease_key(device: &Device) -> String {
+    format!("mqtt-lite:device:{{{}}}", device.name)
+}
+
+/// A device whose keys a master has.
+fn device_at(cluster: &Cluster, master: usize, kind: &str) -> Device {
+    let mut names = (0..).map(|n: u32| format!("{kind}{n}"));
+    Device::new(&names.find(|name| cluster.master_of(name) == master).unwrap())
+}
+
+#[test]
+fn the_keys_of_a_device_are_on_one_node() {
+    let cluster = Cluster::start();
+    let [a, b] = {
+        let a = first(&cluster);
+        let b = another(&a, &cluster);
+        [a, b]
+    };
+    let device = Device::new("device-001");
+    let compact = token(&a, &device);
+    assert_eq!(cluster.cli(&["GET", &lease_key(&device)]), compact);
+    let key = format!("mqtt-lite:token:{{device-001}}:{compact}");
+    assert_eq!(cluster.cli(&["EXISTS", &key]), "1");
+    check_error(&onboard(&b, &device), 409, "TOKEN_ALREADY_ACTIVE", "at another instance");
+    assert_eq!(a.token_count(), 1);
+    assert_eq!(redeem(&b, &compact, &device).status, 200, "{}", b.log());
+    refused_as_used(&[&a, &b], &compact, &device);
+    let mark = cluster.cli(&["GET", &mark_key(&compact, &device)]);
+    assert!(mark.starts_with(&instance::id(&b)), "{mark}");
+    wait::for_true("the lease is free", || cluster.cli(&["EXISTS", &lease_key(&device)]) == "0");
+    assert_eq!(cluster.cli(&["EXISTS", "mqtt-lite:holder:{device-001}"]), "1");
+    let live = cluster.keys().iter().filter(|key| key.contains(":live:")).count();
+    assert_eq!(live, 0, "nobody has a token");
+    wait::for_true("both have it in the record", || {
+        [&a, &b].iter().all(|service| certificates(&[service]) == 1)
+    });
+    let replaced = token(&a, &device);
+    let newer = instance::issued(&b, &instance::replace(&b, &device));
+    refused_as_used(&[&a, &b], &replaced, &device);
+    assert_eq!(revoke(&a, &device).status, 200);
+    refused_as_used(&[&a, &b], &newer, &device);
+}
+
+#[test]
+fn masters_give_way_to_their_replicas() {
+    let cluster = Cluster::start();
+    let service = setup().env_of(&cluster.env()).start();
+    under_load(&service, |load| {
+        for _ in 0..3 {
+            let masters = cluster.masters();
+            let replica = (0..6).find(|at| !masters.contains(at)).unwrap();
+            assert_eq!(cluster.servers[replica].cli(&["CLUSTER", "FAILOVER"]), "OK");
+            wait::for_true("it is a master", || cluster.masters().contains(&replica));
+            load.wait_for(60);
+            cluster.wait_until_whole();
+        }
+    });
+}
+
+/// To a master that has slots already, and to a new one that has none.
+#[test]
+fn a_thousand_slots_move_under_load() {
+    let mut cluster = Cluster::start();
+    cluster.add_master();
+    let service = setup().env_of(&cluster.env()).start();
+    under_load(&service, |load| {
+        cluster.reshard(0, 1, 500);
+        cluster.reshard(2, 6, 500);
+        load.wait_for(100);
+    });
+}
+
+/// Its keys are out of reach, for good; the others are not.
+#[test]
+fn a_node_that_is_only_reachable_from_the_others() {
+    let mut cluster = Cluster::start();
+    let nobody = Port::any();
+    let hidden = 2;
+    let port = nobody.number().to_string();
+    cluster.servers[hidden].cli(&["CONFIG", "SET", "cluster-announce-port", &port]);
+    wait::for_true("the others say so", || {
+        cluster.servers[0].cli(&["CLUSTER", "NODES"]).contains(&format!(":{port}@"))
+    });
+    cluster.servers.swap(0, 1);
+    let service = first(&cluster);
+    service.wait_for_log("a part of Redis is lost");
+    let log = service.log();
+    assert!(log.contains(&format!("127.0.0.1:{port}: connection refused")), "{log}");
+    let (mut by_redis, mut by_memory) = (0, 0);
+    for n in 0..30 {
+        let device = Device::new(&format!("d{n}"));
+        let compact = token(&service, &device);
+        let answer = redeem_patiently(&service, &compact, &device);
+        assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
+        let keys: Vec<String> = [0, 1].iter().flat_map(|at| cluster.servers[*at].keys()).collect();
+        match keys.contains(&mark_key(&compact, &device)) {
+            true => by_redis += 1,
+            false => by_memory += 1,
+        }
+    }
+    assert!(by_redis >= 8 && by_memory >= 5, "{by_redis} by Redis, {by_memory} by memory");
+}
+
+#[test]
+fn slots_move_while_their_keys_are_used() {
+    let cluster = Cluster::start();
+    let service = first(&cluster);
+    let device = device_at(&cluster, 0, "d");
+    let compact = token(&service, &device);
+    let slot = cluster.slot_of(&device.name);
+    // The lease or the token is on its new node by then, the mark is on none.
+    cluster.move_slot(slot, 1, || {
+        check_error(&onboard(&service, &device), 409, "TOKEN_ALREADY_ACTIVE", "on its way");
+        assert_eq!(redeem(&service, &compact, &device).status, 200, "{}", service.log());
+    });
+    refused_as_used(&[&service], &compact, &device);
+    let next = token(&service, &device);
+    cluster.move_slot(slot, 2, || {
+        let newer = instance::issued(&service, &instance::replace(&service, &device));
+        refused_as_used(&[&service], &next, &device);
+        assert_eq!(redeem(&service, &newer, &device).status, 200, "{}", service.log());
+    });
+    let log = service.log();
+    assert!(!log.contains("Redis connection lost") && !log.contains("WARN a part"), "{log}");
+}
+
+/// Its devices wait, or are served from memory; the others do not notice.
+#[test]
+fn what_does_not_touch_a_lost_shard_goes_on() {
+    let mut cluster = Cluster::with(&["--cluster-require-full-coverage", "no"]);
+    let service = first(&cluster);
+    let masters = cluster.masters();
+    let lost = cluster.master_of("lost0");
+    let there = device_at(&cluster, lost, "lost");
+    let before = token(&service, &there);
+    let other = masters.iter().copied().find(|at| *at != lost).unwrap();
+    let row_is_elsewhere = |device: &Device| {
+        let row = format!("mqtt-lite:devices:{}", &jwt::sha256_hex(device.name.as_bytes())[..2]);
+        cluster.master_of(&row) != lost && cluster.master_of(&device.name) == other
+    };
+    let here: Vec<Device> = (0..200)
+        .map(|n| Device::new(&format!("here{n}")))
+        .filter(row_is_elsewhere)
+        .take(5)
+        .collect();
+    let replica = (0..6).find(|at| {
+        let master = cluster.id(lost);
+        cluster.servers[*at]
+            .cli(&["CLUSTER", "NODES"])
+            .lines()
+            .any(|line| line.contains("myself,slave") && line.contains(&master))
+    });
+    cluster.servers[replica.unwrap()].kill9();
+    cluster.servers[lost].kill9();
+    service.health();
+    service.wait_for_log("a part of Redis is lost");
+    for device in &here {
+        let compact = wait::until(Duration::from_secs(10), || {
+            let answer = onboard(&service, device);
+            (answer.status == 200).then(|| answer.field("provisioning_token"))
+        });
+        let compact = compact.unwrap();
+        let answer = redeem_patiently(&service, &compact, device);
+        assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
+        let mark = mark_key(&compact, device);
+        assert_eq!(cluster.cli(&["EXISTS", &mark]), "1", "by Redis\n{}", service.log());
+    }
+    check_error(&redeem(&service, &before, &there), 503, "SERVICE_UNAVAILABLE", "it is away");
+    let same = device_with_slot_of(&there);
+    let from_memory = token(&service, &same);
+    let answer = redeem_patiently(&service, &from_memory, &same);
+    assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
+    cluster.servers[lost].start_again();
+    service.wait_for_log("all of Redis is in reach again");
+    refused_as_used(&[&service], &from_memory, &same);
+    assert_eq!(redeem_patiently(&service, &before, &there).status, 200, "{}", service.log());
+    wait::for_true("it is told of the use", || {
+        cluster.cli(&["EXISTS", &mark_key(&from_memory, &same)]) == "1"
+    });
+}
+
+/// Another device whose keys are on the same node.
+fn device_with_slot_of(like: &Device) -> Device {
+    let mut names = (0..).map(|n: u32| format!("same{n}"));
+    Device::new(&names.find(|name| slot_of(name) == slot_of(&like.name)).unwrap())
+}
+
+#[test]
+fn a_cluster_without_the_setting_and_the_setting_without_a_cluster() {
+    let check = |env: &[(&str, &str)], said: &str| {
+        Setup::new().envs(env).start().wait_for_log(said);
+    };
+    let cluster = Cluster::start();
+    let at = format!("127.0.0.1:{}", cluster.servers[0].port());
+    let why = "it is a node of a cluster, which needs REDIS_CLUSTER=true";
+    check(&[("REDIS_URL", &format!("redis://{at}"))], &format!("{at}: {why}"));
+    let plain = crate::support::redis::Redis::start(&[]);
+    let at = format!("127.0.0.1:{}", plain.port());
+    let why = "it is no node of a cluster, see REDIS_CLUSTER";
+    check(&[IN_CLUSTER, ("REDIS_URL", &plain.url())], &format!("{at}: {why}"));
+}
