@@ -38,13 +38,9 @@ struct Trouble {
     again_ms: u64,
 }
 
-/// What is to be done.
-enum Work {
-    /// A new key and a certificate for these names.
-    Make(Vec<String>),
-    /// Another certificate for the key of this one, with these names, for so many seconds.
-    Renew(Box<Server>, Vec<String>, u64),
-}
+/// What is to be done: another certificate for the key of this one, or for a new key, with these names,
+/// for so many seconds.
+type Work = (Option<Server>, Vec<String>, u64);
 
 impl Https {
     /// What is there.
@@ -80,8 +76,11 @@ impl Https {
         if self.trouble.as_ref().is_some_and(|trouble| now.mono_ms < trouble.again_ms) {
             return false;
         }
-        let Some(work) = self.due(&files, ca, &issuer, now) else { return false };
-        let done = work.run(&issuer, &files, now).map_err(|e| e.to_string());
+        let Some((old, names, life_s)) = self.due(&files, ca, &issuer, now) else { return false };
+        let folder = files.cert.parent().filter(|_| old.is_none());
+        let done = folder.map_or(Ok(()), |folder| Ok(files::make_dir(folder, 0o755)?));
+        let write = || server::write(&issuer, old.as_ref(), &names, life_s, &files, now);
+        let done = done.and_then(|()| write()).map_err(|e: CaError| e.to_string());
         match done.and_then(|()| load(&files)) {
             Ok(shown) => {
                 (self.shown, self.trouble) = (shown, None);
@@ -110,14 +109,14 @@ impl Https {
                 |der| load(files).ok().flatten().is_some_and(|there| there.cert.first() == der);
             let old = old.filter(|old| old.is_due(issuer, now)).filter(|_| is_there(der))?;
             let (names, life_s) = (old.names.clone(), old.life_s());
-            return Some(Work::Renew(Box::new(old), names, life_s));
+            return Some((Some(old), names, life_s));
         };
         let wanted = if given.is_empty() { machine_names() } else { given.clone() };
         let Some(old) = old.filter(|old| !ca.record().is_revoked(&old.serial)) else {
-            return Some(Work::Make(wanted));
+            return Some((None, wanted, server::LIFE_S));
         };
         if old.is_due(issuer, now) {
-            return Some(Work::Renew(Box::new(old), wanted, server::LIFE_S));
+            return Some((Some(old), wanted, server::LIFE_S));
         }
         let gone: Vec<&String> = old.names.iter().filter(|name| !wanted.contains(name)).collect();
         let is_complete = wanted.iter().all(|name| old.names.contains(name));
@@ -126,7 +125,7 @@ impl Https {
         }
         let kept = gone.into_iter().filter(|_| given.is_empty());
         let names = wanted.iter().chain(kept).take(NAMES_MAX).cloned().collect();
-        Some(Work::Renew(Box::new(old), names, server::LIFE_S))
+        Some((Some(old), names, server::LIFE_S))
     }
 
     /// What is shown, if this CA has signed it.
@@ -138,20 +137,6 @@ impl Https {
         if let Some(server) = self.ours(issuer) {
             let end = clock::rfc3339(server.not_after.saturating_mul(1000));
             log::info!("our TLS certificate is new, until {end}, for {}", server.names.join(", "));
-        }
-    }
-}
-
-impl Work {
-    fn run(self, ca: &Issuer, files: &TlsFiles, now: Now) -> Result<(), CaError> {
-        match self {
-            Work::Make(names) => {
-                if let Some(folder) = files.cert.parent() {
-                    files::make_dir(folder, 0o755)?;
-                }
-                server::make(ca, &names, server::LIFE_S, files, now)
-            }
-            Work::Renew(old, names, life_s) => server::renew(ca, &old, &names, life_s, files, now),
         }
     }
 }

@@ -68,30 +68,23 @@ impl Server {
     }
 }
 
-/// A new key (ECDSA P-256), and a certificate for it.
-pub fn make(
+/// Another certificate for the key of `old`, which lies in this file; or a new key (ECDSA P-256) and a
+/// certificate for it.
+pub fn write(
     ca: &Issuer,
+    old: Option<&Server>,
     names: &[String],
     life_s: u64,
     to: &TlsFiles,
     now: Now,
 ) -> Result<(), CaError> {
-    try_folder(&to.key)?;
-    let key = KeyPair::generate().map_err(CaError::signing)?;
-    let made = sign(ca, names, &key, life_s, now)?;
-    files::write_atomic(&to.key, key.serialize_pem().as_bytes(), 0o600)?;
-    Ok(files::write_atomic(&to.cert, made.chain_pem.as_bytes(), 0o644)?)
-}
-
-/// A new certificate with the key of `old`, which lies in this file.
-pub fn renew(
-    ca: &Issuer,
-    old: &Server,
-    names: &[String],
-    life_s: u64,
-    to: &TlsFiles,
-    now: Now,
-) -> Result<(), CaError> {
+    let Some(old) = old else {
+        try_folder(&to.key)?;
+        let key = KeyPair::generate().map_err(CaError::signing)?;
+        let made = sign(ca, names, &key, life_s, now)?;
+        files::write_atomic(&to.key, key.serialize_pem().as_bytes(), 0o600)?;
+        return Ok(files::write_atomic(&to.cert, made.chain_pem.as_bytes(), 0o644)?);
+    };
     // What a link leads to is renewed, and who may read it may go on to.
     let path = fs::canonicalize(&to.cert).unwrap_or_else(|_| to.cert.clone());
     let mode = fs::metadata(&path).map_or(0o644, |file| file.permissions().mode() & 0o777);

@@ -51,20 +51,18 @@ fn make(ca: &Issuer, request: &ServerCertificate, to: &TlsFiles) -> Result<(), C
         return Err(CaError::refused(there, why));
     }
     let life_s = life_s(request).unwrap_or(server::LIFE_S);
-    server::make(ca, &request.names, life_s, to, clock::now())
+    server::write(ca, None, &request.names, life_s, to, clock::now())
 }
 
 /// Returns whether there is a new one, of which whoever reloads the server is told in a line.
 fn renew(ca: &Issuer, request: &ServerCertificate, to: &TlsFiles) -> Result<bool, CaError> {
     let (old, now) = (present(ca, &to.cert)?, clock::now());
     let life_s = life_s(request).unwrap_or_else(|| old.life_s());
-    if request.force {
-        server::make(ca, &old.names, life_s, to, now)?;
-    } else if old.is_due(ca, now) {
-        server::renew(ca, &old, &old.names, life_s, to, now)?;
-    } else {
+    if !request.force && !old.is_due(ca, now) {
         return Ok(false);
     }
+    let keeps_key = (!request.force).then_some(&old);
+    server::write(ca, keeps_key, &old.names, life_s, to, now)?;
     let end = clock::rfc3339(present(ca, &to.cert)?.not_after.saturating_mul(1000));
     let _ = print(&format!("{} is renewed until {end}\n", to.cert.display()));
     Ok(true)

@@ -184,10 +184,8 @@ impl Devices {
         (listed, None)
     }
 
-    /// Raises the bound of a device, never lowers it; on disk when it returns.
-    ///
-    /// # Errors
-    /// When it could not be written. It was then not raised.
+    /// Raises the bound of a device by itself.
+    #[cfg(test)]
     pub fn raise(&self, device: &DeviceId, bound: Bound, now: Now) -> Result<(), NotWritten> {
         self.enter(vec![(device.clone(), Row { bound, ..Row::default() })], true, now)
     }

@@ -254,7 +254,7 @@ impl Provisioner {
                 "device {device} blocked, {by}"
             );
         }
-        let is_known = self.ledger.knows_device(&device) || record.knows_device(&device);
+        let is_known = self.ledger.knows_device(&device) || record.newest(&device).is_some();
         if is_known || self.devices.row(&device).is_listed() {
             return Ok(Done::Revoked { of: device.as_str().to_owned(), serial: None, shared });
         }

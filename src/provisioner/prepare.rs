@@ -185,7 +185,7 @@ impl Provisioner {
         let lives = known.living(maker.now.unix_s()).is_some();
         let news = match &change.change {
             Change::Forget
-                if !known.is_listed() && !self.ca().record().knows_device(&change.device) =>
+                if !known.is_listed() && self.ca().record().newest(&change.device).is_none() =>
             {
                 let alone = !seen.by_redis && self.store.status().redis_enabled;
                 let code = if alone { Code::ServiceUnavailable } else { Code::DeviceNotFound };

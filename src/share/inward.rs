@@ -20,7 +20,7 @@ use crate::store::StoreError;
 /// So often, at most, values that are not ours are told of in the log.
 const HOUR_MS: u64 = 3_600_000;
 /// A token that has ended by our clock may be alive by another's, in seconds.
-const CLOCKS_APART_S: u64 = 120;
+const ENDED_LATELY_S: u64 = 120;
 
 impl<E: Exchange> Thread<E> {
     /// Reads what was announced, until there is nothing more.
@@ -180,7 +180,7 @@ impl<E: Exchange> Thread<E> {
         self.note_revoked(&revoked);
         self.ignore(ignored.len());
         let now = self.now;
-        let lasts = |spent: &Spent| spent.token.exp.saturating_add(CLOCKS_APART_S) > now.unix_s();
+        let lasts = |spent: &Spent| spent.token.exp.saturating_add(ENDED_LATELY_S) > now.unix_s();
         for Spent { token, serial, device } in spent.into_iter().filter(lasts) {
             let claims = Claims { device_id: device, iat: token.iat, exp: token.exp, jti: None };
             self.parts.ledger.load(token.hash, serial, claims, now);

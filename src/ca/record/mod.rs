@@ -554,11 +554,6 @@ impl Record {
         Entries::begin(self)
     }
 
-    /// Whether anything is recorded of the device.
-    pub fn knows_device(&self, device: &DeviceId) -> bool {
-        self.read().of_device(device).next().is_some()
-    }
-
     /// Revokes all certificates of a device that are not, and says which; also those that have
     /// ended, which might be renewed all the same. On disk when it returns. After a failure memory
     /// still has them unrevoked, and trying again is safe.
