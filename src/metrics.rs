@@ -28,6 +28,7 @@ const TRIP_BUCKETS_US: [u64; 12] =
     [100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 500_000, 1_000_000];
 
 /// Everything that is counted.
+#[derive(Default)]
 pub struct Metrics {
     endpoints: Vec<Endpoint>,
     problems: Vec<Counter>,
@@ -152,16 +153,7 @@ impl Metrics {
         Metrics {
             endpoints: endpoints.chain([none]).collect(),
             problems: Code::ALL.iter().map(|_| Counter::default()).collect(),
-            tokens_issued: Counter::default(),
-            tokens_consumed: Counter::default(),
-            tokens_killed: Counter::default(),
-            certificates_issued: Counter::default(),
-            certificates_renewed: Counter::default(),
-            certificates_revoked: Counter::default(),
-            redis_trips: Histogram::default(),
-            redis_failures: Counter::default(),
-            edge: Arc::default(),
-            started_s: OnceLock::new(),
+            ..Metrics::default()
         }
     }
 

@@ -82,41 +82,16 @@ pub fn run(
     reread: impl Fn() -> Result<Config, ConfigError>,
 ) -> Result<(), RunError> {
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
-    // Until it serves there is nothing to finish: whoever stops it is not made to wait for Redis.
-    let starting = Arc::new(AtomicBool::new(true));
-    for signal in [SIGTERM, SIGINT] {
-        flag::register_conditional_shutdown(signal, 0, Arc::clone(&starting)).map_err(failed)?;
-    }
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
-    files::make_dir(&config.data_dir, 0o755).map_err(failed)?;
-    files::make_dir(&config.ca.dir, 0o755).map_err(failed)?;
-    let _locks = lock_folders(config)?;
-    let ca = Arc::new(open_ca(config)?);
-    let signer = Signer::new(&token_secret(config)?);
-    let ledger = Arc::new(load_ledger(config, &ca));
-    let metrics = Arc::new(Metrics::new(api::endpoints()));
-    let identity = Identity::open(&config.data_dir.join(INSTANCE_ID)).map_err(failed)?;
-    let devices = Devices::open(&config.data_dir.join(DEVICES), identity.id, clock::now());
-    let devices = Arc::new(devices.map_err(failed)?);
-    let store = open_store(config, identity, &signer, &ledger, &devices, &metrics)?;
-    revoke_dead(&ca, &devices)?;
-    let publisher = publish(config, &ca, &store.tokens, &metrics)?;
-    let sharing = share_record(config, &store, &publisher, &devices, &ledger)?;
-    let provisioner = Arc::new(Provisioner {
-        store: Arc::clone(&store.tokens),
-        ledger,
-        devices,
-        publisher: Arc::clone(&publisher),
-        sharing,
-        signer,
-        rules: rules(config),
-        metrics: Arc::clone(&metrics),
-        spending: Spending::default(),
-    });
+    let (starting, signals) = begin_signals().map_err(failed)?;
+    let (kept, identity) = Kept::open(config)?;
+    let store = kept.open_store(identity)?;
+    kept.revoke_dead()?;
+    let provisioner = Arc::new(kept.provisioner(&store)?);
     provisioner.make_up(clock::now());
-    seek_redis(config, &ca, &store)?;
+    kept.seek_redis(&store)?;
     let (events, happened) = mpsc::channel();
-    watch_clock(publisher, store.failover.clone(), events.clone())?;
+    watch_clock(Arc::clone(&provisioner.publisher), store.failover.clone(), events.clone())?;
+    let Kept { ca, metrics, _locks, .. } = kept;
     let mut https = Https::of(config);
     if https.tend(&ca, clock::now()) {
         enter_servers(&ca);
@@ -206,14 +181,166 @@ fn try_redis(redis: &config::Redis) -> Result<Hello, String> {
     store.connect(None).map_err(|e| e.to_string())
 }
 
-fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
-    let same =
-        std::fs::canonicalize(&config.data_dir).ok() == std::fs::canonicalize(&config.ca.dir).ok();
-    let mut locks = vec![FolderLock::take(&config.data_dir).map_err(failed)?];
-    if !same {
-        locks.push(FolderLock::take(&config.ca.dir).map_err(failed)?);
+/// What is kept on disk and counted, of which the other parts are made.
+struct Kept<'c> {
+    config: &'c Config,
+    ca: Arc<Ca>,
+    signer: Signer,
+    ledger: Arc<Ledger>,
+    devices: Arc<Devices>,
+    metrics: Arc<Metrics>,
+    _locks: Vec<FolderLock>,
+}
+
+impl<'c> Kept<'c> {
+    fn open(config: &'c Config) -> Result<(Self, Identity), RunError> {
+        files::make_dir(&config.data_dir, 0o755).map_err(failed)?;
+        files::make_dir(&config.ca.dir, 0o755).map_err(failed)?;
+        let _locks = lock_folders(config)?;
+        let ca = Arc::new(open_ca(config)?);
+        let signer = Signer::new(&token_secret(config)?);
+        let ledger = Arc::new(load_ledger(config, &ca));
+        let identity = Identity::open(&config.data_dir.join(INSTANCE_ID)).map_err(failed)?;
+        let devices = Devices::open(&config.data_dir.join(DEVICES), identity.id, clock::now());
+        let devices = Arc::new(devices.map_err(failed)?);
+        let metrics = Arc::new(Metrics::new(api::endpoints()));
+        Ok((Kept { config, ca, signer, ledger, devices, metrics, _locks }, identity))
     }
-    Ok(locks)
+
+    fn open_store(&self, identity: Identity) -> Result<Stores, RunError> {
+        let config = self.config;
+        let memory = Arc::new(Memory::new(
+            config.memory_max_tokens,
+            Arc::clone(&self.ledger),
+            Arc::clone(&self.devices) as _,
+            self.signer.clone(),
+        ));
+        let reaper = Arc::clone(&memory);
+        spawn("reaper", move || reaper.reap_forever())?;
+        let Some(redis) = &config.redis else {
+            log::warn!("⚠️  Provisioning tokens will not be persistent");
+            let tokens: Arc<dyn TokenStore> = Arc::clone(&memory) as _;
+            return Ok(Stores { tokens, memory, failover: None });
+        };
+        log::info!("💾 Initializing Redis (Token Persistence)...");
+        let us = Some((identity, Arc::clone(&self.devices) as _));
+        let remote = RedisStore::new(redis, us, self.signer.clone(), Arc::clone(&self.metrics));
+        let failover = Arc::new(Failover::new(
+            Box::new(remote),
+            Arc::clone(&memory),
+            Arc::clone(&self.ledger),
+            Arc::clone(&self.devices) as _,
+            self.signer.clone(),
+            failover::Rules {
+                run_file: failover::RunFile(config.data_dir.join(REDIS_RUN)),
+                redeem: config.outage_redeem,
+                required: redis.required,
+                timeout: redis.timeout,
+            },
+        ));
+        Ok(Stores { tokens: Arc::clone(&failover) as _, memory, failover: Some(failover) })
+    }
+
+    /// A bound is on disk before the record is changed; an older copy of the record may lack it, too.
+    fn revoke_dead(&self) -> Result<(), RunError> {
+        let dead = self.ca.record().apply_bounds(&self.devices.bounds()).map_err(failed)?;
+        if !dead.is_empty() {
+            let count = dead.len();
+            log::warn!(
+                "{count} certificates were not revoked yet and are now: their time was over"
+            );
+        }
+        Ok(())
+    }
+
+    fn provisioner(&self, stores: &Stores) -> Result<Provisioner, RunError> {
+        let config = self.config;
+        let publisher = self.publish(&stores.tokens)?;
+        Ok(Provisioner {
+            store: Arc::clone(&stores.tokens),
+            ledger: Arc::clone(&self.ledger),
+            devices: Arc::clone(&self.devices),
+            sharing: self.share_record(stores, &publisher)?,
+            publisher,
+            signer: self.signer.clone(),
+            rules: Rules {
+                token_ttl_s: config.token_ttl_s,
+                reenroll: config.reenroll,
+                registered_only: config.enrolment == Some(config::Enrolment::Registered),
+                renew_revokes: config.renew_revokes,
+                renew_after_expiry_days: config.renew_after_expiry_days,
+            },
+            metrics: Arc::clone(&self.metrics),
+            spending: Spending::default(),
+        })
+    }
+
+    /// Publishes the list of revoked certificates, now if the clock allows, and from then on.
+    fn publish(&self, tokens: &Arc<dyn TokenStore>) -> Result<Arc<Publisher>, RunError> {
+        let (config, tokens) = (self.config, Arc::clone(tokens));
+        let is_disputed =
+            move || tokens.status().clock_is_ahead_ms.unsigned_abs() > CLOCK_IS_FAR_OFF_MS;
+        let retention = Retention::new(config.record_keep_days, is_disputed, clock::now());
+        let (ca, metrics) = (Arc::clone(&self.ca), Arc::clone(&self.metrics));
+        let publisher = Publisher::new(ca, config.crl_hook.clone(), metrics);
+        let publisher = Arc::new(publisher.forgetting(retention));
+        publisher.keep_fresh(clock::now());
+        if config.renew_revokes {
+            publisher.load_superseded(clock::now());
+        }
+        publisher.try_record(clock::now());
+        let worker = Arc::clone(&publisher);
+        spawn("crl", move || worker.work_forever())?;
+        Ok(publisher)
+    }
+
+    /// Starts sharing what is recorded here and elsewhere, if there is a Redis by which that can be
+    /// done.
+    fn share_record(
+        &self,
+        stores: &Stores,
+        publisher: &Arc<Publisher>,
+    ) -> Result<Arc<Sharing>, RunError> {
+        let (Some(failover), Some(redis)) = (&stores.failover, &self.config.redis) else {
+            return Ok(Arc::new(Sharing::new(share::Mode::Alone)));
+        };
+        let mode = if redis.share_record { share::Mode::Record } else { share::Mode::Rows };
+        let sharing = Arc::new(Sharing::new(mode));
+        let (news, caught_up) = (Arc::clone(&sharing), Arc::clone(&sharing));
+        self.ca.record().on_news(move || news.wake());
+        let thread = Thread::new(Parts {
+            exchange: RedisExchange::new(redis),
+            sharing: Arc::clone(&sharing),
+            publisher: Arc::clone(publisher),
+            devices: Arc::clone(&self.devices),
+            store: Arc::clone(&stores.tokens),
+            ledger: Arc::clone(&self.ledger),
+            shares_record: redis.share_record,
+            reenroll: self.config.reenroll,
+        });
+        spawn("sharing", move || thread.run())?;
+        failover.first(move || caught_up.catch_up(clock::now()));
+        Ok(sharing)
+    }
+
+    /// Starts looking for Redis, with our CA's fingerprint in hand if there is a CA.
+    fn seek_redis(&self, stores: &Stores) -> Result<(), RunError> {
+        let (Some(failover), Some(redis)) = (&stores.failover, &self.config.redis) else {
+            return Ok(());
+        };
+        enter_ca(&self.ca, Some(failover));
+        let supervised = Arc::clone(failover);
+        spawn("redis", move || supervised.supervise())?;
+        failover.wait_for_first_attempt(redis.connect_timeout);
+        Ok(())
+    }
+}
+
+fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
+    let (data, ca) = (&config.data_dir, &config.ca.dir);
+    let same = std::fs::canonicalize(data).ok() == std::fs::canonicalize(ca).ok();
+    let folders = [Some(data), (!same).then_some(ca)];
+    folders.into_iter().flatten().map(|dir| FolderLock::take(dir).map_err(failed)).collect()
 }
 
 fn open_ca(config: &Config) -> Result<Ca, RunError> {
@@ -228,27 +355,12 @@ fn open_ca(config: &Config) -> Result<Ca, RunError> {
 }
 
 fn token_secret(config: &Config) -> Result<Vec<u8>, RunError> {
-    match &config.jwt_secret {
-        Some(secret) => Ok(secret.reveal().clone()),
-        None => {
-            let (name, bytes) = TOKEN_SECRET;
-            let text = files::read_or_create_secret(&config.data_dir.join(name), bytes);
-            let text = text.map_err(failed)?;
-            Ok(text.into_bytes())
-        }
+    if let Some(secret) = &config.jwt_secret {
+        return Ok(secret.reveal().clone());
     }
-}
-
-/// A bound is on disk before the record is changed; an older copy of the record may lack it, too.
-fn revoke_dead(ca: &Ca, devices: &Devices) -> Result<(), RunError> {
-    let dead = ca.record().apply_bounds(&devices.bounds()).map_err(failed)?;
-    if !dead.is_empty() {
-        log::warn!(
-            "{} certificates were not revoked yet and are now: their time was over",
-            dead.len()
-        );
-    }
-    Ok(())
+    let (name, bytes) = TOKEN_SECRET;
+    let text = files::read_or_create_secret(&config.data_dir.join(name), bytes);
+    Ok(text.map_err(failed)?.into_bytes())
 }
 
 /// The tokens for which a certificate is on disk are refused whatever Redis says.
@@ -261,40 +373,6 @@ fn load_ledger(config: &Config, ca: &Ca) -> Ledger {
         ledger.load(spent.token.hash, spent.serial, claims, now);
     }
     ledger
-}
-
-fn rules(config: &Config) -> Rules {
-    Rules {
-        token_ttl_s: config.token_ttl_s,
-        reenroll: config.reenroll,
-        registered_only: config.enrolment == Some(config::Enrolment::Registered),
-        renew_revokes: config.renew_revokes,
-        renew_after_expiry_days: config.renew_after_expiry_days,
-    }
-}
-
-/// Publishes the list of revoked certificates, now if the clock allows, and from then on.
-fn publish(
-    config: &Config,
-    ca: &Arc<Ca>,
-    tokens: &Arc<dyn TokenStore>,
-    metrics: &Arc<Metrics>,
-) -> Result<Arc<Publisher>, RunError> {
-    let (hook, metrics) = (config.crl_hook.clone(), Arc::clone(metrics));
-    let tokens = Arc::clone(tokens);
-    let is_disputed =
-        move || tokens.status().clock_is_ahead_ms.unsigned_abs() > CLOCK_IS_FAR_OFF_MS;
-    let retention = Retention::new(config.record_keep_days, is_disputed, clock::now());
-    let publisher = Publisher::new(Arc::clone(ca), hook, metrics).forgetting(retention);
-    let publisher = Arc::new(publisher);
-    publisher.keep_fresh(clock::now());
-    if config.renew_revokes {
-        publisher.load_superseded(clock::now());
-    }
-    publisher.try_record(clock::now());
-    let worker = Arc::clone(&publisher);
-    spawn("crl", move || worker.work_forever())?;
-    Ok(publisher)
 }
 
 /// The stores and what has to be told to stop.
@@ -322,88 +400,6 @@ impl Rows for Devices {
             log::error!("what Redis says of devices was not kept: {error}");
         }
     }
-}
-
-fn open_store(
-    config: &Config,
-    identity: Identity,
-    signer: &Signer,
-    ledger: &Arc<Ledger>,
-    devices: &Arc<Devices>,
-    metrics: &Arc<Metrics>,
-) -> Result<Stores, RunError> {
-    let memory = Arc::new(Memory::new(
-        config.memory_max_tokens,
-        Arc::clone(ledger),
-        Arc::clone(devices) as _,
-        signer.clone(),
-    ));
-    let reaper = Arc::clone(&memory);
-    spawn("reaper", move || reaper.reap_forever())?;
-    let Some(redis) = &config.redis else {
-        log::warn!("⚠️  Provisioning tokens will not be persistent");
-        let tokens: Arc<dyn TokenStore> = Arc::clone(&memory) as _;
-        return Ok(Stores { tokens, memory, failover: None });
-    };
-    log::info!("💾 Initializing Redis (Token Persistence)...");
-    let rows: Arc<dyn Rows> = Arc::clone(devices) as _;
-    let remote =
-        RedisStore::new(redis, Some((identity, rows)), signer.clone(), Arc::clone(metrics));
-    let failover = Arc::new(Failover::new(
-        Box::new(remote),
-        Arc::clone(&memory),
-        Arc::clone(ledger),
-        Arc::clone(devices) as _,
-        signer.clone(),
-        failover::Rules {
-            run_file: failover::RunFile(config.data_dir.join(REDIS_RUN)),
-            redeem: config.outage_redeem,
-            required: redis.required,
-            timeout: redis.timeout,
-        },
-    ));
-    Ok(Stores { tokens: Arc::clone(&failover) as _, memory, failover: Some(failover) })
-}
-
-/// Starts sharing what is recorded here and elsewhere, if there is a Redis by which that can be done.
-fn share_record(
-    config: &Config,
-    stores: &Stores,
-    publisher: &Arc<Publisher>,
-    devices: &Arc<Devices>,
-    ledger: &Arc<Ledger>,
-) -> Result<Arc<Sharing>, RunError> {
-    let (Some(failover), Some(redis)) = (&stores.failover, &config.redis) else {
-        return Ok(Arc::new(Sharing::new(share::Mode::Alone)));
-    };
-    let mode = if redis.share_record { share::Mode::Record } else { share::Mode::Rows };
-    let sharing = Arc::new(Sharing::new(mode));
-    let news = Arc::clone(&sharing);
-    publisher.ca().record().on_news(move || news.wake());
-    let thread = Thread::new(Parts {
-        exchange: RedisExchange::new(redis),
-        sharing: Arc::clone(&sharing),
-        publisher: Arc::clone(publisher),
-        devices: Arc::clone(devices),
-        store: Arc::clone(&stores.tokens),
-        ledger: Arc::clone(ledger),
-        shares_record: redis.share_record,
-        reenroll: config.reenroll,
-    });
-    spawn("sharing", move || thread.run())?;
-    let caught_up = Arc::clone(&sharing);
-    failover.first(move || caught_up.catch_up(clock::now()));
-    Ok(sharing)
-}
-
-/// Starts looking for Redis, with our CA's fingerprint in hand if there is a CA.
-fn seek_redis(config: &Config, ca: &Ca, stores: &Stores) -> Result<(), RunError> {
-    let (Some(failover), Some(redis)) = (&stores.failover, &config.redis) else { return Ok(()) };
-    enter_ca(ca, Some(failover));
-    let supervised = Arc::clone(failover);
-    spawn("redis", move || supervised.supervise())?;
-    failover.wait_for_first_attempt(redis.connect_timeout);
-    Ok(())
 }
 
 /// Enters servers' certificates that were left for the record.
@@ -478,6 +474,16 @@ enum Event {
     ClockSet,
     /// Every worker has answered.
     Answering,
+}
+
+/// Until it serves there is nothing to finish: whoever stops it while the first is true is not made to
+/// wait for Redis.
+fn begin_signals() -> io::Result<(Arc<AtomicBool>, Signals)> {
+    let starting = Arc::new(AtomicBool::new(true));
+    for signal in [SIGTERM, SIGINT] {
+        flag::register_conditional_shutdown(signal, 0, Arc::clone(&starting))?;
+    }
+    Ok((starting, Signals::new([SIGTERM, SIGINT, SIGHUP])?))
 }
 
 fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<(), RunError> {

@@ -56,6 +56,8 @@ RULES = {
     "bound past row": "it reaches past each `iat` that the bound before may have caused, too",
     "bound before look": "a replacement raises the bound, then looks for a running redemption",
     "born alive": "a token that would not be above the bound is issued anew above it",
+    "row at take-over": "the row is read again after a stale lease was taken over",
+    "redeemed has lease": "what the bound kills has its lease while a young mark may be of a redemption",
     "bound for certificates": "a revocation's bound holds for certificates, by when they were paid",
     "under way": "a replacement is refused while a young mark may be of a running redemption",
     "grace": "after the return of a Redis that may forget, `none` is 503 for older tokens, 10 s",

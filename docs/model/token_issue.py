@@ -3,6 +3,7 @@
 from explore import LOST, WAIT
 from server import AGE, DEL, EXISTS, GET, SET, SETNX, SWAP
 from token_ground import (
+    KILLED,
     PATIENCE,
     TTL,
     UNDER_WAY,
@@ -59,7 +60,7 @@ class Issue(Ground):
             return LOST
         _, _, lease, bound = replies
         if lease is None or lease.token != token:
-            return (yield from self.contest(line, token, lease))
+            return (yield from self.contest(line, token, lease, bound or 0))
         if self.has("born alive") and token.iat <= (bound or 0):
             return (yield from self.issue_above(line, token, bound))
         return token
@@ -84,26 +85,29 @@ class Issue(Ground):
             token = better
         return token
 
-    def contest(self, line, token, lease):
+    def contest(self, line, token, lease, bound):
         """Another token has the lease: ours is taken back. A stale lease is taken over."""
         other = lease and lease.token
         replies = yield from trip(
             line,
             DEL(("token", token)),
             EXISTS(("token", other)),
+            GET(("used", other)),
             AGE(("used", other)),
             AGE(("device", token.device)),
-            GET(("row", token.device)),
         )
         if unanswered(replies):
             return LOST
-        _, there, marked_for, age, bound = replies
+        _, there, mark, marked_for, age = replies
         if lease is None or age is None:
             return None
-        gone = not there or (marked_for is not None and marked_for > UNDER_WAY)
-        killed = self.has("bounds") and other.iat <= (bound or 0)
+        is_old = marked_for is None or marked_for > UNDER_WAY
+        redeemed = mark and mark.serial != KILLED and not is_old
+        redeemed = redeemed and self.has("redeemed has lease")
+        killed = self.has("bounds") and other.iat <= bound and not redeemed
+        gone = not there or (mark and is_old)
         stale = killed or not lease.has_end or (age > PATIENCE and gone)
-        return (yield from self.take_lease_over(line, token, lease, bound or 0)) if stale else None
+        return (yield from self.take_lease_over(line, token, lease, bound)) if stale else None
 
     def take_lease_over(self, line, token, stale, bound):
         if self.has("born alive") and token.iat <= bound:
@@ -112,10 +116,16 @@ class Issue(Ground):
         take = SWAP(key, stale, Lease(token), TTL)
         if not self.has("lease by swap"):
             take = SET(key, Lease(token), TTL)
-        replies = yield from trip(line, SET(("token", token), True, TTL), take)
+        again = GET(("row", token.device))
+        replies = yield from trip(line, SET(("token", token), True, TTL), take, again)
         if unanswered(replies):
             return LOST
-        return token if replies[1] is not False else (yield from self.take_back(line, token))
+        _, taken, bound = replies
+        if taken is False:
+            return (yield from self.take_back(line, token))
+        if self.has("row at take-over") and token.iat <= (bound or 0):
+            return (yield from self.issue_above(line, token, bound))
+        return token
 
     def take_back(self, line, token):
         yield from trip(line, DEL(("token", token)))

@@ -813,6 +813,37 @@ def _(s):
     )
 
 
+@row(
+    "25c",
+    "a kill between the look at a stale lease and its take-over",
+    "the token that takes the lease over is dead when it is handed out",
+    without=["row at take-over"],
+)
+def _(s):
+    def raise_bound(found):
+        there = any(key[1][0] == "token" for key, _ in contents(found))
+        found["judge", "bound came first"] = not there
+        put(found, ("row", "d"), 115)
+
+    start = world("a")
+    put(start, ("device", "d"), Lease(Token("t0", "d", 90)), 290)
+    start["now"] = 110
+    return Scenario(
+        start,
+        {
+            "a.onboard": (s.onboard, "a", "d", "t2"),
+            "a.redeem": (s.redeem, "a", "a1", "t2"),
+            "bound": event("another instance raises the bound", raise_bound),
+        },
+        fault_if(
+            lambda found, outcomes, over: (
+                outcomes.get("a.redeem") == "401 used" and found.get(("judge", "bound came first"))
+            ),
+            "a token that was dead is handed out",
+        ),
+    )
+
+
 def kill_by_lagging_clock(s, skew):
     start = cut(held(world("a", "b", "c"), T2, "b", "unsent"), "b")
     start["a", "skew"] = skew
@@ -919,6 +950,26 @@ def _(s):
         held(start, T1, "a"),
         {"a.replace": (s.replace, "a", "d", "t3"), "b.redeem": (s.redeem, "b", "b1", T2)},
         judged,
+    )
+
+
+@row(
+    "28f",
+    "the same as 28, and an onboarding after the replacement was refused",
+    "the lease passes for stale: the device gets a token, and the redemption signs",
+    without=["redeemed has lease"],
+)
+def _(s):
+    def is_fault(found, outcomes, over):
+        granted = found.get(("b", "memory", "entry", T1)) == ("used", "b1")
+        signed = ("b", "disk", "certificate", T1) in found
+        return outcomes.get("c.onboard") == "200" and granted and not signed
+
+    scenario = replacement_and_redemption(s, **{"c.onboard": (s.onboard, "c", "d", "t3")})
+    return scenario._replace(
+        world=held(world("a", "b", "c"), T1, "a"),
+        check=fault_if(is_fault, "the device has a token, and its redemption is under way"),
+        after={"c.onboard": ("a.replace",)},
     )
 
 

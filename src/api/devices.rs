@@ -219,35 +219,36 @@ fn changed(
     Ok(Changed::new(device, Change::Edit { edit, unless_living }, secret))
 }
 
-/// The field, unless it is left out or null.
-fn given<'f>(fields: &'f Map<String, Value>, name: &str) -> Option<&'f Value> {
-    fields.get(name).filter(|value| !value.is_null())
+/// The field as `read` understands it, unless it is left out or null; what it `must` be.
+fn optional<T>(
+    fields: &Map<String, Value>,
+    name: &str,
+    must: &str,
+    read: impl Fn(&Value) -> Option<T>,
+) -> Result<Option<T>, Problem> {
+    let given = fields.get(name).filter(|value| !value.is_null());
+    given.map(|v| read(v).ok_or_else(|| bad(format!("{name} must be {must}")))).transpose()
 }
 
 fn flag(fields: &Map<String, Value>, name: &str) -> Result<Option<bool>, Problem> {
-    let wrong = || bad(format!("{name} must be true or false"));
-    given(fields, name).map(|value| value.as_bool().ok_or_else(wrong)).transpose()
+    optional(fields, name, "true or false", Value::as_bool)
 }
 
 fn number(fields: &Map<String, Value>, name: &str, most: u64) -> Result<Option<u64>, Problem> {
-    let wrong = || bad(format!("{name} must be a whole number from 1 to {most}"));
-    let read = |value: &Value| value.as_u64().filter(|n| (1..=most).contains(n));
-    given(fields, name).map(|value| read(value).ok_or_else(wrong)).transpose()
+    let must = format!("a whole number from 1 to {most}");
+    optional(fields, name, &must, |v| v.as_u64().filter(|n| (1..=most).contains(n)))
 }
 
 fn note(fields: &Map<String, Value>) -> Result<Option<Option<Text>>, Problem> {
-    let wrong = || bad("note must be at most 64 printable characters".to_owned());
-    match given(fields, "note").map(Value::as_str) {
-        None => Ok(None),
-        Some(Some("")) => Ok(Some(None)),
-        Some(text) => Ok(Some(Some(text.and_then(Text::parse).ok_or_else(wrong)?))),
-    }
+    optional(fields, "note", "at most 64 printable characters", |v| match v.as_str()? {
+        "" => Some(None),
+        text => Text::parse(text).map(Some),
+    })
 }
 
 fn secret_hash(fields: &Map<String, Value>) -> Result<Option<SecretHash>, Problem> {
-    let wrong = || bad("secret_sha256 must be 64 hexadecimal digits".to_owned());
     let read = |value: &Value| SecretHash::from_hex(value.as_str()?);
-    given(fields, "secret_sha256").map(|value| read(value).ok_or_else(wrong)).transpose()
+    optional(fields, "secret_sha256", "64 hexadecimal digits", read)
 }
 
 /// Devices to be registered, each with its place for who has made a mistake.

@@ -45,7 +45,7 @@ pub use routes::{classify, endpoints, lane_kinds};
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
-    settings: RwLock<Arc<Settings>>,
+    settings: RwLock<Arc<Reloadable>>,
     onboarding_limits: OnboardingLimits,
     /// Counts failed authentications.
     auth_failures: RateLimit,
@@ -57,7 +57,7 @@ pub struct Api {
 
 /// What may change while the service runs.
 #[derive(Clone)]
-struct Settings {
+struct Reloadable {
     /// What callers must bear; `None` as in [`Config`].
     onboarding_key: Option<Secret>,
     /// Who may onboard.
@@ -72,11 +72,11 @@ struct Settings {
     page: bool,
 }
 
-impl Settings {
+impl Reloadable {
     /// `enrolment` is as it was said at the start: it stays.
     fn of(config: &Config, enrolment: Option<Enrolment>) -> Arc<Self> {
         let admin = |admin: &AdminKey| Some((Text::parse(&admin.name)?, admin.key.clone()));
-        Arc::new(Settings {
+        Arc::new(Reloadable {
             onboarding_key: config.onboarding_api_key.clone(),
             enrolment: enrolment.unwrap_or(config.enrolment()),
             admin_keys: config.admin_keys.iter().filter_map(admin).collect(),
@@ -109,7 +109,7 @@ impl Api {
     pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
         Api {
             provisioner,
-            settings: RwLock::new(Settings::of(config, config.enrolment)),
+            settings: RwLock::new(Reloadable::of(config, config.enrolment)),
             onboarding_limits: OnboardingLimits::new(config.http.onboarding_rate_limit),
             auth_failures: RateLimit::new(config.http.auth_failures),
             enrolment: config.enrolment,
@@ -120,7 +120,7 @@ impl Api {
 
     /// From the next request on, the keys are those of `config`, and its certificate is watched.
     pub fn reload(&self, config: &Config) {
-        let settings = Settings::of(config, self.enrolment);
+        let settings = Reloadable::of(config, self.enrolment);
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
@@ -128,7 +128,7 @@ impl Api {
     pub fn shows(&self, shown: &CertifiedKey) {
         let mut settings = self.settings.write().unwrap_or_else(PoisonError::into_inner);
         *settings =
-            Arc::new(Settings { certificate: validity(shown), ..Settings::clone(&settings) });
+            Arc::new(Reloadable { certificate: validity(shown), ..Reloadable::clone(&settings) });
     }
 
     /// What is to be said of the certificate that we show over HTTPS: that it does not count now, or
@@ -139,7 +139,7 @@ impl Api {
     }
 
     /// The settings as they are now; a request looks once, so that it sees all old or all new ones.
-    fn settings(&self) -> Arc<Settings> {
+    fn settings(&self) -> Arc<Reloadable> {
         Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
     }
 

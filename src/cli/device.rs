@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::args::{Action, Device};
 use super::client::{Client, ClientError, by_ca};
@@ -77,19 +77,15 @@ fn act(server: &Server, request: &Device) -> Result<String, DeviceError> {
 }
 
 fn add(server: &Server, request: &Device) -> Result<String, DeviceError> {
+    let expires_in = request.expires_days.map(|days| days.saturating_mul(86_400));
     let device = |id: &String| {
-        let mut fields = Map::new();
-        fields.insert("device_id".to_owned(), json!(id));
-        fields.insert("secret".to_owned(), json!(true));
-        let numbers = [
-            ("expires_in", request.expires_days.map(|days| days.saturating_mul(86_400))),
-            ("cert_days", request.cert_days),
-        ];
-        for (name, value) in numbers {
-            fields.extend(value.map(|value| (name.to_owned(), json!(value))));
-        }
-        fields.extend(request.note.as_ref().map(|note| ("note".to_owned(), json!(note))));
-        Value::Object(fields)
+        json!({
+            "device_id": id,
+            "secret": true,
+            "expires_in": expires_in,
+            "cert_days": request.cert_days,
+            "note": request.note,
+        })
     };
     let body: Value = request.ids.iter().map(device).collect();
     if request.csv {

@@ -252,7 +252,7 @@ impl Config {
             return Err(ConfigError::bare(var::ONBOARDING_API_KEY.name, reason));
         }
         config.show(&vars);
-        config.warn();
+        config.warnings.extend(config.unwise().into_iter().flatten());
         Ok(config)
     }
 
@@ -330,71 +330,62 @@ impl Config {
         self.shown = vars.shown();
     }
 
-    /// Adds what is allowed but unwise in combination.
-    fn warn(&mut self) {
-        let keys = [
-            (var::ONBOARDING_API_KEY.name, self.onboarding_api_key.is_some()),
-            (var::ADMIN_API_KEY.name, !self.admin_keys.is_empty()),
-        ];
-        let names: Vec<_> = keys.iter().filter(|(_, is_set)| *is_set).map(|(n, _)| *n).collect();
-        if !names.is_empty() && self.http.tls.is_none() && !self.http.host.is_loopback() {
-            self.warnings.push(format!(
-                "{} used without TLS on {}: whoever sees the traffic can read it",
-                names.join(" and "),
-                self.http.host
-            ));
-        }
-        match self.enrolment() {
-            Enrolment::Open => self.warn_of_open_onboarding(),
-            Enrolment::Registered if self.admin_keys.is_empty() => {
-                let text =
-                    "ENROLMENT=registered without ADMIN_API_KEY: no device can be registered here";
-                self.warnings.push(text.to_owned());
-            }
-            Enrolment::Registered | Enrolment::Key => {}
-        }
-        if let Some(onboarding) = &self.onboarding_api_key
-            && self.admin_keys.iter().any(|a| a.key.matches(onboarding.reveal().as_bytes()))
-        {
-            let text =
-                "ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke";
-            self.warnings.push(text.to_owned());
-        }
-        if let Some(redis) = &self.redis
-            && redis.pool_size <= self.http.workers
-        {
-            let (pool, workers) = (redis.pool_size, self.http.workers);
-            self.warnings.push(format!(
-                "REDIS_POOL_SIZE={pool} is not more than WORKERS={workers}: workers will wait for a connection"
-            ));
-        }
-        self.warnings.extend(self.tls.as_deref().and_then(tls::warning));
-        if self.redis.is_some() && self.jwt_secret.is_none() {
-            let text =
-                "JWT_SECRET is unset: other instances on this Redis cannot verify our tokens";
-            self.warnings.push(text.to_owned());
-        }
-    }
-}
-
-impl Config {
-    fn warn_of_open_onboarding(&mut self) {
-        let Http { host, .. } = self.http;
-        if !host.is_loopback() {
-            let (why, mend) = match self.onboarding_api_key {
-                Some(_) => ("ENROLMENT=open", "set ENROLMENT=key"),
-                None => ("ONBOARDING_API_KEY is unset", "set it"),
-            };
-            self.warnings.push(format!(
-                "{why}: whoever reaches {host} can onboard any device that has no certificate; {mend}, \
-                 or HTTP_HOST=127.0.0.1"
-            ));
-        }
-        if self.reenroll == Reenroll::Allow {
-            let text = "REENROLL=allow without ONBOARDING_API_KEY: whoever reaches the port gets a \
-                        certificate in the name of any device; set the key";
-            self.warnings.push(text.to_owned());
-        }
+    /// What is allowed but unwise in combination.
+    fn unwise(&self) -> [Option<String>; 8] {
+        let Http { host, workers, .. } = self.http;
+        let (rule, is_reached) = (self.enrolment(), !host.is_loopback());
+        let (key, has_admin) = (self.onboarding_api_key.as_ref(), !self.admin_keys.is_empty());
+        let keys =
+            [key.map(|_| &var::ONBOARDING_API_KEY), has_admin.then_some(&var::ADMIN_API_KEY)];
+        let keys: Vec<&str> = keys.into_iter().flatten().map(|variable| variable.name).collect();
+        let in_the_clear = is_reached && self.http.tls.is_none() && !keys.is_empty();
+        let (why, mend) = match key {
+            Some(_) => ("ENROLMENT=open", "set ENROLMENT=key"),
+            None => ("ONBOARDING_API_KEY is unset", "set it"),
+        };
+        let is_admins =
+            |key: &Secret| self.admin_keys.iter().any(|a| a.key.matches(key.reveal().as_bytes()));
+        let is_open = rule == Enrolment::Open;
+        let is_closed = rule == Enrolment::Registered && !has_admin;
+        let pool = self.redis.as_ref().map(|redis| redis.pool_size);
+        let has_own_secret = self.redis.is_some() && self.jwt_secret.is_none();
+        let if_so = |is_so: bool, text: &str| is_so.then(|| text.to_owned());
+        [
+            in_the_clear.then(|| {
+                let keys = keys.join(" and ");
+                format!("{keys} used without TLS on {host}: whoever sees the traffic can read it")
+            }),
+            (is_open && is_reached).then(|| {
+                format!(
+                    "{why}: whoever reaches {host} can onboard any device that has no certificate; \
+                     {mend}, or HTTP_HOST=127.0.0.1"
+                )
+            }),
+            if_so(
+                is_open && self.reenroll == Reenroll::Allow,
+                "REENROLL=allow without ONBOARDING_API_KEY: whoever reaches the port gets a \
+                 certificate in the name of any device; set the key",
+            ),
+            if_so(
+                is_closed,
+                "ENROLMENT=registered without ADMIN_API_KEY: no device can be registered here",
+            ),
+            if_so(
+                key.is_some_and(is_admins),
+                "ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke",
+            ),
+            pool.filter(|pool| *pool <= workers).map(|pool| {
+                format!(
+                    "REDIS_POOL_SIZE={pool} is not more than WORKERS={workers}: workers will wait \
+                     for a connection"
+                )
+            }),
+            self.tls.as_deref().and_then(tls::warning),
+            if_so(
+                has_own_secret,
+                "JWT_SECRET is unset: other instances on this Redis cannot verify our tokens",
+            ),
+        ]
     }
 }
 

@@ -293,15 +293,20 @@ impl Server {
 
     /// Nothing of `text` goes into an error: a password may stand anywhere in a URL that is wrong.
     fn from_url(variable: &Variable, text: &str) -> Result<Self, ConfigError> {
-        let url = Url::read(text);
-        let url = url.ok_or_else(|| ConfigError::new(variable, text, variable.allowed))?;
-        let password = Some(url.password).filter(|password| !password.is_empty());
-        let username = username(&url.username, password.is_some());
+        let read = read_url(text);
+        let (mut server, user) =
+            read.ok_or_else(|| ConfigError::new(variable, text, variable.allowed))?;
         // Mostly it is a password in the wrong place; it must not be shown as a user's name.
         let alone = "names a user without a password; a password alone is redis://:password@host";
-        let username = username.ok_or_else(|| ConfigError::new(variable, text, alone))?;
-        let login = Login { username, password: password.map(Secret::new), password_file: None };
-        Ok(Server { at: url.at, login, db: url.db, tls: url.tls })
+        let username = username(&user, server.login.password.is_some());
+        server.login.username = username.ok_or_else(|| ConfigError::new(variable, text, alone))?;
+        Ok(server)
+    }
+
+    fn new(at: Place, password: &str) -> Self {
+        let password = Some(password).filter(|password| !password.is_empty());
+        let password = password.map(|password| Secret::new(password.to_owned()));
+        Server { at, login: Login { password, ..Login::default() }, db: 0, tls: false }
     }
 
     fn from_parts(
@@ -427,63 +432,48 @@ fn given_of(vars: &Vars<'_>, variables: &[Variable]) -> Result<String, ConfigErr
     Ok(given.join(", "))
 }
 
-/// The parts of a URL, decoded; what is not there is empty or the default.
-struct Url {
-    at: Place,
-    tls: bool,
-    username: String,
-    password: String,
-    db: i64,
+/// What a URL says, and the user's name, empty if there is none. `None` if anything in it is not
+/// understood.
+fn read_url(text: &str) -> Option<(Server, String)> {
+    let url = redis::parse_redis_url(text)?;
+    // SECURITY: elsewhere `#insecure` is leave not to check the server's name.
+    if url.fragment().is_some() {
+        return None;
+    }
+    let tls = match url.scheme() {
+        "redis" | "valkey" => false,
+        "rediss" | "valkeys" => true,
+        "unix" | "redis+unix" => {
+            let no_host = url.host_str().unwrap_or_default().is_empty();
+            let query = url.query().unwrap_or_default();
+            return no_host.then(|| read_socket_url(url.path(), query)).flatten();
+        }
+        _ => return None,
+    };
+    if url.query().is_some() {
+        return None;
+    }
+    let port = Some(url.port().unwrap_or(REDIS_PORT)).filter(|port| *port != 0)?;
+    let at = Place::Host(HostPort { host: host(url.host_str()?)?, port });
+    let server = Server::new(at, &decoded(url.password().unwrap_or_default())?);
+    let db = match url.path().trim_matches('/') {
+        "" => 0,
+        number => database(number)?,
+    };
+    Some((Server { db, tls, ..server }, decoded(url.username())?))
 }
 
-impl Url {
-    /// `None` if anything in it is not understood.
-    fn read(text: &str) -> Option<Url> {
-        let url = redis::parse_redis_url(text)?;
-        // SECURITY: elsewhere `#insecure` is leave not to check the server's name.
-        if url.fragment().is_some() {
-            return None;
-        }
-        let tls = match url.scheme() {
-            "redis" | "valkey" => false,
-            "rediss" | "valkeys" => true,
-            "unix" | "redis+unix" => {
-                let no_host = url.host_str().unwrap_or_default().is_empty();
-                let query = url.query().unwrap_or_default();
-                return no_host.then(|| Url::of_socket(url.path(), query)).flatten();
-            }
+fn read_socket_url(path: &str, query: &str) -> Option<(Server, String)> {
+    let (mut user, mut password, mut db) = (String::new(), String::new(), 0);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        match pair.split_once('=')? {
+            ("db", number) => db = database(number)?,
+            ("user", name) => user = decoded(name)?,
+            ("pass", word) => password = decoded(word)?,
             _ => return None,
-        };
-        if url.query().is_some() {
-            return None;
         }
-        let port = Some(url.port().unwrap_or(REDIS_PORT)).filter(|port| *port != 0)?;
-        Some(Url {
-            at: Place::Host(HostPort { host: host(url.host_str()?)?, port }),
-            tls,
-            username: decoded(url.username())?,
-            password: decoded(url.password().unwrap_or_default())?,
-            db: match url.path().trim_matches('/') {
-                "" => 0,
-                number => database(number)?,
-            },
-        })
     }
-
-    fn of_socket(path: &str, query: &str) -> Option<Url> {
-        let at = socket(&decoded(path)?)?;
-        let (username, password) = (String::new(), String::new());
-        let mut url = Url { at, tls: false, username, password, db: 0 };
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            match pair.split_once('=')? {
-                ("db", number) => url.db = database(number)?,
-                ("user", name) => url.username = decoded(name)?,
-                ("pass", word) => url.password = decoded(word)?,
-                _ => return None,
-            }
-        }
-        Some(url)
-    }
+    Some((Server { db, ..Server::new(socket(&decoded(path)?)?, &password) }, user))
 }
 
 fn decoded(text: &str) -> Option<String> {

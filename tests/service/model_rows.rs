@@ -1,5 +1,6 @@
-//! Rows 1 to 21 of the model in `docs/model/` on a real Redis: the interleavings that break the obvious
-//! way, staged with traps between the program and Redis. The tests are named after the rows.
+//! Rows of the model in `docs/model/` on a real Redis, 1 to 21 and two later ones: the interleavings
+//! that break the obvious way, staged with traps between the program and Redis. The tests are named
+//! after the rows.
 //!
 //! Not staged: 16 is a limit that is known and accepted; the schedules of 5b are in 5 and in
 //! `instances.rs` (fifty requests, two instances).
@@ -53,6 +54,15 @@ fn row_1_a_replaced_token_is_carried_over_by_its_issuer() {
     assert_eq!(certificates(&[&issuer, &other]), 1);
 }
 
+/// The device d has a lease that is a hundred seconds old, and its token is gone.
+fn plant_stale_lease(redis: &Redis) {
+    let (iat, exp) = (now_s() - 100, now_s() + 200);
+    let claims = format!(r#"{{"device_id":"d","type":"provisioning","iat":{iat},"exp":{exp}}}"#);
+    let stale = jwt::sign(jwt::SECRET, jwt::HEADER, &claims);
+    jwt::plant_token(redis, "d", &stale, exp);
+    redis.cli(&["DEL", &token_key(&stale)]);
+}
+
 #[test]
 fn row_2_two_onboardings_meet_a_stale_claim() {
     let redis = Redis::start(&[]);
@@ -60,13 +70,7 @@ fn row_2_two_onboardings_meet_a_stale_claim() {
     let one = first(&proxies[0].url(), SLOW);
     let two = another(&one, &proxies[1].url(), SLOW);
     let d = Device::new("d");
-    // A claim that is a hundred seconds old, and its token is gone.
-    let (iat, exp) = (now_s() - 100, now_s() + 200);
-    let claims = format!(r#"{{"device_id":"d","type":"provisioning","iat":{iat},"exp":{exp}}}"#);
-    let stale = jwt::sign(jwt::SECRET, jwt::HEADER, &claims);
-    jwt::plant_token(&redis, "d", &stale, exp);
-    redis.cli(&["DEL", &token_key(&stale)]);
-
+    plant_stale_lease(&redis);
     let traps = proxies.each_ref().map(|proxy| proxy.trap("EVAL", Stop::Before));
     let answers = thread::scope(|scope| {
         let asked = [&one, &two].map(|service| scope.spawn(|| onboard(service, &d)));
@@ -700,4 +704,50 @@ fn row_20_the_mark_is_read_last() {
 fn row_21_the_mark_is_read_last_when_a_dead_one_is_taken_over() {
     // The end of the compare-and-set, which no other command has before an EXISTS.
     carried_between_the_commands(true, "360000\r\n*2\r\n$6\r\nEXISTS");
+}
+
+/// The bound comes between the look at the lease and the take-over, whose answer is not born dead.
+#[test]
+fn row_25c_a_kill_before_a_stale_lease_is_taken_over() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let one = first(&proxy.url(), SLOW);
+    let two = another(&one, &redis.url(), SLOW);
+    let d = Device::new("d");
+    plant_stale_lease(&redis);
+    let trap = proxy.trap("EVAL", Stop::Before);
+    let compact = thread::scope(|scope| {
+        let answer = scope.spawn(|| onboard(&one, &d));
+        trap.wait();
+        assert_eq!(revoke(&two, &d).status, 404, "nothing is known of it, but its past is dead");
+        trap.release();
+        issued(&one, &answer.join().unwrap())
+    });
+    assert!(
+        jwt::claims_of(&compact)["iat"].as_u64() > Some(now_s() + 2),
+        "it is dated after the bound"
+    );
+    certificate(&two, &compact, &d);
+}
+
+/// The replacement has raised the bound and is refused; what it kills is being signed for.
+#[test]
+fn row_28f_an_onboarding_after_a_replacement_was_refused() {
+    let redis = Redis::start(&[]);
+    let proxy = Proxy::start(redis.port());
+    let a = first(&redis.url(), SLOW);
+    let b = another(&a, &proxy.url(), SLOW);
+    let d = Device::new("d");
+    let compact = token(&a, &d);
+    let marking = proxy.trap(&jwt::mark_of(&compact), Stop::After);
+    thread::scope(|scope| {
+        let attempt = scope.spawn(|| redeem(&b, &compact, &d));
+        marking.wait();
+        for (answer, what) in [(replace(&a, &d), "the replacement"), (onboard(&a, &d), "and then")]
+        {
+            check_error(&answer, 409, "TOKEN_ALREADY_ACTIVE", what);
+        }
+        marking.release();
+        attempt.join().unwrap();
+    });
 }
