@@ -136,6 +136,11 @@ pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
     if let (Some(files), Some(_)) = (&config.http.tls, &config.http.tls_auto) {
         check("TLS", https::load(files).map(drop));
     }
+    if !clock::now().is_plausible() {
+        rehearsal
+            .warnings
+            .push("the clock is not set: nothing is issued or signed until it is".to_owned());
+    }
     if let Some(hook) = &config.crl_hook {
         check("CRL_HOOK", ca::hook::find(hook).map(drop).map_err(|e| e.to_string()));
     }

@@ -19,6 +19,12 @@ fn a_first_start_in_1970() {
     let service = start(&clock, Setup::new());
     let pid = service.pid();
     check_waits(&service);
+    let mut rehearsal = Setup::new().args(&["check-config", "--offline"]);
+    for (name, value) in clock.env() {
+        rehearsal = rehearsal.env(name, &value);
+    }
+    let said = rehearsal.run();
+    assert!(said.log.contains("warning: the clock is not set"), "{}", said.log);
     let answer = service.http.get("/api/v1/ca");
     check_error(&answer_in_1970(&answer), 503, "CLOCK_NOT_SET", "there is no CA yet");
     assert!(!service.data("ca/root-ca.crt").exists() && !service.data("ca/root-ca.key").exists());

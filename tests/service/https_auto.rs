@@ -57,6 +57,7 @@ fn one_command_and_a_device_enrols_by_the_fingerprint() {
     https.service.restart();
     assert_eq!(serial(&https.service), first, "the same after a restart");
     assert_eq!(https.service.index_of_servers().len(), 1);
+    assert!(!https.service.log().contains("are no device's"), "{}", https.service.log());
     // A device renews by it.
     let renewed = https::ask(&https.service, "/api/v1/certificates/device-1/status", None, &[]);
     assert_eq!(renewed.status, 200);

@@ -412,11 +412,12 @@ impl Record {
         let found = repair::read_index(&dir.join(INDEX))?;
         let is_missing = found.is_none();
         let (rows, tail) = found.unwrap_or_default();
-        let foreign = rows.all().filter(|slot| !slot.is_devices()).count();
+        let is_foreign = |slot: &&Slot| !slot.is_devices() && slot.place != Place::Server;
+        let foreign = rows.all().filter(is_foreign).count();
         if foreign > 0 {
             let index = dir.join(INDEX);
             log::info!(
-                "{foreign} lines of {} are no device's: they count for the CRL only",
+                "{foreign} lines of {} are no device's and no server's: they count for the CRL only",
                 index.display()
             );
         }
