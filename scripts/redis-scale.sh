@@ -121,7 +121,7 @@ for _ in 1 2 3; do
     next_port=$((next_port + 1))
     nodes="$nodes $port"
 done
-# shellcheck disable=SC2086 # one word for each port
+# shellcheck disable=SC2086,SC2046 # one word for each port
 redis-cli --cluster create $(printf ' 127.0.0.1:%s' $nodes) --cluster-yes >/dev/null
 # shellcheck disable=SC2086
 set -- $nodes
