@@ -69,7 +69,7 @@ measure() {
     "$load" flow "127.0.0.1:$http" "$connections" 500 "warm" >/dev/null
     before=$(sum total_commands_processed stats "$@")
     cpu=$(spent "$@")
-    "$load" flow "127.0.0.1:$http" "$connections" "$flows" "$name" >"$work/flows"
+    "$load" flow "127.0.0.1:$http" "$connections" "$flows" "fleet" >"$work/flows"
     commands=$(sum total_commands_processed stats "$@")
     echo "$name: $(head -n 1 "$work/flows")"
     awk "BEGIN { printf \"  %.1f commands and %.0f us of the processors of Redis each\n\",

@@ -85,6 +85,23 @@ fn masters_give_way_to_their_replicas() {
     });
 }
 
+/// Until the others have agreed on its death, each batch that needs it would wait for it.
+#[test]
+fn a_master_hangs() {
+    let cluster = Cluster::start();
+    let service = setup().env_of(&cluster.env()).start();
+    under_load(&service, |load| {
+        for _ in 0..2 {
+            let hung = cluster.masters()[0];
+            let stopped = cluster.servers[hung].stop();
+            load.wait_for(200);
+            drop(stopped);
+            load.wait_for(100);
+            cluster.wait_until_whole();
+        }
+    });
+}
+
 /// To a master that has slots already, and to a new one that has none.
 #[test]
 fn a_thousand_slots_move_under_load() {
