@@ -41,7 +41,7 @@ codes! {
     CsrSignatureInvalid 400 "CSR_SIGNATURE_INVALID" "The signature of the CSR is invalid";
     CsrDeviceMismatch 400 "CSR_DEVICE_MISMATCH" "The CSR must have exactly one common name, equal to the device id";
     UnsupportedCsrKeyType 400 "UNSUPPORTED_CSR_KEY_TYPE" "The CSR needs an ECDSA P-256 or P-384, Ed25519 or RSA 2048 to 4096 key, signed with SHA-256, SHA-384 or SHA-512";
-    SecretInvalid 401 "SECRET_INVALID" "The secret of the device's registration is required in the Authorization header (Bearer)";
+    SecretInvalid 401 "SECRET_INVALID" "The secret of the device's registration is missing, wrong, used or ended";
     ApiKeyRequired 401 "API_KEY_REQUIRED" "A valid API key is required in the Authorization header (Bearer)";
     ClientCertificateRequired 401 "CLIENT_CERTIFICATE_REQUIRED" "A client certificate is required";
     ClientCertificateInvalid 401 "CLIENT_CERTIFICATE_INVALID" "The client certificate was not issued by this CA";

@@ -380,7 +380,13 @@ impl Api {
     fn authorise_login(&self, request: &Request, now: Now) -> Result<Caller, Problem> {
         if request.authorization.is_none() {
             return match request.client_certificate {
-                Some(_) => self.authorise(Credentials::ClientCertificate, request, now),
+                // A maker's certificate is no reason not to show something else.
+                Some(_) => match self.authorise(Credentials::ClientCertificate, request, now) {
+                    Err(problem) if problem.code == Code::ClientCertificateInvalid => {
+                        Err(problem.text(""))
+                    }
+                    certified => certified,
+                },
                 None => Err(est::challenge()),
             };
         }

@@ -116,6 +116,13 @@ fn reachable(host: IpAddr) -> IpAddr {
     }
 }
 
+/// A field of the head.
+pub(super) fn field<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+    let fields = head.lines().filter_map(|line| line.split_once(':'));
+    let mut named = fields.filter(|(field, _)| field.eq_ignore_ascii_case(name));
+    named.next().map(|(_, value)| value.trim())
+}
+
 fn talk(stream: &mut (impl Read + Write), request: &str) -> io::Result<(String, String)> {
     stream.write_all(request.as_bytes())?;
     stream.flush()?;
@@ -123,12 +130,14 @@ fn talk(stream: &mut (impl Read + Write), request: &str) -> io::Result<(String, 
     let mut head = Vec::new();
     while reader.read_until(b'\n', &mut head)? > 2 {}
     let head = String::from_utf8_lossy(&head).into_owned();
-    let length = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
-    });
     let mut body = Vec::new();
-    let length: u64 = length.unwrap_or(0);
+    // Our server always says it. What is cut into chunks on the way would be lost without a word.
+    let length = field(&head, "Content-Length").and_then(|length| length.parse().ok());
+    let length: u64 = match length {
+        Some(length) => length,
+        None if head.starts_with("HTTP/") => return Err(io::ErrorKind::InvalidData.into()),
+        None => 0,
+    };
     if reader.take(length).read_to_end(&mut body)? as u64 != length {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -237,5 +246,20 @@ mod tests {
         check("0.0.0.0", "127.0.0.1");
         check("::", "::1");
         check("10.0.0.1", "10.0.0.1");
+    }
+
+    #[test]
+    fn an_answer_without_its_length_is_not_an_empty_one() {
+        let ask = |answer: &str| {
+            let mut stream = std::io::Cursor::new(format!("?{answer}").into_bytes());
+            talk(&mut stream, "?").map_err(|e| e.kind())
+        };
+        let body = |answer: &str| ask(answer).map(|(_, body)| body);
+        assert_eq!(body("HTTP/1.1 200 OK\r\ncontent-LENGTH:  2 \r\n\r\nokay").unwrap(), "ok");
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n";
+        assert_eq!(body(chunked), Err(io::ErrorKind::InvalidData));
+        let short = "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nok";
+        assert_eq!(body(short), Err(io::ErrorKind::UnexpectedEof));
+        assert!(!ask("+PONG\r\n\r\n").unwrap().0.starts_with("HTTP/"), "it is told elsewhere");
     }
 }

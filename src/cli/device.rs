@@ -13,7 +13,7 @@ use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
 
 use super::args::{Action, Device};
-use super::client::{Client, ClientError, by_ca};
+use super::client::{Client, ClientError, by_ca, field};
 use super::{BAD_CONFIG, Given, fail, print, read_file};
 use crate::config::{AdminKey, Http, Secret};
 use crate::device::DeviceId;
@@ -121,8 +121,8 @@ fn list(server: &Server, request: &Device) -> Result<String, DeviceError> {
         let (head, page) = server.answer("GET", &path, None, "text/csv")?;
         let rows = page.split_once('\n').map_or("", |(_, rows)| rows);
         table += if table.is_empty() { &page } else { rows };
-        match head.lines().find_map(|line| line.strip_prefix("X-Next: ")) {
-            Some(next) => after = next.trim().to_owned(),
+        match field(&head, "X-Next") {
+            Some(next) => after = next.to_owned(),
             None => break,
         }
     }

@@ -53,13 +53,41 @@ impl Job {
 }
 
 impl Provisioner {
-    /// The certificate that was signed before for who asks again and was refused for `code`.
+    /// Gives those of a batch who ask again and were refused what was signed for them before. Others may
+    /// have signed it: they are asked once, for all of the batch. Where nothing can be decided now nobody
+    /// can be asked.
     pub(super) fn give_again(
         &self,
-        again: &Again,
-        code: Code,
+        done: &mut [Result<Done, Problem>],
+        again: &[Option<Again>],
         now: Now,
-    ) -> Option<Result<Done, Problem>> {
+    ) {
+        const USED: [Code; 3] = [Code::SecretInvalid, Code::TokenAlreadyUsed, Code::TokenExpired];
+        let mut unknown = Vec::new();
+        for (done, again) in done.iter_mut().zip(again) {
+            let (Err(problem), Some(again)) = (&*done, again) else { continue };
+            match self.given_again(again, now) {
+                Some(given) => *done = given,
+                None if USED.contains(&problem.code) => unknown.push((done, again)),
+                None => {}
+            }
+        }
+        let mut devices: Vec<DeviceId> =
+            unknown.iter().map(|(_, again)| again.device.clone()).collect();
+        devices.sort_unstable();
+        devices.dedup();
+        if devices.is_empty() || !self.sharing.look_up(&devices) {
+            return;
+        }
+        for (done, again) in unknown {
+            if let Some(given) = self.given_again(again, now) {
+                *done = given;
+            }
+        }
+    }
+
+    /// What is known here to have been signed for it.
+    fn given_again(&self, again: &Again, now: Now) -> Option<Result<Done, Problem>> {
         let Again { device, csr, paid, client } = again;
         let row = self.devices.row(device);
         // A registration kills what was before it, so that a token that it has paid for is younger.
@@ -72,12 +100,7 @@ impl Provisioner {
             (Origin::Token(token), Paid::Secret(_)) => begun.is_some_and(|s| token.iat > s),
             _ => false,
         };
-        let find = || self.ca().record().signed_for(device, csr.key(), was_for, now);
-        // Others may have signed it. Where nothing can be decided now nobody can be asked.
-        let is_used =
-            [Code::SecretInvalid, Code::TokenAlreadyUsed, Code::TokenExpired].contains(&code);
-        let look_up = || is_used && self.sharing.look_up(std::slice::from_ref(device));
-        let leaf = find().or_else(|| look_up().then(find).flatten())?;
+        let leaf = self.ca().record().signed_for(device, csr.key(), was_for, now)?;
         // What is to be revoked by a bound may not be so yet.
         if self.ca().record().paid(&leaf.serial) <= row.bound.c {
             return None;
@@ -87,7 +110,7 @@ impl Provisioner {
         Some(issuer.map(|issuer| {
             let serial = leaf.serial;
             log::info!(
-                event = "certificate_signed", device:%, serial:%, client:%;
+                event = "certificate_given_again", device:%, serial:%, client:%;
                 "certificate {serial} of {device} given again, by {client}"
             );
             Done::Signed(Box::new(Signed { leaf, issuer, again: true }))

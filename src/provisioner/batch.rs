@@ -1,6 +1,7 @@
 //! Running a batch of jobs, in fixed phases: [`super::prepare`] → the store, first round → what is to be
 //! signed ([`super::sign`]) → if anything was revoked, one new list → the store, second round: what must
-//! be given back before the answer. What can wait until after the answer is returned as
+//! be given back before the answer → what was signed before for who asks again ([`super::again`]). What
+//! can wait until after the answer is returned as
 //! [`Batch::after`].
 
 use super::plan::sign;
@@ -58,16 +59,10 @@ impl Provisioner {
             }
         }
         let mut done = self.record(steps, &mut follow_up, now);
-        for (done, again) in done.iter_mut().zip(&again) {
-            if let (Err(problem), Some(again)) = (&*done, again)
-                && let Some(given) = self.give_again(again, problem.code, now)
-            {
-                *done = given;
-            }
-        }
         self.publish_revoked(&mut done, &follow_up);
         self.publisher.watch_record(clock::now());
         self.run_ops(&follow_up.give_back, clock::now());
+        self.give_again(&mut done, &again, now);
         Batch { done, after: follow_up.after }
     }
 

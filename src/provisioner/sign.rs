@@ -91,7 +91,7 @@ impl Provisioner {
                     let Certificate { serial: old, device, .. } = old;
                     let (serial, client) = (leaf.serial, sign.client);
                     log::info!(
-                        event = "certificate_renewed", device:%, serial:%, client:%;
+                        event = "certificate_given_again", device:%, serial:%, client:%;
                         "certificate {serial} of {device} given again in renewal of {old}, by {client}"
                     );
                     return Ok(Signed { leaf, issuer: self.issuer(now)?, again: true });

@@ -341,6 +341,13 @@ fn who_is_refused_and_why() {
     }
     let answer = stage.post(REENROLL, None, &request, &["-u", &login]);
     refused(&answer, 401, "CLIENT_CERTIFICATE_REQUIRED", "a secret does not renew");
+    let (key, certificate) = (key_file(P256), stage.dir.path().join("maker.crt"));
+    let files = [&key, &certificate].map(|file| file.display().to_string());
+    let args = ["req", "-x509", "-key", &files[0], "-subj", "/CN=d", "-out", &files[1]];
+    openssl(&args, "");
+    let answer = stage.post(ENROLL, Some(&Identity { certificate, key }), &request, &[]);
+    let found = (answer.status, answer.header("X-Error-Code"), &*answer.text());
+    assert_eq!(found, (401, Some("CLIENT_CERTIFICATE_INVALID"), ""), "a maker's certificate");
     assert_eq!(stage.signed(), 0);
 
     let own = stage.keep(&stage.enroll(&login, &request), P256);

@@ -64,7 +64,8 @@ impl Entries<'_> {
 }
 
 impl Record {
-    /// The device's newest certificate for this key that still counts and `was_for` what it asks.
+    /// The device's newest certificate for this key that still counts and `was_for` what it asks, of the
+    /// newest that it may have by renewal: each is read from the disk.
     pub fn signed_for(
         &self,
         device: &DeviceId,
@@ -74,7 +75,7 @@ impl Record {
     ) -> Option<Leaf> {
         let rows = self.read();
         let active = rows.of_device(device).filter(|slot| slot.is_active(now));
-        let active: Vec<Slot> = active.copied().collect();
+        let active: Vec<Slot> = active.take(MOST_ACTIVE).copied().collect();
         drop(rows);
         active.iter().find_map(|slot| {
             let stored = self.stored_at(slot).ok()?;
