@@ -131,13 +131,12 @@ fn talk(stream: &mut (impl Read + Write), request: &str) -> io::Result<(String, 
     while reader.read_until(b'\n', &mut head)? > 2 {}
     let head = String::from_utf8_lossy(&head).into_owned();
     let mut body = Vec::new();
-    // Our server always says it. What is cut into chunks on the way would be lost without a word.
-    let length = field(&head, "Content-Length").and_then(|length| length.parse().ok());
-    let length: u64 = match length {
-        Some(length) => length,
-        None if head.starts_with("HTTP/") => return Err(io::ErrorKind::InvalidData.into()),
-        None => 0,
-    };
+    // Chunks, which a proxy may make, would be lost without a word.
+    if field(&head, "Transfer-Encoding").is_some() {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let length = field(&head, "Content-Length").map_or(Some(0), |length| length.parse().ok());
+    let length: u64 = length.ok_or(io::ErrorKind::InvalidData)?;
     if reader.take(length).read_to_end(&mut body)? as u64 != length {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
@@ -249,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_without_its_length_is_not_an_empty_one() {
+    fn an_answer_in_chunks_is_not_an_empty_one() {
         let ask = |answer: &str| {
             let mut stream = std::io::Cursor::new(format!("?{answer}").into_bytes());
             talk(&mut stream, "?").map_err(|e| e.kind())
