@@ -201,17 +201,17 @@ pub(super) const ROUTES: &[Route] = &[
         lane: LaneKind::Bulk,
         ..route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl)
     },
-    route(Method::Get, "/.well-known/est/cacerts", "EST: the CA certificates", est::cacerts),
+    route(Method::Get, "/.well-known/est/cacerts", "EST, over HTTPS: the CA certificates", est::cacerts),
     route(
         Method::Get,
         "/.well-known/est/csrattrs",
-        "EST: nothing is asked of a CSR",
+        "EST, over HTTPS: nothing is asked of a CSR",
         est::csrattrs,
     ),
     Route {
         lane: LaneKind::Certificate,
         credentials: Credentials::Login,
-        ..route(Method::Post, "/.well-known/est/simpleenroll", "EST: a certificate", est::enrol)
+        ..route(Method::Post, "/.well-known/est/simpleenroll", "EST, over HTTPS: a certificate", est::enrol)
     },
     Route {
         lane: LaneKind::Certificate,
@@ -219,7 +219,7 @@ pub(super) const ROUTES: &[Route] = &[
         ..route(
             Method::Post,
             "/.well-known/est/simplereenroll",
-            "EST: another certificate, by the present one",
+            "EST, over HTTPS: another certificate, by the present one",
             est::enrol,
         )
     },

@@ -254,7 +254,7 @@ fn seen_of((device, answer): (&DeviceId, Answer)) -> Result<Seen, Problem> {
 
 fn clock_off(ahead_ms: i64, most_ms: u64) -> Option<String> {
     let off_ms = ahead_ms.unsigned_abs();
-    let seconds = off_ms / 1000;
+    let seconds = off_ms.saturating_add(500) / 1000;
     let said = match ahead_ms > 0 {
         true => format!("the clock is {seconds} s ahead of that of Redis"),
         false => format!("the clock is {seconds} s behind that of Redis"),
