@@ -201,7 +201,12 @@ pub(super) const ROUTES: &[Route] = &[
         lane: LaneKind::Bulk,
         ..route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl)
     },
-    route(Method::Get, "/.well-known/est/cacerts", "EST, over HTTPS: the CA certificates", est::cacerts),
+    route(
+        Method::Get,
+        "/.well-known/est/cacerts",
+        "EST, over HTTPS: the CA certificates",
+        est::cacerts,
+    ),
     route(
         Method::Get,
         "/.well-known/est/csrattrs",
@@ -211,7 +216,12 @@ pub(super) const ROUTES: &[Route] = &[
     Route {
         lane: LaneKind::Certificate,
         credentials: Credentials::Login,
-        ..route(Method::Post, "/.well-known/est/simpleenroll", "EST, over HTTPS: a certificate", est::enrol)
+        ..route(
+            Method::Post,
+            "/.well-known/est/simpleenroll",
+            "EST, over HTTPS: a certificate",
+            est::enrol,
+        )
     },
     Route {
         lane: LaneKind::Certificate,

@@ -433,6 +433,9 @@ fn a_user_without_the_rights_for_the_record_serves_tokens() {
     for (here, there) in [(&one, &two), (&two, &one)] {
         let token = token(here, &d);
         assert_eq!(redeem(there, &token, &d).status, 200, "{}", there.log());
+        // It goes after the answer.
+        let is_leased = || redis.keys().iter().any(|key| key == "mqtt-lite:device:d");
+        wait::for_true("its lease is free", || !is_leased());
     }
     for service in [&one, &two] {
         assert_eq!(record(service)["shared"], false);

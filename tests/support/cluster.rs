@@ -78,6 +78,10 @@ impl Cluster {
     /// Moves slots with their keys from one master to another, as an operator does.
     #[track_caller]
     pub fn reshard(&self, from: usize, to: usize, slots: usize) {
+        let check = |args: &[&str]| Command::new("redis-cli").args(args).output().unwrap();
+        wait::for_true("the nodes agree", || {
+            check(&["--cluster", "check", &address(self.any())]).status.success()
+        });
         let output = Command::new("redis-cli")
             .args(["--cluster", "reshard", &address(self.any())])
             .args(["--cluster-from", &self.id(from), "--cluster-to", &self.id(to)])
