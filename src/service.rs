@@ -240,6 +240,7 @@ impl<'c> Kept<'c> {
                 run_file: failover::RunFile(config.data_dir.join(REDIS_RUN)),
                 redeem: config.outage_redeem,
                 required: redis.required,
+                is_spread: matches!(redis.at, config::Place::Cluster(_)),
                 timeout: redis.timeout,
             },
         ));

@@ -8,6 +8,7 @@ use crate::support::instance::{
     self, Device, certificates, onboard, redeem, redeem_patiently, refused_as_used, revoke, token,
 };
 use crate::support::port::Port;
+use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
 use crate::support::{check_error, token as jwt, wait};
 
@@ -28,6 +29,19 @@ fn mark_key(token: &str, device: &Device) -> String {
 
 fn lease_key(device: &Device) -> String {
     format!("mqtt-lite:device:{{{}}}", device.name)
+}
+
+/// Where the row of a device is.
+fn row_key(device: &Device) -> String {
+    format!("mqtt-lite:devices:{}", &jwt::sha256_hex(device.name.as_bytes())[..2])
+}
+
+/// How often a server was asked for something.
+fn calls(server: &Redis, command: &str) -> u64 {
+    let stats = server.cli(&["INFO", "commandstats"]);
+    let start = format!("cmdstat_{command}:calls=");
+    let of_it = stats.lines().find_map(|line| line.strip_prefix(&start)?.split(',').next());
+    of_it.map_or(0, |calls| calls.parse().unwrap())
 }
 
 /// A device whose keys a master has.
@@ -179,13 +193,12 @@ fn what_does_not_touch_a_lost_shard_goes_on() {
     let there = device_at(&cluster, lost, "lost");
     let before = token(&service, &there);
     let other = masters.iter().copied().find(|at| *at != lost).unwrap();
-    let row_is_elsewhere = |device: &Device| {
-        let row = format!("mqtt-lite:devices:{}", &jwt::sha256_hex(device.name.as_bytes())[..2]);
-        cluster.master_of(&row) != lost && cluster.master_of(&device.name) == other
+    let is_away_from_it = |device: &Device| {
+        cluster.master_of(&row_key(device)) != lost && cluster.master_of(&device.name) == other
     };
     let here: Vec<Device> = (0..200)
         .map(|n| Device::new(&format!("here{n}")))
-        .filter(row_is_elsewhere)
+        .filter(is_away_from_it)
         .take(5)
         .collect();
     let replica = (0..6).find(|at| {
@@ -211,8 +224,15 @@ fn what_does_not_touch_a_lost_shard_goes_on() {
         assert_eq!(cluster.cli(&["EXISTS", &mark]), "1", "by Redis\n{}", service.log());
     }
     check_error(&redeem(&service, &before, &there), 503, "SERVICE_UNAVAILABLE", "it is away");
-    let same = device_with_slot_of(&there);
+    let mut names = (0..).map(|n: u32| format!("same{n}"));
+    let is_there = |name: &String| slot_of(name) == slot_of(&there.name);
+    let mut same = names.by_ref().filter(is_there).map(|name| Device::new(&name));
+    let same = same.find(|device| cluster.master_of(&row_key(device)) != lost).unwrap();
+    let row_node = &cluster.servers[cluster.master_of(&row_key(&same))];
+    let looks = calls(row_node, "hget");
     let from_memory = token(&service, &same);
+    // By the onboarding, and by the attempt to carry the token over.
+    wait::for_true("that was tried", || calls(row_node, "hget") >= looks + 2);
     let answer = redeem_patiently(&service, &from_memory, &same);
     assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
     cluster.servers[lost].start_again();
@@ -224,10 +244,57 @@ fn what_does_not_touch_a_lost_shard_goes_on() {
     });
 }
 
-/// Another device whose keys are on the same node.
-fn device_with_slot_of(like: &Device) -> Device {
-    let mut names = (0..).map(|n: u32| format!("same{n}"));
-    Device::new(&names.find(|name| slot_of(name) == slot_of(&like.name)).unwrap())
+/// Its nodes say where its slots are, but not by what name.
+#[test]
+fn a_node_without_a_name_of_its_own_is_where_it_was_asked() {
+    let node = Redis::start(&["--cluster-enabled", "yes"]);
+    assert_eq!(node.cli(&["CLUSTER", "ADDSLOTSRANGE", "0", "16383"]), "OK");
+    wait::for_true("it serves", || node.cli(&["CLUSTER", "INFO"]).contains("cluster_state:ok"));
+    let service = instance::first(&node.url(), &[IN_CLUSTER]);
+    // To find it, twice, and every five seconds.
+    wait::for_true("it was looked at", || calls(&node, "cluster|slots") >= 3);
+    assert_eq!(service.token_count(), 0, "it serves");
+    let log = service.log();
+    assert!(!log.contains("a part of Redis is lost"), "{log}");
+}
+
+/// Two instances that tell each other of no use, and many tokens of the first. One of these, on a shard that
+/// goes on, the second has redeemed when a master is lost; the first finds out when it next asks.
+fn nobody_redeems_again(lose: impl FnOnce(&mut Redis)) {
+    let mut cluster = Cluster::with(&["--cluster-require-full-coverage", "no"]);
+    let (url, env) = (cluster.url(), [IN_CLUSTER, ("SHARE_RECORD", "false")]);
+    let a = instance::first(&url, &env);
+    let b = instance::another(&a, &url, &env);
+    let masters = cluster.masters();
+    let mut devices = (0..).map(|n: u32| Device::new(&format!("here{n}")));
+    let is_here = |device: &Device| {
+        cluster.master_of(&device.name) == masters[0]
+            && cluster.master_of(&row_key(device)) == masters[0]
+    };
+    let device = devices.find(is_here).unwrap();
+    let compact = token(&a, &device);
+    for n in 0..1500 {
+        token(&a, &Device { name: format!("another{n}"), csr: String::new() });
+    }
+    assert_eq!(redeem(&b, &compact, &device).status, 200, "{}", b.log());
+    cluster.servers[3..].iter_mut().for_each(Redis::kill9);
+    lose(&mut cluster.servers[masters[1]]);
+    refused_as_used(&[&a], &compact, &device);
+    a.wait_for_log("a part of Redis is lost");
+}
+
+#[test]
+fn a_lost_master_lets_nobody_redeem_again() {
+    nobody_redeems_again(Redis::kill9);
+}
+
+/// For its first seconds it calls the whole cluster down.
+#[test]
+fn a_master_that_starts_again_lets_nobody_redeem_again() {
+    nobody_redeems_again(|master| {
+        master.kill9();
+        master.start_again();
+    });
 }
 
 #[test]
@@ -239,7 +306,7 @@ fn a_cluster_without_the_setting_and_the_setting_without_a_cluster() {
     let at = format!("127.0.0.1:{}", cluster.servers[0].port());
     let why = "it is a node of a cluster, which needs REDIS_CLUSTER=true";
     check(&[("REDIS_URL", &format!("redis://{at}"))], &format!("{at}: {why}"));
-    let plain = crate::support::redis::Redis::start(&[]);
+    let plain = Redis::start(&[]);
     let at = format!("127.0.0.1:{}", plain.port());
     let why = "it is no node of a cluster, see REDIS_CLUSTER";
     check(&[IN_CLUSTER, ("REDIS_URL", &plain.url())], &format!("{at}: {why}"));

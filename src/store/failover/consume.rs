@@ -190,8 +190,10 @@ impl Failover {
         if self.ledger.knows_as_deleted(hash) {
             return Ok(Outcome::Unknown { lossless_run: None });
         }
-        let fits =
-            |copy: &Copy| self.rules.redeem == OutageRedeem::Own || copy.in_redis == InRedis::No;
+        // Where a part of a cluster is away, others redeem in the rest of it (`docs/redis.md`).
+        let whole_is_away = !self.rules.is_spread || state.is_silent;
+        let redeems_own = self.rules.redeem == OutageRedeem::Own && whole_is_away;
+        let fits = |copy: &Copy| redeems_own || copy.in_redis == InRedis::No;
         let ours = self.memory.live(hash, now).is_some_and(|copy| fits(&copy));
         if !ours || !matches!(state.mode, Mode::Degraded | Mode::Returning) {
             return Err(StoreError::Undecided);

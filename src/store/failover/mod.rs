@@ -15,6 +15,9 @@
 //! | `Returning` | memory | memory, for tokens issued here | Redis was found to be another run |
 //! | `Closing` | waits | waits | the last round of the carry-over |
 //!
+//! Of a cluster others may use what is in reach: as long as any of it is, memory redeems those tokens only of
+//! which Redis has never heard.
+//!
 //! Invariants: what is entered in memory while Redis does not serve is either in `follow_ups` or found
 //! again when the lists of a full return are made; the switch to `Primary` is made under the state's
 //! lock and only with an empty `follow_ups`; no lock is held while Redis is asked.
@@ -137,6 +140,8 @@ pub struct Rules {
     pub redeem: OutageRedeem,
     /// None are, and none issued: memory does not serve.
     pub required: bool,
+    /// Redis is a cluster, of which a part may be away.
+    pub is_spread: bool,
     /// `REDIS_TIMEOUT_MS`: longest time that a request waits for the last round.
     pub timeout: Duration,
 }
@@ -178,6 +183,8 @@ struct State {
     since_ms: u64,
     /// Why, once that is decided.
     away: Option<Away>,
+    /// The latest attempt to connect had no answer from anybody.
+    is_silent: bool,
     begun: Begun,
     ca: Option<OurCa>,
     foreign_ca: bool,
@@ -226,6 +233,7 @@ impl Failover {
             loss_seen_ms: None,
             since_ms: clock::now().mono_ms,
             away: None,
+            is_silent: false,
             begun: Begun::No,
             ca: None,
             foreign_ca: false,

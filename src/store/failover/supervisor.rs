@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Begun, Failover, Mode, State, log_failure};
 use crate::clock;
-use crate::store::{Away, Down, StoreError, locked};
+use crate::store::{Away, Down, DownKind, StoreError, locked};
 
 /// Time between two attempts to connect, doubled up to the second figure, with jitter.
 const BACK_OFF: Duration = Duration::from_millis(100);
@@ -73,14 +73,12 @@ impl Failover {
                 if state.mode == Mode::Primary {
                     self.doubt(&mut state, Mode::Renewing, "more of it is in reach");
                 }
-                back_off
             }
-            Ok(false) => self.pause(back_off),
-            Err(error) => {
-                self.notice(&mut locked(&self.state), &[Err(error)], epoch);
-                back_off
-            }
+            Ok(false) => {}
+            Err(error) => self.notice(&mut locked(&self.state), &[Err(error)], epoch),
         }
+        let primary = locked(&self.state).mode == Mode::Primary;
+        if primary { self.pause(back_off) } else { back_off }
     }
 
     /// Keeps the run id on disk, once no grace depends on its being another one than before.
@@ -115,6 +113,7 @@ impl Failover {
     fn bring_back(&self) -> Result<(), StoreError> {
         let ca = locked(&self.state).ca.clone();
         let hello = self.remote.connect(ca.as_ref())?;
+        locked(&self.state).is_silent = false;
         self.catch_up.get().inspect(|catch_up| catch_up());
         self.carry_over(&hello)
     }
@@ -131,6 +130,7 @@ impl Failover {
             log::debug!("Redis is still away: {}", down.why);
         }
         state.away = Some(Away::from(down));
+        state.is_silent = down.kind == DownKind::Lost;
         state.mode = Mode::Degraded;
         if state.follow_ups.len() > FOLLOW_UPS_MOST {
             state.follow_ups.abandon();

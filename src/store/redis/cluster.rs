@@ -127,6 +127,11 @@ impl Map {
         })
     }
 
+    /// Whether any of the nodes serves.
+    pub fn serves(&self) -> bool {
+        locked(&self.state).lost.len() < self.nodes.len()
+    }
+
     /// Whether this node is connected and serves.
     pub fn has(&self, at: &HostPort) -> bool {
         self.place(at).is_some_and(|node| !locked(&self.state).lost.contains_key(&node))
@@ -228,11 +233,16 @@ fn part(why: impl Into<String>) -> Down {
     Down { why: why.into(), kind: DownKind::Part, lasting: false, maybe_done: false }
 }
 
-/// What one node says that is busy with itself, full, or a replica by now. What is not allowed is not so
-/// on the others either; and one that calls the whole cluster down is believed.
+/// What one node says that is busy with itself, full, a replica by now, or that has just started and does
+/// not see the others yet, for which it calls the whole cluster down. What is not allowed is not so on the
+/// others either.
 fn is_of_one_node(down: &Down) -> bool {
-    let is_of_all = down.why.contains("The cluster is down");
-    down.kind == DownKind::ReadOnly || !down.lasting && !is_of_all
+    down.kind == DownKind::ReadOnly || !down.lasting
+}
+
+/// A slot that nobody serves or that is just moving says nothing of the others.
+fn is_of_one_slot(down: &Down) -> bool {
+    ["Hash slot not served", "TRYAGAIN"].iter().any(|said| down.why.contains(said))
 }
 
 /// Where a command is to go.
@@ -318,10 +328,19 @@ impl Nodes {
         Nodes { generation, idle_since_ms: now.mono_ms, ..self }
     }
 
-    /// The numbers of those that are connected.
+    /// The numbers of those that are connected and serve.
     pub fn connected(&self) -> impl Iterator<Item = usize> {
-        let numbered = self.connections.iter().enumerate();
-        numbered.filter(|(_, connection)| connection.is_some()).map(|(node, _)| node)
+        (0..self.connections.len()).filter(|node| self.has(*node))
+    }
+
+    pub fn has(&self, node: usize) -> bool {
+        let is_connected = self.connections.get(node).is_some_and(Option::is_some);
+        is_connected && !locked(&self.map.state).lost.contains_key(&node)
+    }
+
+    /// The name by which a node was asked.
+    pub fn host(&self, node: usize) -> String {
+        self.map.nodes.get(node).map(|server| server.host.clone()).unwrap_or_default()
     }
 
     pub fn is_connected(&self) -> bool {
@@ -551,8 +570,7 @@ impl Nodes {
         match server.refused(error, command.name()) {
             StoreError::Down(down) if !self.map.is_one() && is_of_one_node(&down) => {
                 let down = Down { kind: DownKind::Part, ..down };
-                // A slot that nobody serves or that is just moving says nothing of the others.
-                if !["CLUSTERDOWN", "TRYAGAIN"].contains(&error.code()) {
+                if !is_of_one_slot(&down) {
                     self.map.lose(node, &down);
                 }
                 StoreError::Down(down)

@@ -11,7 +11,7 @@ use crate::clock;
 use crate::device::DeviceId;
 use crate::jwt::TokenHash;
 use crate::store::failover::Hello;
-use crate::store::{DownKind, StoreError, locked};
+use crate::store::{StoreError, locked};
 
 /// Asks each node who it is, whether it takes writes, and whether this user may do all that will be
 /// needed; and whose CA is entered. All in one round trip, and the writing is real: a server that is
@@ -44,11 +44,10 @@ pub(super) fn greet(
     for (node, info, time, about_rows) in asked {
         let server = info(&mut replies);
         check_mode(layout, server.mode.as_deref()).map_err(|why| nodes.unusable(node, why))?;
-        match replies.take(time).time_ms() {
-            Ok(time_ms) => context.clock.set(time_ms, clock::now()),
-            Err(error) if is_part(&error) => continue,
-            Err(error) => return Err(error),
+        if !nodes.has(node) {
+            continue;
         }
+        context.clock.set(replies.take(time).time_ms()?, clock::now());
         let refused = about_rows.into_iter().find_map(|ask| replies.take(ask).0.err());
         hello.rows_refused = hello.rows_refused.or(refused.map(|error| error.to_string()));
         let keeps_all = server.keeps_all();
@@ -80,10 +79,6 @@ fn check_mode(layout: &Layout, mode: Option<&str>) -> Result<(), &'static str> {
         }
         _ => Ok(()),
     }
-}
-
-fn is_part(error: &StoreError) -> bool {
-    matches!(error, StoreError::Down(down) if down.kind == DownKind::Part)
 }
 
 /// The same for the rows of devices, which are left out where a right for them is missing.

@@ -371,7 +371,7 @@ impl Masters {
             let slots = commands.try_ask(ask_slots());
             let replies = connection.round_trip(&commands, end);
             let slots = replies.map_err(StoreError::Down)?.take(slots);
-            let mut read = read_slots(slots).map_err(|error| {
+            let read = read_slots(slots, &target.server.host).map_err(|error| {
                 let why = error.to_string();
                 let is_none = ["cluster support disabled", "unknown command"];
                 match is_none.iter().any(|said| why.contains(said)) {
@@ -381,9 +381,6 @@ impl Masters {
                     false => error,
                 }
             })?;
-            // A node without a name of its own is meant by the one by which it was asked.
-            let nameless = read.at.iter_mut().filter(|at| at.host.is_empty());
-            nameless.for_each(|at| at.host.clone_from(&target.server.host));
             match read.at.is_empty() {
                 true => Err(StoreError::Down(target.server.lost("no slot has a node", false))),
                 false => Ok(read),
@@ -449,7 +446,7 @@ impl Masters {
                 }
             }
         }
-        Ok(is_more)
+        if is_more || map.serves() { Ok(is_more) } else { Err(map.lost()) }
     }
 
     fn takes_writes(
@@ -477,15 +474,17 @@ pub(super) fn ask_slots() -> Command {
     Command::new("CLUSTER").arg("SLOTS")
 }
 
-/// For each range of slots its first, its last and who has it: the master, then its replicas.
-pub(super) fn read_slots(reply: Reply) -> Result<Read, StoreError> {
+/// For each range of slots its first, its last and who has it: the master, then its replicas. One without
+/// a name of its own is meant by `host`, the name of who was asked.
+pub(super) fn read_slots(reply: Reply, host: &str) -> Result<Read, StoreError> {
     let mut read = Read { at: Vec::new(), slots: Slots::of_nobody() };
     for range in reply.list()? {
         let mut parts = range.list()?.into_iter();
         let mut next = || parts.next().ok_or_else(|| unexpected("a short range of slots"));
         let (first, last, master) = (next()?.number()?, next()?.number()?, next()?.list()?);
         let mut parts = master.into_iter();
-        let host = parts.next().and_then(|host| host.text().ok().flatten()).unwrap_or_default();
+        let own = parts.next().and_then(|own| own.text().ok().flatten());
+        let host = own.filter(|own| !own.is_empty()).unwrap_or_else(|| host.to_owned());
         let port = parts.next().and_then(|port| port.number().ok()).and_then(|n| n.try_into().ok());
         let (first, last) = (u16::try_from(first), u16::try_from(last));
         let (Ok(first), Ok(last), Some(port)) = (first, last, port) else {

@@ -236,11 +236,14 @@ impl RedisStore {
         let layout = &self.context.layout;
         let mut commands = Commands::default();
         let claim = layout.name.as_ref().map(|name| (name, name.ask(layout, &mut commands)));
-        let slots = layout.is_spread.then(|| commands.try_ask(locate::ask_slots()));
         let mut infos = Vec::new();
+        let mut slots = None;
         for node in nodes.connected() {
             commands.route = Route::Node(node);
             infos.push(Info::ask(&mut commands));
+            if layout.is_spread && slots.is_none() {
+                slots = Some((commands.try_ask(locate::ask_slots()), nodes.host(node)));
+            }
         }
         let mut replies = nodes.ask(&commands, deadline);
         if !nodes.is_connected() {
@@ -249,7 +252,9 @@ impl RedisStore {
         if let Some((name, claimed)) = claim {
             claimed(name, &mut replies, now)?;
         }
-        if let Some(Ok(read)) = slots.map(|slots| locate::read_slots(replies.take(slots))) {
+        if let Some((slots, host)) = slots
+            && let Ok(read) = locate::read_slots(replies.take(slots), &host)
+        {
             nodes.map.update(&read);
         }
         let mut runs = infos.into_iter().filter_map(|info| info(&mut replies).run_id);
