@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::cluster::Route;
-use super::reply::{Replies, maybe_done};
+use super::reply::{Replies, Reply, maybe_done};
 use crate::store::{DownKind, StoreError};
 
 /// Commands that only look: they may be sent twice, and one that was carried out has changed nothing.
@@ -174,12 +174,15 @@ impl Commands {
             Need::May => false,
         };
         let Some(error) = self.failure(&replies, failed) else { return Ok(replies) };
-        let has_changed = self
-            .asked
-            .iter()
-            .zip(replies.iter())
-            .any(|(asked, reply)| reply.error().is_none() && !asked.command.only_looks());
-        Err(maybe_done(error, has_changed || self.follow))
+        Err(maybe_done(error, self.have_changed(&replies)))
+    }
+
+    /// Whether these, or what came before them, have changed anything.
+    pub fn have_changed(&self, replies: &Replies) -> bool {
+        let has_changed = |(asked, reply): (&Asked, &Reply)| {
+            reply.error().is_none() && !asked.command.only_looks()
+        };
+        self.follow || self.asked.iter().zip(replies.iter()).any(has_changed)
     }
 
     /// Why nobody can be served by servers that answer so, be a part of the keys out of reach or not.

@@ -213,12 +213,12 @@ impl Next {
         let Next::Trip(..) = self else { return };
         let trip = std::mem::replace(self, Next::Done(Err(StoreError::Undecided)));
         let Next::Trip(commands, read) = trip else { return };
+        let has_changed = replies.as_ref().is_ok_and(|replies| commands.have_changed(replies));
         let mut next = replies.and_then(|replies| commands.judge(replies)).and_then(|replies| {
-            // What was asked has been carried out.
-            read(context, replies).map_err(|error| maybe_done(error, true))
+            read(context, replies).map_err(|error| maybe_done(error, has_changed))
         });
         if let Ok(Next::Trip(commands, _)) = &mut next {
-            commands.follow = true;
+            commands.follow |= has_changed;
         }
         *self = next.unwrap_or_else(|error| Next::Done(Err(error)));
     }
