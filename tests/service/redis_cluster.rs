@@ -281,6 +281,7 @@ fn nobody_redeems_again(lose: impl FnOnce(&mut Redis)) {
     lose(&mut cluster.servers[masters[1]]);
     refused_as_used(&[&a], &compact, &device);
     a.wait_for_log("a part of Redis is lost");
+    wait::for_true("what is in reach is counted", || b.token_count() > 500);
 }
 
 #[test]

@@ -27,6 +27,8 @@ use crate::store::{Down, DownKind, StoreError, locked};
 
 /// Slots of a cluster.
 const SLOTS: u16 = 16_384;
+/// More nodes than a cluster has, so that one that lies cannot fill the memory.
+pub(super) const NODES_MOST: usize = 1024;
 /// So often a command is sent where a node points.
 const REDIRECTIONS: usize = 5;
 /// Replies of one node may be there already when another one has used up the time.
@@ -59,6 +61,14 @@ struct State {
     lost: BTreeMap<usize, Down>,
     /// Where nodes have pointed to and nobody is connected.
     unknown: Vec<HostPort>,
+}
+
+impl State {
+    fn learn(&mut self, at: &HostPort) {
+        if !self.unknown.contains(at) && self.unknown.len() < NODES_MOST {
+            self.unknown.push(at.clone());
+        }
+    }
 }
 
 /// The node of each slot, by its number; none where there is one server.
@@ -151,10 +161,7 @@ impl Map {
     pub fn update(&self, read: &Read) {
         let mut state = locked(&self.state);
         let place = |at: &HostPort| self.place(at);
-        let unknown =
-            read.at.iter().filter(|at| place(at).is_none() && !state.unknown.contains(at));
-        let unknown: Vec<HostPort> = unknown.cloned().collect();
-        state.unknown.extend(unknown);
+        read.at.iter().filter(|at| place(at).is_none()).for_each(|at| state.learn(at));
         if let Some(places) = read.at.iter().map(place).collect::<Option<Vec<usize>>>() {
             let of_ours = |node: &usize| places.get(*node).copied().unwrap_or(usize::MAX);
             state.slots = Slots(read.slots.0.iter().map(of_ours).collect());
@@ -203,9 +210,7 @@ impl Map {
         let mut state = locked(&self.state);
         let Some(node) = self.place(&at) else {
             let why = format!("{at}: it has become a node of the cluster just now");
-            if !state.unknown.contains(&at) {
-                state.unknown.push(at);
-            }
+            state.learn(&at);
             return Err(Down { kind: self.part(), ..part(why) });
         };
         if to.asking {
@@ -388,7 +393,7 @@ impl Nodes {
             let is_next = |item: &Item<'_>| self.map.is_one() || item.asked.stage == stage;
             let (next, later) = rest.into_iter().partition(is_next);
             self.run_stage(next, wait, deadline, &mut done);
-            rest = later;
+            rest = not_stopped(later, &mut done);
         }
         done.sort_by_key(|item| item.place);
         let mut done = done.into_iter().peekable();
@@ -578,6 +583,24 @@ impl Nodes {
             refused => refused,
         }
     }
+}
+
+/// What is still to be sent: nothing of an owner whose earlier stage has failed.
+fn not_stopped<'a>(later: Vec<Item<'a>>, done: &mut Vec<Item<'a>>) -> Vec<Item<'a>> {
+    if later.is_empty() {
+        return later;
+    }
+    let failed = done.iter().filter(|item| item.asked.must_succeed());
+    let failed = failed.filter_map(|item| Some((item.place.0, item.reply.error()?.clone())));
+    let failed: BTreeMap<usize, StoreError> = failed.collect();
+    let mut rest = Vec::with_capacity(later.len());
+    for item in later {
+        match failed.get(&item.place.0) {
+            Some(error) => done.push(item.answered(Err(error.clone()))),
+            None => rest.push(item),
+        }
+    }
+    rest
 }
 
 fn awaits_replicas(items: &[Item<'_>]) -> bool {

@@ -106,6 +106,13 @@ pub(super) struct Asked {
     pub route: Route,
 }
 
+impl Asked {
+    /// What comes in later stages depends on it.
+    pub fn must_succeed(&self) -> bool {
+        self.need == Need::Must
+    }
+}
+
 /// What it is for a trip that a command fails.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Need {

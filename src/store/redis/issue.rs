@@ -136,6 +136,7 @@ impl Issue {
         }
         commands.ask(layout.set_token(&self.token, self.left_ms));
         commands.count(layout.add_live(&self.token.hash, self.ends_ms));
+        commands.then();
         let from = match &old {
             Some(Old::Stale(compact)) => Some(&**compact),
             Some(Old::Replaced(old)) => Some(&*old.compact),
@@ -202,6 +203,7 @@ pub(super) fn ask_kill(out: &mut Commands, layout: &Layout, token: &Token, now: 
     let device = &token.claims.device_id;
     let (key, mark) = (Key::Mark(device, &token.hash), layout.mark(Mark::Killed));
     out.ask(layout.set_mark(key, &mark, lasts_ms(&token.claims, now)));
+    out.then();
     let deleted = out.ask(layout.on("DEL", Key::Token(device, &token.compact)));
     out.count(layout.remove_live(&token.hash));
     deleted

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::cause::{Server, Stage};
-use super::cluster::{Map, Nodes, Read, Slots};
+use super::cluster::{Map, NODES_MOST, Nodes, Read, Slots};
 use super::command::{Command, Commands};
 use super::connection::Connection;
 use super::layout::Layout;
@@ -493,6 +493,9 @@ pub(super) fn read_slots(reply: Reply, host: &str) -> Result<Read, StoreError> {
         let at = HostPort { host, port };
         let known = read.at.iter().position(|other| *other == at);
         let node = known.unwrap_or(read.at.len());
+        if node >= NODES_MOST {
+            return Err(unexpected("too many nodes"));
+        }
         if known.is_none() {
             read.at.push(at);
         }
