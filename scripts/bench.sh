@@ -35,10 +35,7 @@ while [ $# -gt 0 ]; do
             out=${2:?"--out needs a folder"}
             shift
             ;;
-        *)
-            sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
-            exit 2
-            ;;
+        *) usage ;;
     esac
     shift
 done

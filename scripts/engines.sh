@@ -8,12 +8,7 @@ set -eu
 me="engines"
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
-case ${1:-} in
-    -*)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
-        exit 2
-        ;;
-esac
+case ${1:-} in -*) usage ;; esac
 tools redis-server redis-cli:redis-tools openssl
 [ $# -gt 0 ] || set -- onboarding:: sign_csr:: revocation:: enrolment:: health::right
 cd "$root"

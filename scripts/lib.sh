@@ -10,6 +10,12 @@ fail() {
     exit 1
 }
 
+# Prints what stands atop the script, and ends it.
+usage() {
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+
 ok() { echo "ok: $*"; }
 
 has() { command -v "$1" >/dev/null 2>&1; }

@@ -12,12 +12,7 @@ set -eu
 me="redis-scale"
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
-case ${1:-} in
-    -*)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
-        exit 2
-        ;;
-esac
+case ${1:-} in -*) usage ;; esac
 flows=${1:-4000}
 connections=${2:-32}
 tokens=100000

@@ -23,12 +23,7 @@ set -eu
 me="share-scale"
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
-case ${1:-} in
-    -*)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
-        exit 2
-        ;;
-esac
+case ${1:-} in -*) usage ;; esac
 devices=${1:-300}
 revocations=${2:-50}
 flows=${3:-2000}

@@ -41,10 +41,7 @@ case ${1:-} in
         outage=--outage
         shift
         ;;
-    -*)
-        sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
-        exit 2
-        ;;
+    -*) usage ;;
 esac
 minutes=${1:-10}
 warm=$((minutes * 30))
