@@ -54,7 +54,8 @@ pub struct Changes {
 }
 
 /// Where instances exchange what they know. Only the sharing thread uses it; each call is one round
-/// trip, and fails when the server does not answer, or not what was asked.
+/// trip, and fails when the server does not answer, or not what was asked. Of a cluster a part may be
+/// away ([`StoreError::is_part`]): what is there is not to be asked for.
 pub trait Exchange: Send {
     /// Connects anew, to share with instances of the CA with this fingerprint. Returns the server's run
     /// id, if it may be asked, and whether the record is shared, as the first instance has entered it.
@@ -63,6 +64,15 @@ pub trait Exchange: Send {
         fp: &str,
         shares_record: bool,
     ) -> Result<(Option<String>, bool), StoreError>;
+
+    /// Whether the hash of this name is in reach, as far as is known.
+    fn reaches(&self, key: &str) -> bool;
+
+    /// The same for the newest certificate of a device.
+    fn reaches_holder(&self, device: &DeviceId) -> bool;
+
+    /// Whether of what is away more is in reach by now; then all is to be connected anew.
+    fn can_reach_more(&mut self) -> Result<bool, StoreError>;
 
     /// Where the stream ends.
     fn end(&mut self) -> Result<String, StoreError>;

@@ -50,6 +50,8 @@ impl<E: Exchange> Thread<E> {
 
     /// These wait for what others have of a device.
     pub(super) fn answer(&mut self, keys: &Keys, asked: Vec<Asked>) -> Result<(), StoreError> {
+        let in_reach = asked.into_iter().filter(|asked| self.is_in_reach(keys, asked));
+        let asked: Vec<Asked> = in_reach.collect();
         if asked.is_empty() {
             return Ok(());
         }
@@ -64,6 +66,18 @@ impl<E: Exchange> Thread<E> {
             let _ = answer.try_send(());
         }
         Ok(())
+    }
+
+    /// Who asks for what is out of reach is not kept waiting.
+    fn is_in_reach(&self, keys: &Keys, Asked { devices, serial, .. }: &Asked) -> bool {
+        let rows = devices.iter().cloned().map(Name::Row);
+        let mut names = rows.chain(serial.map(Name::Certificate));
+        let is_of_some = !devices.is_empty() || serial.is_some();
+        let is_in_reach = (is_of_some || self.progress.aside.is_empty())
+            && names.all(|name| self.reaches(&keys.place(&name).key))
+            && devices.iter().all(|device| self.parts.exchange.reaches_holder(device));
+        self.parts.sharing.lock().is_partial |= !is_in_reach;
+        is_in_reach
     }
 
     pub(super) fn take_in_unknown(
@@ -84,11 +98,13 @@ impl<E: Exchange> Thread<E> {
         names: impl IntoIterator<Item = Name>,
     ) -> Result<(), StoreError> {
         let counts = |name: &Name| self.parts.shares_record || matches!(name, Name::Row(_));
-        let told = &mut self.progress.told;
         // One entry of ours is passed over: a second one of the same name may be another's.
-        let names = names.into_iter().filter(|name| !told.remove(name) && counts(name));
-        let names: BTreeSet<Name> = names.collect();
-        let names: Vec<Name> = names.into_iter().collect();
+        let names: BTreeSet<Name> = names
+            .into_iter()
+            .filter(|name| !self.progress.told.remove(name) && counts(name))
+            .collect();
+        let in_reach = names.into_iter().filter(|name| self.reaches(&keys.place(name).key));
+        let names: Vec<Name> = in_reach.collect();
         for names in names.chunks(self.progress.at_once(BATCH)) {
             let places: Vec<Place> = names.iter().map(|name| keys.place(name)).collect();
             let values = self.parts.exchange.values(&places)?;

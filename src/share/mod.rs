@@ -85,6 +85,9 @@ struct State {
     contradicts: bool,
     /// Why nothing is exchanged.
     trouble: Option<StoreError>,
+    /// Something was left out that lies where a part of the server is away. It is made up for when all
+    /// of it is in reach.
+    is_partial: bool,
     ignored: u64,
     /// When all was read that had been announced, by [`Now::mono_ms`].
     read_ms: Option<u64>,
@@ -173,6 +176,7 @@ impl Sharing {
         Status {
             shared: state.mode == Mode::Record
                 && state.trouble.is_none()
+                && !state.is_partial
                 && state.read_ms.is_some(),
             behind_ms: match state.mode {
                 Mode::Alone => 0,

@@ -16,6 +16,8 @@ use crate::store::StoreError;
 
 /// How often a value is read again because others change it at the same time.
 const TRIES: usize = 4;
+/// With more than this waiting for a part that is away, nothing is taken off the lists of news.
+const ASIDE_MOST: usize = 100_000;
 /// So often, at most, the server is asked how full it is.
 const FULLNESS_MS: u64 = 1_000;
 /// When there is room again, what was not put is, but no more often than this.
@@ -28,9 +30,12 @@ impl<E: Exchange> Thread<E> {
         // The leases first: the certificate of each was noted before its lease was.
         let leases = std::mem::take(&mut self.parts.sharing.lock().leases);
         let most = self.progress.at_once(BATCH);
-        while self.note_news() {
+        while self.progress.aside.len() < ASIDE_MOST && self.note_news() {
             let names = std::iter::from_fn(|| self.progress.unsent.pop_first());
-            let batch: Vec<Name> = names.take(most).collect();
+            let names: Vec<Name> = names.take(most).collect();
+            let (batch, away): (Vec<Name>, Vec<Name>) =
+                names.into_iter().partition(|name| self.reaches(&keys.place(name).key));
+            self.progress.aside.extend(away);
             if let Err(error) = self.tell(keys, batch.clone()) {
                 self.progress.unsent.extend(batch);
                 self.parts.sharing.lock().leases.extend(leases);
@@ -104,7 +109,9 @@ impl<E: Exchange> Thread<E> {
         for (name, seen) in names.iter().zip(seen) {
             let theirs = self.open(keys, name, &seen);
             if let Some(value) = to_put(self.known(name), theirs.as_ref()) {
-                news.holders.extend(self.holder(name));
+                let holder = self.holder(name);
+                let holds = |(device, _): &(_, _)| self.parts.exchange.reaches_holder(device);
+                news.holders.extend(holder.filter(holds));
                 let (place, value) = (keys.place(name), keys.seal(&value));
                 news.swaps.push(Swap { place, seen, value });
             }

@@ -68,10 +68,22 @@ impl Exchange for RedisExchange {
         let mode = if shares_record { "true" } else { "false" };
         let set = self.line.on("SET", &key).arg(mode).arg("NX");
         let mut commands = Commands::default();
-        commands.ask(set);
-        let mode = commands.ask(self.line.on("GET", &key));
-        let mode = self.line.ask(&commands)?.take(mode).text()?;
+        commands.ask_in_reach(set);
+        let mode = commands.ask_in_reach(self.line.on("GET", &key));
+        let mode = self.line.ask(&commands)?.take(mode).text().ok().flatten();
         Ok((run_id, mode.map_or(shares_record, |mode| mode == "true")))
+    }
+
+    fn reaches(&self, key: &str) -> bool {
+        self.line.reaches(&self.line.on("HGET", key))
+    }
+
+    fn reaches_holder(&self, device: &DeviceId) -> bool {
+        self.line.reaches(&self.line.on_holder("GET", device))
+    }
+
+    fn can_reach_more(&mut self) -> Result<bool, StoreError> {
+        self.line.can_reach_more()
     }
 
     /// An entry that says nothing, so that the end has a name also where the stream was empty.

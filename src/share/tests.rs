@@ -43,6 +43,8 @@ struct Server {
     run: u64,
     is_full: bool,
     is_filling: bool,
+    /// The part of it that has the odd ones of the hashes and of the devices.
+    is_part_away: bool,
     /// So many get through in time; all if that is 0.
     most_values: usize,
 }
@@ -54,6 +56,10 @@ impl Server {
             most if values.len() <= most => Ok(values),
             _ => Err(down(DownKind::Lost, "timed out")),
         }
+    }
+
+    fn reaches(&self, key: &str) -> bool {
+        !self.is_part_away || key.bytes().last().is_none_or(|last| last % 2 == 0)
     }
 
     fn append(&mut self, names: Vec<Name>) -> u64 {
@@ -91,6 +97,18 @@ impl Line {
         Ok(server)
     }
 
+    /// Nobody asks for what is known to be away.
+    fn step_at<'k>(
+        &self,
+        keys: impl IntoIterator<Item = &'k String>,
+    ) -> Result<MutexGuard<'_, Server>, StoreError> {
+        let server = self.step()?;
+        match keys.into_iter().all(|key| server.reaches(key)) {
+            true => Ok(server),
+            false => panic!("it is away"),
+        }
+    }
+
     fn write(&self) -> Result<MutexGuard<'_, Server>, StoreError> {
         let server = self.step()?;
         match server.is_full {
@@ -104,6 +122,18 @@ impl Exchange for Line {
     fn connect(&mut self, _: &str, shares: bool) -> Result<(Option<String>, bool), StoreError> {
         self.run = self.server.lock().unwrap().run;
         Ok((Some(self.step()?.run.to_string()), shares))
+    }
+
+    fn reaches(&self, key: &str) -> bool {
+        self.server.lock().unwrap().reaches(key)
+    }
+
+    fn reaches_holder(&self, device: &DeviceId) -> bool {
+        self.reaches(device.as_str())
+    }
+
+    fn can_reach_more(&mut self) -> Result<bool, StoreError> {
+        Ok(!self.server.lock().unwrap().is_part_away)
     }
 
     fn end(&mut self) -> Result<String, StoreError> {
@@ -130,13 +160,13 @@ impl Exchange for Line {
     }
 
     fn all(&mut self, keys: &[String]) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        let server = self.step()?;
+        let server = self.step_at(keys)?;
         let of = server.data.values.iter().filter(|(place, _)| keys.contains(&place.key));
         server.in_time(of.map(|(place, value)| (place.field.clone(), value.clone())).collect())
     }
 
     fn values(&mut self, places: &[Place]) -> Result<Vec<Vec<u8>>, StoreError> {
-        let server = self.step()?;
+        let server = self.step_at(places.iter().map(|place| &place.key))?;
         let value = |place| server.data.values.get(place).cloned().unwrap_or_default();
         server.in_time(places.iter().map(value).collect())
     }
@@ -144,6 +174,7 @@ impl Exchange for Line {
     fn tell(&mut self, news: &News) -> Result<Vec<bool>, StoreError> {
         let mut stand = Vec::new();
         for Swap { place, seen, value } in &news.swaps {
+            assert!(self.reaches(&place.key), "it is away");
             let mut server = self.write()?;
             let there = server.data.values.get(place).cloned().unwrap_or_default();
             stand.push(there == *seen);
@@ -161,11 +192,12 @@ impl Exchange for Line {
 
     fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Serial>, StoreError> {
         let server = self.step()?;
+        assert!(devices.iter().all(|device| server.reaches(device.as_str())), "it is away");
         Ok(devices.iter().filter_map(|device| server.data.holders.get(device).copied()).collect())
     }
 
     fn remove(&mut self, places: &[Place]) -> Result<(), StoreError> {
-        let mut server = self.step()?;
+        let mut server = self.step_at(places.iter().map(|place| &place.key))?;
         places.iter().for_each(|place| drop(server.data.values.remove(place)));
         Ok(())
     }
@@ -403,7 +435,7 @@ impl World {
     }
 
     fn change_server(&mut self, before: &mut Option<Data>) {
-        let (what, at) = (self.below(6), self.below(8));
+        let (what, at) = (self.below(7), self.below(8));
         let mut server = self.server.lock().unwrap();
         match what {
             // A part of the stream is lost, or told again.
@@ -422,6 +454,7 @@ impl World {
                 server.run += 1;
             }
             4 => server.data = Data::default(),
+            5 => server.is_part_away = !server.is_part_away,
             _ => server.is_full = !server.is_full,
         }
     }
@@ -429,6 +462,10 @@ impl World {
     /// Everybody reaches the server again, for long enough.
     fn heal(&mut self) {
         self.server.lock().unwrap().is_full = false;
+        self.server.lock().unwrap().is_part_away = false;
+        for instance in &mut self.all {
+            instance.thread.progress.look_ms = 0;
+        }
         for _ in 0..4 {
             for instance in &mut self.all {
                 instance.cut_after(FOR_EVER);
@@ -593,6 +630,34 @@ fn what_a_full_server_refuses_is_told_when_there_is_room() {
     world.all[0].attempt();
     world.heal();
     world.check("there is room");
+    assert!(world.all[0].thread.parts.sharing.status(clock::now()).shared);
+}
+
+/// What is announced meanwhile is read, and told, where it is in reach.
+#[test]
+fn a_part_that_is_away_keeps_nothing_else_from_being_shared() {
+    let mut world = World::new(2, 8);
+    world.heal();
+    world.server.lock().unwrap().is_part_away = true;
+    let signed: Vec<Serial> =
+        (0..12).map(|n| world.sign(0, DeviceId::parse(&format!("d{n}")).unwrap()).0).collect();
+    world.revoke(0, signed[0]);
+    let device = DeviceId::parse("d1").unwrap();
+    world.kill(1, device);
+    for at in [0, 1, 0, 1] {
+        world.all[at].attempt();
+    }
+    let keys = world.all[0].keys();
+    let is_there = |name: &Name| world.server.lock().unwrap().reaches(&keys.place(name).key);
+    let told: BTreeSet<Serial> =
+        signed.iter().copied().filter(|s| is_there(&Name::Certificate(*s))).collect();
+    assert!((1..12).contains(&told.len()), "some are away");
+    assert_eq!(world.all[1].serials(), told);
+    let freed = world.all[0].freed.0.lock().unwrap().len();
+    assert_eq!(freed, 12, "nobody waits for what is away");
+    assert!(!world.all[0].thread.parts.sharing.status(clock::now()).shared);
+    world.heal();
+    world.check("all of it is in reach");
     assert!(world.all[0].thread.parts.sharing.status(clock::now()).shared);
 }
 

@@ -72,6 +72,10 @@ pub(super) struct Progress {
     pub cursor: String,
     /// What is still to be told.
     pub unsent: BTreeSet<Name>,
+    /// What is to be told where a part of the server is away.
+    pub aside: BTreeSet<Name>,
+    /// When that is next looked for, by [`Now::mono_ms`].
+    pub look_ms: u64,
     /// What was told and not read again yet: our own words need not be looked up.
     pub told: BTreeSet<Name>,
     /// Where something stood that none of our instances has written. Each is told of once, so that who
@@ -161,6 +165,7 @@ impl<E: Exchange> Thread<E> {
     }
 
     fn turn(&mut self, keys: &Keys) -> Result<(), StoreError> {
+        self.look_for_more()?;
         if !self.progress.connected {
             self.connect(keys)?;
         }
@@ -171,21 +176,45 @@ impl<E: Exchange> Thread<E> {
             self.compare(keys, comparison)?;
         }
         let asked = self.asked();
+        // First: nothing is told where it cannot be announced.
+        self.read(keys)?;
         self.send(keys)?;
-        self.answer(keys, asked)?;
-        self.read(keys)
+        self.answer(keys, asked)
+    }
+
+    /// What is away is looked for, while the rest is shared.
+    fn look_for_more(&mut self) -> Result<(), StoreError> {
+        let progress = &mut self.progress;
+        if progress.connected && self.now.mono_ms >= progress.look_ms {
+            progress.look_ms = self.now.mono_ms + RETRY_MS.1;
+            progress.connected = !self.parts.exchange.can_reach_more()?;
+        }
+        Ok(())
+    }
+
+    /// Whether what stands in this hash can be asked for; else it is left out for now.
+    pub(super) fn reaches(&self, key: &str) -> bool {
+        let reaches = self.parts.exchange.reaches(key);
+        self.parts.sharing.lock().is_partial |= !reaches;
+        reaches
     }
 
     fn connect(&mut self, keys: &Keys) -> Result<(), StoreError> {
         let shares_record = self.parts.shares_record;
         let (run_id, shared) = self.parts.exchange.connect(&keys.fp, shares_record)?;
-        self.parts.sharing.lock().contradicts = shared != shares_record;
-        self.progress.connected = true;
+        let was_partial = {
+            let mut state = self.parts.sharing.lock();
+            state.contradicts = shared != shares_record;
+            std::mem::take(&mut state.is_partial)
+        };
+        let progress = &mut self.progress;
+        progress.connected = true;
+        progress.unsent.append(&mut progress.aside);
         // Another run may have come back with older data (`docs/model`, row r6).
-        if run_id.is_none() || run_id != self.progress.run_id {
-            self.progress.begin_anew();
+        if was_partial || run_id.is_none() || run_id != progress.run_id {
+            progress.begin_anew();
         }
-        self.progress.run_id = run_id;
+        progress.run_id = run_id;
         Ok(())
     }
 
@@ -203,7 +232,9 @@ impl<E: Exchange> Thread<E> {
         let mut pause_ms = RETRY_MS.1;
         if lost {
             log::debug!("the record is not shared now: {error}");
-            progress.connected = false;
+            // Without the part that was lost just now, the rest goes on.
+            progress.connected &= error.is_part();
+            progress.look_ms = 0;
             progress.halvings = (progress.halvings + 1).min(BATCH.ilog2());
             pause_ms = (RETRY_MS.0 << progress.failures.min(6)).min(RETRY_MS.1);
         } else if state.trouble.as_ref().is_none_or(is_lost) {

@@ -69,6 +69,8 @@ impl<E: Exchange> Thread<E> {
     }
 
     fn compare_certificates(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), StoreError> {
+        let in_reach = buckets.iter().copied().filter(|of| self.reaches(&keys.certificates(*of)));
+        let buckets: Vec<u8> = in_reach.collect();
         let hashes: Vec<String> = buckets.iter().map(|of| keys.certificates(*of)).collect();
         let fields = self.parts.exchange.fields(&hashes)?;
         let theirs: Vec<Serial> = fields.iter().filter_map(|f| Serial::from_hex(f)).collect();
@@ -90,6 +92,7 @@ impl<E: Exchange> Thread<E> {
         for passed in passed.chunks(BATCH) {
             for name in [Name::Revocation, Name::Certificate] {
                 let places = passed.iter().map(|serial| keys.place(&name(*serial)));
+                let places = places.filter(|place| self.parts.exchange.reaches(&place.key));
                 self.parts.exchange.remove(&places.collect::<Vec<_>>())?;
             }
         }
@@ -120,12 +123,16 @@ impl<E: Exchange> Thread<E> {
         ours: Vec<Name>,
     ) -> Result<(), StoreError> {
         let mut theirs = BTreeMap::new();
-        for (field, value) in self.parts.exchange.all(hashes)? {
+        let in_reach = |key: &&String| self.reaches(key);
+        let hashes: Vec<String> = hashes.iter().filter(in_reach).cloned().collect();
+        for (field, value) in self.parts.exchange.all(&hashes)? {
             let Some(name) = Name::read(kind, &field) else { continue };
             theirs.extend(self.open(keys, &name, &value).map(|value| (name, value)));
         }
         self.enter(theirs.values().cloned().collect())?;
-        let lacks = |name: &Name| theirs.get(name) != self.known(name).as_ref();
+        let lacks = |name: &Name| {
+            hashes.contains(&keys.place(name).key) && theirs.get(name) != self.known(name).as_ref()
+        };
         let lacking: Vec<Name> = ours.into_iter().filter(lacks).collect();
         self.progress.unsent.extend(lacking);
         self.send(keys)

@@ -240,6 +240,11 @@ pub enum DownKind {
 }
 
 impl StoreError {
+    /// What was asked is out of reach, other parts of the keys are not.
+    pub fn is_part(&self) -> bool {
+        matches!(self, StoreError::Down(down) if down.kind == DownKind::Part)
+    }
+
     /// A server that answers one key wrongly while it is greeted does not serve either.
     fn into_down(self) -> Down {
         let why = self.to_string();

@@ -244,6 +244,64 @@ fn what_does_not_touch_a_lost_shard_goes_on() {
     });
 }
 
+/// What lies on the others is told and read; the rest is made up for.
+#[test]
+fn the_record_is_shared_while_a_shard_is_away() {
+    const SOON: Duration = Duration::from_secs(10);
+    let mut cluster = Cluster::of(0, &["--cluster-require-full-coverage", "no"]);
+    let a = first(&cluster);
+    let b = another(&a, &cluster);
+    let are_shared = || [&a, &b].iter().all(|at| at.health()["record"]["shared"] == true);
+    wait::for_true("all is shared", are_shared);
+    let stream = cluster.keys().into_iter().find(|key| key.contains(":changes:")).unwrap();
+    let home = cluster.master_of(&stream);
+    let lost = (0..3).find(|at| *at != home).unwrap();
+    let lives = |cluster: &Cluster, key: &str| cluster.master_of(key) != lost;
+    let names = (0..60).map(|n| Device::new(&format!("here{n}")));
+    let devices: Vec<Device> = names
+        .filter(|device| lives(&cluster, &device.name) && lives(&cluster, &row_key(device)))
+        .collect();
+    let compared = calls(&cluster.servers[home], "hkeys");
+    cluster.servers[lost].kill9();
+    let bucket = |serial: &str| format!("{}:{}", stream.replace("changes", "certs"), &serial[..2]);
+    let (mut told, mut aside) = (vec![], vec![]);
+    for device in &devices {
+        let compact = wait::until(SOON, || {
+            let answer = onboard(&a, device);
+            (answer.status == 200).then(|| answer.field("provisioning_token"))
+        });
+        let serial = instance::certificate(&a, &compact.unwrap(), device);
+        match lives(&cluster, &bucket(&serial)) {
+            true => told.push((device, serial)),
+            false => aside.push(serial),
+        }
+        if told.len() > 3 && !aside.is_empty() {
+            break;
+        }
+    }
+    assert!(told.len() > 3 && !aside.is_empty(), "{} and {}", told.len(), aside.len());
+    let knows =
+        |serial: &String| b.serials().iter().any(|other| other.eq_ignore_ascii_case(serial));
+    let came = wait::until(SOON, || told.iter().all(|(_, serial)| knows(serial)).then_some(()));
+    assert!(came.is_some(), "b lacks certificates\n{}\n{}", a.log(), b.log());
+    let (device, serial) = &told[0];
+    let answer = revoke(&a, device);
+    assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(true)));
+    let is_revoked =
+        || b.index().iter().any(|line| line[0] == "R" && line[3].to_lowercase() == *serial);
+    assert!(wait::until(SOON, || is_revoked().then_some(())).is_some(), "{}", b.log());
+    assert!(!aside.iter().any(knows), "they lie on the lost shard");
+    assert!(!are_shared(), "it is said");
+    assert_eq!(calls(&cluster.servers[home], "hkeys"), compared, "nothing is compared anew");
+    cluster.servers[lost].start_again();
+    wait::for_true("all is shared again", || are_shared() && aside.iter().all(knows));
+    assert_eq!(a.index().len(), b.index().len());
+    for serial in &aside {
+        let there = || cluster.cli(&["HEXISTS", &bucket(serial), serial]) == "1";
+        wait::for_true("it is put there", there);
+    }
+}
+
 /// Its nodes say where its slots are, but not by what name.
 #[test]
 fn a_node_without_a_name_of_its_own_is_where_it_was_asked() {

@@ -28,13 +28,19 @@ impl Cluster {
     /// One whose nodes have these settings, too.
     #[track_caller]
     pub fn with(settings: &[&str]) -> Cluster {
+        Cluster::of(1, settings)
+    }
+
+    /// One whose masters have so many replicas each.
+    #[track_caller]
+    pub fn of(replicas: usize, settings: &[&str]) -> Cluster {
         let mut cluster = Cluster { servers: vec![], bus: vec![] };
-        (0..6).for_each(|_| cluster.add_server(settings));
+        (0..3 * (1 + replicas)).for_each(|_| cluster.add_server(settings));
         let addresses: Vec<String> = cluster.servers.iter().map(address).collect();
         let output = Command::new("redis-cli")
             .args(["--cluster", "create"])
             .args(&addresses)
-            .args(["--cluster-replicas", "1", "--cluster-yes"])
+            .args(["--cluster-replicas", &replicas.to_string(), "--cluster-yes"])
             .stdin(Stdio::null())
             .output()
             .unwrap();

@@ -114,10 +114,8 @@ impl Failover {
     /// A slow line gets smaller batches: one that always takes too long would never be through.
     fn fit_batches(&self, took_ms: u64, results: &[Answer]) {
         let size = self.carry_size.load(Ordering::Relaxed);
-        let down = results.iter().any(|result| match result {
-            Err(StoreError::Down(down)) => down.kind != DownKind::Part,
-            _ => false,
-        });
+        let is_down = |e: &StoreError| matches!(e, StoreError::Down(_)) && !e.is_part();
+        let down = results.iter().any(|result| result.as_ref().is_err_and(is_down));
         let share = Duration::from_millis(took_ms).as_secs_f64() / self.rules.timeout.as_secs_f64();
         let size = match () {
             () if down || share > 0.5 => size / 2,

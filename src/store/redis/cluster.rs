@@ -177,6 +177,13 @@ impl Map {
         locked(&self.state).slots.device_at(node)
     }
 
+    /// Whether the node that has this key is not known to be lost.
+    pub fn has_key(&self, key: &[u8]) -> bool {
+        let State { slots, lost, .. } = &*locked(&self.state);
+        let node = slots.0.get(usize::from(slot_of(key)));
+        node.is_none_or(|node| !lost.contains_key(node))
+    }
+
     /// The node to which a command goes.
     fn node_of(&self, item: &Item<'_>) -> Result<usize, Down> {
         if self.is_one() {

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::cluster::Route;
 use super::reply::{Replies, Reply, maybe_done};
-use crate::store::{DownKind, StoreError};
+use crate::store::StoreError;
 
 /// Commands that only look: they may be sent twice, and one that was carried out has changed nothing.
 const LOOKING: [&str; 8] =
@@ -119,7 +119,7 @@ enum Need {
     /// The trip fails.
     Must,
     /// The trip fails, unless it is a part of the keys that is out of reach.
-    Counts,
+    InReach,
     /// Nothing: its reply is judged by whoever takes it.
     May,
 }
@@ -134,9 +134,9 @@ impl Commands {
         self.push(command, Need::Must, false)
     }
 
-    /// What is for the counts only.
-    pub fn count(&mut self, command: Command) -> Ask {
-        self.push(command, Need::Counts, false)
+    /// What must succeed, if it is in reach: what is for the counts only.
+    pub fn ask_in_reach(&mut self, command: Command) -> Ask {
+        self.push(command, Need::InReach, false)
     }
 
     /// What may fail.
@@ -177,7 +177,7 @@ impl Commands {
     pub fn judge(&self, replies: Replies) -> Result<Replies, StoreError> {
         let failed = |asked: &Asked, error: &StoreError| match asked.need {
             Need::Must => true,
-            Need::Counts => !is_part(error),
+            Need::InReach => !error.is_part(),
             Need::May => false,
         };
         let Some(error) = self.failure(&replies, failed) else { return Ok(replies) };
@@ -194,7 +194,7 @@ impl Commands {
 
     /// Why nobody can be served by servers that answer so, be a part of the keys out of reach or not.
     pub fn refusal(&self, replies: &Replies) -> Option<StoreError> {
-        self.failure(replies, |asked, error| asked.need != Need::May && !is_part(error))
+        self.failure(replies, |asked, error| asked.need != Need::May && !error.is_part())
     }
 
     fn failure(
@@ -206,10 +206,6 @@ impl Commands {
         both.find_map(|(asked, reply)| reply.error().filter(|error| is_failure(asked, error)))
             .cloned()
     }
-}
-
-fn is_part(error: &StoreError) -> bool {
-    matches!(error, StoreError::Down(down) if down.kind == DownKind::Part)
 }
 
 fn push_counted(kind: u8, count: u64, out: &mut Vec<u8>) {

@@ -273,7 +273,7 @@ pub(super) fn ask_removal(out: &mut Commands, layout: &Layout, token: &Token) {
     let Token { claims, compact, hash } = token;
     out.ask(layout.compare_and_delete(Key::Lease(&claims.device_id), compact));
     out.ask(layout.on("DEL", Key::Token(&claims.device_id, compact)));
-    out.count(layout.remove_live(hash));
+    out.ask_in_reach(layout.remove_live(hash));
 }
 
 /// Counting: by score, so expired entries need no pruning to be left out. A set that is out of reach is.
@@ -283,7 +283,7 @@ fn count(context: &Context, now: Now) -> Next {
     let counts: Vec<Ask> = layout
         .all_live()
         .iter()
-        .map(|live| commands.count(layout.count_live(live, now_ms)))
+        .map(|live| commands.ask_in_reach(layout.count_live(live, now_ms)))
         .collect();
     let time = commands.ask(layout.time());
     Next::trip(commands, move |context, mut replies| {
@@ -306,7 +306,7 @@ fn enter(hash: TokenHash, mark: Mark, claims: Claims, context: &Context, now: No
     let key = Key::Mark(device, &hash);
     let before = commands.ask(layout.on("GET", key));
     commands.ask(layout.set_mark(key, &layout.mark(mark), lasts_ms(&claims, now)));
-    commands.count(layout.remove_live(&hash));
+    commands.ask_in_reach(layout.remove_live(&hash));
     commands.then();
     let lease = commands.ask(layout.on("GET", Key::Lease(device)));
     if token.hash == hash {
@@ -353,7 +353,8 @@ fn carry_over(token: &Token, left_ms: u64, context: &Context, now: Now) -> Next 
 /// likely.
 fn carry_unmarked(token: &Token, left_ms: u64, context: &Context, now: Now) -> Next {
     let (layout, mut commands) = (&context.layout, Commands::default());
-    commands.count(layout.add_live(&token.hash, context.clock.at(now).saturating_add(left_ms)));
+    commands
+        .ask_in_reach(layout.add_live(&token.hash, context.clock.at(now).saturating_add(left_ms)));
     commands.ask(layout.lease_if_free(token, left_ms));
     Next::trip(commands, |_, _| Next::done(Outcome::Done))
 }

@@ -50,7 +50,7 @@ impl Issue {
         commands.ask(layout.set_token(&self.token, self.left_ms));
         commands.ask(layout.lease_if_free(&self.token, self.left_ms));
         let lease = commands.ask(layout.on("GET", Key::Lease(&self.token.claims.device_id)));
-        commands.count(layout.add_live(&self.token.hash, self.ends_ms));
+        commands.ask_in_reach(layout.add_live(&self.token.hash, self.ends_ms));
         let found = ask_found(&mut commands, layout, &self.token.claims.device_id);
         Next::trip(commands, move |context, mut replies| {
             let found = found(context, &mut replies)?;
@@ -96,7 +96,7 @@ impl Issue {
         let device = &self.token.claims.device_id;
         let hash = TokenHash::of(&other);
         commands.ask(layout.on("DEL", Key::Token(device, &self.token.compact)));
-        commands.count(layout.remove_live(&self.token.hash));
+        commands.ask_in_reach(layout.remove_live(&self.token.hash));
         let there = commands.ask(layout.on("EXISTS", Key::Token(device, &other)));
         let mark = commands.ask(layout.on("GET", Key::Mark(device, &hash)));
         let mark_left = commands.ask(layout.on("PTTL", Key::Mark(device, &hash)));
@@ -135,7 +135,7 @@ impl Issue {
             self.killed = Some(Dead::of(old));
         }
         commands.ask(layout.set_token(&self.token, self.left_ms));
-        commands.count(layout.add_live(&self.token.hash, self.ends_ms));
+        commands.ask_in_reach(layout.add_live(&self.token.hash, self.ends_ms));
         commands.then();
         let from = match &old {
             Some(Old::Stale(compact)) => Some(&**compact),
@@ -168,7 +168,7 @@ impl Issue {
         let (layout, mut commands) = (&context.layout, Commands::default());
         let Token { claims, compact, .. } = &self.token;
         commands.ask(layout.on("DEL", Key::Token(&claims.device_id, compact)));
-        commands.count(layout.remove_live(&self.token.hash));
+        commands.ask_in_reach(layout.remove_live(&self.token.hash));
         Next::trip(commands, move |context, _| Next::done(self.already_active(context, &holder, 0)))
     }
 
@@ -205,7 +205,7 @@ pub(super) fn ask_kill(out: &mut Commands, layout: &Layout, token: &Token, now: 
     out.ask(layout.set_mark(key, &mark, lasts_ms(&token.claims, now)));
     out.then();
     let deleted = out.ask(layout.on("DEL", Key::Token(device, &token.compact)));
-    out.count(layout.remove_live(&token.hash));
+    out.ask_in_reach(layout.remove_live(&token.hash));
     deleted
 }
 

@@ -63,10 +63,25 @@ impl Line {
         self.layout.compare_and_set_field(key, field, seen, value)
     }
 
+    /// Whether the server that has the key of this command is in reach, as far as is known.
+    pub fn reaches(&self, command: &Command) -> bool {
+        self.pool.map().zip(command.key()).is_none_or(|(map, key)| map.has_key(key))
+    }
+
+    /// Whether more is in reach than by the present connections.
+    ///
+    /// # Errors
+    /// When nobody says any more where the keys are.
+    pub fn can_reach_more(&self) -> Result<bool, StoreError> {
+        let is_whole = self.pool.missing().is_none();
+        if is_whole { Ok(false) } else { self.pool.can_reach_more(&self.layout) }
+    }
+
     /// Sends the commands and reads one reply for each.
     ///
     /// # Errors
-    /// When one that must not fail does. After a lost connection all are closed.
+    /// When one that must not fail does. Where no server is in reach any more, all connections are
+    /// closed.
     pub fn ask(&self, commands: &Commands) -> Result<Replies, StoreError> {
         if commands.is_empty() {
             return Ok(Replies::default());
@@ -89,9 +104,8 @@ impl Line {
         let deadline = Instant::now() + self.timeout;
         let mut nodes =
             self.pool.take(self.pool.generation(), deadline).map_err(StoreError::Down)?;
-        let connected = nodes.connected().count();
         let asked = ask(&mut nodes, deadline);
-        match nodes.connected().count() == connected {
+        match nodes.is_connected() {
             true => self.pool.put_back(nodes, clock::now()),
             false => self.pool.close(),
         }

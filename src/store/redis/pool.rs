@@ -129,13 +129,17 @@ impl Pool {
 
     /// Why a part of the keys is out of reach, if one is.
     pub fn missing(&self) -> Option<String> {
-        locked(&self.state).map.as_ref()?.missing()
+        self.map()?.missing()
+    }
+
+    pub fn map(&self) -> Option<Arc<Map>> {
+        locked(&self.state).map.clone()
     }
 
     /// Where the nodes are by now, and whether some are in reach that were not. Connects, but keeps no
     /// connection.
     pub fn can_reach_more(&self, layout: &Layout) -> Result<bool, StoreError> {
-        let Some(map) = locked(&self.state).map.clone() else { return Ok(false) };
+        let Some(map) = self.map() else { return Ok(false) };
         let deadline = Instant::now() + self.connect_timeout;
         locked(&self.locator).can_reach_more(&map, layout, &self.opener()?, deadline)
     }
