@@ -12,7 +12,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// `GET /health`: always 200 while the process can answer
 pub(super) fn health(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
-    Ok(Plan::Job(Job::Count, render_health))
+    Ok(Plan::Job(Job::COUNT, render_health))
 }
 
 fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
@@ -118,7 +118,7 @@ fn crl_notes(api: &Api, now: Now) -> Notes {
 
 /// `GET /metrics`
 pub(super) fn metrics(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
-    Ok(Plan::Job(Job::Count, render_metrics))
+    Ok(Plan::Job(Job::COUNT, render_metrics))
 }
 
 fn render_metrics(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {

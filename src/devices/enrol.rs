@@ -9,6 +9,7 @@ use sha2::{Digest as _, Sha256};
 use super::{Block, Instance, LONGEST_REGISTRATION_S, Registration, Row, SecretHash, Terms, Text};
 use crate::clock::{DAY_S, Now};
 use crate::config::Enrolment;
+use crate::problem::Code;
 
 /// How long a registration lives if nothing else is said: devices lie on shelves for months.
 const REGISTERED_FOR_S: u64 = 90 * DAY_S;
@@ -24,19 +25,6 @@ pub enum Shown {
     Secret(SecretHash),
     /// Something else.
     Wrong,
-}
-
-/// Why a device may not enrol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The API key is wanted.
-    KeyRequired,
-    /// The secret of the device's registration is wanted.
-    SecretInvalid,
-    /// The device is blocked.
-    Blocked,
-    /// It has no registration that lives.
-    NotRegistered,
 }
 
 /// How it is with the registration of a device.
@@ -79,10 +67,6 @@ pub struct Edit {
     pub blocked: Option<bool>,
 }
 
-/// There is no registration that could be changed so.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoRegistration;
-
 /// Who changes something, where and when.
 #[derive(Clone, Debug)]
 pub struct Maker {
@@ -105,23 +89,22 @@ impl Edit {
 
 impl Row {
     /// Whether the device may enrol by this rule with what was shown. Whether it has a certificate is
-    /// not looked at.
-    ///
-    /// # Errors
-    /// Why not; who has shown nothing that counts learns nothing of the device.
-    pub fn may_enrol(&self, rule: Enrolment, shown: &Shown, now_s: u64) -> Result<(), Refusal> {
+    /// not looked at. Who has shown nothing that counts learns nothing of the device.
+    pub fn may_enrol(&self, rule: Enrolment, shown: &Shown, now_s: u64) -> Result<(), Code> {
         let living = self.living(now_s);
         let secret = living.and_then(|terms| terms.secret);
         let entitled = *shown == Shown::Key || fits(secret, shown);
         match rule {
-            Enrolment::Key if *shown != Shown::Key => return Err(Refusal::KeyRequired),
-            Enrolment::Registered if !entitled => return Err(Refusal::SecretInvalid),
-            Enrolment::Open if secret.is_some() && !entitled => return Err(Refusal::SecretInvalid),
+            Enrolment::Key if *shown != Shown::Key => return Err(Code::ApiKeyRequired),
+            Enrolment::Registered if !entitled => return Err(Code::SecretInvalid),
+            Enrolment::Open if secret.is_some() && !entitled => return Err(Code::SecretInvalid),
             _ => {}
         }
         match () {
-            () if self.block.stands() => Err(Refusal::Blocked),
-            () if rule == Enrolment::Registered && living.is_none() => Err(Refusal::NotRegistered),
+            () if self.block.stands() => Err(Code::DeviceBlocked),
+            () if rule == Enrolment::Registered && living.is_none() => {
+                Err(Code::DeviceNotRegistered)
+            }
             () => Ok(()),
         }
     }
@@ -168,12 +151,10 @@ impl Row {
         Some(Row { spent: [ticket].into(), ..Row::default() })
     }
 
-    /// The news of an edit. Whoever begins a registration has to raise the bound, too.
-    ///
-    /// # Errors
-    /// When it would change a registration that there is not. One whose time is over is not brought
-    /// back by a later end: that would be another.
-    pub fn edited(&self, edit: &Edit, maker: &Maker) -> Result<Row, NoRegistration> {
+    /// The news of an edit; `None` if it would change a registration that there is not. One whose time is
+    /// over is not brought back by a later end: that would be another. Whoever begins a registration has
+    /// to raise the bound, too.
+    pub fn edited(&self, edit: &Edit, maker: &Maker) -> Option<Row> {
         let version = self.next_version(maker.now);
         let registration = match edit.register {
             Some(secret) => Some(self.begun(secret, edit, version, maker)),
@@ -186,7 +167,7 @@ impl Row {
             Some(false) => Block { blocked, lifted: blocked, changed: version },
             None => Block::default(),
         };
-        Ok(Row { registration, block, ..Row::default() })
+        Some(Row { registration, block, ..Row::default() })
     }
 
     /// The news that the registration is forgotten. The block stays.
@@ -224,25 +205,20 @@ impl Row {
         }
     }
 
-    fn changed(
-        &self,
-        edit: &Edit,
-        version: u64,
-        maker: &Maker,
-    ) -> Result<Registration, NoRegistration> {
+    fn changed(&self, edit: &Edit, version: u64, maker: &Maker) -> Option<Registration> {
         let now_s = maker.now.unix_s();
-        let latest = self.registration.clone().ok_or(NoRegistration)?;
-        let mut terms = latest.terms.ok_or(NoRegistration)?;
+        let latest = self.registration.clone()?;
+        let mut terms = latest.terms?;
         if let Some(lives_s) = edit.expires_in_s {
             if terms.end <= now_s {
-                return Err(NoRegistration);
+                return None;
             }
             terms.end = now_s.saturating_add(lives_s);
         }
         terms.cert_days = edit.cert_days.or(terms.cert_days);
         terms.note = edit.note.clone().unwrap_or(terms.note);
         let (instance, made_by) = (maker.instance, maker.name.clone());
-        Ok(Registration { version, instance, made_by, terms: Some(terms), ..latest })
+        Some(Registration { version, instance, made_by, terms: Some(terms), ..latest })
     }
 
     fn next_version(&self, now: Now) -> u64 {
@@ -280,7 +256,10 @@ fn fits(secret: Option<SecretHash>, shown: &Shown) -> bool {
 mod tests {
     use super::*;
     use crate::devices::fixture::{block, forgotten, registered, registration};
-    use Refusal::{Blocked, KeyRequired, NotRegistered, SecretInvalid};
+    use Code::{
+        ApiKeyRequired as KeyRequired, DeviceBlocked as Blocked,
+        DeviceNotRegistered as NotRegistered, SecretInvalid,
+    };
 
     const T: u64 = 1_800_000_000;
     const SECRET: SecretHash = SecretHash([9; 32]);
@@ -413,10 +392,10 @@ mod tests {
         assert_eq!((changed.version, changed.made_at), ((T + 10) * 1000, T));
         let expected = Terms { end: T + 100, note: None, ..terms };
         assert_eq!(changed.terms, Some(expected));
-        assert_eq!(row.edited(&longer, &maker(60)), Err(NoRegistration), "it has ended");
-        assert_eq!(Row::default().edited(&longer, &maker(0)), Err(NoRegistration));
-        assert_eq!(forgotten(1).edited(&longer, &maker(0)), Err(NoRegistration));
-        assert_eq!(Row::default().edited(&Edit::default(), &maker(0)), Ok(Row::default()));
+        assert_eq!(row.edited(&longer, &maker(60)), None, "it has ended");
+        assert_eq!(Row::default().edited(&longer, &maker(0)), None);
+        assert_eq!(forgotten(1).edited(&longer, &maker(0)), None);
+        assert_eq!(Row::default().edited(&Edit::default(), &maker(0)), Some(Row::default()));
         let gone = row.clone().merge(row.forgotten(&maker(0)));
         assert_eq!((gone.stage(T), gone.living(T)), (Stage::None, None));
         assert!(gone.registration > row.registration);

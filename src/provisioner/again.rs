@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use super::{Done, Grant, Issue, Job, Provisioner, Signed, not_issued};
+use super::{Done, Provisioner, Signed, not_issued};
 use crate::ca::csr::Csr;
 use crate::ca::record::Origin;
 use crate::clock::Now;
@@ -14,42 +14,19 @@ use crate::jwt::TokenHash;
 use crate::problem::{Code, Problem};
 
 /// Who may have had its certificate before.
+#[derive(Debug)]
 pub(super) struct Again {
-    device: DeviceId,
-    csr: Csr,
-    paid: Paid,
-    client: IpAddr,
+    pub device: DeviceId,
+    pub csr: Csr,
+    pub paid: Paid,
+    pub client: IpAddr,
 }
 
 /// What the device has shown.
-enum Paid {
+#[derive(Debug)]
+pub(super) enum Paid {
     Token(TokenHash),
     Secret(Shown),
-}
-
-impl Job {
-    /// Who may be given a certificate again if this is refused.
-    pub(super) fn again(&self) -> Option<Again> {
-        match self {
-            Job::Issue(Issue { device, shown, client, csr: Some(csr), .. }) => Some(Again {
-                device: device.clone(),
-                csr: Csr::clone(csr),
-                paid: Paid::Secret(*shown),
-                client: *client,
-            }),
-            Job::Sign(sign) => match &sign.grant {
-                Grant::Token(redeem) if redeem.again => Some(Again {
-                    device: redeem.token.claims.device_id.clone(),
-                    csr: sign.csr.clone(),
-                    paid: Paid::Token(redeem.token.hash),
-                    client: sign.client,
-                }),
-                _ => None,
-            },
-            Job::Refused(job, _) => job.again(),
-            _ => None,
-        }
-    }
 }
 
 impl Provisioner {
@@ -59,7 +36,7 @@ impl Provisioner {
     pub(super) fn give_again(
         &self,
         done: &mut [Result<Done, Problem>],
-        again: &[Option<Again>],
+        again: &[Option<Box<Again>>],
         now: Now,
     ) {
         const USED: [Code; 3] = [Code::SecretInvalid, Code::TokenAlreadyUsed, Code::TokenExpired];
@@ -113,7 +90,7 @@ impl Provisioner {
                 event = "certificate_given_again", device:%, serial:%, client:%;
                 "certificate {serial} of {device} given again, by {client}"
             );
-            Done::Signed(Box::new(Signed { leaf, issuer, again: true }))
+            Done::Signed(Box::new(Signed { leaf, issuer }))
         }))
     }
 }

@@ -37,6 +37,7 @@ use crate::share::{self, Sharing};
 use crate::store::ledger::Ledger;
 use crate::store::{Op, Status, StoreError, TokenStore};
 
+use again::Again;
 pub use prepare::CLOCK_IS_FAR_OFF_MS;
 
 /// Issues tokens and redeems them.
@@ -81,11 +82,31 @@ pub struct Rules {
     pub renew_after_expiry_days: u32,
 }
 
-/// A piece of work that has passed all checks that need no store.
+/// What was asked for, after all checks that need no store.
 #[derive(Debug)]
-pub enum Job {
+pub struct Job {
+    /// What is to be done, or why that is refused already.
+    work: Result<Work, Problem>,
+    /// Who is given a certificate again if it is refused, now or later.
+    again: Option<Box<Again>>,
+}
+
+impl Job {
+    /// Counts the live tokens.
+    pub const COUNT: Job = Job { work: Ok(Work::Count), again: None };
+}
+
+impl From<Work> for Job {
+    fn from(work: Work) -> Self {
+        Job { work: Ok(work), again: None }
+    }
+}
+
+/// A piece of work.
+#[derive(Debug)]
+enum Work {
     /// Issue a token.
-    Issue(Issue),
+    Issue(Box<Issue>),
     /// Sign a certificate, for a token or for an earlier certificate.
     Sign(Box<Sign>),
     /// Revoke a device's certificates and kill its token.
@@ -97,8 +118,6 @@ pub enum Job {
     Rewrite(Rewrite),
     /// Count the live tokens.
     Count,
-    /// One that is refused for this, unless its certificate was signed before.
-    Refused(Box<Job>, Problem),
 }
 
 /// An onboarding, as it is asked for.
@@ -134,25 +153,18 @@ pub struct Redemption<'a> {
 }
 
 /// A planned onboarding. Its token is dated when what is known of the device's past is known.
-#[derive(Clone, Debug)]
-pub struct Issue {
-    device: DeviceId,
-    replace: bool,
-    rule: Enrolment,
-    shown: Shown,
-    client: IpAddr,
-    jti: [u8; 16],
+#[derive(Debug)]
+struct Issue {
+    asked: Onboarding,
+    /// The device's row, as far as is known.
+    row: Row,
     /// What others know of the device may change the answer.
     look: bool,
-    /// The secret of the device's registration was shown.
-    by_secret: bool,
-    /// What its token is redeemed for at once.
-    csr: Option<Box<Csr>>,
 }
 
 /// A planned certificate.
 #[derive(Debug)]
-pub struct Sign {
+struct Sign {
     grant: Grant,
     csr: Csr,
     serial: Serial,
@@ -172,8 +184,6 @@ enum Grant {
 struct Redeem {
     token: Token,
     user_id: Option<String>,
-    /// As in [`Redemption`].
-    again: bool,
     /// The device's row, as far as is known.
     row: Row,
     /// What of it is used up by this.
@@ -189,7 +199,7 @@ struct Used {
 
 /// A planned revocation, and what else is to change of the device.
 #[derive(Debug)]
-pub struct Revoke {
+struct Revoke {
     device: DeviceId,
     reason: Reason,
     edit: Option<Edit>,
@@ -198,7 +208,7 @@ pub struct Revoke {
 
 /// A planned revocation of one certificate, of the device or server of this name.
 #[derive(Debug)]
-pub struct RevokeOne {
+struct RevokeOne {
     of: String,
     serial: Serial,
     reason: Reason,
@@ -207,7 +217,7 @@ pub struct RevokeOne {
 
 /// Planned changes of what is kept of devices: all are made, or none.
 #[derive(Debug)]
-pub struct Rewrite {
+struct Rewrite {
     changes: Vec<Changed>,
     by: By,
 }
@@ -307,8 +317,6 @@ pub struct Signed {
     pub leaf: Leaf,
     /// The CA.
     pub issuer: Arc<Issuer>,
-    /// It was signed when the device asked for it before.
-    again: bool,
 }
 
 /// A finished batch.

@@ -2,9 +2,11 @@
 
 use std::net::IpAddr;
 
+use super::again::{Again, Paid};
+use super::batch::Planned;
 use super::{
     By, Changed, Grant, Issue, Job, Onboarding, Provisioner, Redeem, Redemption, Revoke, RevokeOne,
-    Rewrite, Sign, not_issued, refused,
+    Rewrite, Sign, Work, not_issued, refused,
 };
 use crate::ca::csr::Csr;
 use crate::ca::record::{Certificate, Reason};
@@ -12,77 +14,61 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::Row;
 use crate::devices::enrol::{Edit, Shown};
-use crate::jwt::{Claims, Token, TokenHash};
+use crate::jwt::{Claims, Token};
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 
 impl Provisioner {
-    /// Plans a new token for a device.
-    ///
-    /// # Errors
-    /// When the clock is not set, the CA cannot sign, or the device may have none, by what this
-    /// instance knows and no other can know better.
+    /// Plans a new token for a device. It may be refused by what this instance knows and no other can
+    /// know better.
     pub fn plan_issue(&self, asked: Onboarding, now: Now) -> Result<Job, Problem> {
         self.issuer(now)?;
-        let Onboarding { device, replace, rule, shown, client, csr } = asked;
-        let mut jti = [0; 16];
-        getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-        let row = self.devices.row(&device);
-        let by_secret = row.has_shown_secret(&shown, now.unix_s());
-        let (look, csr) = (false, csr.map(Box::new));
-        let issue = Issue { device, replace, rule, shown, client, jti, look, by_secret, csr };
-        let look = match issue.judge(&row, self, now) {
+        let Onboarding { device, shown, client, csr, .. } = &asked;
+        let row = self.devices.row(device);
+        let paid = Paid::Secret(*shown);
+        let again = |csr| Again { device: device.clone(), csr, paid, client: *client };
+        let again = csr.clone().map(again).map(Box::new);
+        let look = match self.judge(&asked, &row, now) {
             // A registration of which only others know asks for the secret, or excuses.
-            Ok(()) => matches!(shown, Shown::Secret(_)) && !by_secret,
+            Ok(()) => {
+                Ok(matches!(shown, Shown::Secret(_)) && !row.has_shown_secret(shown, now.unix_s()))
+            }
             Err(
                 Code::SecretInvalid | Code::DeviceNotRegistered | Code::DeviceHasActiveCertificate,
-            ) if self.store.status().redis_enabled => true,
-            Err(code) => {
-                let (problem, again) = (not_issued(code, &issue.device), issue.csr.is_some());
-                return refuse(Job::Issue(issue), problem, again);
-            }
+            ) if self.store.status().redis_enabled => Ok(true),
+            Err(code) => Err(not_issued(code, device)),
         };
-        Ok(Job::Issue(Issue { look, ..issue }))
+        let work = look.map(|look| Work::Issue(Box::new(Issue { asked, row, look })));
+        Ok(Job { work, again })
     }
 
     /// A token of now, or of the second after the device's past.
-    pub(super) fn token(&self, device_id: DeviceId, jti: [u8; 16], now: Now) -> Token {
+    pub(super) fn token(&self, device_id: DeviceId, now: Now) -> Result<Token, Problem> {
+        let mut jti = [0; 16];
+        getrandom::fill(&mut jti).map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
         let dead_until = self.devices.bound(&device_id).0.t;
         let iat = now.unix_s().max(dead_until.saturating_add(1));
         let exp = iat.saturating_add(self.rules.token_ttl_s);
-        self.signer.sign(Claims { device_id, iat, exp, jti: Some(jti) })
+        Ok(self.signer.sign(Claims { device_id, iat, exp, jti: Some(jti) }))
     }
 
     /// Checks a token as far as it says itself: signature, type, expiry.
-    ///
-    /// # Errors
-    /// The first of these that fails.
     pub fn check_token(&self, compact: &str, now: Now) -> Result<Token, Problem> {
-        self.ca().check_clock(now)?;
-        self.signer.verify(compact, now.unix_s()).map_err(|error| {
-            // Of a token that has merely expired, the log may say whose it was.
-            let claims = self.signer.verify_signature(compact).ok();
-            match claims {
-                Some(claims) => refused(error, &TokenHash::of(compact), &claims.device_id),
-                None => error.into(),
-            }
-        })
+        let token = self.read_token(compact, now)?;
+        match token.claims.exp > now.unix_s() {
+            true => Ok(token),
+            false => Err(refused(Code::TokenExpired, &token.hash, &token.claims.device_id)),
+        }
     }
 
     /// The same of a token that may have ended, for who may be given a certificate again.
-    ///
-    /// # Errors
-    /// The first of the other checks that fails.
     pub fn read_token(&self, compact: &str, now: Now) -> Result<Token, Problem> {
         self.ca().check_clock(now)?;
         Ok(self.signer.verify(compact, 0)?)
     }
 
-    /// Plans the redemption of a token whose signature was checked.
-    ///
-    /// # Errors
-    /// When the CSR is refused, is not the token's device's, or this instance knows already that
-    /// the token has ended or is spent, or the device has a certificate.
+    /// Plans the redemption of a token whose signature was checked. It is refused if this instance knows
+    /// already that the token has ended or is spent, or the device has a certificate.
     pub fn plan_redeem(
         &self,
         token: Token,
@@ -98,13 +84,14 @@ impl Provisioner {
         csr.belongs_to(owner).map_err(|error| refused(error, &token.hash, owner))?;
         self.issuer(now)?;
         let row = self.devices.row(owner);
+        let (device, paid) = (owner.clone(), Paid::Token(token.hash));
+        let again = again.then(|| Box::new(Again { device, csr: csr.clone(), paid, client }));
         let looked = self.look(&token, &row, now).map_err(|code| refused(code, &token.hash, owner));
-        let redeem = Redeem { token, user_id, again, row, spends: None };
-        let job = sign(Grant::Token(Box::new(redeem)), csr, client)?;
-        match looked {
-            Ok(()) => Ok(job),
-            Err(problem) => refuse(job, problem, again),
-        }
+        let work = looked.and_then(|()| {
+            let redeem = Redeem { token, user_id, row, spends: None };
+            sign(Grant::Token(Box::new(redeem)), csr, client)
+        });
+        Ok(Job { work, again })
     }
 
     /// A token that this instance knows as spent is refused before an active certificate, which is
@@ -128,9 +115,6 @@ impl Provisioner {
     }
 
     /// Checks the certificate that a client has shown.
-    ///
-    /// # Errors
-    /// When there is none, it is not one of ours, or it no longer counts.
     pub fn check_certificate(&self, der: Option<&[u8]>, now: Now) -> Result<Certificate, Problem> {
         let der = der.ok_or(Code::ClientCertificateRequired)?;
         self.issuer(now)?;
@@ -149,19 +133,14 @@ impl Provisioner {
     }
 
     /// Plans the renewal of the checked certificate `old` for the key in `csr`.
-    ///
-    /// # Errors
-    /// When the CSR is refused or is not the device's.
     pub fn plan_renew(&self, old: Certificate, csr: &str, client: IpAddr) -> Result<Job, Problem> {
         let csr = Csr::parse(csr).map_err(|error| not_issued(error, &old.device))?;
         csr.belongs_to(&old.device).map_err(|error| not_issued(error, &old.device))?;
-        sign(Grant::Certificate(old), csr, client)
+        sign(Grant::Certificate(old), csr, client).map(Job::from)
     }
 
-    /// Plans the revocation of what `device` has, and that it is blocked.
-    ///
-    /// # Errors
-    /// When the clock is not set: a revocation has a date.
+    /// Plans the revocation of what `device` has, and that it is blocked. A revocation has a date, so the
+    /// clock must be set.
     pub fn plan_revoke(
         &self,
         device: DeviceId,
@@ -172,13 +151,10 @@ impl Provisioner {
     ) -> Result<Job, Problem> {
         self.ca().check_clock(now)?;
         let edit = block.then(|| Edit { blocked: Some(true), ..Edit::default() });
-        Ok(Job::Revoke(Revoke { device, reason, edit, by }))
+        Ok(Work::Revoke(Revoke { device, reason, edit, by }).into())
     }
 
     /// Plans the revocation of one certificate.
-    ///
-    /// # Errors
-    /// As [`Provisioner::plan_revoke`].
     pub fn plan_revoke_one(
         &self,
         of: String,
@@ -188,26 +164,18 @@ impl Provisioner {
         now: Now,
     ) -> Result<Job, Problem> {
         self.ca().check_clock(now)?;
-        Ok(Job::RevokeOne(RevokeOne { of, serial, reason, by }))
+        Ok(Work::RevokeOne(RevokeOne { of, serial, reason, by }).into())
     }
 
-    /// Plans changes of what is kept of devices.
-    ///
-    /// # Errors
-    /// When the clock is not set: a registration has an end.
+    /// Plans changes of what is kept of devices. A registration has an end, so the clock must be set.
     pub fn plan_rewrite(&self, changes: Vec<Changed>, by: By, now: Now) -> Result<Job, Problem> {
         self.ca().check_clock(now)?;
-        Ok(Job::Rewrite(Rewrite { changes, by }))
+        Ok(Work::Rewrite(Rewrite { changes, by }).into())
     }
 }
 
-/// What is refused by what is known here; whether it may be given `again` is seen when all is known.
-fn refuse(job: Job, problem: Problem, again: bool) -> Result<Job, Problem> {
-    if again { Ok(Job::Refused(Box::new(job), problem)) } else { Err(problem) }
-}
-
-pub(super) fn sign(grant: Grant, csr: Csr, client: IpAddr) -> Result<Job, Problem> {
+pub(super) fn sign(grant: Grant, csr: Csr, client: IpAddr) -> Planned {
     let serial = Serial::random();
     let serial = serial.map_err(|e| Problem::from(Code::ServiceUnavailable).log(e))?;
-    Ok(Job::Sign(Box::new(Sign { grant, csr, serial, client })))
+    Ok(Work::Sign(Box::new(Sign { grant, csr, serial, client })))
 }

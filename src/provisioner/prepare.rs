@@ -6,11 +6,11 @@
 //! from that of Redis, which all instances can read, kills nothing: one that is ahead would kill what
 //! is yet to come, and one that is behind would not reach what is there.
 
-use super::batch::unexpected;
-use super::{Change, Changed, Grant, Issue, Job, Provisioner, not_issued};
+use super::batch::{Planned, unexpected};
+use super::{Change, Changed, Grant, Issue, Onboarding, Provisioner, Work, not_issued};
 use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::devices::enrol::{Maker, Refusal};
+use crate::devices::enrol::Maker;
 use crate::devices::{self, Bound, Row, Text};
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
@@ -22,43 +22,44 @@ const CLOCK_IS_OFF_MS: u64 = 2000;
 /// By one that is further off nothing is killed, nor forgotten.
 pub const CLOCK_IS_FAR_OFF_MS: u64 = 3_600_000;
 
-/// A job that can go on.
+/// Work that can go on.
 pub(super) struct Prepared {
-    job: Job,
+    work: Work,
     /// The rows that it changes.
     kills: Vec<Kill>,
 }
 
 impl Prepared {
-    /// The job, and what the store is asked for it. A token is dated here, when all that the batch
+    /// The work, and what the store is asked for it. A token is dated here, when all that the batch
     /// kills is dead.
-    pub(super) fn into_ops(self, provisioner: &Provisioner, now: Now, ops: &mut Vec<Op>) -> Job {
+    pub(super) fn into_ops(self, by: &Provisioner, now: Now, ops: &mut Vec<Op>) -> Planned {
         let mut kills = self.kills.into_iter().map(Box::new);
-        match &self.job {
-            Job::Issue(Issue { device, jti, client, .. }) => {
-                let token = provisioner.token(device.clone(), *jti, now);
+        match &self.work {
+            Work::Issue(issue) => {
+                let Onboarding { device, client, .. } = &issue.asked;
+                let token = by.token(device.clone(), now)?;
                 let (replaces, subscriber) = (kills.next(), (*client).into());
                 ops.push(Op::Issue(New { token, replaces, subscriber }));
             }
-            Job::Sign(sign) => {
+            Work::Sign(sign) => {
                 if let Grant::Token(redeem) = &sign.grant {
                     ops.push(Op::Consume(redeem.token.clone(), sign.serial));
                 }
             }
-            Job::RevokeOne(_) | Job::Refused(..) => {}
-            Job::Revoke(_) | Job::Rewrite(_) => ops.extend(kills.map(Op::Kill)),
-            Job::Count => ops.push(Op::Count),
+            Work::RevokeOne(_) => {}
+            Work::Revoke(_) | Work::Rewrite(_) => ops.extend(kills.map(Op::Kill)),
+            Work::Count => ops.push(Op::Count),
         }
-        self.job
+        Ok(self.work)
     }
 }
 
-impl Job {
+impl Work {
     /// The device whose past it kills, if it does.
     pub(super) fn kills(&self) -> Option<&DeviceId> {
         match self {
-            Job::Issue(issue) => issue.replace.then_some(&issue.device),
-            Job::Revoke(revoke) => Some(&revoke.device),
+            Work::Issue(issue) => issue.asked.replace.then_some(&issue.asked.device),
+            Work::Revoke(revoke) => Some(&revoke.device),
             _ => None,
         }
     }
@@ -66,48 +67,47 @@ impl Job {
     /// The devices that are looked up first.
     fn looks_at(&self) -> Vec<&DeviceId> {
         match self {
-            Job::Issue(issue) if issue.look || issue.replace => vec![&issue.device],
-            Job::Revoke(revoke) => vec![&revoke.device],
-            Job::Rewrite(rewrite) => rewrite.changes.iter().map(|change| &change.device).collect(),
+            Work::Issue(issue) if issue.look || issue.asked.replace => vec![&issue.asked.device],
+            Work::Revoke(revoke) => vec![&revoke.device],
+            Work::Rewrite(rewrite) => rewrite.changes.iter().map(|change| &change.device).collect(),
             _ => Vec::new(),
         }
     }
 }
 
-impl Issue {
+impl Provisioner {
     /// Whether the device may have a token, by what is known of it.
-    pub(super) fn judge(&self, row: &Row, provisioner: &Provisioner, now: Now) -> Result<(), Code> {
-        row.may_enrol(self.rule, &self.shown, now.unix_s()).map_err(|refusal| match refusal {
-            Refusal::KeyRequired => Code::ApiKeyRequired,
-            Refusal::SecretInvalid => Code::SecretInvalid,
-            Refusal::Blocked => Code::DeviceBlocked,
-            Refusal::NotRegistered => Code::DeviceNotRegistered,
-        })?;
-        let excused = provisioner.may_reenroll() || row.living(now.unix_s()).is_some();
-        if !excused && provisioner.ca().record().has_active(&self.device, now) {
+    pub(super) fn judge(&self, asked: &Onboarding, row: &Row, now: Now) -> Result<(), Code> {
+        row.may_enrol(asked.rule, &asked.shown, now.unix_s())?;
+        let excused = self.may_reenroll() || row.living(now.unix_s()).is_some();
+        if !excused && self.ca().record().has_active(&asked.device, now) {
             return Err(Code::DeviceHasActiveCertificate);
         }
         Ok(())
     }
-}
 
-impl Provisioner {
     /// The device's past was killed after the token was issued, as far as is known here.
     pub(super) fn is_dead(&self, token: &Token) -> bool {
         token.claims.iat <= self.devices.bound(&token.claims.device_id).0.t
     }
 
-    /// Prepares all jobs: one trip to the store, then one sync of the disk.
-    pub(super) fn prepare(&self, jobs: Vec<Job>, now: Now) -> Vec<Result<Prepared, Problem>> {
-        let looks: Vec<Op> = jobs.iter().flat_map(Job::looks_at).cloned().map(Op::Look).collect();
+    /// Prepares all work: one trip to the store, then one sync of the disk.
+    pub(super) fn prepare(
+        &self,
+        planned: Vec<Planned>,
+        now: Now,
+    ) -> Vec<Result<Prepared, Problem>> {
+        let devices = planned.iter().flatten().flat_map(Work::looks_at);
+        let looks: Vec<Op> = devices.cloned().map(Op::Look).collect();
         let mut seen = self.run_ops(&looks, now).into_iter();
-        let prepare = |job: Job| {
-            let answers: Vec<Answer> = seen.by_ref().take(job.looks_at().len()).collect();
-            let seen = job.looks_at().into_iter().zip(answers).map(seen_of);
+        let prepare = |planned: Planned| {
+            let work = planned?;
+            let answers: Vec<Answer> = seen.by_ref().take(work.looks_at().len()).collect();
+            let seen = work.looks_at().into_iter().zip(answers).map(seen_of);
             let seen = seen.collect::<Result<Vec<_>, _>>()?;
-            self.prepare_one(job, seen, now)
+            self.prepare_one(work, seen, now)
         };
-        let mut prepared: Vec<_> = jobs.into_iter().map(prepare).collect();
+        let mut prepared: Vec<_> = planned.into_iter().map(prepare).collect();
         let kills = prepared.iter().flatten().flat_map(|prepared| &prepared.kills);
         let rows = kills.map(|kill| (kill.device.clone(), kill.row.clone())).collect();
         if let Err(error) = self.devices.enter(rows, true, now) {
@@ -120,20 +120,21 @@ impl Provisioner {
         prepared
     }
 
-    fn prepare_one(&self, job: Job, seen: Vec<Seen>, now: Now) -> Result<Prepared, Problem> {
-        match job {
-            Job::Issue(issue) => self.prepare_issue(issue, first(seen), now),
-            Job::Revoke(revoke) => {
+    fn prepare_one(&self, work: Work, seen: Vec<Seen>, now: Now) -> Result<Prepared, Problem> {
+        match work {
+            Work::Issue(issue) => self.prepare_issue(issue, first(seen), now),
+            Work::Revoke(revoke) => {
                 let (seen, maker) = (first(seen), self.maker(revoke.by.name.clone(), now));
                 let (known, t) = self.past_of(&revoke.device, &seen, now)?;
-                let edit = revoke.edit.as_ref().map(|edit| known.edited(edit, &maker));
-                let news = edit.transpose().map_err(|_| Code::InternalError)?.unwrap_or_default();
+                // Blocking alone changes no registration, so that none is missed.
+                let news = revoke.edit.as_ref().and_then(|edit| known.edited(edit, &maker));
+                let news = news.unwrap_or_default();
                 let bound = Row { bound: Bound { t, c: t }, ..Row::default() };
                 let row = known.merge(news).merge(bound);
                 let kills = vec![Kill { device: revoke.device.clone(), row, seen }];
-                Ok(Prepared { job: Job::Revoke(revoke), kills })
+                Ok(Prepared { work: Work::Revoke(revoke), kills })
             }
-            Job::Rewrite(mut rewrite) => {
+            Work::Rewrite(mut rewrite) => {
                 let maker = self.maker(rewrite.by.name.clone(), now);
                 let mut kills = Vec::new();
                 for (change, seen) in rewrite.changes.iter_mut().zip(seen) {
@@ -141,42 +142,46 @@ impl Provisioner {
                     let (device, row) = (change.device.clone(), change.row.clone());
                     kills.push(Kill { device, row, seen });
                 }
-                Ok(Prepared { job: Job::Rewrite(rewrite), kills })
+                Ok(Prepared { work: Work::Rewrite(rewrite), kills })
             }
-            job => Ok(Prepared { job, kills: Vec::new() }),
+            work => Ok(Prepared { work, kills: Vec::new() }),
         }
     }
 
-    fn prepare_issue(&self, mut issue: Issue, seen: Seen, now: Now) -> Result<Prepared, Problem> {
+    fn prepare_issue(
+        &self,
+        mut issue: Box<Issue>,
+        seen: Seen,
+        now: Now,
+    ) -> Result<Prepared, Problem> {
+        let Issue { asked, row, look } = &mut *issue;
         // What is known here was judged as it was planned, and is judged again when it is issued.
-        if !issue.look && !issue.replace {
-            return Ok(Prepared { job: Job::Issue(issue), kills: Vec::new() });
+        if !*look && !asked.replace {
+            return Ok(Prepared { work: Work::Issue(issue), kills: Vec::new() });
         }
-        let is_alone = issue.look && !seen.by_redis;
-        let known = self.devices.row(&issue.device).merge(seen.row.clone());
-        let judged = issue.judge(&known, self, now);
-        if known.spent_by(&issue.shown).is_some() {
-            self.learn(&issue.device, seen.row.clone(), now);
+        *row = self.devices.row(&asked.device).merge(seen.row.clone());
+        let judged = self.judge(asked, row, now);
+        if row.spent_by(&asked.shown).is_some() {
+            self.learn(&asked.device, seen.row.clone(), now);
         }
         judged.map_err(|code| match code {
             // Elsewhere it may be registered, and nobody can be asked.
-            Code::SecretInvalid | Code::DeviceNotRegistered if is_alone => {
-                not_issued(Code::ServiceUnavailable, &issue.device)
+            Code::SecretInvalid | Code::DeviceNotRegistered if *look && !seen.by_redis => {
+                not_issued(Code::ServiceUnavailable, &asked.device)
             }
-            code => not_issued(code, &issue.device),
+            code => not_issued(code, &asked.device),
         })?;
-        issue.by_secret = known.has_shown_secret(&issue.shown, now.unix_s());
-        if !issue.replace {
-            return Ok(Prepared { job: Job::Issue(issue), kills: Vec::new() });
+        if !asked.replace {
+            return Ok(Prepared { work: Work::Issue(issue), kills: Vec::new() });
         }
-        let device = issue.device.clone();
+        let device = asked.device.clone();
         let (known, t) = self.past_of(&device, &seen, now)?;
         if let Some(wait_s) = devices::too_far_ahead(t, now) {
             let problem = not_issued(Code::RateLimited, &device);
             return Err(Problem { retry_after_s: Some(wait_s), ..problem });
         }
         let row = known.merge(Row { bound: Bound { t, c: 0 }, ..Row::default() });
-        Ok(Prepared { job: Job::Issue(issue), kills: vec![Kill { device, row, seen }] })
+        Ok(Prepared { work: Work::Issue(issue), kills: vec![Kill { device, row, seen }] })
     }
 
     /// The device's row as it is to be.
@@ -196,7 +201,7 @@ impl Provisioner {
                 (change.change, change.secret) = (Change::Keep, None);
                 return Ok(known);
             }
-            Change::Edit { edit, .. } => known.edited(edit, maker).map_err(|_| {
+            Change::Edit { edit, .. } => known.edited(edit, maker).ok_or_else(|| {
                 Problem::from(Code::BadRequest).text(
                     "expires_in, cert_days and note are a registration's, and the device has none \
                      that can be changed so: \"register\":true begins one",

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::batch::{FollowUp, Step, unexpected};
+use super::batch::{Step, unexpected};
 use super::{Done, Grant, Provisioner, Redeem, Sign, Signed, Used, not_issued, refused};
 use crate::ca::csr::Csr;
 use crate::ca::identity;
@@ -22,20 +22,22 @@ use crate::serial::Serial;
 use crate::store::{Answer, Op, Outcome};
 
 impl Provisioner {
-    /// Signs and records what is granted. The record is locked only if there is any.
+    /// Signs and records what is granted. The record is locked only if there is any. Returns also what
+    /// the store is told after the answers.
     pub(super) fn record(
         &self,
         steps: Vec<Step>,
-        follow_up: &mut FollowUp,
+        undo: &mut Vec<Op>,
         now: Now,
-    ) -> Vec<Result<Done, Problem>> {
+    ) -> (Vec<Result<Done, Problem>>, Vec<Op>) {
         let is_granted = steps.iter().any(|step| matches!(step, Step::Granted(_)));
         let mut entries = is_granted.then(|| self.ca().record().begin());
         let enter = |step| match (step, &mut entries) {
-            (Step::Granted(sign), Some(entries)) => self.enter(sign, entries, follow_up, now),
+            (Step::Granted(sign), Some(entries)) => self.enter(sign, entries, undo, now),
             (step, _) => step,
         };
         let steps: Vec<Step> = steps.into_iter().map(enter).collect();
+        let mut used = Vec::new();
         let mut committed = entries.map(Entries::commit).unwrap_or_default().into_iter();
         let end = |step| match step {
             Step::Done(done) => done,
@@ -45,23 +47,25 @@ impl Provisioner {
             Step::Granted(sign) => Err(sign.refused(Code::InternalError.into())),
             Step::Entered(sign, signed) => {
                 let result = committed.next().unwrap_or_else(|| Err(not_committed()));
-                self.recorded(*sign, signed, result, follow_up)
+                self.recorded(*sign, signed, result, undo, &mut used)
             }
         };
         let done = steps.into_iter().map(end).collect();
-        self.enter_spent(follow_up, now);
-        done
+        (done, self.enter_spent(used, now))
     }
 
     fn enter(
         &self,
         mut sign: Box<Sign>,
         entries: &mut Entries<'_>,
-        follow_up: &mut FollowUp,
+        undo: &mut Vec<Op>,
         now: Now,
     ) -> Step {
         match self.sign(&mut sign, entries, now) {
-            Ok(signed) if signed.again => Step::Done(Ok(Done::Signed(Box::new(signed)))),
+            // It was signed before, for an earlier request.
+            Ok(signed) if signed.leaf.serial != sign.serial => {
+                Step::Done(Ok(Done::Signed(Box::new(signed))))
+            }
             Ok(signed) => {
                 entries.add(&signed.leaf, Some(sign.origin()), now);
                 Step::Entered(sign, signed)
@@ -70,7 +74,7 @@ impl Provisioner {
                 // A mark without a certificate is good for nothing, a bound's refusal included. One whose
                 // token has a certificate, from this attempt or another, stays.
                 let is_recorded = |op: &Op| matches!(op, Op::GiveBack(token, _) if entries.knows_token(&token.hash));
-                follow_up.give_back.extend(sign.give_back().filter(|op| !is_recorded(op)));
+                undo.extend(sign.give_back().filter(|op| !is_recorded(op)));
                 self.not_spent(&sign);
                 Step::Done(Err(sign.refused(problem)))
             }
@@ -94,7 +98,7 @@ impl Provisioner {
                         event = "certificate_given_again", device:%, serial:%, client:%;
                         "certificate {serial} of {device} given again in renewal of {old}, by {client}"
                     );
-                    return Ok(Signed { leaf, issuer: self.issuer(now)?, again: true });
+                    return Ok(Signed { leaf, issuer: self.issuer(now)? });
                 }
                 None
             }
@@ -108,7 +112,7 @@ impl Provisioner {
         };
         let leaf = catch_unwind(AssertUnwindSafe(sign))
             .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
-        Ok(Signed { leaf, issuer, again: false })
+        Ok(Signed { leaf, issuer })
     }
 
     /// Notes what the redemption uses up: nobody else may use it until that is known, or not so.
@@ -169,12 +173,13 @@ impl Provisioner {
         sign: Sign,
         signed: Signed,
         result: Result<(), RecordError>,
-        follow_up: &mut FollowUp,
+        undo: &mut Vec<Op>,
+        used: &mut Vec<Used>,
     ) -> Result<Done, Problem> {
         let Leaf { device, serial, .. } = &signed.leaf;
         if let Err(error) = result {
             if !error.left_behind() {
-                follow_up.give_back.extend(sign.give_back());
+                undo.extend(sign.give_back());
             }
             self.not_spent(&sign);
             let problem = Problem::from(error);
@@ -183,7 +188,7 @@ impl Provisioner {
         }
         let client = sign.client;
         match sign.grant {
-            Grant::Token(redeem) => follow_up.used.push(self.redeemed(*redeem, *serial, client)),
+            Grant::Token(redeem) => used.push(self.redeemed(*redeem, *serial, client)),
             Grant::Certificate(old) => {
                 let old = old.serial;
                 log::info!(
@@ -217,8 +222,8 @@ impl Provisioner {
 
     /// The registrations that were used are used up here before anybody is answered, and in Redis
     /// before the devices' leases are free.
-    fn enter_spent(&self, follow_up: &mut FollowUp, now: Now) {
-        let used = std::mem::take(&mut follow_up.used);
+    fn enter_spent(&self, used: Vec<Used>, now: Now) -> Vec<Op> {
+        let mut after = Vec::new();
         let device = |used: &Used| used.token.claims.device_id.clone();
         let spent: Vec<(DeviceId, Row)> =
             used.iter().filter_map(|used| Some((device(used), used.spends.clone()?))).collect();
@@ -238,9 +243,10 @@ impl Provisioner {
             // that is on disk.
             let token = self.sharing.free_when_shared(serial, token);
             let told_here = spends.filter(|_| token.is_some() || entered.is_err());
-            follow_up.after.extend(told_here.map(|row| Op::Tell(device, row)));
-            follow_up.after.extend(token.map(Op::Finish));
+            after.extend(told_here.map(|row| Op::Tell(device, row)));
+            after.extend(token.map(Op::Finish));
         }
+        after
     }
 
     /// At the start: what the process that ran before has recorded and not brought to its end. The first

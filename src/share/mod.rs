@@ -187,6 +187,16 @@ impl Sharing {
         }
     }
 
+    /// In place of the thread: the devices of which the next one who asks wants to know. He is answered.
+    #[cfg(test)]
+    pub fn answer_next(&self) -> Vec<DeviceId> {
+        let nobody = |state: &mut State| state.asked.is_empty();
+        let waited = self.changed.wait_while(self.lock(), nobody);
+        let asked = waited.unwrap_or_else(PoisonError::into_inner).asked.remove(0);
+        let _ = asked.answer.send(()); // he may have given up
+        asked.devices
+    }
+
     /// Waits until there is something to do, at most so long; whether that cannot wait for the end of
     /// a pause.
     fn wait(&self, longest: Duration) -> bool {
