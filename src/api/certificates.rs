@@ -27,17 +27,15 @@ pub(super) fn status(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
         stored => Some(stored?),
     };
     let created_at = stored.as_ref().map(|s| clock::rfc3339(s.created_at * 1000));
-    let mut json = Json::new();
-    json.field("success", true)
+    let revoked_at = certificate.revoked_at.map(|at| clock::rfc3339(at * 1000));
+    let json = Json::success()
         .field("device_id", certificate.device.as_str())
         .field("status", certificate.status(now).as_str())
         .field("serial_number", certificate.serial.to_string())
         .field("fingerprint", stored.map(|s| s.fingerprint))
         .field("created_at", created_at)
-        .field("expires_at", clock::rfc3339(certificate.expires_at * 1000));
-    if let Some(revoked_at) = certificate.revoked_at {
-        json.field("revoked_at", clock::rfc3339(revoked_at * 1000));
-    }
+        .field("expires_at", clock::rfc3339(certificate.expires_at * 1000))
+        .some("revoked_at", revoked_at);
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 
@@ -48,21 +46,18 @@ pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
     let stored = ca.record().stored(&certificate.serial)?;
     let issuer = ca.issuer().ok_or(Code::ClockNotSet)?;
     let ca_pem = issuer.chain_pem();
-    if asked.request.asks_for_format("pem") || asked.request.accepts(PEM) {
+    if asked.request.wants("pem") || asked.request.accepts(PEM) {
         return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + &ca_pem)));
     }
-    let mut content = Json::new();
-    content
+    let content = Json::new()
         .field("content", stored.pem)
         .field("filename", format!("device-{}.crt", certificate.device))
         .field("expires_at", clock::rfc3339(certificate.expires_at * 1000));
-    let mut ca_certificate = Json::new();
-    ca_certificate.field("content", ca_pem).field("filename", "root-ca.crt");
-    let mut json = Json::new();
-    json.field("success", true)
+    let ca_certificate = Json::new().field("content", ca_pem).field("filename", "root-ca.crt");
+    let json = Json::success()
         .field("device_id", certificate.device.as_str())
-        .object("certificate", &mut content)
-        .object("ca_certificate", &mut ca_certificate);
+        .object("certificate", content)
+        .object("ca_certificate", ca_certificate);
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 
@@ -80,7 +75,7 @@ pub(super) fn crl(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Proble
         false => Code::ClockNotSet,
     };
     let list = ca.crl().ok_or(none)?;
-    Ok(Plan::Reply(match asked.request.asks_for_format("der") {
+    Ok(Plan::Reply(match asked.request.wants("der") {
         true => Reply::of_type(PKIX_CRL, list.der.clone()),
         false => Reply::of_type(PEM, list.pem.clone()),
     }))
@@ -99,14 +94,11 @@ fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Revoked { of, serial, shared } = done else {
         return Err(Code::InternalError.into());
     };
-    let mut json = Json::new();
-    json.field("success", true)
+    let json = Json::success()
         .field("message", "Certificate revoked successfully")
-        .field("device_id", of);
-    if let Some(serial) = serial {
-        json.field("serial_number", serial.to_string());
-    }
-    json.field("shared", shared);
+        .field("device_id", of)
+        .some("serial_number", serial.map(|serial| serial.to_string()))
+        .field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 

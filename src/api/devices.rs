@@ -1,7 +1,6 @@
 //! `/api/v1/devices`: who may enrol, who is blocked, and what there is.
 
-use std::cmp::Ordering;
-use std::iter::Peekable;
+use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
@@ -51,8 +50,7 @@ pub(super) fn forget(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
 
 fn render_changed(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let (changed, shared) = the_only(done)?;
-    let mut json = Json::new();
-    write(json.field("success", true), &registration(api, &changed, now)).field("shared", shared);
+    let json = write(Json::success(), &registration(api, &changed, now)).field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 
@@ -60,8 +58,7 @@ fn render_forgotten(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let (Changed { device, row, .. }, shared) = the_only(done)?;
     let newest = api.provisioner.ca().record().newest(&device);
     let [id, state, ..] = described(&device, &row, newest.as_ref(), now);
-    let mut json = Json::new();
-    write(json.field("success", true), &[id, state]).field("shared", shared);
+    let json = write(Json::success(), &[id, state]).field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 
@@ -106,10 +103,8 @@ pub(super) fn register(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
 
 fn render_list(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Rewritten { changes, shared } = done else { return Err(Code::InternalError.into()) };
-    let entry = |changed: &Changed| write(&mut Json::new(), &entry(api, changed, now)).end();
-    let entries: Vec<String> = changes.iter().map(entry).collect();
-    let mut json = Json::new();
-    json.field("success", true).array("devices", &entries).field("shared", shared);
+    let entry = |changed| write(Json::new(), &entry(api, changed, now));
+    let json = Json::success().array("devices", changes.iter().map(entry)).field("shared", shared);
     Ok(Reply::json(json.timestamp(now)))
 }
 
@@ -125,13 +120,8 @@ fn render_table(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 /// one, and empty in the other.
 type Cell = (&'static str, Option<String>);
 
-fn write<'j>(json: &'j mut Json, cells: &[Cell]) -> &'j mut Json {
-    for (name, value) in cells {
-        if let Some(value) = value {
-            json.text(name, value);
-        }
-    }
-    json
+fn write(json: Json, cells: &[Cell]) -> Json {
+    cells.iter().fold(json, |json, (name, value)| json.some(name, value.as_deref()))
 }
 
 /// A table with these columns, as a file.
@@ -316,24 +306,20 @@ pub(super) fn show(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     let of_record = |certificate: &Certificate| {
         let stored = record.stored(&certificate.serial).ok();
         let [serial, status, end] = of_certificate(certificate, now);
-        let mut json = Json::new();
-        write(&mut json, &[serial, status])
+        let json = write(Json::new(), &[serial, status])
             .field("created_at", stored.map(|s| clock::rfc3339(s.created_at * 1000)));
         let revoked_at = certificate.revoked_at.map(|at| clock::rfc3339(at * 1000));
-        write(&mut json, &[end, ("revoked_at", revoked_at)]).end()
+        write(json, &[end, ("revoked_at", revoked_at)])
     };
-    let listed = certificates.iter().take(LARGEST_PAGE as usize);
-    let listed: Vec<String> = listed.map(of_record).collect();
-    let mut json = Json::new();
-    write(json.field("success", true), &described(&device, &row, certificates.first(), now));
+    let listed = certificates.iter().take(LARGEST_PAGE as usize).map(of_record);
+    let json = write(Json::success(), &described(&device, &row, certificates.first(), now));
     let terms = row.registration.as_ref().and_then(|latest| latest.terms.as_ref());
-    if let Some(days) = terms.and_then(|terms| terms.cert_days) {
-        json.field("cert_days", days);
-    }
-    write(&mut json, &[note_of(&row)]).array("certificates", &listed);
+    let json = json.some("cert_days", terms.and_then(|terms| terms.cert_days));
     let (changed_at, changed_by) = last_change(&row);
-    let changed_at = ("changed_at", changed_at.map(clock::rfc3339));
-    write(&mut json, &[changed_at, ("changed_by", changed_by)]);
+    let json = write(json, &[note_of(&row)])
+        .array("certificates", listed)
+        .some("changed_at", changed_at.map(clock::rfc3339))
+        .some("changed_by", changed_by);
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 
@@ -424,8 +410,13 @@ fn page(
     // One more than is looked at tells whether there is more.
     let most = if filtered { ROWS_LOOKED_AT } else { limit }.saturating_add(1);
     let (rows, end) = api.provisioner.devices.listed_after(after, prefix, most);
-    let newest = api.provisioner.ca().record().newest_after(after, prefix, most);
-    let all = Merged { rows: rows.into_iter().peekable(), newest: newest.into_iter().peekable() };
+    let mut all: BTreeMap<DeviceId, (Row, Option<Certificate>)> =
+        rows.into_iter().map(|(device, row)| (device, (row, None))).collect();
+    for newest in api.provisioner.ca().record().newest_after(after, prefix, most) {
+        let device = newest.device.clone();
+        all.entry(device).or_default().1 = Some(newest);
+    }
+    let all = all.into_iter().map(|(device, (row, newest))| Listed { device, row, newest });
     let (mut found, mut last) = (Vec::new(), None);
     let is_known = |listed: &Listed| end.as_ref().is_none_or(|end| listed.device <= *end);
     for (looked_at, listed) in all.take_while(is_known).enumerate() {
@@ -440,32 +431,6 @@ fn page(
     (found, end)
 }
 
-/// Rows and certificates side by side, sorted by device.
-struct Merged<R: Iterator<Item = (DeviceId, Row)>, C: Iterator<Item = Certificate>> {
-    rows: Peekable<R>,
-    newest: Peekable<C>,
-}
-
-impl<R: Iterator<Item = (DeviceId, Row)>, C: Iterator<Item = Certificate>> Iterator
-    for Merged<R, C>
-{
-    type Item = Listed;
-
-    fn next(&mut self) -> Option<Listed> {
-        let order = match (self.rows.peek(), self.newest.peek()) {
-            (Some((device, _)), Some(newest)) => device.cmp(&newest.device),
-            (Some(_), None) => Ordering::Less,
-            (None, _) => Ordering::Greater,
-        };
-        let newest = self.newest.next_if(|_| order.is_ge());
-        let (device, row) = match self.rows.next_if(|_| order.is_le()) {
-            Some((device, row)) => (device, row),
-            None => (newest.as_ref()?.device.clone(), Row::default()),
-        };
-        Some(Listed { device, row, newest })
-    }
-}
-
 impl Listed {
     fn cells(&self, now: Now) -> Vec<Cell> {
         let mut cells = described(&self.device, &self.row, self.newest.as_ref(), now).to_vec();
@@ -476,17 +441,17 @@ impl Listed {
 
 fn list_json(found: &[Listed], next: Option<DeviceId>, now: Now) -> Reply {
     let entry = |listed: &Listed| {
-        let mut json = Json::new();
-        write(&mut json, &listed.cells(now));
-        if let Some(newest) = &listed.newest {
-            json.object("certificate", write(&mut Json::new(), &of_certificate(newest, now)));
+        let json = write(Json::new(), &listed.cells(now));
+        match &listed.newest {
+            Some(newest) => {
+                json.object("certificate", write(Json::new(), &of_certificate(newest, now)))
+            }
+            None => json,
         }
-        json.end()
     };
-    let entries: Vec<String> = found.iter().map(entry).collect();
-    let mut json = Json::new();
-    json.field("success", true).array("devices", &entries);
-    write(&mut json, &[("next", next.map(|next| next.to_string()))]);
+    let json = Json::success()
+        .array("devices", found.iter().map(entry))
+        .some("next", next.map(|next| next.to_string()));
     Reply::json(json.timestamp(now))
 }
 

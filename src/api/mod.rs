@@ -27,16 +27,15 @@ use rustls::sign::CertifiedKey;
 
 use crate::ca;
 use crate::clock::{self, Now};
-use crate::config::{AdminKey, Config, Enrolment, Secret};
+use crate::config::{Config, Enrolment};
 use crate::device::DeviceId;
-use crate::devices::Text;
 use crate::http::Reply;
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job, Provisioner};
 use crate::store::Op;
 
-use rate_limit::{OnboardingLimits, RateLimit};
+use rate_limit::RateLimit;
 use refusals::{Refusals, Sum};
 pub use request::Request;
 use routes::{Asked, Caller, Endpoint, endpoint, manner};
@@ -45,8 +44,11 @@ pub use routes::{classify, endpoints, lane_kinds};
 /// The API over a provisioner.
 pub struct Api {
     provisioner: Arc<Provisioner>,
-    settings: RwLock<Arc<Reloadable>>,
-    onboarding_limits: OnboardingLimits,
+    settings: RwLock<Arc<Settings>>,
+    /// Onboardings of those who show the key, and of those who do not: whoever shares an address with a
+    /// client that has no key must not be kept out by it.
+    with_key: RateLimit,
+    without_key: RateLimit,
     /// Counts failed authentications.
     auth_failures: RateLimit,
     /// Who may onboard, if that was said.
@@ -56,34 +58,17 @@ pub struct Api {
 }
 
 /// What may change while the service runs.
-#[derive(Clone)]
-struct Reloadable {
-    /// What callers must bear; `None` as in [`Config`].
-    onboarding_key: Option<Secret>,
-    /// Who may onboard.
-    enrolment: Enrolment,
-    /// Keys of the admin endpoints, each with its name.
-    admin_keys: Vec<(Text, Secret)>,
+struct Settings {
+    /// `ENROLMENT` is as it was said at the start.
+    config: Config,
     /// First and last second of the certificate that we show, since 1970.
     certificate: Option<(u64, u64)>,
-    /// What the configuration has that is allowed, but unwise.
-    warnings: Vec<String>,
-    /// Whether there is a page for browsers.
-    page: bool,
 }
 
-impl Reloadable {
-    /// `enrolment` is as it was said at the start: it stays.
+impl Settings {
     fn of(config: &Config, enrolment: Option<Enrolment>) -> Arc<Self> {
-        let admin = |admin: &AdminKey| Some((Text::parse(&admin.name)?, admin.key.clone()));
-        Arc::new(Reloadable {
-            onboarding_key: config.onboarding_api_key.clone(),
-            enrolment: enrolment.unwrap_or(config.enrolment()),
-            admin_keys: config.admin_keys.iter().filter_map(admin).collect(),
-            certificate: config.tls.as_deref().and_then(validity),
-            warnings: config.warnings.clone(),
-            page: config.page,
-        })
+        let certificate = config.tls.as_deref().and_then(validity);
+        Arc::new(Settings { config: Config { enrolment, ..config.clone() }, certificate })
     }
 }
 
@@ -109,8 +94,9 @@ impl Api {
     pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
         Api {
             provisioner,
-            settings: RwLock::new(Reloadable::of(config, config.enrolment)),
-            onboarding_limits: OnboardingLimits::new(config.http.onboarding_rate_limit),
+            settings: RwLock::new(Settings::of(config, config.enrolment)),
+            with_key: RateLimit::new(config.http.onboarding_rate_limit),
+            without_key: RateLimit::new(config.http.onboarding_rate_limit),
             auth_failures: RateLimit::new(config.http.auth_failures),
             enrolment: config.enrolment,
             refusals: Refusals::new(),
@@ -120,15 +106,15 @@ impl Api {
 
     /// From the next request on, the keys are those of `config`, and its certificate is watched.
     pub fn reload(&self, config: &Config) {
-        let settings = Reloadable::of(config, self.enrolment);
+        let settings = Settings::of(config, self.enrolment);
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
     /// Another certificate is shown from now on.
     pub fn shows(&self, shown: &CertifiedKey) {
         let mut settings = self.settings.write().unwrap_or_else(PoisonError::into_inner);
-        *settings =
-            Arc::new(Reloadable { certificate: validity(shown), ..Reloadable::clone(&settings) });
+        let config = settings.config.clone();
+        *settings = Arc::new(Settings { config, certificate: validity(shown) });
     }
 
     /// What is to be said of the certificate that we show over HTTPS: that it does not count now, or
@@ -139,7 +125,7 @@ impl Api {
     }
 
     /// The settings as they are now; a request looks once, so that it sees all old or all new ones.
-    fn settings(&self) -> Arc<Reloadable> {
+    fn settings(&self) -> Arc<Settings> {
         Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
     }
 

@@ -36,8 +36,7 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
 
 fn render(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Issued(token) = done else { return Err(Code::InternalError.into()) };
-    let mut json = Json::new();
-    json.field("success", true)
+    let json = Json::success()
         .text("provisioning_token", &token.compact)
         .field("expires_in", api.provisioner.token_ttl_s());
     Ok(Reply::json(json.timestamp(now)))

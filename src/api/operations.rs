@@ -1,6 +1,6 @@
 //! What operators ask: health, readiness, the list of endpoints.
 
-use super::routes::ROUTES;
+use super::routes::{ROUTES, Route};
 use super::{Api, Asked, Plan};
 use crate::clock::{self, DAY_S, Now};
 use crate::http::{Json, Reply};
@@ -19,27 +19,25 @@ fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Counted(count) = done else { return Err(Code::InternalError.into()) };
     let status = api.provisioner.store_status();
     let degraded = status.redis_enabled && !status.redis_serves;
-    let mut redis = Json::new();
-    redis
+    let redis = Json::new()
         .field("enabled", status.redis_enabled)
         .field("connected", status.redis_serves)
         .field("tokenCount", count)
         .field("deviceCount", count);
     let sharing = api.provisioner.sharing(now);
-    let mut record = Json::new();
-    record
+    let record = Json::new()
         .field("shared", sharing.shared)
         .field("behind_seconds", sharing.behind_ms / 1000)
         .field("ignored", sharing.ignored);
-    let mut json = Json::new();
-    json.field("status", if degraded { "degraded" } else { "ok" })
+    let json = Json::new()
+        .field("status", if degraded { "degraded" } else { "ok" })
         .field("timestamp", clock::rfc3339(now.unix_ms))
         .field("version", VERSION)
         .field("uptime_seconds", now.mono_ms / 1000)
         .field("storage", if status.redis_serves { "redis" } else { "memory" })
-        .object("redis", &mut redis)
-        .object("record", &mut record);
-    Ok(Reply::json(json.end()))
+        .object("redis", redis)
+        .object("record", record);
+    Ok(Reply::json(json))
 }
 
 /// What `GET /ready` says: why the service is not ready, and what is well only today.
@@ -57,11 +55,9 @@ pub(super) fn ready(api: &Api, _: &Asked<'_>, now: Now) -> Result<Plan, Problem>
             .text("Not ready")
             .field("reasons", reasons));
     }
-    let mut json = Json::new();
-    json.field("status", "ready");
-    if !warnings.is_empty() {
-        json.field("warnings", warnings);
-    }
+    let json = Json::new()
+        .field("status", "ready")
+        .some("warnings", Some(warnings).filter(|warnings| !warnings.is_empty()));
     Ok(Plan::Reply(Reply::json(json.timestamp(now))))
 }
 
@@ -80,7 +76,7 @@ fn notes(api: &Api, now: Now) -> Notes {
     if store.redis_enabled && !store.redis_serves {
         warnings.push("Redis is away: a token that only it knows is answered 503".to_owned());
     }
-    warnings.extend(api.settings().warnings.iter().cloned());
+    warnings.extend(api.settings().config.warnings.iter().cloned());
     Notes { reasons, warnings }
 }
 
@@ -176,19 +172,15 @@ fn ends(api: &Api, now: Now, page: &mut Page) {
 
 /// `GET /api`
 pub(super) fn list(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
-    let endpoints: Vec<String> = ROUTES
-        .iter()
-        .map(|route| {
-            let mut json = Json::new();
-            json.field("method", route.method.name())
-                .field("path", route.path)
-                .field("description", route.what);
-            json.end()
-        })
-        .collect();
-    let mut json = Json::new();
-    json.field("name", env!("CARGO_PKG_NAME"))
+    let endpoint = |route: &Route| {
+        Json::new()
+            .field("method", route.method.name())
+            .field("path", route.path)
+            .field("description", route.what)
+    };
+    let json = Json::new()
+        .field("name", env!("CARGO_PKG_NAME"))
         .field("version", VERSION)
-        .array("endpoints", &endpoints);
-    Ok(Plan::Reply(Reply::json(json.end())))
+        .array("endpoints", ROUTES.iter().map(endpoint));
+    Ok(Plan::Reply(Reply::json(json)))
 }

@@ -15,33 +15,6 @@ use crate::subscriber::Subscriber;
 const MOST_CLIENTS: usize = 8192;
 const MINUTE_MS: u64 = 60_000;
 
-/// `ONBOARDING_RATE_LIMIT` for those who show the key and for those who do not: whoever shares an
-/// address with a client that has no key must not be kept out by it.
-#[derive(Debug)]
-pub struct OnboardingLimits {
-    with_key: RateLimit,
-    without_key: RateLimit,
-}
-
-impl OnboardingLimits {
-    /// As [`RateLimit::new`].
-    pub fn new(per_minute: u32) -> Self {
-        OnboardingLimits {
-            with_key: RateLimit::new(per_minute),
-            without_key: RateLimit::new(per_minute),
-        }
-    }
-
-    /// As [`RateLimit::admit`], among those who do or do not show the key.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn admit(&self, client: IpAddr, has_key: bool, now: Now) -> Result<(), u64> {
-        let limit = if has_key { &self.with_key } else { &self.without_key };
-        limit.admit(client, now)
-    }
-}
-
 /// The buckets of all clients.
 #[derive(Debug)]
 pub struct RateLimit {
@@ -62,10 +35,8 @@ impl RateLimit {
         RateLimit { per_minute: per_minute.into(), buckets: Mutex::default() }
     }
 
-    /// Counts a request of `client`.
-    ///
-    /// # Errors
-    /// The seconds after which the client may try again; the request is not counted then.
+    /// Counts a request of `client`, or gives the seconds after which it may try again; the request is not
+    /// counted then.
     pub fn admit(&self, client: IpAddr, now: Now) -> Result<(), u64> {
         if self.per_minute == 0 {
             return Ok(());
@@ -81,9 +52,6 @@ impl RateLimit {
     }
 
     /// As [`RateLimit::admit`], but nothing is counted.
-    ///
-    /// # Errors
-    /// As there.
     pub fn look(&self, client: IpAddr, now: Now) -> Result<(), u64> {
         if self.per_minute == 0 {
             return Ok(());

@@ -35,10 +35,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// The body as a JSON object with these fields; no body is an empty one.
-    ///
-    /// # Errors
-    /// 415 or 400. A form that a browser could be made to post is a 415.
+    /// The body as a JSON object with these fields; no body is an empty one. A form that a browser could
+    /// be made to post is a 415.
     pub fn json(&self, names: &[&str]) -> Result<Map<String, Value>, Problem> {
         if self.body.is_empty() {
             return Ok(Map::new());
@@ -81,9 +79,9 @@ impl Request {
         self.bearer().is_some_and(|given| key.matches(given.as_bytes()))
     }
 
-    /// Whether the query says `format=<name>`.
-    pub fn asks_for_format(&self, name: &str) -> bool {
-        self.query.split('&').filter_map(|pair| pair.strip_prefix("format=")).any(|v| v == name)
+    /// Whether the query says `format=<format>`.
+    pub fn wants(&self, format: &str) -> bool {
+        self.query("format").is_some_and(|wanted| wanted == format)
     }
 
     /// What the query says of `name`, the first time.
@@ -92,10 +90,7 @@ impl Request {
         pairs.find(|(key, _)| key == name).map(|(_, value)| value)
     }
 
-    /// Whether the query says `<name>=true`.
-    ///
-    /// # Errors
-    /// When it says something else than that or `false`.
+    /// Whether the query says `<name>=true`; it may say `false`.
     pub fn flag(&self, name: &str) -> Result<bool, Problem> {
         match self.query(name).as_deref() {
             None | Some("false") => Ok(false),

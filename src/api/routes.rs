@@ -11,7 +11,7 @@ use super::{
 };
 use crate::ca::record::Certificate;
 use crate::clock::Now;
-use crate::config::{Enrolment, Secret};
+use crate::config::Enrolment;
 use crate::device::DeviceId;
 use crate::devices::enrol::Shown;
 use crate::devices::{SecretHash, Text};
@@ -88,157 +88,60 @@ pub(super) struct Asked<'a> {
     pub caller: Caller,
 }
 
-/// A row with what most endpoints have in common.
-const fn route(method: Method, path: &'static str, what: &'static str, plan: Handler) -> Route {
-    Route {
-        method,
-        path,
-        what,
-        lane: LaneKind::Plain,
-        credentials: Credentials::None,
-        fields: &[],
-        plan,
-    }
-}
-
-/// A row that an admin key opens.
-const fn admin(method: Method, path: &'static str, what: &'static str, plan: Handler) -> Route {
-    Route { credentials: Credentials::AdminKey, ..route(method, path, what, plan) }
+macro_rules! routes {
+    ($($method:ident $path:literal $plan:path, $lane:ident, $asks:ident, $fields:expr, $what:literal;)*) => {
+        &[$(Route {
+            method: Method::$method,
+            path: $path,
+            what: $what,
+            lane: LaneKind::$lane,
+            credentials: Credentials::$asks,
+            fields: $fields,
+            plan: $plan,
+        }),*]
+    };
 }
 
 /// All endpoints; `HEAD` and `OPTIONS` come with them.
-pub(super) const ROUTES: &[Route] = &[
-    Route {
-        credentials: Credentials::Onboarding,
-        fields: &["device_id", "replace"],
-        ..route(Method::Post, "/api/v1/onboarding", "issue a provisioning token", onboarding::plan)
-    },
-    Route {
-        lane: LaneKind::Certificate,
-        credentials: Credentials::Token,
-        fields: &["csr", "device_id", "provisioning_token", "user_id"],
-        ..route(
-            Method::Post,
-            "/api/v1/sign-csr",
-            "redeem a token for a certificate",
-            sign_csr::plan,
-        )
-    },
-    route(
-        Method::Get,
-        "/api/v1/certificates/{device_id}/status",
-        "a device's newest certificate",
-        certificates::status,
-    ),
-    route(
-        Method::Get,
-        "/api/v1/certificates/{id}/download",
-        "a certificate and its CA",
-        certificates::download,
-    ),
-    Route {
-        fields: &["reason"],
-        ..admin(
-            Method::Delete,
-            "/api/v1/certificates/{device_id}",
-            "revoke a device (admin)",
-            certificates::revoke,
-        )
-    },
-    Route {
-        lane: LaneKind::Certificate,
-        credentials: Credentials::AdminKey,
-        fields: &["reason"],
-        ..route(
-            Method::Delete,
-            "/api/v1/devices/{device_id}/certificates/{serial}",
-            "revoke one certificate (admin)",
-            certificates::revoke_one,
-        )
-    },
-    Route {
-        lane: LaneKind::Certificate,
-        credentials: Credentials::ClientCertificate,
-        fields: &["csr"],
-        ..route(
-            Method::Post,
-            "/api/v1/renew",
-            "another certificate, by the present one",
-            renew::plan,
-        )
-    },
-    route(Method::Get, "/api/v1/ca", "the CA certificate", certificates::ca),
-    admin(
-        Method::Get,
-        "/api/v1/devices/{device_id}",
-        "a device and its certificates (admin)",
-        devices::show,
-    ),
-    Route {
-        fields: devices::FIELDS,
-        ..admin(
-            Method::Put,
-            "/api/v1/devices/{device_id}",
-            "register, block or unblock a device (admin)",
-            devices::change,
-        )
-    },
-    admin(
-        Method::Delete,
-        "/api/v1/devices/{device_id}",
-        "forget a device's registration (admin)",
-        devices::forget,
-    ),
-    Route {
-        lane: LaneKind::Bulk,
-        ..admin(Method::Post, "/api/v1/devices", "register devices (admin)", devices::register)
-    },
-    Route {
-        lane: LaneKind::Bulk,
-        ..admin(Method::Get, "/api/v1/devices", "all devices (admin)", devices::list)
-    },
-    Route {
-        lane: LaneKind::Bulk,
-        ..route(Method::Get, "/api/v1/crl", "the list of revoked certificates", certificates::crl)
-    },
-    route(
-        Method::Get,
-        "/.well-known/est/cacerts",
-        "EST, over HTTPS: the CA certificates",
-        est::cacerts,
-    ),
-    route(
-        Method::Get,
-        "/.well-known/est/csrattrs",
-        "EST, over HTTPS: nothing is asked of a CSR",
-        est::csrattrs,
-    ),
-    Route {
-        lane: LaneKind::Certificate,
-        credentials: Credentials::Login,
-        ..route(
-            Method::Post,
-            "/.well-known/est/simpleenroll",
-            "EST, over HTTPS: a certificate",
-            est::enrol,
-        )
-    },
-    Route {
-        lane: LaneKind::Certificate,
-        credentials: Credentials::ClientCertificate,
-        ..route(
-            Method::Post,
-            "/.well-known/est/simplereenroll",
-            "EST, over HTTPS: another certificate, by the present one",
-            est::enrol,
-        )
-    },
-    route(Method::Get, "/", "the page for a browser", page::page),
-    route(Method::Get, "/health", "how the service is", operations::health),
-    route(Method::Get, "/ready", "whether it can issue and sign", operations::ready),
-    route(Method::Get, "/metrics", "what was counted, for Prometheus", operations::metrics),
-    route(Method::Get, "/api", "this list", operations::list),
-];
+pub(super) const ROUTES: &[Route] = routes! {
+    Post "/api/v1/onboarding" onboarding::plan, Plain, Onboarding, &["device_id", "replace"],
+        "issue a provisioning token";
+    Post "/api/v1/sign-csr" sign_csr::plan, Certificate, Token,
+        &["csr", "device_id", "provisioning_token", "user_id"], "redeem a token for a certificate";
+    Get "/api/v1/certificates/{device_id}/status" certificates::status, Plain, None, &[],
+        "a device's newest certificate";
+    Get "/api/v1/certificates/{id}/download" certificates::download, Plain, None, &[],
+        "a certificate and its CA";
+    Delete "/api/v1/certificates/{device_id}" certificates::revoke, Plain, AdminKey, &["reason"],
+        "revoke a device (admin)";
+    Delete "/api/v1/devices/{device_id}/certificates/{serial}" certificates::revoke_one,
+        Certificate, AdminKey, &["reason"], "revoke one certificate (admin)";
+    Post "/api/v1/renew" renew::plan, Certificate, ClientCertificate, &["csr"],
+        "another certificate, by the present one";
+    Get "/api/v1/ca" certificates::ca, Plain, None, &[], "the CA certificate";
+    Get "/api/v1/devices/{device_id}" devices::show, Plain, AdminKey, &[],
+        "a device and its certificates (admin)";
+    Put "/api/v1/devices/{device_id}" devices::change, Plain, AdminKey, devices::FIELDS,
+        "register, block or unblock a device (admin)";
+    Delete "/api/v1/devices/{device_id}" devices::forget, Plain, AdminKey, &[],
+        "forget a device's registration (admin)";
+    Post "/api/v1/devices" devices::register, Bulk, AdminKey, &[], "register devices (admin)";
+    Get "/api/v1/devices" devices::list, Bulk, AdminKey, &[], "all devices (admin)";
+    Get "/api/v1/crl" certificates::crl, Bulk, None, &[], "the list of revoked certificates";
+    Get "/.well-known/est/cacerts" est::cacerts, Plain, None, &[],
+        "EST, over HTTPS: the CA certificates";
+    Get "/.well-known/est/csrattrs" est::csrattrs, Plain, None, &[],
+        "EST, over HTTPS: nothing is asked of a CSR";
+    Post "/.well-known/est/simpleenroll" est::enrol, Certificate, Login, &[],
+        "EST, over HTTPS: a certificate";
+    Post "/.well-known/est/simplereenroll" est::enrol, Certificate, ClientCertificate, &[],
+        "EST, over HTTPS: another certificate, by the present one";
+    Get "/" page::page, Plain, None, &[], "the page for a browser";
+    Get "/health" operations::health, Plain, None, &[], "how the service is";
+    Get "/ready" operations::ready, Plain, None, &[], "whether it can issue and sign";
+    Get "/metrics" operations::metrics, Plain, None, &[], "what was counted, for Prometheus";
+    Get "/api" operations::list, Plain, None, &[], "this list";
+};
 
 /// The kinds of lanes that the endpoints need.
 pub fn lane_kinds() -> Vec<LaneKind> {
@@ -347,16 +250,17 @@ impl Api {
             Credentials::Onboarding => self.authorise_onboarding(request, now),
             Credentials::AdminKey => {
                 let settings = self.settings();
-                if settings.admin_keys.is_empty() {
+                let keys = &settings.config.admin_keys;
+                if keys.is_empty() {
                     return Err(Code::AdminDisabled.into());
                 }
                 self.check_failures(request, now)?;
                 // SECURITY: all are compared, so that the time does not tell which it was
-                let compare = |found, (name, key): &(Text, Secret)| {
-                    if request.bears(key) { Some(name.clone()) } else { found }
-                };
-                let found = settings.admin_keys.iter().fold(None, compare);
-                found.map(Caller::Admin).ok_or(Code::AdminForbidden.into())
+                let found = keys
+                    .iter()
+                    .fold(None, |found, key| request.bears(&key.key).then_some(key).or(found));
+                let name = found.and_then(|admin| Text::parse(&admin.name));
+                name.map(Caller::Admin).ok_or(Code::AdminForbidden.into())
             }
             Credentials::ClientCertificate => {
                 let der = request.client_certificate.as_deref();
@@ -368,16 +272,16 @@ impl Api {
 
     fn authorise_onboarding(&self, request: &Request, now: Now) -> Result<Caller, Problem> {
         let settings = self.settings();
-        let key = settings.onboarding_key.as_ref();
+        let key = settings.config.onboarding_api_key.as_ref();
         let shown = match request.bearer() {
             _ if key.is_some_and(|key| request.bears(key)) => Shown::Key,
             Some(given) => SecretHash::of_typed(given).map_or(Shown::Wrong, Shown::Secret),
             None => Shown::Nothing,
         };
-        let admitted = self.onboarding_limits.admit(request.client, shown == Shown::Key, now);
-        admitted.map_err(wait)?;
+        let limit = if shown == Shown::Key { &self.with_key } else { &self.without_key };
+        limit.admit(request.client, now).map_err(wait)?;
         self.check_failures(request, now)?;
-        match (settings.enrolment, shown) {
+        match (settings.config.enrolment(), shown) {
             (rule, Shown::Key) => Ok(Caller::Onboarding(rule, shown)),
             (Enrolment::Key, _) => Err(Code::ApiKeyRequired.into()),
             (Enrolment::Registered, Shown::Nothing | Shown::Wrong) => {
@@ -405,10 +309,10 @@ impl Api {
             let token = self.provisioner.read_token(&password, now)?;
             return Ok(Caller::Login(name, Pass::Token(token)));
         }
-        self.onboarding_limits.admit(request.client, false, now).map_err(wait)?;
+        self.without_key.admit(request.client, now).map_err(wait)?;
         self.check_failures(request, now)?;
         let secret = SecretHash::of_typed(&password).ok_or_else(est::no_login)?;
-        match self.settings().enrolment {
+        match self.settings().config.enrolment() {
             // As at onboarding, a secret is not enough.
             Enrolment::Key => Err(est::no_token()),
             Enrolment::Open | Enrolment::Registered => {

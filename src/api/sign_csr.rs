@@ -29,8 +29,7 @@ pub(super) fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Signed(signed) = done else { return Err(Code::InternalError.into()) };
     let leaf = &signed.leaf;
     let serial = leaf.serial.to_string();
-    let mut json = Json::new();
-    json.field("success", true)
+    let json = Json::success()
         .field("device_id", leaf.device.as_str())
         .field("certificate", leaf.pem.as_str())
         .field("ca_certificate", signed.issuer.chain_pem())

@@ -15,16 +15,29 @@ impl Json {
         Json(text)
     }
 
+    /// The field with which most good answers begin.
+    pub fn success() -> Self {
+        Json::new().field("success", true)
+    }
+
     /// Adds a field.
-    pub fn field(&mut self, name: &str, value: impl Into<Value>) -> &mut Self {
+    pub fn field(self, name: &str, value: impl Into<Value>) -> Self {
         match value.into() {
             Value::String(text) => self.text(name, &text),
             value => self.written(name, &value.to_string()),
         }
     }
 
+    /// Adds a field if there is something to say.
+    pub fn some(self, name: &str, value: Option<impl Into<Value>>) -> Self {
+        match value {
+            Some(value) => self.field(name, value),
+            None => self,
+        }
+    }
+
     /// Adds a text.
-    pub fn text(&mut self, name: &str, text: &str) -> &mut Self {
+    pub fn text(mut self, name: &str, text: &str) -> Self {
         // Tokens, dates and PEM but for its line breaks: most of what there is.
         if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') {
             self.name(name).push('"');
@@ -36,16 +49,17 @@ impl Json {
     }
 
     /// Adds an object.
-    pub fn object(&mut self, name: &str, fields: &mut Json) -> &mut Self {
+    pub fn object(self, name: &str, fields: Json) -> Self {
         self.written(name, &fields.end())
     }
 
-    /// Adds a list of values that are JSON already.
-    pub fn array(&mut self, name: &str, values: &[String]) -> &mut Self {
+    /// Adds a list of objects.
+    pub fn array(self, name: &str, values: impl Iterator<Item = Json>) -> Self {
+        let values: Vec<String> = values.map(Json::end).collect();
         self.written(name, &format!("[{}]", values.join(",")))
     }
 
-    fn written(&mut self, name: &str, json: &str) -> &mut Self {
+    fn written(mut self, name: &str, json: &str) -> Self {
         self.name(name).push_str(json);
         self
     }
@@ -60,15 +74,14 @@ impl Json {
         &mut self.0
     }
 
-    /// Adds the field that closes every answer, and `}`.
-    pub fn timestamp(&mut self, now: Now) -> String {
-        self.text("timestamp", &clock::rfc3339(now.unix_ms));
-        self.end()
+    /// Adds the field that closes most answers.
+    pub fn timestamp(self, now: Now) -> Self {
+        self.text("timestamp", &clock::rfc3339(now.unix_ms))
     }
 
     /// `}`
-    pub fn end(&mut self) -> String {
+    pub fn end(mut self) -> String {
         self.0.push('}');
-        std::mem::take(&mut self.0)
+        self.0
     }
 }

@@ -18,11 +18,10 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// 200 with a JSON body, which is written by the caller to keep the order of its fields. A newline
-    /// at its end keeps the prompt of who asks by hand on a line of its own.
-    pub fn json(mut body: String) -> Self {
-        body.push('\n');
-        Self::of_type(JSON, body)
+    /// 200 with a JSON body. A newline at its end keeps the prompt of who asks by hand on a line of its
+    /// own.
+    pub(crate) fn json(body: Json) -> Self {
+        Self::of_type(JSON, body.end() + "\n")
     }
 
     /// 200 with a body of another type.
@@ -43,11 +42,10 @@ impl Reply {
     /// An error, to a program.
     pub fn problem(problem: &Problem, now: Now) -> Self {
         let code = problem.code.row().1;
-        let mut json = Json::new();
-        json.field("success", false).field("error", problem.message()).field("code", code);
-        for (name, value) in &problem.fields {
-            json.field(name, value.clone());
-        }
+        let json = Json::new().field("success", false).field("error", problem.message());
+        let fields = problem.fields.iter();
+        let json = fields
+            .fold(json.field("code", code), |json, (name, value)| json.field(name, value.clone()));
         Self::json(json.timestamp(now)).refusing(problem, "Bearer")
     }
 

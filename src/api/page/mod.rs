@@ -29,7 +29,7 @@ static POLICY: LazyLock<String> = LazyLock::new(|| {
 
 /// `GET /`, for a browser.
 pub(super) fn page(api: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
-    if !api.settings().page || !asked.request.accepts("text/html") {
+    if !api.settings().config.page || !asked.request.accepts("text/html") {
         return Err(Code::NotFound.into());
     }
     let reply = Reply::of_type("text/html; charset=utf-8", PAGE)
