@@ -1,30 +1,30 @@
 //! Standard error, where the log goes, and which may never stop the service.
 //!
 //! The reader of the log may be slow, or hang while its pipe is still open. A write would then wait for
-//! the reader, and so would the worker that logs, and every other thread at its next line. So a write
-//! that can wait has a bound, and lines that are not taken in time are lost: they are counted, and
-//! their number is logged when the reader is back. Lines are never mixed: the rest of a line that was
-//! cut off is written before anything else.
+//! the reader, and so would the worker that logs, and every other thread at its next line. So nothing
+//! is written before there is room, which is waited for within a bound, and lines that are not taken in
+//! time are lost: they are counted, and their number is logged when the reader is back. Lines are never
+//! mixed: the rest of a line that was cut off is written before anything else.
 
 use std::cell::RefCell;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::mem;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
 
 use crate::clock;
+use crate::locks::locked;
 use crate::metrics::Counter;
 
 /// How long a line may wait until there is room for it. A reader that is alive reads within this time.
 const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How long no line waits after one has.
 const IMPATIENCE_MS: u64 = 1000;
-/// Bytes written at once where a write can wait: a pipe that is ready takes so many (PIPE_BUF).
+/// Bytes written at once: a pipe that is ready takes so many without waiting, and mixes nobody else's
+/// into them (PIPE_BUF).
 const PIECE: usize = 4096;
 
 thread_local! {
@@ -35,11 +35,9 @@ thread_local! {
 static SINK: Mutex<Option<Sink>> = Mutex::new(None);
 static LOST: Counter = Counter::new();
 
-/// Finds out what standard error is. From now on what was lost is said by the line that `notice`
-/// makes of the number of lines.
+/// From now on what was lost is said by the line that `notice` makes of the number of lines.
 pub fn init(notice: impl Fn(u64) -> Vec<u8> + Send + 'static) {
-    let sink = Sink::of(io::stderr(), "/proc/self/fd/2", Box::new(notice));
-    *SINK.lock().unwrap_or_else(PoisonError::into_inner) = sink.ok();
+    *locked(&SINK) = Sink::of(io::stderr(), Box::new(notice)).ok();
 }
 
 /// Writes a line, its end included, or holds it; see [`together`].
@@ -81,7 +79,7 @@ impl Drop for Release {
 }
 
 fn write(lines: &[u8]) {
-    match &mut *SINK.lock().unwrap_or_else(PoisonError::into_inner) {
+    match &mut *locked(&SINK) {
         Some(sink) => sink.write(lines, &LOST),
         // If that fails, there is nowhere left to say so.
         None => drop(io::stderr().lock().write_all(lines)),
@@ -91,7 +89,6 @@ fn write(lines: &[u8]) {
 /// Where lines go.
 struct Sink {
     out: File,
-    can: Waiting,
     /// The rest of a line that was begun.
     unfinished: Vec<u8>,
     /// Lines that were lost since that was last said.
@@ -101,45 +98,14 @@ struct Sink {
     notice: Box<dyn Fn(u64) -> Vec<u8> + Send>,
 }
 
-/// What a write does that finds no room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Waiting {
-    /// There is always room, or an error: a file.
-    Never,
-    /// It fails at once: a pipe or terminal that we have opened anew, since this must not be set for
-    /// those who share our standard error.
-    Refuses,
-    /// It waits, so there is asked first: a socket, or what may not be opened anew.
-    Waits,
-}
-
 impl Sink {
-    /// `path` leads to the same file.
-    fn of(
-        stderr: impl AsFd,
-        path: &str,
-        notice: Box<dyn Fn(u64) -> Vec<u8> + Send>,
-    ) -> io::Result<Self> {
-        let own = File::from(stderr.as_fd().try_clone_to_owned()?);
-        let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
-        let anew = || OpenOptions::new().write(true).custom_flags(flags as i32).open(path);
-        let (out, can) = match own.metadata()?.file_type().is_file() {
-            true => (own, Waiting::Never),
-            false => anew().map_or((own, Waiting::Waits), |anew| (anew, Waiting::Refuses)),
-        };
-        Ok(Sink { out, can, unfinished: Vec::new(), unsaid: 0, patient_at_ms: 0, notice })
+    fn of(stderr: impl AsFd, notice: Box<dyn Fn(u64) -> Vec<u8> + Send>) -> io::Result<Self> {
+        let out = File::from(stderr.as_fd().try_clone_to_owned()?);
+        Ok(Sink { out, unfinished: Vec::new(), unsaid: 0, patient_at_ms: 0, notice })
     }
 
     fn write(&mut self, lines: &[u8], lost: &Counter) {
-        let mut rest = lines;
-        while !rest.is_empty() && self.catch_up() {
-            let (piece, behind) = rest.split_at(self.piece(rest));
-            let left = self.settle(piece);
-            rest = rest.split_at(rest.len() - behind.len() - left.len()).1;
-            if !left.is_empty() {
-                break;
-            }
-        }
+        let rest = if self.catch_up() { self.settle(lines) } else { lines };
         let count = rest.iter().filter(|b| **b == b'\n').count() as u64;
         self.unsaid += count;
         lost.add(count);
@@ -171,35 +137,22 @@ impl Sink {
         rest
     }
 
-    /// How much of this to write at once, in whole lines if possible.
-    fn piece(&self, lines: &[u8]) -> usize {
-        if self.can == Waiting::Never || lines.len() <= PIECE {
-            return lines.len();
-        }
-        let most = lines.get(..PIECE).unwrap_or(lines);
-        most.iter().rposition(|b| *b == b'\n').map_or(end_of_line(lines), |at| at + 1)
-    }
-
-    /// Writes as much as is taken in time.
+    /// Writes as much as is taken in time, in whole lines if possible.
     fn put(&mut self, bytes: &[u8]) -> usize {
         let mut taken = 0;
-        while let Some(rest) = bytes.get(taken..).filter(|rest| !rest.is_empty()) {
-            match self.try_put(rest) {
+        while let Some(rest) = bytes.get(taken..).filter(|rest| !rest.is_empty())
+            && (self.has_room(Timespec::default()) || self.wait())
+        {
+            let most = rest.get(..PIECE).unwrap_or(rest);
+            let whole = most.iter().rposition(|b| *b == b'\n').map_or(most.len(), |at| at + 1);
+            match self.out.write(most.split_at(whole).0) {
                 Ok(n) if n > 0 => taken += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock && self.wait() => {}
                 // There is nowhere to say why.
                 _ => break,
             }
         }
         taken
-    }
-
-    fn try_put(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.can == Waiting::Waits && !self.has_room(Timespec::default()) {
-            return Err(ErrorKind::WouldBlock.into());
-        }
-        self.out.write(bytes.get(..PIECE).filter(|_| self.can == Waiting::Waits).unwrap_or(bytes))
     }
 
     /// Waits for room, unless a line has waited a moment ago.
@@ -227,7 +180,6 @@ fn end_of_line(bytes: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use std::io::{PipeReader, Read as _, pipe};
-    use std::os::fd::AsRawFd as _;
     use std::panic;
 
     use super::*;
@@ -249,16 +201,11 @@ mod tests {
         assert_eq!(held(), None);
     }
 
-    /// A pipe, opened anew or not, that is never waited for.
-    fn piped(can: Waiting) -> (Sink, PipeReader) {
+    /// A pipe that is never waited for.
+    fn piped() -> (Sink, PipeReader) {
         let (reader, writer) = pipe().unwrap();
-        let path = match can {
-            Waiting::Refuses => format!("/proc/self/fd/{}", writer.as_raw_fd()),
-            _ => String::new(),
-        };
         let notice = Box::new(|lost| format!("lost {lost}\n").into_bytes());
-        let mut sink = Sink::of(&writer, &path, notice).unwrap();
-        assert_eq!(sink.can, can);
+        let mut sink = Sink::of(&writer, notice).unwrap();
         sink.patient_at_ms = u64::MAX;
         (sink, reader)
     }
@@ -269,8 +216,9 @@ mod tests {
 
     /// Lines of many lengths into a pipe that is read only now and then: each comes whole, in order,
     /// or is counted.
-    fn check_whole_lines(can: Waiting) {
-        let (mut sink, mut reader) = piped(can);
+    #[test]
+    fn lines_come_whole_or_are_counted() {
+        let (mut sink, mut reader) = piped();
         let (lost, mut got) = (Counter::new(), Vec::new());
         for number in 0..4000 {
             sink.write(&line(number, 20 + (number as usize * 7) % 9000), &lost);
@@ -299,37 +247,27 @@ mod tests {
     }
 
     #[test]
-    fn lines_come_whole_or_are_counted() {
-        check_whole_lines(Waiting::Refuses);
-        check_whole_lines(Waiting::Waits);
-    }
-
-    #[test]
     fn a_full_pipe_is_waited_for_once_in_a_while() {
-        for can in [Waiting::Refuses, Waiting::Waits] {
-            let (mut sink, _reader) = piped(can);
-            let lost = Counter::new();
-            sink.patient_at_ms = 0;
-            let before = clock::now().mono_ms;
-            (0..1000).for_each(|n| sink.write(&line(n, 100), &lost));
-            let took = clock::now().mono_ms - before;
-            assert!((100..900).contains(&took), "{can:?}: {took} ms");
-            assert!(lost.value() > 300, "{}", lost.value());
-        }
+        let (mut sink, _reader) = piped();
+        let lost = Counter::new();
+        sink.patient_at_ms = 0;
+        let before = clock::now().mono_ms;
+        (0..1000).for_each(|n| sink.write(&line(n, 100), &lost));
+        let took = clock::now().mono_ms - before;
+        assert!((100..900).contains(&took), "{took} ms");
+        assert!(lost.value() > 300, "{}", lost.value());
     }
 
     #[test]
     fn a_file_takes_all_and_its_errors_are_counted() {
         let lost = Counter::new();
         let notice = || Box::new(|_| Vec::new());
-        let mut full =
-            Sink::of(File::options().write(true).open("/dev/full").unwrap(), "", notice());
+        let mut full = Sink::of(File::options().write(true).open("/dev/full").unwrap(), notice());
         full.as_mut().unwrap().write(b"a\nb\n", &lost);
         assert_eq!(lost.value(), 2);
         let dir = crate::files::test_dir::TestDir::new();
         let file = File::create(dir.join("log")).unwrap();
-        let mut sink = Sink::of(&file, "", notice()).unwrap();
-        assert_eq!(sink.can, Waiting::Never);
+        let mut sink = Sink::of(&file, notice()).unwrap();
         let lines: Vec<u8> = (0..1000).flat_map(|n| line(n, 100)).collect();
         sink.write(&lines, &lost);
         assert_eq!(std::fs::read(dir.join("log")).unwrap(), lines);

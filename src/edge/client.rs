@@ -83,9 +83,6 @@ impl Client {
     }
 
     /// Reads once, by way of `buf`, and appends what comes to `plain`, decrypted.
-    ///
-    /// # Errors
-    /// When the connection is broken.
     pub fn read(&mut self, buf: &mut [u8], plain: &mut Vec<u8>) -> io::Result<Input> {
         let most = match &self.tls {
             Tls::Here(tls) => tls.takes().min(buf.len()),
@@ -122,9 +119,6 @@ impl Client {
     }
 
     /// Takes the TLS back, with what became of the step: what the client sent, and what it gets.
-    ///
-    /// # Errors
-    /// When the connection is broken.
     pub fn return_tls(
         &mut self,
         tls: Box<Stream>,
@@ -167,9 +161,6 @@ impl Client {
     }
 
     /// Sends `bytes`; `to_come` more will follow.
-    ///
-    /// # Errors
-    /// When the connection is broken.
     pub fn send(&mut self, bytes: &[u8], to_come: usize) -> io::Result<()> {
         if let Tls::None = self.tls {
             return self.write(bytes, to_come);
@@ -194,9 +185,6 @@ impl Client {
     }
 
     /// Writes what was kept.
-    ///
-    /// # Errors
-    /// When the connection is broken.
     pub fn push(&mut self) -> io::Result<()> {
         while !self.out.is_empty() {
             let piece = self.out.first();
@@ -210,17 +198,11 @@ impl Client {
     }
 
     /// Stops reading until [`Client::resume`]: what comes now waits in the socket.
-    ///
-    /// # Errors
-    /// When the queue refuses.
     pub fn pause(&mut self) -> io::Result<()> {
         self.watch(false)
     }
 
     /// Reads again.
-    ///
-    /// # Errors
-    /// When the queue refuses.
     pub fn resume(&mut self) -> io::Result<()> {
         self.watch(true)
     }
@@ -231,9 +213,6 @@ impl Client {
     }
 
     /// Ends the connection from our side; what the client still sends is not decrypted any more.
-    ///
-    /// # Errors
-    /// When the connection is broken.
     pub fn linger(&mut self) -> io::Result<()> {
         // The keys are of no use any more.
         if let Tls::Here(mut tls) = std::mem::replace(&mut self.tls, Tls::None) {

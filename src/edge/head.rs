@@ -64,9 +64,7 @@ pub struct Origin<'a> {
 /// Looks for the end of the head in `buf`, of which `seen` bytes were looked at before.
 ///
 /// Returns the length of the head with its empty line, or `None` if that is still to come.
-///
-/// # Errors
-/// `BadRequest` as soon as a byte is there that no head may hold; `HeadersTooLarge`.
+/// `BadRequest` as soon as a byte is there that no head may hold.
 pub fn find_end(buf: &[u8], seen: usize) -> Result<Option<usize>, Code> {
     let window = buf.get(..buf.len().min(HEAD_MAX)).unwrap_or(buf);
     // Three bytes back, so that an end that was cut in two is seen whole.
@@ -97,18 +95,12 @@ pub fn find_end(buf: &[u8], seen: usize) -> Result<Option<usize>, Code> {
 /// Reads the whole head `buf` and appends to `out` what goes on to the lane.
 ///
 /// With chunked framing the end of the head is left out, see [`finish`]: the length is not known yet.
-///
-/// # Errors
-/// The code of the first rule that is broken.
 pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, Code> {
     let mut space = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let mut request = Request::new(&mut []);
     match request.parse_with_uninit_headers(buf, &mut space) {
         Ok(httparse::Status::Complete(n)) if n == buf.len() => {}
         Err(httparse::Error::TooManyHeaders) => return Err(Code::HeadersTooLarge),
-        Err(httparse::Error::Version) => {
-            return read(&as_1_1(buf).ok_or(Code::BadRequest)?, origin, out);
-        }
         _ => return Err(Code::BadRequest),
     }
     let (Some(method), Some(target), Some(version)) =
@@ -167,19 +159,6 @@ pub fn finish(length: usize, out: &mut Vec<u8>) {
         push_length(length, out);
     }
     out.extend_from_slice(b"\r\n");
-}
-
-/// The same head in HTTP/1.1, if its version is a later minor one, which is to be read as the latest
-/// that we know (RFC 9110, 2.5). `httparse` knows 1.0 and 1.1 only.
-fn as_1_1(buf: &[u8]) -> Option<Vec<u8>> {
-    let end = buf.iter().position(|b| *b == b'\r')?;
-    let (line, rest) = buf.split_at(end);
-    match line.split_last()? {
-        (b'2'..=b'9', before) if before.ends_with(b" HTTP/1.") => {
-            Some([before, b"1", rest].concat())
-        }
-        _ => None,
-    }
 }
 
 /// The values of all fields of this name.

@@ -111,9 +111,6 @@ impl Budget {
 }
 
 /// Raises the limit on open files to `wanted`, as far as that is allowed, and returns it.
-///
-/// # Errors
-/// When the system refuses what it said it would allow.
 pub fn raise_open_files(wanted: u64) -> io::Result<u64> {
     let limit = getrlimit(Resource::Nofile);
     let current = limit.current.unwrap_or(u64::MAX);

@@ -37,9 +37,6 @@ impl Listener {
     /// Takes the socket. No client is let in before [`Listener::open`]; one that comes earlier waits in
     /// the system's queue. `places` is how many connections there may be: no more than a quarter are
     /// accepted at once, so that no connection has to give way before it was first read.
-    ///
-    /// # Errors
-    /// When the system has nothing left.
     pub fn new(socket: TcpListener, poll: &Poll, places: usize) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         // Listening again only lengthens the queue, which the standard library keeps at 128.

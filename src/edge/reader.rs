@@ -97,10 +97,8 @@ impl Reader {
 
     /// Takes `input`; a request that it makes whole is written to `out`, and what is behind it is read
     /// by the next call.
-    ///
-    /// # Errors
-    /// Why the request is refused. The connection cannot be read any further; what came of the head is
-    /// kept for [`Reader::head`].
+    /// After an error the connection cannot be read any further; what came of the head is kept for
+    /// [`Reader::head`].
     pub fn take(
         &mut self,
         input: &[u8],

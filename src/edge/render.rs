@@ -1,12 +1,11 @@
 //! What a client gets to read: a reply's head, in one place for all of them.
 
-use time::OffsetDateTime;
 use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 
 use super::fields::{push_field, push_length, push_number};
 use super::head::Head;
-use crate::clock::Now;
+use crate::clock::{self, Now};
 use crate::http::{Class, Method, Reply};
 use crate::problem::{Code, Problem};
 
@@ -85,11 +84,7 @@ fn http_date(now: Now) -> String {
     const FORMAT: &[BorrowedFormatItem<'_>] = format_description!(
         "[weekday repr:short], [day] [month repr:short] [year] [hour]:[minute]:[second] GMT"
     );
-    i64::try_from(now.unix_s())
-        .ok()
-        .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
-        .and_then(|at| at.format(FORMAT).ok())
-        .unwrap_or_default()
+    clock::utc(now.unix_s()).format(FORMAT).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -71,9 +71,7 @@ impl Handle {
 
     /// Shows another TLS certificate to new connections; those that are open go on. Without TLS
     /// nothing changes.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up with it; then the old one stays.
+    /// When TLS cannot be set up with it, the old one stays.
     pub fn replace_certificate(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
         self.acceptor.as_ref().map_or(Ok(()), |acceptor| acceptor.replace(shown))
     }
@@ -89,9 +87,6 @@ impl Handle {
 impl Edge {
     /// Listens, and raises the limit on open files to what the connections need; where it cannot
     /// be raised that far, fewer connections are allowed.
-    ///
-    /// # Errors
-    /// When the address is taken, the system has nothing left, or TLS cannot be set up.
     pub fn open(mut settings: Settings, lanes: Vec<LaneAddress>) -> io::Result<Self> {
         let is_tls = settings.tls.is_some() || settings.http.tls.is_some();
         let acceptor = is_tls.then(|| Acceptor::new(settings.tls.take())).transpose();
@@ -149,9 +144,6 @@ impl Edge {
     }
 
     /// Serves until [`Handle::shutdown`] was called and all requests in progress are answered.
-    ///
-    /// # Errors
-    /// When the readiness queue itself fails.
     pub fn run(mut self) -> io::Result<()> {
         while self.listener.is_some() || self.driver.connections.open() > 0 {
             let limit = match self.inbox.may_sleep() {

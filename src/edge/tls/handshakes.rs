@@ -67,9 +67,6 @@ struct Steps {
 
 impl Handshakes {
     /// Starts the thread, which gives each step to `done` when it is computed.
-    ///
-    /// # Errors
-    /// When the system has no thread left.
     pub fn start(
         acceptor: Arc<Acceptor>,
         done: impl Fn(Computed) + Send + 'static,
@@ -82,9 +79,6 @@ impl Handshakes {
     }
 
     /// The server's side of a new connection.
-    ///
-    /// # Errors
-    /// When rustls finds its configuration wanting.
     pub fn accept(&self) -> Result<Stream, rustls::Error> {
         self.acceptor.accept()
     }

@@ -40,17 +40,11 @@ pub struct Acceptor {
 
 impl Acceptor {
     /// Shows this certificate; without one, none is accepted yet.
-    ///
-    /// # Errors
-    /// When rustls cannot be set up.
     pub fn new(shown: Option<Arc<CertifiedKey>>) -> Result<Self, rustls::Error> {
         Ok(Acceptor { config: Mutex::new(shown.map(server_config).transpose()?) })
     }
 
     /// Shows another certificate from now on.
-    ///
-    /// # Errors
-    /// As [`Acceptor::new`]; then everything stays as it was.
     pub fn replace(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
         let config = server_config(shown)?;
         *locked(&self.config) = Some(config);
@@ -58,9 +52,6 @@ impl Acceptor {
     }
 
     /// The server's side of a new connection.
-    ///
-    /// # Errors
-    /// When there is no certificate yet, or rustls finds its configuration wanting.
     pub fn accept(&self) -> Result<Stream, rustls::Error> {
         let config = locked(&self.config).clone();
         Stream::new(config.ok_or_else(|| rustls::Error::General("no certificate yet".into()))?)

@@ -48,9 +48,6 @@ pub enum Received {
 
 impl Stream {
     /// The server's side of a new connection.
-    ///
-    /// # Errors
-    /// When rustls finds its configuration wanting.
     pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
         let connection = UnbufferedServerConnection::new(config)?;
         Ok(Stream { connection, input: Vec::new(), ended: false, failed: false })
@@ -99,9 +96,7 @@ impl Stream {
     }
 
     /// Goes on with what was [`put`](Stream::put), and appends what it says to `plain`.
-    ///
-    /// # Errors
-    /// Why the connection must end; the alert that tells the client is in the output.
+    /// The alert that tells the client of an error is in the output.
     pub fn advance(
         &mut self,
         plain: &mut Vec<u8>,
@@ -121,9 +116,6 @@ impl Stream {
     }
 
     /// Encrypts `plain`, which is [`RECORD`] bytes at most.
-    ///
-    /// # Errors
-    /// When the connection cannot carry data.
     pub fn encrypt(&mut self, plain: &[u8]) -> Result<Vec<u8>, Error> {
         self.written(plain.len() + OVERHEAD, |traffic, space| traffic.encrypt(plain, space))
     }
