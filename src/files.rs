@@ -42,7 +42,8 @@ pub enum FilesError {
 }
 
 impl FilesError {
-    fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    /// The operating system refused `what`.
+    pub fn io(what: &'static str, path: &Path) -> impl Fn(io::Error) -> Self {
         move |source| FilesError::Io { what, path: path.to_owned(), source }
     }
 
@@ -76,9 +77,6 @@ impl fmt::Display for FilesError {
 impl std::error::Error for FilesError {}
 
 /// Reads a whole file, or `None` if there is none.
-///
-/// # Errors
-/// When it cannot be read.
 pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FilesError> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -88,9 +86,6 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FilesError> {
 }
 
 /// Makes a folder, and those above it, unless it is there; an existing one is left as it is.
-///
-/// # Errors
-/// When it cannot be made.
 pub fn make_dir(path: &Path, mode: u32) -> Result<(), FilesError> {
     if path.is_dir() {
         return Ok(());
@@ -102,18 +97,13 @@ pub fn make_dir(path: &Path, mode: u32) -> Result<(), FilesError> {
 }
 
 /// Replaces a file as a whole; after `Ok` the new one is on disk.
-///
-/// # Errors
-/// When it could not be written. The old file is then still there, unless it was the last step, the
-/// sync of the folder, that failed: then either may be.
+/// After an error the old file is still there, unless the last step failed, the sync of the folder:
+/// then either may be.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
     write_atomic_by(path, mode, |file| file.write_all(bytes))
 }
 
 /// As [`write_atomic`], for what is too large to be held whole: `write` writes it, bit by bit.
-///
-/// # Errors
-/// As there, and when `write` fails.
 pub fn write_atomic_by(
     path: &Path,
     mode: u32,
@@ -135,17 +125,12 @@ pub fn write_atomic_by(
 }
 
 /// Writes a file that must not exist yet, and syncs it; its name is on disk after [`sync_dir`].
-///
-/// # Errors
-/// When the name is taken, or the file cannot be written; then part of it may stay.
+/// After an error part of it may stay.
 pub fn create_new_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
     create_synced(path, mode, |file| file.write_all(bytes))
 }
 
 /// As [`create_new_synced`], but neither it nor its name is on disk before [`Synced::sync`].
-///
-/// # Errors
-/// As there.
 pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
     let create = || create(path, mode)?.write_all(bytes);
     create().map_err(FilesError::io("cannot write", path))
@@ -172,9 +157,6 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
 
 /// Proves that files can be made in a folder, or that it can be made: then by permission alone, so
 /// that nothing is left behind.
-///
-/// # Errors
-/// When it cannot.
 pub fn try_folder(dir: &Path) -> Result<(), FilesError> {
     match fs::metadata(dir) {
         Ok(_) => return try_writing(dir),
@@ -195,9 +177,6 @@ fn or_here(path: &Path) -> &Path {
 }
 
 /// Proves that files can be made in a folder: writes a small one, syncs it, and removes it.
-///
-/// # Errors
-/// When it cannot be written or removed.
 pub fn try_writing(dir: &Path) -> Result<(), FilesError> {
     // Another process may try the same folder at the same time.
     let path = dir.join(format!(".trial-{}", std::process::id()));
@@ -208,9 +187,6 @@ pub fn try_writing(dir: &Path) -> Result<(), FilesError> {
 }
 
 /// Removes a file, if it is there.
-///
-/// # Errors
-/// When it is there and cannot be removed.
 pub fn remove_if_there(path: &Path) -> Result<(), FilesError> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -222,9 +198,6 @@ pub fn remove_if_there(path: &Path) -> Result<(), FilesError> {
 
 /// Moves a file into another folder of the same file system, under a name that is free there, which it
 /// returns.
-///
-/// # Errors
-/// When that cannot be done.
 pub fn move_into(path: &Path, dir: &Path) -> Result<PathBuf, FilesError> {
     make_dir(dir, 0o755)?;
     let name = path.file_name().unwrap_or_default();
@@ -243,9 +216,6 @@ pub fn move_into(path: &Path, dir: &Path) -> Result<PathBuf, FilesError> {
 }
 
 /// Puts the names in a folder on disk.
-///
-/// # Errors
-/// When the folder cannot be synced.
 pub fn sync_dir(dir: &Path) -> Result<(), FilesError> {
     File::open(dir).and_then(|d| d.sync_all()).map_err(FilesError::io("cannot sync folder", dir))
 }
@@ -271,9 +241,6 @@ impl<'a> Synced<'a> {
     }
 
     /// Puts all that was written there on disk.
-    ///
-    /// # Errors
-    /// When something of it could not be written since [`Synced::of`].
     pub fn sync(&self) -> Result<(), FilesError> {
         let sync = || Ok(rustix::fs::syncfs(&self.opened)?);
         sync().map_err(FilesError::io("cannot sync the file system of", self.dir))
@@ -299,9 +266,6 @@ fn folder_of(path: &Path) -> &Path {
 /// The hexadecimal text of `len` random bytes, made once and kept in a file of mode 0600.
 ///
 /// The text itself is the secret, so that another instance may be given the same file to read.
-///
-/// # Errors
-/// When the file cannot be read or made, or holds something else.
 pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesError> {
     if let Some(text) = read_secret(path, len)? {
         warn_if_others_may_read(path);
@@ -316,9 +280,6 @@ pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesErr
 }
 
 /// What [`read_or_create_secret`] has made; `None` if it has not.
-///
-/// # Errors
-/// As there.
 pub fn read_secret(path: &Path, len: usize) -> Result<Option<String>, FilesError> {
     let Some(bytes) = read(path)? else { return Ok(None) };
     let text = secret_text(&bytes, len);
@@ -349,9 +310,6 @@ pub struct FolderLock {
 
 impl FolderLock {
     /// Takes the lock of an existing folder. A process cannot take the same folder twice either.
-    ///
-    /// # Errors
-    /// When another process has it, or the lock's file cannot be opened.
     pub fn take(dir: &Path) -> Result<Self, FilesError> {
         let path = dir.join(LOCK_NAME);
         let file = OpenOptions::new()

@@ -15,18 +15,13 @@ use serde_json::{Error, Map, Value};
 
 /// Reads `bytes` as one JSON object (RFC 8259), of which it keeps the fields with these names. A
 /// list or an object among them stands as an empty one: nobody asks for what is in it.
-///
-/// # Errors
-/// What is wrong and where; never a piece of the document itself.
+/// An error holds no piece of the document.
 pub fn object(bytes: &[u8], names: &[&str]) -> Result<Map<String, Value>, Error> {
     fields(text(bytes)?, names)
 }
 
 /// Reads `bytes` as one JSON array, of whose objects it keeps the fields with these names, as
 /// [`object`] does. Beside objects it may hold texts.
-///
-/// # Errors
-/// As there.
 pub fn list(bytes: &[u8], names: &[&str]) -> Result<Vec<Value>, Error> {
     let item = |item: &&RawValue| match item.get().as_bytes().first() {
         Some(b'{') => fields(item.get(), names).map(Value::Object),

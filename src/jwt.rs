@@ -174,9 +174,6 @@ impl Signer {
     }
 
     /// Checks shape, header, signature, type and expiry, in this order, and reads the claims.
-    ///
-    /// # Errors
-    /// The first of the checks that fails.
     pub fn verify(&self, compact: &str, now_s: u64) -> Result<Token, JwtError> {
         let claims = self.verify_signature(compact)?;
         if claims.exp <= now_s {
@@ -186,9 +183,6 @@ impl Signer {
     }
 
     /// As [`Signer::verify`], but whenever the token ends: for tokens found in our own store.
-    ///
-    /// # Errors
-    /// The first of the other checks that fails.
     pub fn verify_signature(&self, compact: &str) -> Result<Claims, JwtError> {
         let (signed, header, payload, tag) = split(compact)?;
         check_header(header)?;

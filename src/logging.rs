@@ -21,9 +21,6 @@ use crate::stderr;
 const OTHERS: LevelFilter = LevelFilter::Warn;
 
 /// Starts the log. `journal_stream` is what systemd sets where standard error goes to its journal.
-///
-/// # Errors
-/// When there is a logger already.
 pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerError> {
     let mut builder = Builder::new();
     match &log.filter {

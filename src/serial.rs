@@ -16,9 +16,6 @@ pub struct Serial([u8; OCTETS]);
 
 impl Serial {
     /// Draws 126 random bits. To be done before the token is taken, so that the mark names it.
-    ///
-    /// # Errors
-    /// When the operating system has no random bytes to give.
     pub fn random() -> Result<Self, getrandom::Error> {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes)?;

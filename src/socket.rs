@@ -30,9 +30,6 @@ pub struct TimedSocket {
 
 impl TimedSocket {
     /// Connects by TCP or to a Unix socket. The deadline counts until another is set.
-    ///
-    /// # Errors
-    /// When nobody listens there, or not in time.
     pub fn connect(address: &SockAddr, deadline: Instant) -> io::Result<Self> {
         let socket = Socket::new(address.domain(), Type::STREAM, None)?;
         let left = time_left(deadline)?;
@@ -59,9 +56,6 @@ impl TimedSocket {
     }
 
     /// Whether what finds nothing to read, or no room, waits for it, or fails with `WouldBlock`.
-    ///
-    /// # Errors
-    /// When the system refuses.
     pub fn set_waiting(&mut self, waits: bool) -> io::Result<()> {
         self.waits = waits;
         self.socket.set_nonblocking(!waits)
@@ -104,8 +98,6 @@ pub fn deadline_in(limit: Duration) -> Instant {
 }
 
 /// What is left until `deadline`.
-///
-/// # Errors
 /// `TimedOut` if that is nothing.
 pub fn time_left(deadline: Instant) -> io::Result<Duration> {
     deadline

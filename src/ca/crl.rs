@@ -13,9 +13,9 @@ use x509_parser::verify::verify_signature;
 
 use super::CaError;
 use super::der::{self, Reader};
-use super::issuer::{self, BACKDATE_S, Issuer};
+use super::issuer::{BACKDATE_S, Issuer};
 use super::record::{Reason, Revocation};
-use crate::clock::Now;
+use crate::clock::{self, Now};
 use crate::files;
 use crate::pem;
 use crate::serial::Serial;
@@ -50,8 +50,8 @@ impl Crl {
         let made_at = now.unix_s();
         let number = made_at.max(last.saturating_add(1));
         let params = CertificateRevocationListParams {
-            this_update: issuer::date(made_at.saturating_sub(BACKDATE_S))?,
-            next_update: issuer::date(made_at.saturating_add(LIFETIME_S))?,
+            this_update: clock::utc(made_at.saturating_sub(BACKDATE_S)),
+            next_update: clock::utc(made_at.saturating_add(LIFETIME_S)),
             crl_number: SerialNumber::from(number),
             issuing_distribution_point: None,
             revoked_certs: Vec::new(),

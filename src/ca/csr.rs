@@ -26,21 +26,14 @@ use crate::problem::{Code, Problem};
 pub enum CsrError {
     /// Not PEM or base64 of one PKCS#10 request.
     Invalid(&'static str),
-    /// A key or a signature algorithm that is not certified here.
-    Unsupported(Unsupported),
+    /// A key that is not certified here.
+    UnsupportedKey(KeyError),
+    /// A signature algorithm that is not taken here.
+    UnsupportedSignature,
     /// The signature does not prove possession of the key.
     BadSignature,
     /// Not exactly one common name, or not the device's.
     CommonName(&'static str),
-}
-
-/// What of a request is not certified here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unsupported {
-    /// The key.
-    Key(KeyError),
-    /// The signature.
-    Signature,
 }
 
 impl fmt::Display for CsrError {
@@ -48,8 +41,8 @@ impl fmt::Display for CsrError {
         let table = self.code().row().2;
         match self {
             CsrError::Invalid(why) => write!(f, "{table}: {why}"),
-            CsrError::Unsupported(Unsupported::Key(key)) => write!(f, "{table}; its {key}"),
-            CsrError::Unsupported(Unsupported::Signature) => {
+            CsrError::UnsupportedKey(key) => write!(f, "{table}; its {key}"),
+            CsrError::UnsupportedSignature => {
                 write!(f, "{table}; its signature is of another kind")
             }
             CsrError::BadSignature => f.write_str(table),
@@ -64,7 +57,9 @@ impl CsrError {
     fn code(self) -> Code {
         match self {
             CsrError::Invalid(_) => Code::InvalidCsr,
-            CsrError::Unsupported(_) => Code::UnsupportedCsrKeyType,
+            CsrError::UnsupportedKey(_) | CsrError::UnsupportedSignature => {
+                Code::UnsupportedCsrKeyType
+            }
             CsrError::BadSignature => Code::CsrSignatureInvalid,
             CsrError::CommonName(_) => Code::CsrDeviceMismatch,
         }
@@ -83,7 +78,7 @@ impl From<KeyError> for CsrError {
             KeyError::Malformed | KeyError::Encrypted => {
                 CsrError::Invalid("its key cannot be read")
             }
-            other => CsrError::Unsupported(Unsupported::Key(other)),
+            other => CsrError::UnsupportedKey(other),
         }
     }
 }
@@ -103,7 +98,7 @@ impl Csr {
         let request = Request::read(&der).map_err(CsrError::Invalid)?;
         let key = PublicKey::from_spki(&request.key)?;
         if !goes_with(&request.algorithm, key.kind) {
-            return Err(CsrError::Unsupported(Unsupported::Signature));
+            return Err(CsrError::UnsupportedSignature);
         }
         verify_signature(&request.key, &request.algorithm, &request.signature, request.signed)
             .map_err(|_| CsrError::BadSignature)?;
@@ -120,9 +115,6 @@ impl Csr {
     }
 
     /// The device that it is for.
-    ///
-    /// # Errors
-    /// [`CsrError::CommonName`] unless it has exactly one common name, which is a device's.
     pub fn device(&self) -> Result<DeviceId, CsrError> {
         let name = self.common_name.as_ref().map_err(|found| CsrError::CommonName(found))?;
         DeviceId::parse(name).ok_or(CsrError::CommonName("one that is no device id"))

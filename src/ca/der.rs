@@ -1,7 +1,9 @@
 //! DER (X.690, 10): elements read one after the other, and written.
 
-use time::{Date, Month, OffsetDateTime, Time};
+use time::{Date, Month, Time};
 use x509_parser::asn1_rs::{Any, FromDer as _, Tag};
+
+use crate::clock;
 
 /// DER elements, one after the other.
 #[derive(Clone, Copy)]
@@ -76,8 +78,7 @@ pub fn time(unix_s: u64) -> Vec<u8> {
 
 /// The text of [`time()`].
 pub fn time_text(unix_s: u64) -> String {
-    let at = i64::try_from(unix_s).ok().and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok());
-    let at = at.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let at = clock::utc(unix_s);
     let year = match at.year() {
         year @ 1950..2050 => format!("{:02}", year % 100),
         year => format!("{year:04}"),

@@ -1,7 +1,6 @@
 //! The issuer: the CA's certificate and key, loaded or made, and what they sign.
 //!
-//! A CA that cannot do its work is refused when it is loaded, not when the first device asks: key
-//! and certificate are tried on a certificate that is thrown away.
+//! A CA that cannot do its work is refused when it is loaded, not when the first device asks.
 //!
 //! Relying parties compare names by their bytes, and rcgen cannot write every name that a CA of the
 //! field has (a type that stands twice, some types of strings). So rcgen only lays a certificate or
@@ -28,7 +27,7 @@ use super::CaError;
 use super::csr::Csr;
 use super::der::{self, Reader, tlv};
 use super::key::{self, Kind, PublicKey};
-use crate::clock::{DAY_S, Now};
+use crate::clock::{self, DAY_S, Now};
 use crate::config;
 use crate::device::DeviceId;
 use crate::files;
@@ -178,38 +177,23 @@ impl Issuer {
         validity_days: u32,
     ) -> Result<Self, CaError> {
         let certificate = dir.join(CERTIFICATE);
-        let refused = |why: &str| CaError::refused(&certificate, why);
-        let parsed = parse_all(&chain).ok_or_else(|| refused("not X.509 certificates"))?;
-        let ours = parsed.first().ok_or_else(|| refused("not PEM certificates"))?;
-        let is_key_of = |ca: &X509Certificate<'_>| {
-            PublicKey::from_spki(ca.public_key())
-                .map(|public| public.der_bytes() == key.public_key_raw())
-        };
-        let is_ours =
-            is_key_of(ours).map_err(|e| CaError::refused(&certificate, e.and_what_is_needed()))?;
-        if !is_ours {
-            let later = parsed.iter().skip(1).any(|ca| is_key_of(ca) == Ok(true));
-            let why = if later {
-                "the key of a later certificate in root-ca.crt: ours must be the first"
-            } else {
-                "not the key of root-ca.crt"
-            };
-            return Err(CaError::refused(&dir.join(KEY), why));
-        }
-        check_is_ca(ours).map_err(refused)?;
-        check_chain(&parsed).map_err(|why| CaError::refused(&certificate, why))?;
-        if ours.subject().iter().next().is_none() {
-            return Err(refused("the subject is empty"));
-        }
-        let key_identifier = key_identifier(ours).map_err(refused)?;
-        let number = key::private_number(&key).map_err(|e| CaError::refused(&dir.join(KEY), e))?;
+        let refused = |why: String| CaError::refused(&certificate, why);
+        let parsed = parse_all(&chain).ok_or_else(|| refused("not X.509 certificates".into()))?;
+        let ours = parsed.first().ok_or_else(|| refused("not PEM certificates".into()))?;
+        let public = PublicKey::from_spki(ours.public_key());
+        public.map_err(|e| refused(e.and_what_is_needed()))?;
+        let key_refused = |why: String| CaError::refused(&dir.join(KEY), why);
+        check_is_key_of(&key, &parsed).map_err(key_refused)?;
+        check_chain(&parsed).map_err(refused)?;
+        let key_identifier = key_identifier(ours).map_err(|why| refused(why.into()))?;
+        let number = key::private_number(&key).map_err(|e| key_refused(e.to_string()))?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.key_identifier_method = key_identifier.clone();
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let (not_before, not_after) = super::validity_of(ours);
         let unsigned = Unsigned { public: key.der_bytes().to_vec(), algorithm: key.algorithm() };
-        let issuer = Issuer {
+        Ok(Issuer {
             layout: rcgen::Issuer::new(params, unsigned),
             key,
             key_identifier,
@@ -221,21 +205,6 @@ impl Issuer {
             not_after,
             certificate: certificate.clone(),
             chain: chain.clone(),
-        };
-        issuer.try_out(ours)?;
-        Ok(issuer)
-    }
-
-    /// Signs a certificate that is thrown away, and holds it against the CA's own.
-    fn try_out(&self, ca: &X509Certificate<'_>) -> Result<(), CaError> {
-        let key = KeyPair::generate().map_err(CaError::signing)?;
-        let mut params = CertificateParams::default();
-        params.serial_number = Some(SerialNumber::from(1));
-        let trial = self.signed(&params, &key)?;
-        let (_, trial) = X509Certificate::from_der(&trial)
-            .map_err(|_| CaError::refused(&self.certificate, "what it signs cannot be read"))?;
-        is_signed_by(&trial, ca).map_err(|_| {
-            CaError::refused(&self.certificate, "does not verify what root-ca.key signs")
         })
     }
 
@@ -287,10 +256,7 @@ impl Issuer {
 
     /// Whether the CA is valid at this time.
     pub fn check_dates(&self, now: Now) -> Result<(), CaError> {
-        if !now.is_plausible() {
-            return Err(CaError::ClockNotSet);
-        }
-        self.check_begin(now)?;
+        super::check_clock(Some(self), now)?;
         if now.unix_s() > self.not_after {
             let path = self.certificate.clone();
             return Err(CaError::Expired { path, not_after: self.not_after });
@@ -307,31 +273,21 @@ impl Issuer {
         Err(CaError::ClockBeforeCa { path, not_before: self.not_before })
     }
 
-    /// Signs a device's certificate. Of the request only the key is taken; that it is the device's
-    /// ([`Csr::belongs_to`]) is checked once more.
+    /// Signs a device's certificate, for so many days or as many as are set. Of the request only the
+    /// key is taken; that it is the device's ([`Csr::belongs_to`]) is checked once more.
     pub fn sign(
         &self,
         csr: &Csr,
         device: &DeviceId,
         serial: Serial,
-        now: Now,
-    ) -> Result<Leaf, CaError> {
-        self.sign_for(csr, device, serial, self.validity_days, now)
-    }
-
-    /// The same, valid for so many days.
-    pub fn sign_for(
-        &self,
-        csr: &Csr,
-        device: &DeviceId,
-        serial: Serial,
-        days: u32,
+        days: Option<u32>,
         now: Now,
     ) -> Result<Leaf, CaError> {
         self.check_dates(now)?;
         csr.belongs_to(device).map_err(CaError::signing)?;
-        let (not_before, not_after) = self.validity(u64::from(days) * DAY_S, now);
-        let mut params = leaf_params(not_before, not_after, serial)?;
+        let days = u64::from(days.unwrap_or(self.validity_days));
+        let (not_before, not_after) = self.validity(days * DAY_S, now);
+        let mut params = leaf_params(not_before, not_after, serial);
         params.distinguished_name.push(DnType::CommonName, device.as_str());
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         if csr.key().kind == Kind::Rsa {
@@ -356,7 +312,7 @@ impl Issuer {
         let first = names.first().ok_or_else(|| CaError::BadName(String::new()))?.as_ref();
         let serial = Serial::random().map_err(CaError::signing)?;
         let (not_before, not_after) = self.validity(life_s, now);
-        let mut params = leaf_params(not_before, not_after, serial)?;
+        let mut params = leaf_params(not_before, not_after, serial);
         if first.len() <= 64 {
             params.distinguished_name.push(DnType::CommonName, first);
         }
@@ -372,6 +328,12 @@ impl Issuer {
     pub fn has_signed(&self, certificate: &X509Certificate<'_>) -> bool {
         let ca = X509Certificate::from_der(self.certificate_der());
         ca.is_ok_and(|(_, ca)| is_signed_by(certificate, &ca).is_ok())
+    }
+
+    /// A certificate in DER, and nothing behind it, that this CA has signed.
+    pub(super) fn read_signed<'d>(&self, der: &'d [u8]) -> Option<X509Certificate<'d>> {
+        let (rest, certificate) = X509Certificate::from_der(der).ok()?;
+        (rest.is_empty() && self.has_signed(&certificate)).then_some(certificate)
     }
 
     /// First and last second of a certificate signed now.
@@ -438,19 +400,13 @@ pub fn fingerprint(der: &[u8]) -> String {
     Sha256::digest(der).iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Seconds since 1970 as a certificate's date.
-pub(super) fn date(unix_s: u64) -> Result<OffsetDateTime, CaError> {
-    let seconds = i64::try_from(unix_s).map_err(CaError::signing)?;
-    OffsetDateTime::from_unix_timestamp(seconds).map_err(CaError::signing)
-}
-
 fn ca_params(years: u32, now: Now) -> Result<CertificateParams, CaError> {
     let serial = Serial::random().map_err(CaError::signing)?;
     let short: String = serial.to_string().chars().skip(24).collect();
     let mut params = CertificateParams::default();
     params.serial_number = Some(SerialNumber::from_slice(serial.der()));
-    params.not_before = date(now.unix_s().saturating_sub(CA_BACKDATE_S))?;
-    params.not_after = years_later(date(now.unix_s())?, years);
+    params.not_before = clock::utc(now.unix_s().saturating_sub(CA_BACKDATE_S));
+    params.not_after = years_later(clock::utc(now.unix_s()), years);
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, format!("{CA_NAME} {short}"));
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -465,15 +421,15 @@ fn years_later(from: OffsetDateTime, years: u32) -> OffsetDateTime {
 }
 
 /// What all certificates signed here have in common.
-fn leaf_params(nb: u64, na: u64, serial: Serial) -> Result<CertificateParams, CaError> {
+fn leaf_params(not_before: u64, not_after: u64, serial: Serial) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.serial_number = Some(SerialNumber::from_slice(serial.der()));
-    (params.not_before, params.not_after) = (date(nb)?, date(na)?);
+    (params.not_before, params.not_after) = (clock::utc(not_before), clock::utc(not_after));
     params.distinguished_name = DistinguishedName::new();
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
-    Ok(params)
+    params
 }
 
 fn server_name(name: &str) -> Result<SanType, CaError> {
@@ -502,8 +458,12 @@ fn parse_all(chain: &[Vec<u8>]) -> Option<Vec<X509Certificate<'_>>> {
     chain.iter().map(|der| Some(parse(der)?.1)).collect()
 }
 
-/// Whether each certificate is signed by the next one, which is a CA: relying parties go that way.
+/// Whether each certificate is a CA's and signed by the next one: relying parties go that way.
 fn check_chain(chain: &[X509Certificate<'_>]) -> Result<(), String> {
+    chain.first().map_or(Ok(()), check_is_ca)?;
+    if chain.first().is_some_and(|ours| ours.subject().iter().next().is_none()) {
+        return Err("the subject is empty".to_owned());
+    }
     for (number, pair) in (1..).zip(chain.windows(2)) {
         let [lower, upper] = pair else { continue };
         let signed = match is_signed_by(lower, upper) {
@@ -530,6 +490,21 @@ fn check_chain(chain: &[X509Certificate<'_>]) -> Result<(), String> {
         return Err(format!("certificate {}: {why}", number + 1));
     }
     Ok(())
+}
+
+/// Whether the key is that of the first.
+fn check_is_key_of(key: &KeyPair, chain: &[X509Certificate<'_>]) -> Result<(), String> {
+    let is_key_of = |ca: &X509Certificate<'_>| {
+        let public = PublicKey::from_spki(ca.public_key());
+        public.is_ok_and(|public| public.der_bytes() == key.public_key_raw())
+    };
+    match chain.iter().position(is_key_of) {
+        Some(0) => Ok(()),
+        Some(_) => {
+            Err("the key of a later certificate in root-ca.crt: ours must be the first".to_owned())
+        }
+        None => Err("not the key of root-ca.crt".to_owned()),
+    }
 }
 
 /// By name and by signature.
@@ -610,7 +585,8 @@ mod tests {
     /// Signs a P-256 request and lets openssl judge.
     fn signs(issuer: &Issuer, dir: &Path) {
         let csr = request(dir, "ecparam -genkey -name prime256v1 -noout", "");
-        let leaf = issuer.sign(&csr, &device(), Serial::random().unwrap(), clock::now()).unwrap();
+        let leaf =
+            issuer.sign(&csr, &device(), Serial::random().unwrap(), None, clock::now()).unwrap();
         fs::write(dir.join("leaf.pem"), &leaf.pem).unwrap();
         let said = must(dir, "verify -purpose sslclient -CAfile root-ca.crt leaf.pem");
         assert_eq!(said, "leaf.pem: OK\n");
@@ -699,7 +675,7 @@ mod tests {
             let end = issuer.not_after;
             let csr = request(&dir, "genpkey -algorithm ED25519", "");
             let leaf =
-                issuer.sign(&csr, &device(), Serial::from([0x40; 16]), clock::now()).unwrap();
+                issuer.sign(&csr, &device(), Serial::from([0x40; 16]), None, clock::now()).unwrap();
             assert_eq!(leaf.not_after, end, "never past the CA's end");
         }
     }
@@ -787,7 +763,7 @@ mod tests {
             assert_eq!(count(&made.chain_pem), 1 + count(&between));
             let csr = request(&dir, "genpkey -algorithm ED25519", "");
             let serial = Serial::random().unwrap();
-            let leaf = issuer.sign(&csr, &device(), serial, clock::now()).unwrap();
+            let leaf = issuer.sign(&csr, &device(), serial, None, clock::now()).unwrap();
             fs::write(dir.join("leaf.pem"), leaf.pem).unwrap();
             fs::write(dir.join("chain.pem"), [&*pem, &text("upper")].concat()).unwrap();
             must(&dir, "verify -x509_strict -CAfile root.crt -untrusted chain.pem leaf.pem");
@@ -864,7 +840,8 @@ mod tests {
         run_program(&dir, "faketime", &format!("2020-01-01~00:00:00 openssl {req}")).unwrap();
         let issuer = load(&dir).unwrap();
         let csr = request(&dir, "genpkey -algorithm ED25519", "");
-        let sign = |now| issuer.sign(&csr, &device(), Serial::from([0x40; 16]), now).unwrap_err();
+        let sign =
+            |now| issuer.sign(&csr, &device(), Serial::from([0x40; 16]), None, now).unwrap_err();
         let error = sign(clock::now());
         assert!(matches!(error, CaError::Expired { .. }));
         assert!(
@@ -897,7 +874,7 @@ mod tests {
         ] {
             let csr = request(&dir, how, more);
             let (serial, now) = (Serial::random().unwrap(), clock::now());
-            let leaf = issuer.sign(&csr, &device(), serial, now).unwrap();
+            let leaf = issuer.sign(&csr, &device(), serial, None, now).unwrap();
             assert_eq!(leaf.not_before, now.unix_s() - 300);
             assert_eq!(leaf.not_after, now.unix_s() + 90 * 86_400);
             fs::write(dir.join("leaf.pem"), &leaf.pem).unwrap();
@@ -930,7 +907,7 @@ mod tests {
         }
         let other = DeviceId::parse("device-10").unwrap();
         let csr = request(&dir, "genpkey -algorithm ED25519", "");
-        assert!(issuer.sign(&csr, &other, Serial::from([0x40; 16]), clock::now()).is_err());
+        assert!(issuer.sign(&csr, &other, Serial::from([0x40; 16]), None, clock::now()).is_err());
     }
 
     #[test]

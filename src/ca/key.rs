@@ -12,7 +12,7 @@ use x509_parser::oid_registry::{
 };
 use x509_parser::x509::SubjectPublicKeyInfo;
 
-use super::der::{tlv, whole};
+use super::der::{Reader, tlv, whole};
 use crate::pem;
 
 /// Why a key is not taken.
@@ -182,26 +182,22 @@ fn named_curve(oid: Option<&Oid<'_>>) -> Option<Kind> {
 
 /// RSAPublicKey (RFC 8017, A.1.1): 2048 to 4096 bits, an odd exponent from 3 to 33 bits.
 fn rsa_fits(der: &[u8]) -> Result<(), KeyError> {
-    let key = whole(der, Tag::Sequence).ok_or(KeyError::Malformed)?;
-    let (rest, modulus) = integer(key).ok_or(KeyError::Malformed)?;
-    let (rest, exponent) = integer(rest).ok_or(KeyError::Malformed)?;
-    if !rest.is_empty() {
-        return Err(KeyError::Malformed);
-    }
+    let numbers = whole(der, Tag::Sequence).and_then(|key| Reader(key).elements());
+    let numbers: Option<Vec<&[u8]>> =
+        numbers.and_then(|all| all.into_iter().map(positive).collect());
+    let Some([modulus, exponent]) = numbers.as_deref() else { return Err(KeyError::Malformed) };
     let odd = exponent.last().is_some_and(|b| b & 1 == 1);
     if !(2048..=4096).contains(&bits(modulus)) {
         return Err(KeyError::Size(bits(modulus)));
     }
-    if odd && exponent != [1] && bits(exponent) <= 33 { Ok(()) } else { Err(KeyError::Exponent) }
+    if odd && **exponent != [1] && bits(exponent) <= 33 { Ok(()) } else { Err(KeyError::Exponent) }
 }
 
-/// The bytes of a positive INTEGER without leading zeros, and what follows it.
-fn integer(der: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (rest, any) = Any::from_der(der).ok()?;
-    let positive = any.tag() == Tag::Integer && any.data.first().is_some_and(|b| b & 0x80 == 0);
-    let zeros = any.data.iter().take_while(|b| **b == 0).count();
-    positive.then_some(())?;
-    Some((rest, any.data.get(zeros..)?))
+/// The bytes of a positive INTEGER without leading zeros.
+fn positive(element: &[u8]) -> Option<&[u8]> {
+    let number = whole(element, Tag::Integer)?;
+    let zeros = number.iter().take_while(|b| **b == 0).count();
+    number.first().is_some_and(|b| b & 0x80 == 0).then(|| number.split_at(zeros).1)
 }
 
 fn bits(bytes: &[u8]) -> usize {
@@ -245,13 +241,9 @@ pub fn private_number(key: &KeyPair) -> Result<Vec<u8>, KeyError> {
     read().ok_or(KeyError::Malformed)
 }
 
-/// The content of the element after `skipped` others, if it is of this kind.
-fn element(mut der: &[u8], skipped: usize, tag: Tag) -> Option<&[u8]> {
-    for _ in 0..skipped {
-        der = Any::from_der(der).ok()?.0;
-    }
-    let (_, any) = Any::from_der(der).ok()?;
-    (any.tag() == tag).then_some(any.data)
+/// The content of the element at this place, if it is of this kind.
+fn element(der: &[u8], at: usize, tag: Tag) -> Option<&[u8]> {
+    whole(Reader(der).elements()?.get(at)?, tag)
 }
 
 /// AlgorithmIdentifier of rsaEncryption, with its NULL.
@@ -265,10 +257,9 @@ const EC_P384: &[u8] = b"\x30\x10\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x05\x2
 /// The curve of an ECPrivateKey (RFC 5915, 3): named in `[0]`, else told by the key's length.
 fn sec1_algorithm(der: &[u8]) -> Result<&'static [u8], KeyError> {
     let read = || {
-        let (rest, _version) = Any::from_der(whole(der, Tag::Sequence)?).ok()?;
-        let (rest, secret) = Any::from_der(rest).ok()?;
-        let parameters = Any::from_der(rest).ok().map(|(_, p)| p).filter(|p| p.tag() == Tag(0));
-        Some((secret.data.len(), parameters.map(|p| p.data)))
+        let mut key = Reader(whole(der, Tag::Sequence)?);
+        let (_version, secret) = (key.any()?, key.any()?);
+        Some((secret.data.len(), key.next(Tag(0))))
     };
     let kind = match read().ok_or(KeyError::Malformed)? {
         (_, Some(named)) => named_curve(Oid::from_der(named).ok().map(|(_, oid)| oid).as_ref()),

@@ -9,7 +9,6 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use rcgen::{KeyPair, PublicKeyData};
-use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 
@@ -41,10 +40,8 @@ pub struct Server {
 impl Server {
     /// Reads a certificate in DER; `None` if it is no server's, or this CA has not signed it.
     pub fn read(der: &[u8], ca: &Issuer) -> Option<Self> {
-        let (rest, certificate) = X509Certificate::from_der(der).ok()?;
-        let usage = certificate.extended_key_usage().ok()??.value;
-        let is_ours = rest.is_empty() && usage.server_auth && ca.has_signed(&certificate);
-        is_ours.then_some(())?;
+        let certificate = ca.read_signed(der)?;
+        certificate.extended_key_usage().ok()??.value.server_auth.then_some(())?;
         let (not_before, not_after) = super::validity_of(&certificate);
         Some(Server {
             serial: Serial::from_der(certificate.raw_serial())?,

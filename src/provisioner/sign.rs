@@ -106,10 +106,7 @@ impl Provisioner {
         let issuer = self.issuer(now)?;
         let Sign { csr, serial, .. } = sign;
         let device = sign.grant.device();
-        let sign = || match days {
-            Some(days) => issuer.sign_for(csr, device, *serial, days, now),
-            None => issuer.sign(csr, device, *serial, now),
-        };
+        let sign = || issuer.sign(csr, device, *serial, days, now);
         let leaf = catch_unwind(AssertUnwindSafe(sign))
             .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
         Ok(Signed { leaf, issuer })

@@ -361,8 +361,12 @@ impl World {
         let claims = Claims { device_id: device.clone(), iat, exp: iat + 300, jti: None };
         let token = Signer::new(b"secret").sign(claims);
         let publisher = &self.all[at].thread.parts.publisher;
-        let leaf =
-            publisher.ca().issuer().unwrap().sign(&csr(&device), &device, serial, now).unwrap();
+        let leaf = publisher
+            .ca()
+            .issuer()
+            .unwrap()
+            .sign(&csr(&device), &device, serial, None, now)
+            .unwrap();
         let mut entries = publisher.ca().record().begin();
         let redeemed = Redeemed { hash: token.hash, iat, exp: iat + 300 };
         entries.add(&leaf, Some(Origin::Token(redeemed)), now);

@@ -120,8 +120,6 @@ impl Memory {
     /// Stores the token unless the device has a live one, after its past is dead if it is to die. A
     /// token that would be born dead is dated just after the device's past: whoever raises the bound
     /// later kills what he finds here.
-    ///
-    /// # Errors
     /// `Full` at the bound, `ShareFull` before it; nothing is evicted.
     pub fn issue(&self, new: &New, now: Now) -> Answer {
         let kill = |kill: &Kill| self.kill(&kill.device, kill.row.bound.t, now).into_iter().next();

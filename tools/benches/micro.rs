@@ -205,6 +205,8 @@ fn certificate_sign(bencher: Bencher) {
     std::fs::create_dir_all(&dir).unwrap();
     let issuer = Issuer::make(&dir, 10, 90, now).unwrap();
     let (csr, device) = (Csr::parse(&csr()).unwrap(), DeviceId::parse("device-001").unwrap());
-    bencher.bench(|| issuer.sign(black_box(&csr), &device, Serial::from([0x40; 16]), now).is_ok());
+    bencher.bench(|| {
+        issuer.sign(black_box(&csr), &device, Serial::from([0x40; 16]), None, now).is_ok()
+    });
     std::fs::remove_dir_all(dir).unwrap();
 }

@@ -12,7 +12,7 @@ use super::{CERTS, INDEX, Origin, Record, RecordError, Untold, Writer};
 use crate::ca::issuer::Leaf;
 use crate::clock::Now;
 use crate::device::DeviceId;
-use crate::files::{self, Synced};
+use crate::files::{self, FilesError, Synced};
 use crate::jwt::TokenHash;
 
 /// From so many certificates on, a batch syncs the file system once instead of each file.
@@ -144,7 +144,7 @@ impl Record {
         let (mut file, before) = self.open_index()?;
         let added = file.write_all(lines.as_bytes()).and_then(|()| file.sync_all());
         let Err(e) = added else { return Ok(()) };
-        let why = self.index_says(e);
+        let why = self.index_not_written(e).to_string();
         let cut = file.set_len(before).and_then(|()| file.sync_all());
         if cut.is_err() {
             writer.undo = Some((before, lines));
@@ -157,10 +157,14 @@ impl Record {
     pub(super) fn take_back(&self, writer: &mut Writer) -> Result<(), RecordError> {
         let Some((before, lines)) = &writer.undo else { return Ok(()) };
         let (mut file, length) = self.open_index()?;
-        let io = |e| RecordError::not_written(self.index_says(e));
-        if length > *before && is_rest(&mut file, *before, lines).map_err(io)? {
-            file.set_len(*before).and_then(|()| file.sync_all()).map_err(io)?;
-        }
+        let mut undo = || {
+            if length > *before && is_rest(&mut file, *before, lines)? {
+                file.set_len(*before)?;
+                file.sync_all()?;
+            }
+            Ok(())
+        };
+        undo().map_err(|e| self.index_not_written(e))?;
         writer.undo = None;
         Ok(())
     }
@@ -171,11 +175,11 @@ impl Record {
             let length = file.metadata()?.len();
             Ok((file, length))
         };
-        open().map_err(|e| RecordError::not_written(self.index_says(e)))
+        open().map_err(|e| self.index_not_written(e))
     }
 
-    pub(super) fn index_says(&self, e: io::Error) -> String {
-        format!("cannot write {}: {e}", self.dir.join(INDEX).display())
+    fn index_not_written(&self, e: io::Error) -> RecordError {
+        RecordError::not_written(FilesError::io("cannot write", &self.dir.join(INDEX))(e))
     }
 }
 

@@ -58,12 +58,12 @@ impl Fixture {
     pub(super) fn leaf_of(&self, name: &str, days: u32) -> Leaf {
         let issuer = Issuer::load(&self.dir, days).unwrap().unwrap();
         let serial = Serial::random().unwrap();
-        issuer.sign(&self.csr(name), &device(name), serial, clock::now()).unwrap()
+        issuer.sign(&self.csr(name), &device(name), serial, None, clock::now()).unwrap()
     }
 
     pub(super) fn leaf(&self, name: &str) -> Leaf {
         let serial = Serial::random().unwrap();
-        self.issuer.sign(&self.csr(name), &device(name), serial, clock::now()).unwrap()
+        self.issuer.sign(&self.csr(name), &device(name), serial, None, clock::now()).unwrap()
     }
 
     /// A server's certificate, for so many days.

@@ -18,15 +18,15 @@ const OTHERS: &str = "others.pem+";
 /// … and of a revocation whose certificate is not here.
 const FORETOLD: &str = "foretold";
 
-/// What the bytes say.
-#[derive(Debug)]
-pub(super) struct Index {
-    pub(super) rows: Rows,
-    /// The last line, if it has no end but reads as a line: an editor has left it so, or it was torn
-    /// in its last field, the subject.
-    pub(super) unended: Option<Row>,
-    /// The length of the whole lines; what follows is the unended one, or torn.
-    pub(super) whole: usize,
+/// What stands behind the last whole line.
+#[derive(Debug, Default)]
+pub(super) struct Tail {
+    /// A line without an end, if it reads as one: an editor has left it so, or it was torn in its last
+    /// field, the subject.
+    pub(super) row: Option<Row>,
+    pub(super) bytes: Vec<u8>,
+    /// Where it begins.
+    pub(super) at: usize,
 }
 
 /// One line.
@@ -50,31 +50,32 @@ pub(super) enum Change {
 
 /// Reads the database, whose last line may be torn. `Err` is the number of a line, counted from 1,
 /// and what is wrong with it.
-pub(super) fn read_index(bytes: &[u8]) -> Result<Index, (usize, &'static str)> {
-    let count = bytes.iter().filter(|b| **b == b'\n').count();
-    let mut index = Index { rows: Rows::with_room(count), unended: None, whole: 0 };
+pub(super) fn read_index(bytes: &[u8]) -> Result<(Rows, Tail), (usize, &'static str)> {
+    let mut rows = Rows::with_room(bytes.iter().filter(|b| **b == b'\n').count());
+    let mut tail = Tail::default();
     for (number, line) in (1..).zip(bytes.split_inclusive(|b| *b == b'\n')) {
         let read = read_line(line);
-        if index.whole + line.len() == bytes.len() && is_torn(line) {
-            index.unended = match read {
-                Ok(Line::Row(row)) if index.rows.by_serial(&row.serial).is_none() => Some(row),
+        if tail.at + line.len() == bytes.len() && is_torn(line) {
+            tail.row = match read {
+                Ok(Line::Row(row)) if rows.by_serial(&row.serial).is_none() => Some(row),
                 _ => None,
             };
+            tail.bytes = line.to_vec();
             break;
         }
         match read.map_err(|why| (number, why))? {
             Line::Row(row) => {
                 let twice = (number, "the serial number stands twice");
-                index.rows.insert(&row).map(drop).ok_or(twice)?;
+                rows.insert(&row).map(drop).ok_or(twice)?;
             }
-            Line::Foretold(serial, revoked) if index.rows.by_serial(&serial).is_none() => {
-                index.rows.foretell(serial, revoked);
+            Line::Foretold(serial, revoked) if rows.by_serial(&serial).is_none() => {
+                rows.foretell(serial, revoked);
             }
             Line::Foretold(..) => {}
         }
-        index.whole += line.len();
+        tail.at += line.len();
     }
-    Ok(index)
+    Ok((rows, tail))
 }
 
 /// A write that was cut short ends without its line end; a file system may also have made room for
@@ -246,10 +247,10 @@ mod tests {
         assert_eq!(read_row(&server.line()), Ok(Row { device: None, ..server }), "no device's");
         let revoked = (1_700_000_000, Reason::KeyCompromise);
         let line = foretold_line(&serial, revoked, 1_900_000_000);
-        let rows = read_index(line.as_bytes()).unwrap().rows;
-        assert_eq!((rows.len(), rows.is_foretold(&serial)), (0, Some(revoked)));
-        let both = read_index((line + &row.line()).as_bytes()).unwrap().rows;
-        assert_eq!((both.len(), both.is_foretold(&serial)), (1, None));
+        let rows = read_index(line.as_bytes()).unwrap().0;
+        assert_eq!((rows.list.len(), rows.is_foretold(&serial)), (0, Some(revoked)));
+        let both = read_index((line + &row.line()).as_bytes()).unwrap().0;
+        assert_eq!((both.list.len(), both.is_foretold(&serial)), (1, None));
     }
 
     #[test]
@@ -313,21 +314,21 @@ mod tests {
             "R\t300101000000Z\t240101000000Z\t7fFF\t01.pem\t/C=DE/O=X/CN=no device's name\n",
             "R\t300101000000Z\t240101000000Z\t00\tunknown\t\n",
         ];
-        let Index { mut rows, .. } = read_index(lines.concat().as_bytes()).unwrap();
+        let (mut rows, _) = read_index(lines.concat().as_bytes()).unwrap();
         let now = Now { unix_ms: 1_800_000_000_000, mono_ms: 0 };
         let serial = |hex| Serial::from_hex(hex).unwrap();
         for (name, hex) in [("short", "01"), ("negative", "-7fee")] {
             assert!(rows.has_active(&device(name), now));
             assert_eq!(rows.device(rows.by_serial(&serial(hex)).unwrap()), Some(device(name)));
         }
-        assert_eq!(rows.all().filter(|slot| !slot.is_devices()).count(), 2);
+        assert_eq!(rows.list.iter().filter(|slot| !slot.is_devices()).count(), 2);
         let at = 1_704_067_200;
         let expected = ["7FFF", "00"].map(|hex| Revocation {
             serial: serial(hex),
             at,
             reason: Reason::Unspecified,
         });
-        assert_eq!(rows.revoked(now), expected);
+        assert!(rows.revocations(now.unix_s()).eq(expected));
         assert!(rows.insert(&Row::new(serial("007fff"), device("d"), 1)).is_none(), "twice");
 
         let mut copy = Vec::new();

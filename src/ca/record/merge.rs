@@ -8,9 +8,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use x509_parser::asn1_rs::FromDer as _;
-use x509_parser::certificate::X509Certificate;
-
 use super::index::{self, Change};
 use super::rows::{Place, Revoked, Row, Rows, Slot};
 use super::{Origin, Reason, Record, RecordError, Redeemed, Revocation, Spent, Untold, others};
@@ -19,6 +16,7 @@ use crate::ca::validity_of;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::CLOCKS_APART_S;
+use crate::files::FilesError;
 use crate::jwt::TokenHash;
 use crate::serial::Serial;
 
@@ -100,13 +98,10 @@ impl Incoming {
         origin: Option<Origin>,
         ca: &Issuer,
     ) -> Option<Self> {
-        let (rest, certificate) = X509Certificate::from_der(der).ok()?;
-        let usage = certificate.extended_key_usage().ok()??.value;
-        let is_ours = rest.is_empty()
-            && Serial::from_der(certificate.raw_serial()) == Some(*serial)
-            && usage.client_auth
-            && ca.has_signed(&certificate);
-        is_ours.then_some(())?;
+        let certificate = ca.read_signed(der)?;
+        let is_devices = certificate.extended_key_usage().ok()??.value.client_auth
+            && Serial::from_der(certificate.raw_serial()) == Some(*serial);
+        is_devices.then_some(())?;
         let name = certificate.subject().iter_common_name().next()?.as_str().ok()?;
         let (not_before, expires_at) = validity_of(&certificate);
         let row = Row::new(*serial, DeviceId::parse(name)?, expires_at);
@@ -241,18 +236,14 @@ impl Record {
     pub fn serials_of(&self, of: u8, ended_before: u64) -> Vec<Serial> {
         let rows = self.read();
         let counts = |slot: &&Slot| slot.is_devices() && slot.expires_at >= ended_before;
-        let devices = rows.all().filter(counts);
+        let devices = rows.list.iter().filter(counts);
         devices.map(|slot| slot.serial).filter(|serial| bucket(serial) == of).collect()
     }
 
     /// All revocations in a bucket, but for those of certificates that have ended before.
     pub fn revocations_of(&self, of: u8, ended_before: u64) -> Vec<Revocation> {
         let rows = self.read();
-        let has_passed = |of: &Revocation| {
-            rows.by_serial(&of.serial).is_some_and(|slot| slot.expires_at < ended_before)
-        };
-        let of_bucket = rows.revocations().filter(|revoked| bucket(&revoked.serial) == of);
-        of_bucket.filter(|revoked| !has_passed(revoked)).collect()
+        rows.revocations(ended_before).filter(|revoked| bucket(&revoked.serial) == of).collect()
     }
 
     /// Merges what comes from elsewhere; on disk when it returns. Merging again changes nothing.
@@ -346,9 +337,8 @@ impl Record {
             return Ok(());
         }
         let path = self.others_path();
-        let places = others::append(&path, texts.iter().map(String::as_str)).map_err(|e| {
-            RecordError::not_written(format!("cannot write {}: {e}", path.display()))
-        })?;
+        let places = others::append(&path, texts.iter().map(String::as_str))
+            .map_err(|e| RecordError::not_written(FilesError::io("cannot write", &path)(e)))?;
         news.into_iter().zip(places).for_each(|(place, at)| *place = Place::Others(at));
         Ok(())
     }
@@ -471,7 +461,7 @@ mod tests {
                 rows.apply(&plan);
                 certificates.extend(state.certificates.clone());
             }
-            let revocations = rows.revocations().map(|r| (r.serial, (r.at, r.reason))).collect();
+            let revocations = rows.revocations(0).map(|r| (r.serial, (r.at, r.reason))).collect();
             State { certificates, revocations, bounds }
         }
 

@@ -267,9 +267,7 @@ impl Stored {
     pub fn paid(&self) -> u64 {
         self.origin.and_then(Origin::paid).unwrap_or(self.created_at)
     }
-}
 
-impl Stored {
     /// The same as it was when it was signed.
     fn leaf(self, device: DeviceId, slot: &Slot) -> Leaf {
         let Stored { pem, der, fingerprint, created_at, .. } = self;
@@ -413,7 +411,7 @@ impl Record {
         let is_missing = found.is_none();
         let (rows, tail) = found.unwrap_or_default();
         let is_foreign = |slot: &&Slot| !slot.is_devices() && slot.place != Place::Server;
-        let foreign = rows.all().filter(is_foreign).count();
+        let foreign = rows.list.iter().filter(is_foreign).count();
         if foreign > 0 {
             let index = dir.join(INDEX);
             log::info!(
@@ -436,7 +434,7 @@ impl Record {
 
     /// Whether nothing is recorded.
     pub fn is_empty(&self) -> bool {
-        self.read().is_empty()
+        self.read().list.is_empty()
     }
 
     /// The device's newest certificate.
@@ -496,7 +494,7 @@ impl Record {
 
     /// What is revoked and has not ended, for a CRL.
     pub fn revoked(&self, now: Now) -> Vec<Revocation> {
-        self.read().revoked(now)
+        self.read().revocations(now.unix_s()).collect()
     }
 
     /// Reads a certificate and what was written down with it. A record without one is a record all the
@@ -534,7 +532,7 @@ impl Record {
         let read = File::open(&path).and_then(|file| others::read(&file, u64::from(at)));
         let text = read.map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => absent(),
-            _ => RecordError::Unreadable(format!("cannot read {}: {e}", path.display())),
+            _ => FilesError::io("cannot read", &path)(e).into(),
         })?;
         let stored = text.and_then(|text| read_stored(&text)).ok_or_else(absent)?;
         // The file may be an older or a newer copy than `index.txt`.

@@ -11,7 +11,7 @@ use std::io::{self, BufWriter, Write as _};
 use super::index::Change;
 use super::rows::{Place, Rows, Slot};
 use super::{INDEX, Record, RecordError, others, repair};
-use crate::files;
+use crate::files::{self, FilesError};
 use crate::serial::Serial;
 
 impl Record {
@@ -22,7 +22,7 @@ impl Record {
     pub fn prune(&self, ended_before: u64) -> Result<Vec<Serial>, RecordError> {
         let mut writer = self.lock_writer();
         let is_gone = |slot: &&Slot| slot.expires_at < ended_before;
-        let gone: Vec<Slot> = self.read().all().filter(is_gone).copied().collect();
+        let gone: Vec<Slot> = self.read().list.iter().filter(is_gone).copied().collect();
         if gone.is_empty() {
             return Ok(Vec::new());
         }
@@ -55,7 +55,7 @@ impl Record {
         let path = self.others_path();
         let old = match File::open(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(places),
-            old => old.map_err(|e| RecordError::Unreadable(format!("{}: {e}", path.display())))?,
+            old => old.map_err(FilesError::io("cannot read", &path))?,
         };
         let copy = |new: &mut File| {
             let (mut new, mut length) = (BufWriter::new(new), 0_u64);
@@ -77,7 +77,7 @@ impl Rows {
     /// How the lines of others' certificates change that stay.
     fn placed(&self, ended_before: u64, places: &HashMap<Serial, u32>) -> HashMap<Serial, Change> {
         let mut changes = HashMap::new();
-        for (before, slot) in self.all().enumerate() {
+        for (before, slot) in self.list.iter().enumerate() {
             let stays = slot.expires_at >= ended_before;
             let Some(at) = places.get(&slot.serial).filter(|_| stays) else { continue };
             let newer = self.newer_before(slot, before, ended_before);

@@ -10,9 +10,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
-use super::index::{self, Change, Index};
+use super::index::{self, Change, Tail};
 use super::merge::Incoming;
-use super::rows::{Place, Row, Rows, Slot};
+use super::rows::{Place, Rows, Slot};
 use super::{
     CERTS, CLOCK_SLACK_S, Certificate, INDEX, Origin, Reason, Record, RecordError, Revocation,
     Stored, Untold, others,
@@ -20,7 +20,7 @@ use super::{
 use crate::ca::crl;
 use crate::ca::issuer::{BACKDATE_S, Issuer};
 use crate::clock::{DAY_S, Now};
-use crate::files;
+use crate::files::{self, FilesError};
 use crate::jwt;
 use crate::serial::Serial;
 
@@ -34,24 +34,12 @@ const PATIENCE: usize = 64;
 /// Serial numbers that one line of the log names.
 const NAMED: usize = 8;
 
-/// What stands behind the last whole line of `index.txt`.
-#[derive(Default)]
-pub(super) struct Tail {
-    /// A line without an end, if it can be read as one.
-    row: Option<Row>,
-    bytes: Vec<u8>,
-    /// Where it begins.
-    at: usize,
-}
-
 /// Reads `index.txt`; `None` if it is missing.
 pub(super) fn read_index(path: &Path) -> Result<Option<(Rows, Tail)>, RecordError> {
     let Some(bytes) = files::read(path)? else { return Ok(None) };
     let garbled =
         |(line, why)| RecordError::Unreadable(format!("{} line {line}: {why}", path.display()));
-    let Index { rows, unended, whole } = index::read_index(&bytes).map_err(garbled)?;
-    let tail = bytes.get(whole..).unwrap_or_default().to_vec();
-    Ok(Some((rows, Tail { row: unended, bytes: tail, at: whole })))
+    index::read_index(&bytes).map(Some).map_err(garbled)
 }
 
 impl Record {
@@ -113,11 +101,10 @@ impl Record {
     /// The serial numbers by which files in `certs/` are named that have no line.
     pub(super) fn strays(&self) -> Result<Vec<Serial>, RecordError> {
         let certs = self.dir.join(CERTS);
-        let unreadable =
-            |e: io::Error| RecordError::Unreadable(format!("cannot read {}: {e}", certs.display()));
+        let unreadable = FilesError::io("cannot read", &certs);
         let mut named = Vec::new();
-        for entry in certs.read_dir().map_err(unreadable)? {
-            let name = entry.map_err(unreadable)?.file_name();
+        for entry in certs.read_dir().map_err(&unreadable)? {
+            let name = entry.map_err(&unreadable)?.file_name();
             named.extend(name.to_str().and_then(|n| Serial::from_hex(n.strip_suffix(".pem")?)));
         }
         let rows = self.read();
@@ -160,7 +147,7 @@ impl Record {
             file.write_all(b"\n")?;
             file.sync_all()
         };
-        end().map_err(|e| RecordError::not_written(self.index_says(e)))?;
+        end().map_err(FilesError::io("cannot write", &index)).map_err(RecordError::not_written)?;
         self.write().insert(row);
         Ok(())
     }
@@ -169,13 +156,12 @@ impl Record {
     /// file and the lines are not of one moment, where each certificate lies is looked up anew.
     fn strays_of_others(&self, ca: &Issuer) -> Result<Vec<Incoming>, RecordError> {
         let path = self.others_path();
-        let unreadable =
-            |e: io::Error| RecordError::Unreadable(format!("cannot read {}: {e}", path.display()));
+        let unreadable = FilesError::io("cannot read", &path);
         let file = match File::open(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return self.place_others(&HashMap::new()).map(|()| Vec::new());
             }
-            file => file.map_err(unreadable)?,
+            file => file.map_err(&unreadable)?,
         };
         let last = self.read().others().max_by_key(|(at, _)| *at).map(|(at, slot)| (at, *slot));
         let is_of_one_moment = last.is_none_or(|(_, last)| self.stored_at(&last).is_ok());
@@ -195,7 +181,7 @@ impl Record {
                 strays.push(stray);
             }
         });
-        let end = end.map_err(unreadable)?;
+        let end = end.map_err(&unreadable)?;
         let mut torn = Vec::new();
         let mut rest = &file;
         let read = rest.seek(SeekFrom::Start(end)).and_then(|_| rest.read_to_end(&mut torn));
@@ -246,9 +232,7 @@ impl Record {
             file.set_len(at)?;
             file.sync_all()
         };
-        let not_written =
-            |e| RecordError::not_written(format!("cannot write {}: {e}", path.display()));
-        cut().map_err(not_written)
+        cut().map_err(FilesError::io("cannot write", path)).map_err(RecordError::not_written)
     }
 
     /// What it is to somebody nobody knows, so it is not deleted.
@@ -307,7 +291,7 @@ impl Record {
         let since = now_s.unwrap_or(u64::MAX).saturating_sub(DAY_S);
         let mut rows = self.write();
         tokens.iter().for_each(|(token, at)| rows.add_token(token, *at as u32));
-        let revoked = rows.revocations().filter(|revocation| revocation.at >= since);
+        let revoked = rows.revocations(0).filter(|revocation| revocation.at >= since);
         news.extend(revoked.map(|revocation| Untold::Revocation(revocation.serial)));
         drop(rows);
         self.news.add(news.into_iter().rev());
@@ -340,8 +324,8 @@ impl Record {
     /// may have come all at once.
     fn read_newest(&self, mut is_wanted: impl FnMut(usize, &Slot, &Stored) -> bool) {
         let (mut unwanted, mut lost, mut why) = ([0; 2], 0_usize, None);
-        for at in (0..self.read().len()).rev() {
-            let Some(slot) = self.read().at(at).copied() else { break };
+        for at in (0..self.read().list.len()).rev() {
+            let Some(slot) = self.read().list.get(at).copied() else { break };
             let unwanted_like_it = match slot.place {
                 Place::Others(_) => &mut unwanted[1],
                 Place::Own | Place::Server => &mut unwanted[0],
@@ -388,6 +372,7 @@ mod tests {
     use crate::ca::issuer::Leaf;
     use crate::ca::openssl::{must, run_program};
     use crate::ca::record::fixture::{Fixture, device, enter, token};
+    use crate::ca::record::rows::Row;
     use crate::clock;
     use crate::files::test_dir::TestDir;
     use crate::jwt::TokenHash;

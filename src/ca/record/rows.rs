@@ -17,7 +17,7 @@ use crate::serial::Serial;
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     /// In the order of `index.txt`.
-    list: Vec<Slot>,
+    pub(super) list: Vec<Slot>,
     /// Names of devices one after the other, the length before each.
     names: Vec<u8>,
     by_serial: Places,
@@ -136,30 +136,12 @@ impl Rows {
         rows
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.list.len()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.list.is_empty()
-    }
-
-    /// In the order of `index.txt`.
-    pub(super) fn all(&self) -> std::slice::Iter<'_, Slot> {
-        self.list.iter()
-    }
-
     /// Those that other instances have signed, with where each begins in their file.
     pub(super) fn others(&self) -> impl Iterator<Item = (u32, &Slot)> {
         self.list.iter().filter_map(|slot| match slot.place {
             Place::Others(at) => Some((at, slot)),
             Place::Own | Place::Server => None,
         })
-    }
-
-    /// The row at this place in the order of `index.txt`.
-    pub(super) fn at(&self, at: usize) -> Option<&Slot> {
-        self.list.get(at)
     }
 
     pub(super) fn by_serial(&self, serial: &Serial) -> Option<&Slot> {
@@ -178,15 +160,14 @@ impl Rows {
 
     /// Where a row stands in the order of `index.txt`.
     pub(super) fn place_of(&self, serial: &Serial) -> Option<usize> {
-        let is = |at: u32| self.list.get(at as usize).is_some_and(|slot| slot.serial == *serial);
+        let is = |at: u32| self.slot(at).is_some_and(|slot| slot.serial == *serial);
         self.by_serial.find(self.hash(serial), is).map(|at| at as usize)
     }
 
     /// The device's rows, the newest first.
     pub(super) fn of_device(&self, device: &DeviceId) -> impl Iterator<Item = &Slot> {
-        let slot = |at: u32| self.list.get(at as usize);
-        let newest = self.newest(device.as_str().as_bytes()).and_then(slot);
-        std::iter::successors(newest, move |found| slot(found.older))
+        let newest = self.newest(device.as_str().as_bytes()).and_then(|at| self.slot(at));
+        std::iter::successors(newest, |found| self.slot(found.older))
     }
 
     /// As [`Record::newest_after`](super::Record::newest_after). All are gone through: names have no
@@ -225,15 +206,10 @@ impl Rows {
         self.of_device(device).any(|slot| slot.is_active(now))
     }
 
-    /// What is revoked and has not ended, and what is foretold.
-    pub(super) fn revoked(&self, now: Now) -> Vec<Revocation> {
-        let live = self.list.iter().filter(|slot| slot.expires_at >= now.unix_s());
-        live.filter_map(Slot::revocation).chain(self.foretold()).collect()
-    }
-
-    /// All that is revoked, whether or not it has ended.
-    pub(super) fn revocations(&self) -> impl Iterator<Item = Revocation> {
-        self.list.iter().filter_map(Slot::revocation).chain(self.foretold())
+    /// What is revoked and has not ended before this second, and what is foretold.
+    pub(super) fn revocations(&self, ended_before: u64) -> impl Iterator<Item = Revocation> {
+        let live = self.list.iter().filter(move |slot| slot.expires_at >= ended_before);
+        live.filter_map(Slot::revocation).chain(self.foretold())
     }
 
     fn foretold(&self) -> impl Iterator<Item = Revocation> {
@@ -261,13 +237,13 @@ impl Rows {
 
     /// The certificate that the token was redeemed for.
     pub(super) fn redeemed_for(&self, token: &TokenHash) -> Option<&Slot> {
-        self.list.get(self.tokens.get(token)?.row as usize)
+        self.slot(self.tokens.get(token)?.row)
     }
 
     /// The tokens, each with its certificate.
     pub(super) fn spent(&self) -> Vec<Spent> {
         let spent = |(hash, token): (&TokenHash, &TokenRow)| {
-            let slot = self.list.get(token.row as usize)?;
+            let slot = self.slot(token.row)?;
             let token = Redeemed { hash: *hash, iat: token.iat, exp: token.exp };
             Some(Spent { token, serial: slot.serial, device: self.device(slot)? })
         };
@@ -351,17 +327,20 @@ impl Rows {
 
     /// Revokes a certificate that is here; of two revocations the caller knows the earlier.
     pub(super) fn set_revoked(&mut self, serial: &Serial, (at, reason): Revoked) {
-        let place = self.place_of(serial);
-        if let Some(slot) = place.and_then(|place| self.list.get_mut(place)) {
+        if let Some(slot) = self.slot_mut(serial) {
             (slot.revoked_at, slot.reason) = (at, reason);
         }
     }
 
     pub(super) fn set_place(&mut self, serial: &Serial, place: Place) {
-        let at = self.place_of(serial);
-        if let Some(slot) = at.and_then(|at| self.list.get_mut(at)) {
+        if let Some(slot) = self.slot_mut(serial) {
             slot.place = place;
         }
+    }
+
+    fn slot_mut(&mut self, serial: &Serial) -> Option<&mut Slot> {
+        let at = self.place_of(serial)?;
+        self.list.get_mut(at)
     }
 
     pub(super) fn add_token(&mut self, token: &Redeemed, row: u32) {
@@ -490,7 +469,7 @@ mod tests {
             let bytes = rows.list.capacity() * size_of::<Slot>()
                 + rows.names.capacity()
                 + (rows.by_serial.table.capacity() + rows.by_device.table.capacity()) * 4;
-            assert!(bytes <= 100 * rows.len(), "{bytes} bytes for {}", rows.len());
+            assert!(bytes <= 100 * rows.list.len(), "{bytes} bytes for {}", rows.list.len());
         }
         for n in (0..120_000).step_by(777) {
             let found = rows.by_serial(&serial(n)).and_then(|slot| rows.device(slot));
@@ -518,7 +497,7 @@ mod tests {
     fn devices_are_listed_by_name_and_in_pages() {
         let mut rows = Rows::default();
         for n in [7_u8, 3, 9, 1, 5, 3] {
-            let serial = Serial::from([0x40 + rows.len() as u8; 16]);
+            let serial = Serial::from([0x40 + rows.list.len() as u8; 16]);
             rows.insert(&Row::new(serial, device(&format!("d-{n}")), 100));
         }
         rows.insert(&Row::new(Serial::from([0x50; 16]), device("e"), 100));

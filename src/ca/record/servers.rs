@@ -101,7 +101,7 @@ impl Record {
     pub(super) fn begin_servers(&self, ca: &Issuer) {
         self.servers.may_have_come(&self.dir.join(CERTS));
         let rows = self.read();
-        let servers = rows.all().filter(|slot| slot.place == Place::Server).map(|s| s.serial);
+        let servers = rows.list.iter().filter(|slot| slot.place == Place::Server).map(|s| s.serial);
         let serials: Vec<Serial> = servers.collect();
         drop(rows);
         locked(&self.servers.list)

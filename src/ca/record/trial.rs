@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use super::{CERTS, INDEX, Record, RecordError, repair};
-use crate::files;
+use crate::files::{self, FilesError};
 use crate::locks::locked;
 
 /// Why the record cannot be written; nothing if the last attempt worked.
@@ -38,7 +38,7 @@ impl Record {
     pub fn check(dir: &Path) -> Result<bool, RecordError> {
         files::try_folder(&dir.join(CERTS)).map_err(RecordError::not_written)?;
         let index = repair::read_index(&dir.join(INDEX))?;
-        Ok(index.is_none_or(|(rows, _)| rows.is_empty()))
+        Ok(index.is_none_or(|(rows, _)| rows.list.is_empty()))
     }
 
     /// Why the record cannot be written, as far as the last attempt tells.
@@ -52,11 +52,11 @@ impl Record {
         let index = self.dir.join(INDEX);
         let attempt = files::try_writing(&self.dir.join(CERTS))
             .and_then(|()| files::try_writing(&self.dir))
-            .map_err(RecordError::not_written)
-            .and_then(|()| match OpenOptions::new().append(true).open(&index) {
-                Ok(_) => Ok(()),
-                Err(e) => Err(RecordError::not_written(self.index_says(e))),
-            });
+            .and_then(|()| {
+                let opened = OpenOptions::new().append(true).open(&index);
+                opened.map(drop).map_err(FilesError::io("cannot write", &index))
+            })
+            .map_err(RecordError::not_written);
         self.trial.note(attempt)
     }
 }
