@@ -23,6 +23,9 @@ const OTHERS: LevelFilter = LevelFilter::Warn;
 /// Starts the log. `journal_stream` is what systemd sets where standard error goes to its journal.
 pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerError> {
     let mut builder = Builder::new();
+    // It calls the end of each lane's socket an error, which we want (see `server`); all else that it
+    // says, it also returns.
+    builder.filter_module("tiny_http", LevelFilter::Off);
     match &log.filter {
         Some(filter) => builder.parse_filters(filter),
         None => builder

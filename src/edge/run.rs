@@ -107,7 +107,8 @@ impl Edge {
         let socket = TcpListener::bind((http.host, http.port))?;
         let local_addr = socket.local_addr()?;
         let first_client = KEY + 1 + lanes.len();
-        let lanes = Lanes::new(lanes, KEY + 1, settings.deadlines.length_ms(Wait::Work));
+        let work_ms = settings.deadlines.length_ms(Wait::Work);
+        let lanes = Lanes::open(lanes, KEY + 1, work_ms, &poll, clock::now().mono_ms)?;
         let counters = Arc::clone(&settings.counters);
         let connections = Connections::new(settings, handshakes.transpose()?);
         Ok(Edge {

@@ -1,6 +1,7 @@
 //! What all rooms of the edge use: its settings, its limits, and what a client may be late with.
 
-use std::path::PathBuf;
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,13 +18,12 @@ pub const FIELDS_MAX: usize = 64;
 /// A request's body. The largest we know, a CSR for RSA 4096 in base64 of PEM, has 3 KiB.
 pub const BODY_MAX: usize = 64 * 1024;
 
-/// Where a lane's worker listens, and for which kind of work.
-#[derive(Clone, Debug)]
+/// Where a lane's worker is reached, and for which kind of work.
 pub struct LaneAddress {
     /// The kind of requests that go there.
     pub kind: LaneKind,
-    /// The private socket.
-    pub path: PathBuf,
+    /// Makes the lane's connection, at the start and when one was lost. It does not wait.
+    pub connect: Box<dyn Fn() -> io::Result<UnixStream> + Send>,
     /// Requests waiting in it.
     pub max_waiting: usize,
 }

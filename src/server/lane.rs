@@ -5,17 +5,22 @@
 //! request is read, and what is left of it are its own words. So there is no second way out, on which
 //! an answer could meet those of others. Requests of a batch that is dropped, by a panic for instance,
 //! are answered with 500: every request has its answer.
+//!
+//! A server has the one connection for which it was made: its socket is shut when that waits to be
+//! accepted. So `tiny_http` ends the thread that accepts, and, when nothing has come for five seconds,
+//! the four that it keeps for more connections. A connection that was lost takes its server with it.
 
-use std::fmt;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::Duration;
 
+use rustix::net::{Shutdown, shutdown};
 use tiny_http::Server;
 
 use crate::api::{Request, classify};
@@ -29,14 +34,13 @@ use crate::problem::Code;
 const BATCH_BYTES: usize = 256 * 1024;
 /// However steadily requests come, a batch waits no longer than so many pauses.
 const PAUSES: u32 = 5;
+/// When nothing has come for so long from a connection that was closed, all of it has.
+const SILENCE: Duration = Duration::from_millis(50);
 
-/// The pause between attempts to replace a server.
-const RETRY: Duration = Duration::from_secs(1);
-
-/// Opens the lanes of these kinds in the folder `dir`, which is made with mode 0700.
+/// The lanes of these kinds. Their sockets come into the folder `dir`, which is made with mode 0700.
 ///
 /// # Errors
-/// When a socket cannot be made there.
+/// When it cannot be made.
 pub fn open_lanes(
     dir: &Path,
     kinds: &[LaneKind],
@@ -45,12 +49,11 @@ pub fn open_lanes(
     make_private(dir)?;
     let each = kinds.iter().map(|kind| (*kind, kind.rules(workers)));
     let lanes = each.flat_map(|(kind, rules)| std::iter::repeat_n((kind, rules), rules.lanes));
-    let open = |(i, (kind, rules)): (usize, (LaneKind, LaneRules))| {
-        let path = dir.join(format!("lane-{i}.sock"));
-        let address = LaneAddress { kind, path, max_waiting: rules.max_waiting };
-        LaneServer::open(address, rules.max_batch)
+    let lane = |(i, (kind, rules))| {
+        let (path, servers) = (dir.join(format!("lane-{i}.sock")), Mutex::default());
+        Arc::new(LaneServer { kind, rules, path, servers, stopped: AtomicBool::new(false) })
     };
-    lanes.enumerate().map(open).collect()
+    Ok(lanes.enumerate().map(lane).collect())
 }
 
 fn make_private(dir: &Path) -> io::Result<()> {
@@ -61,98 +64,101 @@ fn make_private(dir: &Path) -> io::Result<()> {
 
 /// The worker's end of a lane.
 pub struct LaneServer {
-    /// What the edge has to know.
-    pub address: LaneAddress,
-    max_batch: usize,
-    /// `None` while a server that failed is replaced.
-    server: Mutex<Option<Arc<Server>>>,
+    kind: LaneKind,
+    rules: LaneRules,
+    /// The private socket, which is there while it is connected to.
+    path: PathBuf,
+    /// The present server, and before it the one that the worker has not left yet.
+    servers: Mutex<Vec<Arc<Server>>>,
     stopped: AtomicBool,
 }
 
 impl LaneServer {
-    fn open(address: LaneAddress, max_batch: usize) -> io::Result<Arc<Self>> {
-        let (server, stopped) = (Mutex::default(), AtomicBool::new(false));
-        let lane = LaneServer { address, max_batch, server, stopped };
-        lane.listen()?;
-        Ok(Arc::new(lane))
+    /// What the edge has to know.
+    pub fn address(self: &Arc<Self>) -> LaneAddress {
+        let lane = Arc::clone(self);
+        let connect = Box::new(move || lane.connect());
+        LaneAddress { kind: self.kind, connect, max_waiting: self.rules.max_waiting }
     }
 
-    /// Puts a new server in the place of the present one, if any.
-    fn listen(&self) -> io::Result<Arc<Server>> {
-        // The old one goes first: as it goes, it removes the socket's file.
-        drop(locked(&self.server).take());
-        let path = &self.address.path;
-        let failed =
-            |why: &dyn fmt::Display| io::Error::other(format!("{}: {why}", path.display()));
-        match fs::remove_file(path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed(&e)),
-            _ => {}
+    /// Puts a new server in the place of the present one, if any, and connects to it.
+    fn connect(&self) -> io::Result<UnixStream> {
+        let says = |e| io::Error::other(format!("{}: {e}", self.path.display()));
+        let (server, stream) = open(&self.path).map_err(says)?;
+        let mut servers = locked(&self.servers);
+        match servers.as_slice() {
+            [present] => present.unblock(),
+            // The worker has not seen the latest yet, in which there is a proof at most.
+            _ => servers.truncate(1),
         }
-        let server = Arc::new(Server::http_unix(path).map_err(|e| failed(&e))?);
-        *locked(&self.server) = Some(Arc::clone(&server));
-        Ok(server)
+        servers.push(Arc::new(server));
+        Ok(stream)
     }
 
     /// Ends the present [`LaneServer::next_batch`], or the next one.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
-        if let Some(server) = &*locked(&self.server) {
-            server.unblock();
-        }
+        locked(&self.servers).iter().for_each(|server| server.unblock());
     }
 
     /// Waits for a request, then takes up to `bound` with those that wait behind it, or come before
-    /// nothing has come for `pause`. `None` when [`LaneServer::stop`] was called.
+    /// nothing has come for `pause`. `None` when [`LaneServer::stop`] was called, or before the edge has
+    /// connected.
     pub fn next_batch(&self, bound: usize, pause: Duration, outbox: &Outbox) -> Option<Batch> {
         let mut batch = Batch::new(Arc::clone(outbox));
-        while let Some(server) = self.server() {
+        loop {
+            let server = self.server()?;
             // `try_recv` may have swallowed what ends `recv`.
-            let first = match self.is_stopped() {
+            let first = match self.stopped.load(Ordering::Acquire) {
                 true => server.try_recv(),
                 false => server.recv().map(Some),
             };
-            let filled = match first {
-                Ok(None) => return None,
-                Ok(Some(request)) => {
-                    batch.add(request);
-                    gather(&server, bound.min(self.max_batch), pause, &mut batch)
-                }
-                Err(e) => Err(e),
-            };
-            match filled {
-                Ok(()) => return Some(batch),
-                Err(_) if self.is_stopped() => return None,
-                // After an error in `accept`, of which it tells once, `tiny_http` never accepts again.
-                Err(e) => log::warn!("lane {}: {e}", self.address.path.display()),
+            match first {
+                Ok(first) => batch.add(first?),
+                // There is another server; or this one tells that it accepts no more.
+                Err(_) => continue,
             }
-            drop(server);
-            locked(&self.server).take();
-            if !batch.requests.is_empty() {
-                return Some(batch);
-            }
+            gather(&server, bound.min(self.rules.max_batch), pause, &mut batch);
+            return Some(batch);
         }
-        None
     }
 
-    /// The present server, or another in its place; `None` when stopped.
+    /// The present server. The edge has refused what is left in the one before it.
     fn server(&self) -> Option<Arc<Server>> {
-        loop {
-            let present = locked(&self.server).clone();
-            match present.map_or_else(|| self.listen(), Ok) {
-                Ok(server) => return Some(server),
-                Err(_) if self.is_stopped() => return None,
-                Err(e) => log::error!("lane {e}"),
+        let mut servers = locked(&self.servers);
+        let present = Arc::clone(servers.last()?);
+        let left = servers.len().saturating_sub(1);
+        let left: Vec<_> = servers.drain(..left).collect();
+        drop(servers);
+        for server in left {
+            // As long as a body is unread, the connection's thread waits. What ends `recv` looks like
+            // silence, too.
+            let mut silences = 0;
+            while silences < 2 {
+                silences += u32::from(matches!(server.recv_timeout(SILENCE), Ok(None)));
             }
-            thread::sleep(RETRY);
         }
-    }
-
-    fn is_stopped(&self) -> bool {
-        self.stopped.load(Ordering::Acquire)
+        Some(present)
     }
 }
 
-fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Batch) -> io::Result<()> {
+/// A server, and the only connection that it will ever have.
+fn open(path: &Path) -> io::Result<(Server, UnixStream)> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    let stream = UnixStream::connect(path)?;
+    shutdown(&listener, Shutdown::Read)?;
+    fs::remove_file(path)?;
+    // It panics if no thread can be had.
+    let started = catch_unwind(AssertUnwindSafe(|| Server::from_listener(listener, None)));
+    let started = started.map_err(|_| io::Error::other("no thread can be had"))?;
+    Ok((started.map_err(io::Error::other)?, stream))
+}
+
+fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Batch) {
     let longest = (pause * PAUSES).as_millis();
     let began = clock::now().mono_ms;
     let waits = || u128::from(clock::now().mono_ms.saturating_sub(began)) < longest;
@@ -167,10 +173,9 @@ fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Batch) -> 
             }
             next => next,
         };
-        let Some(request) = next? else { break };
+        let Ok(Some(request)) = next else { return };
         batch.add(request);
     }
-    Ok(())
 }
 
 /// Requests that are answered together, once.
@@ -277,6 +282,8 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::path::PathBuf;
     use std::sync::mpsc;
+    use std::thread;
+    use std::time::Instant;
 
     fn folder(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("server-{}-{name}", std::process::id()))
@@ -302,7 +309,7 @@ mod tests {
         }
 
         fn connect(&self) -> UnixStream {
-            UnixStream::connect(&self.lane.address.path).unwrap()
+            self.lane.connect().unwrap()
         }
 
         fn next_batch(&self) -> Batch {
@@ -318,7 +325,6 @@ mod tests {
 
     impl Drop for Staged {
         fn drop(&mut self) {
-            locked(&self.lane.server).take();
             fs::remove_dir(&self.dir).unwrap();
         }
     }
@@ -400,20 +406,49 @@ mod tests {
     #[test]
     fn a_server_is_replaced_in_its_place() {
         let staged = Staged::open("replace");
-        staged.lane.listen().unwrap();
+        // What comes by a connection that was lost meanwhile is not acted on.
+        staged.connect().write_all(get(6, "/w").repeat(3).as_bytes()).unwrap();
+        // A stale file, as after a crash, is replaced.
+        fs::write(&staged.lane.path, "").unwrap();
+        drop(staged.connect());
         staged.connect().write_all(get(7, "/x").as_bytes()).unwrap();
         staged.next_batch().answer(vec![reply("r")]);
         assert_eq!(staged.answered(), [(7, 200, "r".to_owned())]);
-        // A stale file, as after a crash, is replaced.
-        locked(&staged.lane.server).take();
-        fs::write(&staged.lane.address.path, "").unwrap();
-        drop(open_lanes(&staged.dir, &[LaneKind::Plain], 1).unwrap());
+    }
+
+    /// Of the five threads of a server one is left, and of one that was replaced none, even if large
+    /// bodies waited there.
+    #[test]
+    fn a_lane_keeps_one_thread_of_its_server() {
+        let staged = Staged::open("threads");
+        let is_lane = |task: &fs::DirEntry| {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name == "one-lane\n")
+        };
+        let tasks = || fs::read_dir("/proc/self/task").unwrap().flatten();
+        let body = "b".repeat(5_000);
+        let large = format!("POST /x HTTP/1.1\r\nContent-Length: 5000\r\n\r\n{body}").repeat(5);
+        // Threads without a name have that of the thread which starts them.
+        let named = thread::Builder::new().name("one-lane".to_owned());
+        let work = move || {
+            staged.connect().write_all(large.as_bytes()).unwrap();
+            let mut stream = staged.connect();
+            stream.write_all(get(1, "/x").as_bytes()).unwrap();
+            staged.next_batch().answer(vec![reply("r")]);
+            let began = Instant::now();
+            // This thread, and the one.
+            while tasks().filter(is_lane).count() > 2 && began.elapsed() < Duration::from_secs(20) {
+                thread::sleep(Duration::from_millis(50));
+            }
+            assert_eq!(tasks().filter(is_lane).count(), 2, "after {:?}", began.elapsed());
+        };
+        named.spawn(work).unwrap().join().unwrap();
     }
 
     #[test]
     fn a_path_that_does_not_fit_is_named() {
         let long = folder(&"x".repeat(100));
-        let error = open_lanes(&long, &[LaneKind::Plain], 1).map(drop).unwrap_err();
+        let lane = open_lanes(&long, &[LaneKind::Plain], 1).unwrap().remove(0);
+        let error = lane.connect().unwrap_err();
         assert!(error.to_string().contains("/lane-0.sock: "), "{error}");
         fs::remove_dir(long).unwrap();
     }

@@ -52,7 +52,7 @@ impl Server {
     ) -> io::Result<Self> {
         let lanes = open_lanes(&config.run_dir, &api::lane_kinds(), config.http.workers);
         let lanes = lanes.map_err(said("cannot open a lane"))?;
-        let addresses = lanes.iter().map(|lane| lane.address.clone()).collect();
+        let addresses = lanes.iter().map(LaneServer::address).collect();
         let settings = edge::Settings {
             tls: config.tls.clone(),
             classify: api::classify,

@@ -45,7 +45,7 @@ pub fn serve_in_lanes(
 ) -> Served {
     let dir = TempDir::new();
     let lanes = open_lanes(dir.path(), &api::lane_kinds(), 2).unwrap();
-    let mut addresses: Vec<LaneAddress> = lanes.iter().map(|lane| lane.address.clone()).collect();
+    let mut addresses: Vec<LaneAddress> = lanes.iter().map(LaneServer::address).collect();
     addresses.iter_mut().for_each(adjust_lane);
     let handled = Arc::new(AtomicU64::new(0));
     let mut settings = settings();

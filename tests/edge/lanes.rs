@@ -55,7 +55,11 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
         (UnixListener::bind(&path).unwrap(), path)
     };
     let (listeners, paths): (Vec<_>, Vec<_>) = workers.iter().map(listen).unzip();
-    let address = |path| LaneAddress { kind: LaneKind::Plain, path, max_waiting: 1024 };
+    let address = |path| LaneAddress {
+        kind: LaneKind::Plain,
+        connect: Box::new(move || UnixStream::connect(&path)),
+        max_waiting: 1024,
+    };
     let mut settings = settings();
     settings.deadlines.set(Wait::Work, Duration::from_millis(500));
     let counters = Arc::clone(&settings.counters);

@@ -24,7 +24,14 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("httparse", &["src/edge"], "behind it requests are well formed"),
     (
         "rustix",
-        &["src/edge", "src/ca/hook.rs", "src/clock.rs", "src/files.rs", "src/stderr.rs"],
+        &[
+            "src/edge",
+            "src/server/lane.rs",
+            "src/ca/hook.rs",
+            "src/clock.rs",
+            "src/files.rs",
+            "src/stderr.rs",
+        ],
         "sockets, open files, the end of a process group, the machine's clock, syncfs, the log's pipe",
     ),
     ("redis", &["src/store/redis", "src/config/redis.rs"], "and its URLs are read by its parser"),

@@ -1,5 +1,6 @@
 //! `/health` and `/ready`: right counts, quickly, however many tokens are live.
 
+use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
@@ -164,6 +165,30 @@ fn a_record_that_cannot_be_written_is_a_reason_until_it_can() {
         "{log}"
     );
     service.enroll("e", &Csr::new("e").make());
+}
+
+/// One for each lane is tiny_http's, and has the program's name; it keeps others for five seconds.
+#[test]
+fn an_idle_service_has_few_threads() {
+    let service = Setup::new().env("RUST_LOG", "info").start();
+    let names = || {
+        let mut names = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{}/task", service.pid())).unwrap().flatten() {
+            let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            *names.entry(name.trim().to_owned()).or_insert(0) += 1;
+        }
+        names
+    };
+    let lanes = 4;
+    let own = ["clock", "crl", "edge", "reaper", "signals"].map(|name| (name, 1));
+    let many = [("mqtt-publisher-", 1 + lanes), ("worker", lanes)];
+    let idle = own.into_iter().chain(many).map(|(name, count)| (name.to_owned(), count)).collect();
+    let _ = wait::until(Duration::from_secs(10), || (names() == idle).then_some(()));
+    assert_eq!(names(), idle);
+    assert_eq!(service.onboard("d").status, 200);
+    assert_eq!(names(), idle);
+    let log = service.log();
+    assert!(!log.contains("ERROR") && !log.contains("lane"), "{log}");
 }
 
 /// The program cannot be made to lose a lane for good from outside, so this asks the API alone.

@@ -9,9 +9,6 @@ mod queue;
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use self::queue::Queue;
 pub use self::queue::Waiting;
@@ -54,8 +51,14 @@ struct Lane {
 type Lost = String;
 
 impl Lanes {
-    /// Lanes to these addresses, with the keys from `first_key` on. None is open yet.
-    pub fn new(addresses: Vec<LaneAddress>, first_key: usize, work_ms: u64) -> Self {
+    /// Connects to these addresses. The lanes have the keys from `first_key` on; none is up yet.
+    pub fn open(
+        addresses: Vec<LaneAddress>,
+        first_key: usize,
+        work_ms: u64,
+        poll: &Poll,
+        now_ms: u64,
+    ) -> io::Result<Self> {
         let lane = |(i, address)| Lane {
             address,
             key: first_key + i,
@@ -66,8 +69,12 @@ impl Lanes {
             queue: Queue::default(),
             is_unproven: false,
         };
-        let lanes = addresses.into_iter().enumerate().map(lane).collect();
-        Lanes { lanes, work_ms, number: 0, losses: 0 }
+        let mut lanes: Vec<Lane> = addresses.into_iter().enumerate().map(lane).collect();
+        for (number, lane) in (1..).zip(&mut lanes) {
+            lane.open(poll, number, now_ms).map_err(io::Error::other)?;
+        }
+        let number = lanes.len() as u64;
+        Ok(Lanes { lanes, work_ms, number, losses: 0 })
     }
 
     /// A number for one more request.
@@ -204,10 +211,19 @@ impl Lane {
         if self.socket.is_some() {
             return Err("it does not answer".to_owned());
         }
-        let socket = open(&self.address.path, poll, self.key);
-        self.socket = Some(socket.map_err(|e| format!("{}: {e}", self.address.path.display()))?);
+        self.open(poll, number, now_ms)
+    }
+
+    /// Connects, and asks for the answer that proves the lane.
+    fn open(&mut self, poll: &Poll, number: u64, now_ms: u64) -> Result<(), Lost> {
+        let connect = || {
+            let socket = (self.address.connect)()?;
+            socket.set_nonblocking(true)?;
+            poll.watch(socket, self.key, Interest::READ)
+        };
+        self.socket = Some(connect().map_err(|e| e.to_string())?);
         self.ask(number, now_ms);
-        Ok(())
+        self.flush()
     }
 
     /// Has the worker answer a request of the edge's own.
@@ -251,12 +267,4 @@ impl Lane {
             Err(e) => Err(e.to_string()),
         }
     }
-}
-
-/// Connects. Does not wait: a full backlog is an error like any other.
-fn open(path: &Path, poll: &Poll, key: usize) -> io::Result<Watched<UnixStream>> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    poll.watch(UnixStream::from(socket), key, Interest::READ)
 }

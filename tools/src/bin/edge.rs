@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let dir = std::env::temp_dir().join(format!("edge-tool-{}", std::process::id()));
     // Half of the workers sign.
     let lanes = open_lanes(&dir, &api::lane_kinds(), 2 * lanes)?;
-    let addresses = lanes.iter().map(|lane| lane.address.clone()).collect();
+    let addresses = lanes.iter().map(LaneServer::address).collect();
     let mut http = Http::from_lookup(|name| std::env::var_os(name))?;
     http.port = port;
     let mut settings = Settings::new(http);
