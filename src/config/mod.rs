@@ -290,13 +290,14 @@ impl Config {
         self.enrolment.unwrap_or(if by_key { Enrolment::Key } else { Enrolment::Open })
     }
 
-    /// Keys are, and another certificate; that there is one at all is fixed.
+    /// Keys and the page are, and another certificate; that there is one at all is fixed.
     fn is_taken_up(&self, name: &str, later: &Config) -> bool {
-        let keys = [&var::ONBOARDING_API_KEY, &var::ADMIN_API_KEY, &var::ADMIN_API_KEYS];
-        let is_key = keys.iter().any(|v| v.name == name);
+        let always =
+            [&var::ONBOARDING_API_KEY, &var::ADMIN_API_KEY, &var::ADMIN_API_KEYS, &var::PAGE];
+        let is_always = always.iter().any(|v| v.name == name);
         let tls = [&var::TLS, &var::TLS_NAMES, &var::TLS_CERT, &var::TLS_KEY];
         let is_tls = tls.iter().any(|v| v.name == name);
-        is_key || (is_tls && self.http.tls.is_some() == later.http.tls.is_some())
+        is_always || (is_tls && self.http.tls.is_some() == later.http.tls.is_some())
     }
 
     /// Those of which [`Config::shown`] says no more than that they are set.

@@ -141,12 +141,13 @@ impl Redis {
             }
             return Ok(None);
         };
-        if tls.is_some() && matches!(at, Place::Socket(_)) {
-            let reason = "must be false for a Unix socket, over which Redis speaks no TLS";
-            return Err(ConfigError::bare(var::REDIS_TLS.name, reason));
-        }
-        if matches!(at, Place::Cluster(_)) {
-            check_cluster(db, &key_prefix)?;
+        match at {
+            Place::Socket(_) if tls.is_some() => {
+                let reason = "must be false for a Unix socket, over which Redis speaks no TLS";
+                return Err(ConfigError::bare(var::REDIS_TLS.name, reason));
+            }
+            Place::Cluster(_) => check_cluster(db, &key_prefix)?,
+            Place::Host(_) | Place::Socket(_) | Place::Sentinels(_) => {}
         }
         Ok(Some(Redis {
             at,
@@ -357,7 +358,7 @@ fn cluster(first: Place, others: Vec<HostPort>) -> Result<Place, ConfigError> {
             let reason = "must be false for a Unix socket, since its nodes are at TCP ports";
             Err(ConfigError::bare(var::REDIS_CLUSTER.name, reason))
         }
-        place => Ok(place),
+        place @ (Place::Sentinels(_) | Place::Cluster(_)) => Ok(place),
     }
 }
 

@@ -35,8 +35,8 @@ pub enum Input {
     Nothing,
     /// The client will send no more.
     End,
-    /// What came is not TLS; the alert that says so is on its way.
-    NotTls,
+    /// What came is not the TLS that it should be; the alert that says so is on its way.
+    TlsFailed,
 }
 
 impl Client {
@@ -155,7 +155,7 @@ impl Client {
             Ok(Received::End) => Input::End,
             Err(e) => {
                 log::debug!("TLS: {e}");
-                Input::NotTls
+                Input::TlsFailed
             }
         })
     }

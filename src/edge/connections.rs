@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::client::{Client, Tls};
 use super::head::Origin;
-use super::limits::{Budget, Held, PerAddress, counted_as};
+use super::limits::{Budget, Held, PerAddress};
 use super::poll::{Interest, Poll, Watched};
 use super::proxies::is_trusted;
 use super::session::{Event, Session, Step};
@@ -18,6 +18,7 @@ use crate::clock::Now;
 use crate::config::Http;
 use crate::http::Classify;
 use crate::metrics::EdgeCounters;
+use crate::subscriber::Subscriber;
 
 /// One connection.
 pub struct Connection {
@@ -191,8 +192,9 @@ impl Connections {
     /// A free place, if need be that of a connection that gives way.
     fn place_for(&mut self, peer: IpAddr, is_proxy: bool) -> Option<usize> {
         if !is_proxy && self.per_address.count(peer) >= self.http.max_connections_per_ip {
-            let site = counted_as(peer);
-            if !self.give_way(|other| !other.is_proxy && counted_as(other.peer) == site) {
+            let subscriber = Subscriber::from(peer);
+            let is_theirs = |other: &Connection| Subscriber::from(other.peer) == subscriber;
+            if !self.give_way(|other| !other.is_proxy && is_theirs(other)) {
                 return None;
             }
         }
@@ -266,7 +268,7 @@ impl Connections {
         };
         if let Some(tls) = connection.client.lend_tls() {
             let step = HandshakeStep { at, generation: connection.generation, tls };
-            handshakes.submit(counted_as(connection.peer), step);
+            handshakes.submit(connection.peer.into(), step);
         }
     }
 

@@ -108,9 +108,11 @@ impl Driver {
         match input {
             Ok(Input::Bytes) => self.happened(at, Event::Bytes(plain)),
             Ok(Input::End) => self.happened(at, Event::End),
-            Ok(Input::NotTls) => {
-                self.counters.handshakes_failed.add(1);
-                self.happened(at, Event::Insecure);
+            Ok(Input::TlsFailed) => {
+                let connection = self.connections.get(at);
+                let is_handshake = connection.is_some_and(|c| !c.client.is_secured());
+                self.counters.handshakes_failed.add(is_handshake.into());
+                self.happened(at, Event::TlsFailed);
             }
             Ok(Input::Nothing) => self.account(at),
             // It is lent only if there is room for what it holds meanwhile.

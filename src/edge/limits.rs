@@ -2,18 +2,20 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Connections at once, by the address that counts.
+use crate::subscriber::Subscriber;
+
+/// Connections at once, by who has them.
 #[derive(Default)]
-pub struct PerAddress(HashMap<IpAddr, usize>);
+pub struct PerAddress(HashMap<Subscriber, usize>);
 
 impl PerAddress {
     /// Connections of this address now.
     pub fn count(&self, peer: IpAddr) -> usize {
-        self.0.get(&counted_as(peer)).copied().unwrap_or(0)
+        self.0.get(&peer.into()).copied().unwrap_or(0)
     }
 
     /// The most connections that one address has.
@@ -23,25 +25,17 @@ impl PerAddress {
 
     /// One more.
     pub fn add(&mut self, peer: IpAddr) {
-        *self.0.entry(counted_as(peer)).or_insert(0) += 1;
+        *self.0.entry(peer.into()).or_insert(0) += 1;
     }
 
     /// One less; an address without connections is forgotten.
     pub fn remove(&mut self, peer: IpAddr) {
-        let address = counted_as(peer);
+        let address = Subscriber::from(peer);
         let Some(count) = self.0.get_mut(&address) else { return };
         *count -= 1;
         if *count == 0 {
             self.0.remove(&address);
         }
-    }
-}
-
-/// Whose connection it is: one IPv4 address, or one IPv6 /64, which is what a site gets.
-pub fn counted_as(peer: IpAddr) -> IpAddr {
-    match peer.to_canonical() {
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
-        v4 => v4,
     }
 }
 

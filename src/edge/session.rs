@@ -45,8 +45,8 @@ enum State {
 pub enum Event<'a> {
     /// The TLS handshake is over.
     Secured,
-    /// What was to be TLS is none; the client has been told.
-    Insecure,
+    /// TLS failed; the alert is written.
+    TlsFailed,
     /// Bytes came in. Empty: what is buffered already is to be parsed.
     Bytes(&'a [u8]),
     /// The client will send no more.
@@ -119,7 +119,7 @@ impl Session {
         let classify = origin.classify;
         let action = match event {
             Event::Secured => self.secured(),
-            Event::Insecure => self.linger(),
+            Event::TlsFailed => self.linger(),
             Event::Bytes(bytes) => self.bytes(bytes, origin, whole),
             Event::End => self.end(classify),
             Event::Answered(reply) => self.answered(reply),
@@ -363,7 +363,7 @@ mod tests {
         }
         match state {
             "idle" => session.told(Event::Flushed),
-            "lingering" => session.told(Event::Insecure),
+            "lingering" => session.told(Event::TlsFailed),
             "closed" => session.told(Event::End),
             _ => ("", None),
         };
@@ -498,7 +498,7 @@ mod tests {
     #[test]
     fn tls_comes_first() {
         check(|| Event::Secured, &[("handshake", ("wait", Some(Wait::Head)))], WAIT);
-        check(|| Event::Insecure, &[("lingering", ("linger", None))], LINGER);
+        check(|| Event::TlsFailed, &[("lingering", ("linger", None))], LINGER);
     }
 
     #[test]
@@ -644,7 +644,7 @@ mod tests {
                     8 => Event::End,
                     9 => Event::Refused(Code::ServiceUnavailable),
                     10 => Event::Drain,
-                    _ if random.below(20) == 0 => Event::Insecure,
+                    _ if random.below(20) == 0 => Event::TlsFailed,
                     _ => {
                         session.drop_pending();
                         continue;

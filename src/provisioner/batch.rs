@@ -201,9 +201,9 @@ impl Provisioner {
     }
 
     /// Tells the other instances of these kills, and learns of certificates that only they know. Where
-    /// there is no Redis nobody is left to be told.
+    /// nothing is shared nobody is left to be told.
     fn share_kills(&self, devices: &[DeviceId]) -> bool {
-        self.sharing.look_up(devices) || !self.store.status().redis_enabled
+        self.sharing.look_up(devices) || self.sharing.is_alone()
     }
 
     /// Another instance has signed for the device, which is not in the record yet: it is entered now.
@@ -271,10 +271,10 @@ impl Provisioner {
             found.is_some_and(|found| found.device.as_str() == of)
                 || record.is_of_server(&serial, &of)
         };
-        let redis_enabled = self.store.status().redis_enabled;
+        let is_alone = self.sharing.is_alone();
         if !is_of() {
             let is_asked = record.by_serial(&serial).is_some() || self.sharing.look_up_one(serial);
-            if !is_asked && redis_enabled {
+            if !is_asked && !is_alone {
                 let why = "whether another instance has it is not known now";
                 return Err(Problem::from(Code::ServiceUnavailable).log(why));
             }
@@ -285,7 +285,7 @@ impl Provisioner {
         let serials = record.revoke_these(&[serial], reason, now)?;
         self.note_revoked(&serials, &of, reason, &by);
         let is_told = || self.sharing(now).shared && self.sharing.look_up(&[]);
-        let shared = !redis_enabled || is_told();
+        let shared = is_alone || is_told();
         Ok(Done::Revoked { of, serial: Some(serial), shared })
     }
 

@@ -192,8 +192,9 @@ impl Provisioner {
             Change::Forget
                 if !known.is_listed() && self.ca().record().newest(&change.device).is_none() =>
             {
-                let alone = !seen.by_redis && self.store.status().redis_enabled;
-                let code = if alone { Code::ServiceUnavailable } else { Code::DeviceNotFound };
+                let may_be_known = !seen.by_redis && !self.sharing.is_alone();
+                let code =
+                    if may_be_known { Code::ServiceUnavailable } else { Code::DeviceNotFound };
                 return Err(not_issued(code, &change.device));
             }
             Change::Forget => known.forgotten(maker),

@@ -74,7 +74,8 @@ pub trait Exchange: Send {
     /// Whether of what is away more is in reach by now; then all is to be connected anew.
     fn can_reach_more(&mut self) -> Result<bool, StoreError>;
 
-    /// Where the stream ends.
+    /// Where the stream ends. Never a cursor that was given before for another entry, even when the data
+    /// was lost or set back meanwhile: [`Exchange::changes`] could not see the gap.
     fn end(&mut self) -> Result<String, StoreError>;
 
     /// What was announced after `cursor`.

@@ -105,6 +105,11 @@ struct Asked {
 }
 
 impl Sharing {
+    /// Returns whether nothing is exchanged, so that nobody else knows more.
+    pub fn is_alone(&self) -> bool {
+        self.lock().mode == Mode::Alone
+    }
+
     /// Before anything was exchanged.
     pub fn new(mode: Mode) -> Self {
         let state = Mutex::new(State { mode, woken: true, ..State::default() });

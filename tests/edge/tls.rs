@@ -384,6 +384,18 @@ fn replayed_hellos_delay_nobody() {
 }
 
 #[test]
+fn a_bad_record_is_no_failed_handshake() {
+    let certificate = Certificate::new("record");
+    let served = serve(|s| s.tls = Some(certificate.shown()));
+    let mut raw = Raw::open(&served, &certificate);
+    raw.stream.write_all(b"\x17\x03\x03\x00\x14 twenty bytes of ours").unwrap();
+    let mut alert = Vec::new();
+    let _ = raw.stream.read_to_end(&mut alert);
+    until("it is closed", || served.counters.open.value() == 0);
+    assert_eq!(served.counters.handshakes_failed.value(), 0);
+}
+
+#[test]
 fn whoever_does_not_speak_tls_is_closed_and_disturbs_nobody() {
     let certificate = Certificate::new("garbage");
     let served = serve(|s| {

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::architecture::files;
+use mqtt_publisher_lite::api::endpoints;
 use mqtt_publisher_lite::config::variables;
 use mqtt_publisher_lite::problem::Code;
 
@@ -67,6 +68,24 @@ fn every_name_in_the_documents_exists() {
                 assert!(!is_name || names.iter().any(|n| n == name), "{document}: {name}");
             }
         }
+    }
+}
+
+/// What a client can ask for and an owner can set stands in the page that says it knows all of them.
+#[test]
+fn every_endpoint_and_variable_has_its_lines() {
+    let (api, est) = (read("docs/api.md"), read("docs/est.md"));
+    for (method, path) in endpoints() {
+        let is_there = match path.strip_prefix("/.well-known/est/") {
+            Some(operation) => est.contains(operation),
+            None => api.contains(path),
+        };
+        assert!(is_there, "no page has {method} {path}");
+    }
+    let configuration = read("docs/configuration.md");
+    for variable in variables::ALL {
+        let name = format!("`{}`", variable.name);
+        assert!(configuration.contains(&name), "docs/configuration.md lacks {name}");
     }
 }
 

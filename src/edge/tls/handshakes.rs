@@ -1,13 +1,12 @@
 //! Handshakes are computed on a thread beside the edge: a signature with RSA 4096 takes 5 ms on a PC
 //! and 100 ms on a slow ARM, and a client that replays a ClientHello gets one for nothing.
 //!
-//! The steps that wait are taken by client address in turn, see [`Turns`]; a crowd of replayers delays
+//! The steps that wait are taken by subscriber in turn, see [`Turns`]; a crowd of replayers delays
 //! a newcomer by the one step that is being computed. What comes after the signature is cheap and
 //! waits for nothing else.
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -16,6 +15,7 @@ use super::Acceptor;
 use super::stream::{Received, Stream};
 use super::turns::Turns;
 use crate::locks::locked;
+use crate::subscriber::Subscriber;
 
 /// Enough for the largest numbers that RSA has.
 const STACK_BYTES: usize = 256 * 1024;
@@ -83,12 +83,12 @@ impl Handshakes {
         self.acceptor.accept()
     }
 
-    /// Has a step computed for a client at this address.
-    pub fn submit(&self, address: IpAddr, step: HandshakeStep) {
+    /// Has a step computed for a client of this subscriber.
+    pub fn submit(&self, subscriber: Subscriber, step: HandshakeStep) {
         let mut steps = locked(&self.shared.steps);
         match step.tls.has_signed() {
             true => steps.cheap.push_back(step),
-            false => steps.costly.push(address, step),
+            false => steps.costly.push(subscriber, step),
         }
         drop(steps);
         self.shared.changed.notify_one();

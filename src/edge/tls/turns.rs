@@ -1,26 +1,27 @@
-//! What waits, taken by client address in turn.
+//! A queue that serves subscribers in turn.
 //!
-//! An address that has had no turn lately goes first, and of several such the latest: a crowd of
-//! those who ask again and again delays a newcomer by nothing, and where more want a turn than can
-//! have one, those get it who have not given up yet.
+//! Those without a recent turn go first, and of these the latest arrival: a crowd that asks again and
+//! again delays no newcomer, and where more want a turn than can have one, a client that still waits
+//! is served.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+
+use crate::subscriber::Subscriber;
 
 /// So many newcomers go before one of the others, so that an attacker with an address for every
-/// connection cannot shut out addresses that are known.
+/// connection cannot shut out those who are known.
 const NEWCOMERS_FIRST: u64 = 4;
-/// An address is no newcomer for so many turns after its own.
+/// A subscriber is no newcomer for so many turns after its own.
 const KNOWN: u64 = 1024;
 
 /// What waits. Finding whose turn it is takes a look at all of it, which is little beside a signature.
 pub struct Turns<T> {
     /// In the order in which it came.
-    waiting: Vec<(IpAddr, T)>,
+    waiting: Vec<(Subscriber, T)>,
     /// The number of turns so far.
     turns: u64,
-    /// Which turn was the latest of an address.
-    latest: HashMap<IpAddr, u64>,
+    /// Which turn was the latest of a subscriber.
+    latest: HashMap<Subscriber, u64>,
 }
 
 impl<T> Default for Turns<T> {
@@ -30,15 +31,15 @@ impl<T> Default for Turns<T> {
 }
 
 impl<T> Turns<T> {
-    /// Adds what waits for a turn of this address.
-    pub fn push(&mut self, address: IpAddr, item: T) {
-        self.waiting.push((address, item));
+    /// Adds what waits for a turn of this subscriber.
+    pub fn push(&mut self, subscriber: Subscriber, item: T) {
+        self.waiting.push((subscriber, item));
     }
 
     /// Takes what is next: of newcomers the latest, of others the one whose last turn is longest ago.
     pub fn pop(&mut self) -> Option<T> {
         let is_recent = |turn: &u64| *turn + KNOWN > self.turns;
-        let turn = |(address, _): &(IpAddr, T)| self.latest.get(address).copied().filter(is_recent);
+        let turn = |(who, _): &(Subscriber, T)| self.latest.get(who).copied().filter(is_recent);
         let newcomer = self.waiting.iter().rposition(|waiting| turn(waiting).is_none());
         let known = self.waiting.iter().enumerate();
         let known = known.filter_map(|(at, waiting)| Some((turn(waiting)?, at))).min();
@@ -47,9 +48,9 @@ impl<T> Turns<T> {
             NEWCOMERS_FIRST => known.or(newcomer),
             _ => newcomer.or(known),
         };
-        let (address, item) = self.waiting.remove(at?);
+        let (subscriber, item) = self.waiting.remove(at?);
         self.turns += 1;
-        self.latest.insert(address, self.turns);
+        self.latest.insert(subscriber, self.turns);
         if self.latest.len() as u64 > 2 * KNOWN {
             self.latest.retain(|_, turn| *turn + KNOWN > self.turns);
         }
@@ -64,10 +65,12 @@ impl<T> Turns<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
-    fn address(n: u8) -> IpAddr {
-        IpAddr::from([192, 0, 2, n])
+    fn address(n: u8) -> Subscriber {
+        IpAddr::from([192, 0, 2, n]).into()
     }
 
     fn all(turns: &mut Turns<u32>) -> Vec<u32> {
@@ -129,7 +132,7 @@ mod tests {
         let before = (0..200).position(|_| turns.pop() == Some(1)).unwrap();
         assert!(before as u64 <= NEWCOMERS_FIRST, "{before}");
         for n in 0..10_000_u32 {
-            turns.push(IpAddr::from(n.to_be_bytes()), n);
+            turns.push(IpAddr::from(n.to_be_bytes()).into(), n);
             turns.pop().unwrap();
         }
         assert_eq!(all(&mut turns).len(), 199 - before);
