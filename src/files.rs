@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
+use crate::digits::hex;
+
 /// The file that carries a folder's lock.
 const LOCK_NAME: &str = ".lock";
 
@@ -274,7 +276,7 @@ pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesErr
     let mut random = vec![0; len];
     getrandom::fill(&mut random)
         .map_err(|e| FilesError::io("no random bytes for", path)(io::Error::other(e)))?;
-    let text: String = random.iter().map(|b| format!("{b:02x}")).collect();
+    let text = hex(&random);
     write_atomic(path, format!("{text}\n").as_bytes(), 0o600)?;
     Ok(text)
 }

@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
 use crate::device::DeviceId;
+use crate::digits::{decimal, hex};
 use crate::json;
 
 /// Longest token that is looked at, in bytes.
@@ -71,14 +72,13 @@ impl TokenHash {
     /// The first 8 hexadecimal digits: enough to find a token in a log, useless to redeem it.
     pub fn short(&self) -> String {
         let [a, b, c, d, ..] = self.0;
-        format!("{:08x}", u32::from_be_bytes([a, b, c, d]))
+        hex(&[a, b, c, d])
     }
 }
 
 impl fmt::Display for TokenHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (halves, _) = self.0.as_chunks::<16>();
-        halves.iter().try_for_each(|half| write!(f, "{:032x}", u128::from_be_bytes(*half)))
+        f.write_str(&hex(&self.0))
     }
 }
 
@@ -153,10 +153,11 @@ impl Signer {
     /// Signs `claims`. The same claims always give the same token, so whoever keeps the claims can
     /// make the token again.
     pub fn sign(&self, claims: Claims) -> Token {
-        let mut json = format!(
-            r#"{{"device_id":"{}","type":"{TYPE}","iat":{},"exp":{}"#,
-            claims.device_id, claims.iat, claims.exp
-        );
+        let (mut iat, mut exp) = ([0; 20], [0; 20]);
+        let mut json = String::with_capacity(192);
+        json.extend([r#"{"device_id":""#, claims.device_id.as_str(), r#"","type":""#, TYPE]);
+        json.extend([r#"","iat":"#, decimal(claims.iat, &mut iat)]);
+        json.extend([r#","exp":"#, decimal(claims.exp, &mut exp)]);
         if let Some(jti) = claims.jti {
             json.push_str(",\"jti\":\"");
             BASE64URL.encode_string(jti, &mut json);

@@ -18,7 +18,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`locks`] [`socket`] [`stderr`] | layer 0 |
+//! | 0 | [`clock`] [`digits`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`locks`] [`socket`] [`stderr`] | layer 0 |
 //! | 1 | [`devices`], [`store`], [`ca`] | layer 0, [`devices`] (its plain types); back ends also what `store` itself defines |
 //! | 2 | [`share`] | layers 0 and 1, but no concrete store save in its own back end |
 //! | 2 | [`provisioner`] | layers 0 and 1, [`share`], but no concrete store |
@@ -55,6 +55,7 @@
 
 pub mod clock;
 pub mod device;
+pub mod digits;
 pub mod pem;
 pub mod serial;
 pub mod subscriber;

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::digits::hex;
+
 /// The most octets that a serial number has (RFC 5280, 4.1.2.2).
 const OCTETS: usize = 20;
 
@@ -72,10 +74,11 @@ impl Serial {
         if self.is_negative() {
             f.write_str("-")?;
         }
-        magnitude.iter().skip(zeros).try_for_each(|byte| match upper {
-            true => write!(f, "{byte:02X}"),
-            false => write!(f, "{byte:02x}"),
-        })
+        let mut digits = hex(magnitude.get(zeros..).unwrap_or_default());
+        if upper {
+            digits.make_ascii_uppercase();
+        }
+        f.write_str(&digits)
     }
 }
 

@@ -3,6 +3,7 @@
 use percent_encoding::percent_decode_str;
 
 use super::{Api, Asked, Plan};
+use crate::ca::issuer::fingerprint;
 use crate::ca::record::{Certificate, Reason, Record, RecordError};
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
@@ -32,7 +33,7 @@ pub(super) fn status(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
         .field("device_id", certificate.device.as_str())
         .field("status", certificate.status(now).as_str())
         .field("serial_number", certificate.serial.to_string())
-        .field("fingerprint", stored.map(|s| s.fingerprint))
+        .field("fingerprint", stored.map(|s| fingerprint(&s.der)))
         .field("created_at", created_at)
         .field("expires_at", clock::rfc3339(certificate.expires_at * 1000))
         .some("revoked_at", revoked_at);
@@ -47,7 +48,7 @@ pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
     let issuer = ca.issuer().ok_or(Code::ClockNotSet)?;
     let ca_pem = issuer.chain_pem();
     if asked.request.wants("pem") || asked.request.accepts(PEM) {
-        return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + &ca_pem)));
+        return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + ca_pem)));
     }
     let content = Json::new()
         .field("content", stored.pem)

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{Api, Asked, Plan};
+use crate::ca::issuer::fingerprint;
 use crate::clock::{self, Now};
 use crate::http::{Json, Reply};
 use crate::problem::{Code, Problem};
@@ -30,14 +31,14 @@ pub(super) fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let leaf = &signed.leaf;
     let serial = leaf.serial.to_string();
     let json = Json::success()
-        .field("device_id", leaf.device.as_str())
-        .field("certificate", leaf.pem.as_str())
-        .field("ca_certificate", signed.issuer.chain_pem())
-        .field("expires_at", clock::rfc3339(leaf.not_after * 1000))
-        .field("serial_number", serial.as_str())
-        .field("fingerprint", leaf.fingerprint.as_str())
-        .field("certificateId", serial.as_str())
-        .field("downloadUrl", format!("/api/v1/certificates/{serial}/download"));
+        .text("device_id", leaf.device.as_str())
+        .text("certificate", &leaf.pem)
+        .text("ca_certificate", signed.issuer.chain_pem())
+        .text("expires_at", &clock::rfc3339(leaf.not_after * 1000))
+        .text("serial_number", &serial)
+        .text("fingerprint", &fingerprint(&leaf.der))
+        .text("certificateId", &serial)
+        .text("downloadUrl", &format!("/api/v1/certificates/{serial}/download"));
     Ok(Reply::json(json.timestamp(now)))
 }
 

@@ -30,6 +30,7 @@ use super::key::{self, Kind, PublicKey};
 use crate::clock::{self, DAY_S, Now};
 use crate::config;
 use crate::device::DeviceId;
+use crate::digits::hex;
 use crate::files;
 use crate::mac::MacKey;
 use crate::pem;
@@ -63,8 +64,6 @@ pub struct Leaf {
     pub not_before: u64,
     /// Its last second, since 1970.
     pub not_after: u64,
-    /// SHA-256 of the DER, lower-case hexadecimal.
-    pub fingerprint: String,
 }
 
 impl Leaf {
@@ -98,6 +97,7 @@ pub struct Issuer {
     certificate: PathBuf,
     /// Our CA, then up to the root as far as the file has it; in DER.
     chain: Vec<Vec<u8>>,
+    chain_pem: String,
     fingerprint: String,
     validity_days: u32,
     /// Seals what instances of this CA leave for each other.
@@ -204,6 +204,7 @@ impl Issuer {
             not_before,
             not_after,
             certificate: certificate.clone(),
+            chain_pem: chain.iter().map(|der| certificate_pem(der)).collect(),
             chain: chain.clone(),
         })
     }
@@ -294,8 +295,8 @@ impl Issuer {
             params.key_usages.push(KeyUsagePurpose::KeyEncipherment);
         }
         let der = self.signed(&params, csr.key())?;
-        let (pem, fingerprint) = (certificate_pem(&der), fingerprint(&der));
-        Ok(Leaf { pem, der, serial, device: device.clone(), not_before, not_after, fingerprint })
+        let pem = certificate_pem(&der);
+        Ok(Leaf { pem, der, serial, device: device.clone(), not_before, not_after })
     }
 
     /// Signs a certificate for a server with this key and these DNS names and IP addresses, for so
@@ -344,8 +345,8 @@ impl Issuer {
     }
 
     /// The CA's certificate in PEM, and behind it those up to the root, as far as they are known.
-    pub fn chain_pem(&self) -> String {
-        self.chain.iter().map(|der| certificate_pem(der)).collect()
+    pub fn chain_pem(&self) -> &str {
+        &self.chain_pem
     }
 
     /// The same in DER.
@@ -397,7 +398,7 @@ impl SigningKey for Unsigned {
 
 /// SHA-256 in lower-case hexadecimal.
 pub fn fingerprint(der: &[u8]) -> String {
-    Sha256::digest(der).iter().map(|b| format!("{b:02x}")).collect()
+    hex(&Sha256::digest(der))
 }
 
 fn ca_params(years: u32, now: Now) -> Result<CertificateParams, CaError> {

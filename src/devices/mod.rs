@@ -20,6 +20,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::clock::Now;
+use crate::digits::hex;
 use crate::jwt::MAX_LIFETIME_S;
 
 /// Clocks of instances are taken to be within so many seconds of each other: a kill reaches so far
@@ -126,7 +127,7 @@ impl Instance {
 
 impl fmt::Display for Instance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+        f.write_str(&hex(&self.0))
     }
 }
 

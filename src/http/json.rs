@@ -24,6 +24,8 @@ impl Json {
     pub fn field(self, name: &str, value: impl Into<Value>) -> Self {
         match value.into() {
             Value::String(text) => self.text(name, &text),
+            // In every answer.
+            Value::Bool(is) => self.written(name, if is { "true" } else { "false" }),
             value => self.written(name, &value.to_string()),
         }
     }
@@ -38,14 +40,16 @@ impl Json {
 
     /// Adds a text.
     pub fn text(mut self, name: &str, text: &str) -> Self {
-        // Tokens, dates and PEM but for its line breaks: most of what there is.
-        if text.bytes().all(|b| b >= b' ' && b != b'"' && b != b'\\') {
+        // Tokens, dates and names: most of what there is. A search that goes to the end in any case
+        // looks at many at once.
+        let is_plain = |b: u8| (b >= b' ') & (b != b'"') & (b != b'\\');
+        if text.bytes().fold(true, |all, b| all & is_plain(b)) {
             self.name(name).push('"');
             self.0.push_str(text);
             self.0.push('"');
             return self;
         }
-        self.written(name, &Value::from(text).to_string())
+        self.written(name, &serde_json::to_string(text).unwrap_or_default())
     }
 
     /// Adds an object.

@@ -26,7 +26,7 @@ use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 
-use super::issuer::{self, BACKDATE_S, Issuer, Leaf};
+use super::issuer::{BACKDATE_S, Issuer, Leaf};
 use super::validity_of;
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -253,8 +253,6 @@ pub struct Stored {
     pub pem: String,
     /// The same in DER.
     pub der: Vec<u8>,
-    /// SHA-256 of the DER, lower-case hexadecimal.
-    pub fingerprint: String,
     /// When it was signed, which is a little after its `notBefore`.
     pub created_at: u64,
     /// What it was signed for, if that was written down.
@@ -270,9 +268,9 @@ impl Stored {
 
     /// The same as it was when it was signed.
     fn leaf(self, device: DeviceId, slot: &Slot) -> Leaf {
-        let Stored { pem, der, fingerprint, created_at, .. } = self;
+        let Stored { pem, der, created_at, .. } = self;
         let (serial, not_before) = (slot.serial, created_at.saturating_sub(BACKDATE_S));
-        Leaf { pem, der, serial, device, not_before, not_after: slot.expires_at, fingerprint }
+        Leaf { pem, der, serial, device, not_before, not_after: slot.expires_at }
     }
 }
 
@@ -653,9 +651,8 @@ fn read_stored(text: &str) -> Option<Stored> {
         Some(line) => Some(Origin::read(line)?),
         None => None,
     };
-    let fingerprint = issuer::fingerprint(&der);
     let created_at = not_before.saturating_add(BACKDATE_S);
-    Some(Stored { fingerprint, created_at, origin, pem, der })
+    Some(Stored { created_at, origin, pem, der })
 }
 
 fn serial_of(der: &[u8]) -> Option<Serial> {
@@ -710,10 +707,7 @@ mod tests {
             let look = record.look(&live.hash, &device("device-3"), now);
             assert_eq!(look, Look { recorded_token: true, active_certificate: false });
             let stored = record.stored(&first.serial).unwrap();
-            assert_eq!(
-                (stored.pem, stored.fingerprint),
-                (first.pem.clone(), first.fingerprint.clone())
-            );
+            assert_eq!((stored.pem, stored.der), (first.pem.clone(), first.der.clone()));
             let origin = Some(Origin::Token(live));
             assert_eq!((stored.created_at, stored.origin), (first.not_before + 300, origin));
             assert_eq!(record.stored(&second.serial).unwrap().origin, None);

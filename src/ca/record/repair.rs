@@ -489,7 +489,7 @@ mod tests {
             (foreign.serial, &*foreign.pem),
             (serial(1), &wrongly_named.pem),
             (serial(2), &server.chain_pem),
-            (serial(3), &ca),
+            (serial(3), ca),
             (serial(4), half),
             (serial(5), ""),
             (serial(6), "a text"),

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::cluster::Route;
 use super::reply::{Replies, Reply, maybe_done};
+use crate::digits::decimal;
 use crate::store::StoreError;
 
 /// Commands that only look: they may be sent twice, and one that was carried out has changed nothing.
@@ -78,6 +79,11 @@ impl Command {
 
     pub fn only_looks(&self) -> bool {
         LOOKING.contains(&self.name())
+    }
+
+    /// Of what [`Command::pack`] appends, at most.
+    pub fn size(&self) -> usize {
+        self.packed.len() + 24
     }
 
     pub fn pack(&self, out: &mut Vec<u8>) {
@@ -213,21 +219,6 @@ fn push_counted(kind: u8, count: u64, out: &mut Vec<u8>) {
     out.push(kind);
     out.extend_from_slice(decimal(count, &mut buffer).as_bytes());
     out.extend_from_slice(b"\r\n");
-}
-
-/// The digits of `number`, written at the end of `buffer`, which holds those of any.
-pub(super) fn decimal(mut number: u64, buffer: &mut [u8; 20]) -> &str {
-    let mut first = buffer.len();
-    for digit in buffer.iter_mut().rev() {
-        *digit = b'0' + (number % 10) as u8;
-        number /= 10;
-        first -= 1;
-        if number == 0 {
-            break;
-        }
-    }
-    let digits = buffer.get(first..).unwrap_or_default();
-    std::str::from_utf8(digits).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ impl Connection {
         time_left(deadline)
             .map_err(|late| Down { maybe_done: false, ..self.server.failed(&late, self.stage) })?;
         self.stream.set_deadline(deadline);
-        let mut packed = Vec::new();
+        let mut packed = Vec::with_capacity(commands.iter().map(|command| command.size()).sum());
         commands.iter().for_each(|command| command.pack(&mut packed));
         let sent = self.stream.write_all(&packed).and_then(|()| self.stream.flush());
         sent.map_err(|error| self.server.failed(&error, self.stage))

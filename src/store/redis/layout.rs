@@ -1,10 +1,11 @@
 //! The layout of the keys: their names, their values, how long they live, and the commands on them.
 
-use super::command::{Command, decimal};
+use super::command::Command;
 use super::name::{Name, Whose};
 use crate::config;
 use crate::device::DeviceId;
 use crate::devices::codec;
+use crate::digits::decimal;
 use crate::jwt::{Token, TokenHash};
 use crate::store::Mark;
 use base64::Engine as _;
