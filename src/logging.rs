@@ -19,6 +19,8 @@ use crate::stderr;
 /// What the other crates may log if `RUST_LOG` does not ask for more: their debug lines are about
 /// their insides, and nobody has checked what they show.
 const OTHERS: LevelFilter = LevelFilter::Warn;
+/// Bytes of a line, as a rule.
+const USUAL: usize = 256;
 
 /// Starts the log. `journal_stream` is what systemd sets where standard error goes to its journal.
 pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerError> {
@@ -69,11 +71,15 @@ enum Style {
 impl Style {
     fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         let unix_ms = clock::now().unix_ms;
-        match self {
-            Style::Json => json(out, record, unix_ms),
-            Style::Journal => journal_text(out, record),
-            Style::Text => text(out, record, unix_ms),
-        }
+        // Made here and written once: a line has many pieces.
+        let mut line = String::with_capacity(USUAL);
+        let made = match self {
+            Style::Json => json(&mut line, record, unix_ms),
+            Style::Journal => journal_text(&mut line, record),
+            Style::Text => text(&mut line, record, unix_ms),
+        };
+        made.map_err(io::Error::other)?;
+        out.write_all(line.as_bytes())
     }
 
     /// That lines were lost, as a line.
@@ -98,13 +104,14 @@ fn is_stderr(journal_stream: &str) -> bool {
 }
 
 /// `2026-01-01T00:00:00.000Z INFO  message`
-fn text(out: &mut impl Write, record: &Record<'_>, unix_ms: u64) -> io::Result<()> {
-    write!(out, "{} {:<5} ", clock::rfc3339(unix_ms), record.level())?;
+fn text(out: &mut String, record: &Record<'_>, unix_ms: u64) -> fmt::Result {
+    out.push_str(&clock::rfc3339(unix_ms));
+    write!(out, " {:<5} ", record.level())?;
     message(out, record)
 }
 
 /// `<6>message`: the journal keeps the time itself, and takes the priority from the prefix.
-fn journal_text(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+fn journal_text(out: &mut String, record: &Record<'_>) -> fmt::Result {
     let priority = match record.level() {
         Level::Error => 3,
         Level::Warn => 4,
@@ -115,28 +122,28 @@ fn journal_text(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
     message(out, record)
 }
 
-fn message(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
-    write!(Escaped { out, json: false }, "{}", record.args()).map_err(io::Error::other)?;
-    out.write_all(b"\n")
+fn message(out: &mut String, record: &Record<'_>) -> fmt::Result {
+    Escaped { out, json: false }.write_fmt(*record.args())?;
+    out.write_str("\n")
 }
 
 /// `{"timestamp":"…","level":"info","target":"…","message":"…"}`, and behind it what the line names:
 /// `event`, `device`, `serial`, `client`, and as `key` the name of an admin key.
-fn json(out: &mut impl Write, record: &Record<'_>, unix_ms: u64) -> io::Result<()> {
+fn json(out: &mut String, record: &Record<'_>, unix_ms: u64) -> fmt::Result {
     let level = record.level().as_str().to_ascii_lowercase();
     let timestamp = clock::rfc3339(unix_ms);
     write!(out, r#"{{"timestamp":"{timestamp}","level":"{level}","target":""#)?;
-    write!(Escaped { out, json: true }, "{}", record.target()).map_err(io::Error::other)?;
-    out.write_all(br#"","message":""#)?;
-    write!(Escaped { out, json: true }, "{}", record.args()).map_err(io::Error::other)?;
-    record.key_values().visit(&mut Fields(out)).map_err(io::Error::other)?;
-    out.write_all(b"\"}\n")
+    Escaped { out, json: true }.write_str(record.target())?;
+    out.push_str(r#"","message":""#);
+    Escaped { out, json: true }.write_fmt(*record.args())?;
+    record.key_values().visit(&mut Fields(out)).map_err(|_| fmt::Error)?;
+    out.write_str("\"}\n")
 }
 
 /// Writes a further field behind the text of the last, whose quote is still open.
-struct Fields<'a, W>(&'a mut W);
+struct Fields<'a>(&'a mut String);
 
-impl<'kvs, W: Write> VisitSource<'kvs> for Fields<'_, W> {
+impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     fn visit_pair(&mut self, name: Key<'kvs>, value: Value<'kvs>) -> Result<(), kv::Error> {
         // A line that has a name for something need not have one each time.
         if value.to_borrowed_str() == Some("") {
@@ -148,42 +155,42 @@ impl<'kvs, W: Write> VisitSource<'kvs> for Fields<'_, W> {
 }
 
 /// Passes text on with control characters and line separators escaped, in JSON also quotes.
-struct Escaped<'a, W> {
-    out: &'a mut W,
+struct Escaped<'a> {
+    out: &'a mut String,
     json: bool,
 }
 
-impl<W: Write> Escaped<'_, W> {
+impl Escaped<'_> {
     fn must_escape(&self, c: char) -> bool {
         let breaks = c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
         breaks || (self.json && matches!(c, '"' | '\\'))
     }
 
-    fn escape(&mut self, c: char) -> io::Result<()> {
+    fn escape(&mut self, c: char) -> fmt::Result {
         match c {
             '"' | '\\' => write!(self.out, "\\{c}"),
-            '\n' => self.out.write_all(b"\\n"),
+            '\n' => self.out.write_str("\\n"),
             // All that is escaped lies below U+FFFF, so that four digits are enough.
             _ => write!(self.out, "\\u{:04x}", u32::from(c)),
         }
     }
 }
 
-impl<W: Write> fmt::Write for Escaped<'_, W> {
+impl fmt::Write for Escaped<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let is_plain = |b: u8| matches!(b, b' '..=b'~') && !matches!(b, b'"' | b'\\');
         // Nearly everything is, and looking for characters takes longer.
         if text.bytes().all(is_plain) {
-            return self.out.write_all(text.as_bytes()).map_err(|_| fmt::Error);
+            return self.out.write_str(text);
         }
         let mut rest = text;
         while let Some(c) = rest.chars().find(|c| self.must_escape(*c)) {
             let (plain, tail) = rest.split_once(c).unwrap_or((rest, ""));
-            self.out.write_all(plain.as_bytes()).map_err(|_| fmt::Error)?;
-            self.escape(c).map_err(|_| fmt::Error)?;
+            self.out.push_str(plain);
+            self.escape(c)?;
             rest = tail;
         }
-        self.out.write_all(rest.as_bytes()).map_err(|_| fmt::Error)
+        self.out.write_str(rest)
     }
 }
 
@@ -195,12 +202,12 @@ mod tests {
 
     fn with(
         message: fmt::Arguments<'_>,
-        write: impl Fn(&mut Vec<u8>, &Record<'_>) -> io::Result<()>,
+        write: impl Fn(&mut String, &Record<'_>) -> fmt::Result,
     ) -> String {
-        let mut out = Vec::new();
+        let mut out = String::new();
         let record = Record::builder().level(Level::Info).target("t").args(message).build();
         write(&mut out, &record).unwrap();
-        String::from_utf8(out).unwrap()
+        out
     }
 
     #[test]
