@@ -34,7 +34,7 @@
 //! - *session*: one connection as the edge sees it, from its beginning to its end.
 //! - *place*: a connection's number among those that there may be; another has it later, of another
 //!   *generation*.
-//! - *private field*: what the edge tells a worker of a request beside what the client has sent.
+//! - *private part*: what the edge tells a worker of a request beside what the client has sent.
 //! - *ticket*: what the edge keeps of a request that it has handed on.
 //! - *mark*: says in Redis that a token is used or killed, and outlives the token.
 //! - *lease*: says in Redis which token holds a device, of which it is the only one.

@@ -1,17 +1,19 @@
-//! How fields are written, and what the private field means, to those who write it and who read it.
+//! How fields are written, and what the edge tells a worker of a request beside what the client has
+//! sent, to those who write it and who read it.
 //!
-//! `X-Edge: <request number>[j] <client address>[ <certificate>]` goes down a lane with each request: the
-//! `j` stands for `Content-Type: application/json`, since `tiny_http` reads a head byte by byte, at 250
-//! instructions each; the certificate is DER in base64. A client cannot set it, since no field of this
-//! name is let through.
+//! That is the private part, and stands before the target in the request line that goes down a lane:
+//! `POST <request number>[j],<client address>,[<certificate>],<target> HTTP/1.1`. The `j` stands for
+//! `Content-Type: application/json`, and a field of its own would be longer: `tiny_http` reads a head
+//! byte by byte, at 150 instructions each. The certificate is DER in base64. A client cannot write any
+//! of it: what it has sent begins behind the third comma.
 
 use std::net::IpAddr;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-/// The name of the private field.
-pub const PRIVATE: &str = "X-Edge";
+use crate::digits::decimal;
+
 /// Stands behind the number for [`JSON`].
 const IS_JSON: char = 'j';
 /// The media type that most bodies have.
@@ -30,40 +32,51 @@ pub struct Sender<C> {
     pub certificate: Option<C>,
 }
 
-/// Writes the private field; without a sender the edge itself asks.
-pub fn push_private(number: u64, sender: Option<Sender<&[u8]>>, out: &mut Vec<u8>) {
-    out.extend_from_slice(PRIVATE.as_bytes());
-    out.extend_from_slice(b": ");
+/// Writes a request line; without a sender the edge itself asks.
+pub fn push_request_line(
+    method: &str,
+    number: u64,
+    sender: Option<Sender<&[u8]>>,
+    target: &str,
+    out: &mut Vec<u8>,
+) {
+    out.extend_from_slice(method.as_bytes());
+    out.push(b' ');
     push_number(number, out);
     if sender.is_some_and(|sender| sender.is_json) {
         out.push(IS_JSON as u8);
     }
-    out.push(b' ');
+    out.push(b',');
     match sender.map(|sender| sender.address) {
         None => out.extend_from_slice(NOBODY.as_bytes()),
         Some(IpAddr::V4(v4)) => push_ipv4(v4.octets(), out),
         Some(IpAddr::V6(v6)) => out.extend_from_slice(v6.to_string().as_bytes()),
     }
+    out.push(b',');
     if let Some(der) = sender.and_then(|sender| sender.certificate) {
-        out.push(b' ');
         out.extend_from_slice(STANDARD.encode(der).as_bytes());
     }
-    out.extend_from_slice(b"\r\n");
+    out.push(b',');
+    out.extend_from_slice(target.as_bytes());
+    out.extend_from_slice(b" HTTP/1.1\r\n");
 }
 
-/// Reads the private field's value: the request's number, and who sent it. Only the edge can connect to
-/// a lane, so it is always well formed; an answer to number 0 would have no effect.
-pub fn read_private(value: &str) -> (u64, Option<Sender<Vec<u8>>>) {
-    let mut parts = value.split(' ');
-    let number = parts.next().unwrap_or_default();
+/// Reads what [`push_request_line`] has made of the target: the request's number, who sent it, and the
+/// target. Only the edge can connect to a lane, so it is always well formed; an answer to number 0
+/// would have no effect.
+pub fn read_private(written: &str) -> (u64, Option<Sender<Vec<u8>>>, &str) {
+    let mut parts = written.splitn(4, ',');
+    let mut part = || parts.next().unwrap_or_default();
+    let (number, address, certificate, target) = (part(), part(), part(), part());
     let (number, is_json) = match number.strip_suffix(IS_JSON) {
         Some(number) => (number, true),
         None => (number, false),
     };
     let number = number.parse().unwrap_or(0);
-    let address = parts.next().and_then(|address| address.parse().ok());
-    let certificate = parts.next().and_then(|text| STANDARD.decode(text).ok());
-    (number, address.map(|address| Sender { address, is_json, certificate }))
+    let certificate = Some(certificate).filter(|text| !text.is_empty());
+    let certificate = certificate.and_then(|text| STANDARD.decode(text).ok());
+    let sender = address.parse().ok().map(|address| Sender { address, is_json, certificate });
+    (number, sender, target)
 }
 
 /// Appends a field.
@@ -81,20 +94,9 @@ pub fn push_length(length: usize, out: &mut Vec<u8>) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// Appends the number in decimal; this runs several times a request, and `fmt` shows there.
+/// Appends the number in decimal.
 pub fn push_number(number: u64, out: &mut Vec<u8>) {
-    let start = out.len();
-    let mut left = number;
-    loop {
-        out.push(b'0' + (left % 10) as u8);
-        left /= 10;
-        if left == 0 {
-            break;
-        }
-    }
-    if let Some(digits) = out.get_mut(start..) {
-        digits.reverse();
-    }
+    out.extend_from_slice(decimal(number, &mut [0; 20]).as_bytes());
 }
 
 fn push_ipv4(octets: [u8; 4], out: &mut Vec<u8>) {
@@ -112,10 +114,20 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_again() {
-        for (number, sender, written) in [
-            (7, None, "7 -"),
-            (u64::MAX, Some(("10.0.255.1", true, None)), "18446744073709551615j 10.0.255.1"),
-            (10, Some(("2001:db8::9", false, Some([1, 2, 3, 4]))), "10 2001:db8::9 AQIDBA=="),
+        for (number, sender, target, written) in [
+            (7, None, "*", "7,-,,*"),
+            (
+                u64::MAX,
+                Some(("10.0.255.1", true, None)),
+                "/",
+                "18446744073709551615j,10.0.255.1,,/",
+            ),
+            (
+                10,
+                Some(("2001:db8::9", false, Some([1, 2, 3, 4]))),
+                "/x,1?a=b,c",
+                "10,2001:db8::9,AQIDBA==,/x,1?a=b,c",
+            ),
         ] {
             let sender = sender.map(|(address, is_json, certificate)| Sender {
                 address: address.parse().unwrap(),
@@ -128,15 +140,15 @@ mod tests {
                 certificate: sender.certificate.as_ref().map(<[u8; 4]>::as_slice),
             });
             let mut out = Vec::new();
-            push_private(number, lent, &mut out);
-            assert_eq!(String::from_utf8(out).unwrap(), format!("X-Edge: {written}\r\n"));
+            push_request_line("PUT", number, lent, target, &mut out);
+            assert_eq!(String::from_utf8(out).unwrap(), format!("PUT {written} HTTP/1.1\r\n"));
             let owned = sender.map(|sender| Sender {
                 address: sender.address,
                 is_json: sender.is_json,
                 certificate: sender.certificate.map(Vec::from),
             });
-            assert_eq!(read_private(written), (number, owned));
+            assert_eq!(read_private(written), (number, owned, target));
         }
-        assert_eq!(read_private(""), (0, None));
+        assert_eq!(read_private(""), (0, None, ""));
     }
 }

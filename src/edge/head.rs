@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use httparse::{Header, Request};
 
 use super::chunked::is_token;
-use super::fields::{JSON, Sender, push_field, push_length, push_private};
+use super::fields::{JSON, Sender, push_field, push_length, push_request_line};
 use super::proxies;
 use super::settings::{BODY_MAX, FIELDS_MAX, HEAD_MAX};
 use crate::config::Cidr;
@@ -44,7 +44,7 @@ pub enum Framing {
     Chunked,
 }
 
-/// Who sends the request, for the private field.
+/// Who sends the request, for the private part.
 #[derive(Clone, Copy)]
 pub struct Origin<'a> {
     /// The number by which the lane's answer is known again.
@@ -116,9 +116,11 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     if class.https_only && !origin.is_encrypted {
         return Err(Code::NotFound);
     }
-    write_request_line(method, &target, out);
-    let is_json = write_allowed(headers, out)?;
-    write_private(origin, class, is_json, headers, out);
+    let media_type = single(headers, "Content-Type")?;
+    let is_json = media_type.is_some_and(|value| value.eq_ignore_ascii_case(JSON.as_bytes()));
+    let sender = sender(origin, class, is_json, headers);
+    push_request_line(method, origin.number, Some(sender), &target, out);
+    write_allowed(headers, media_type.filter(|_| !is_json), out)?;
     if let Framing::Length(length) = framing {
         finish(length, out);
     }
@@ -196,12 +198,12 @@ fn expects_continue(headers: &[Header<'_>]) -> bool {
     values(headers, "Expect").any(|value| value.eq_ignore_ascii_case(b"100-continue"))
 }
 
-/// Writes the fields of the client that go on. Returns whether the body is JSON, which is said in the
-/// private field.
-fn write_allowed(headers: &[Header<'_>], out: &mut Vec<u8>) -> Result<bool, Code> {
-    let media_type = single(headers, "Content-Type")?;
-    let is_json = media_type.is_some_and(|value| value.eq_ignore_ascii_case(JSON.as_bytes()));
-    let media_type = media_type.filter(|_| !is_json);
+/// Writes the fields of the client that go on.
+fn write_allowed(
+    headers: &[Header<'_>],
+    media_type: Option<&[u8]>,
+    out: &mut Vec<u8>,
+) -> Result<(), Code> {
     for (name, value) in
         [("Authorization", single(headers, "Authorization")?), ("Content-Type", media_type)]
     {
@@ -215,7 +217,7 @@ fn write_allowed(headers: &[Header<'_>], out: &mut Vec<u8>) -> Result<bool, Code
     if !accept.is_empty() {
         push_field("Accept", &accept.join(b", ".as_slice()), out);
     }
-    Ok(is_json)
+    Ok(())
 }
 
 /// `tiny_http` closes a connection on which anything else comes, without a word.
@@ -327,26 +329,18 @@ fn is_host(value: &[u8]) -> bool {
     port_fine && !host.is_empty() && is_made_of(host, allowed)
 }
 
-fn write_request_line(method: &str, target: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(method.as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(target.as_bytes());
-    out.extend_from_slice(b" HTTP/1.1\r\n");
-}
-
-fn write_private(
-    origin: Origin<'_>,
+fn sender<'a>(
+    origin: Origin<'a>,
     class: Class,
     is_json: bool,
     headers: &[Header<'_>],
-    out: &mut Vec<u8>,
-) {
+) -> Sender<&'a [u8]> {
     let address = match origin.proxies {
         Some(proxies) => proxies::client(proxies, origin.peer, values(headers, "X-Forwarded-For")),
         None => origin.peer,
     };
     let certificate = origin.certificate.filter(|_| class.client_certificate);
-    push_private(origin.number, Some(Sender { address, is_json, certificate }), out);
+    Sender { address, is_json, certificate }
 }
 
 #[cfg(test)]
@@ -384,16 +378,15 @@ mod tests {
     #[test]
     fn what_goes_on_is_ours() {
         let (head, out) = parse(
-            "POST /sign?x=1 HTTP/1.1\r\nhOsT: a:80\r\nX-Edge: 9 evil\r\nCookie: x\r\n\
+            "POST /sign?x=1 HTTP/1.1\r\nhOsT: a:80\r\nX-Edge: 9\r\nCookie: x\r\n\
              authorization:  Bearer t \r\nContent-Length: 0005\r\nAccept: a\r\n\
              Content-Type: Application/json\r\nAccept: b\r\nAccept: */*\r\nX-Forwarded-For: 1.1.1.1\r\n\r\n",
         )
         .unwrap();
         assert_eq!(
             out,
-            "POST /sign?x=1 HTTP/1.1\r\nAuthorization: Bearer t\r\n\
-             Accept: a, b\r\nX-Edge: 7j 192.0.2.1\r\n\
-             Content-Length: 5\r\n\r\n"
+            "POST 7j,192.0.2.1,,/sign?x=1 HTTP/1.1\r\nAuthorization: Bearer t\r\n\
+             Accept: a, b\r\nContent-Length: 5\r\n\r\n"
         );
         assert_eq!(head.framing, Framing::Length(5));
         assert_eq!(head.class.lane, LaneKind::Certificate);
@@ -408,27 +401,24 @@ mod tests {
         let proxies = Some(networks.as_slice());
         let origin = Origin { proxies, ..ORIGIN };
         read(head, origin, &mut out).unwrap();
-        assert_eq!(out, b"GET / HTTP/1.1\r\nX-Edge: 7 2001:db8::9\r\n\r\n");
+        assert_eq!(out, b"GET 7,2001:db8::9,,/ HTTP/1.1\r\n\r\n");
     }
 
     #[test]
     fn a_certificate_goes_on_where_it_is_wanted_only() {
         let private = |target: &str| {
-            let head = format!(
-                "POST {target} HTTP/1.1\r\nHost: a\r\nX-Edge: 9 ::1 AAAA\r\nX-Edge: x\r\n\r\n"
-            );
+            let head = format!("POST {target} HTTP/1.1\r\nHost: a\r\n\r\n");
             let mut out = Vec::new();
             let certificate = Some([1, 2, 3, 4].as_slice());
             let origin = Origin { certificate, ..ORIGIN };
             read(head.as_bytes(), origin, &mut out).unwrap();
             let text = String::from_utf8(out).unwrap();
-            assert_eq!(text.matches("X-Edge").count(), 1, "{text}");
-            text.split_once("X-Edge: ").unwrap().1.trim_end().to_owned()
+            text.split(' ').nth(1).unwrap().to_owned()
         };
-        assert_eq!(private("/renew"), "7 192.0.2.1 AQIDBA==");
-        assert_eq!(private("http://a/renew?x"), "7 192.0.2.1 AQIDBA==");
-        assert_eq!(private("/sign"), "7 192.0.2.1");
-        assert_eq!(private("/renew/"), "7 192.0.2.1");
+        assert_eq!(private("/renew"), "7,192.0.2.1,AQIDBA==,/renew");
+        assert_eq!(private("http://a/renew?x"), "7,192.0.2.1,AQIDBA==,/renew?x");
+        assert_eq!(private("/sign?9,::1,AAAA,"), "7,192.0.2.1,,/sign?9,::1,AAAA,");
+        assert_eq!(private("/renew/"), "7,192.0.2.1,,/renew/");
     }
 
     #[test]
@@ -463,7 +453,9 @@ mod tests {
     fn targets_become_origin_form() {
         let target = |method: &str, target: &str| {
             let head = format!("{method} {target} HTTP/1.1\r\nHost: a\r\n\r\n");
-            parse(&head).map(|(_, out)| out.split(' ').nth(1).unwrap().to_owned())
+            let private =
+                |line: String| line.split(' ').nth(1)?.splitn(4, ',').nth(3).map(str::to_owned);
+            parse(&head).map(|(_, out)| private(out).unwrap())
         };
         for (given, goes_on) in [
             ("/", "/"),

@@ -40,6 +40,6 @@ mod timers;
 mod tls;
 mod unsent;
 
-pub use fields::{JSON, PRIVATE as PRIVATE_FIELD, Sender, read_private};
+pub use fields::{JSON, Sender, read_private};
 pub use run::{Edge, Handle, Outbox};
 pub use settings::{BODY_MAX, Deadlines, LaneAddress, Settings, Wait};

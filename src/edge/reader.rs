@@ -39,7 +39,7 @@ enum Next {
 /// What stays here of a request that was handed on.
 #[derive(Clone, Copy, Debug)]
 pub struct Ticket {
-    /// The number in the private field.
+    /// Its number in the lane.
     pub number: u64,
     /// What the head said.
     pub head: Head,

@@ -159,12 +159,12 @@ fn open(path: &Path) -> io::Result<(Server, UnixStream)> {
 }
 
 fn gather(server: &Server, bound: usize, pause: Duration, batch: &mut Batch) {
-    let longest = (pause * PAUSES).as_millis();
-    let began = clock::now().mono_ms;
-    let waits = || u128::from(clock::now().mono_ms.saturating_sub(began)) < longest;
+    let longest = u64::try_from((pause * PAUSES).as_millis()).unwrap_or(u64::MAX);
+    let until_ms = (longest > 0).then(|| clock::now().mono_ms.saturating_add(longest));
+    let waits = || until_ms.is_some_and(|until_ms| clock::now().mono_ms < until_ms);
     while batch.requests.len() < bound && batch.bytes() < BATCH_BYTES {
         let next = match server.try_recv() {
-            Ok(None) if !pause.is_zero() && waits() => {
+            Ok(None) if waits() => {
                 // Woken with less than a millisecond left, it leaves the request where it is.
                 server.recv_timeout(pause).and_then(|next| match next {
                     None => server.try_recv(),
@@ -200,15 +200,15 @@ impl Batch {
     fn add(&mut self, mut request: tiny_http::Request) {
         // A body must be read to its end, or what is behind it in the lane is never seen.
         let body = read_body(&mut request);
-        let private = field(&request, edge::PRIVATE_FIELD).unwrap_or_default();
-        match (edge::read_private(private), body) {
-            ((number, None), _) => (self.outbox)(vec![(number, Reply::empty(204))]),
-            ((number, Some(sender)), Some(body)) => {
-                self.requests.push(taken(&request, sender, body));
+        let (number, sender, target) = edge::read_private(request.url());
+        match (sender, body) {
+            (None, _) => (self.outbox)(vec![(number, Reply::empty(204))]),
+            (Some(sender), Some(body)) => {
+                self.requests.push(taken(&request, target, sender, body));
                 self.numbers.push(number);
             }
             // The lane broke: half a request is not acted on.
-            ((number, Some(_)), None) => (self.outbox)(vec![(number, unanswered(request.url()))]),
+            (Some(_), None) => (self.outbox)(vec![(number, unanswered(target))]),
         }
         drop(request.into_writer());
     }
@@ -256,8 +256,13 @@ fn field<'r>(request: &'r tiny_http::Request, name: &'static str) -> Option<&'r 
 }
 
 /// The request in words of our own.
-fn taken(request: &tiny_http::Request, sender: Sender<Vec<u8>>, body: Vec<u8>) -> Request {
-    let (path, query) = request.url().split_once('?').unwrap_or((request.url(), ""));
+fn taken(
+    request: &tiny_http::Request,
+    target: &str,
+    sender: Sender<Vec<u8>>,
+    body: Vec<u8>,
+) -> Request {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let owned = |name| field(request, name).map(str::to_owned);
     Request {
         method: Method::parse(request.method().as_str()),
@@ -330,7 +335,7 @@ mod tests {
     }
 
     fn get(number: u32, path: &str) -> String {
-        format!("GET {path} HTTP/1.1\r\nX-Edge: {number} 192.0.2.1\r\n\r\n")
+        format!("GET {number},192.0.2.1,,{path} HTTP/1.1\r\n\r\n")
     }
 
     fn reply(body: &str) -> Reply {
@@ -345,8 +350,8 @@ mod tests {
         let mut stream = staged.connect();
         let body = "b".repeat(5_000);
         let request = format!(
-            "POST /x?y=1 HTTP/1.1\r\nAuthorization: Bearer t\r\nAccept: a\r\nCookie: c\r\n\
-             X-Edge: 7 2001:db8::9 AQIDBA==\r\nContent-Length: 5000\r\n\r\n{body}"
+            "POST 7,2001:db8::9,AQIDBA==,/x?y=1 HTTP/1.1\r\nAuthorization: Bearer t\r\nAccept: a\r\n\
+             Cookie: c\r\nContent-Length: 5000\r\n\r\n{body}"
         );
         // What follows a large body is seen only when that was read.
         stream.write_all((request + &get(8, "/z")).as_bytes()).unwrap();
@@ -374,7 +379,7 @@ mod tests {
     #[test]
     fn every_request_of_a_batch_has_one_answer() {
         let staged = Staged::open("batch");
-        let proof = "OPTIONS * HTTP/1.1\r\nX-Edge: 2 -\r\n\r\n";
+        let proof = "OPTIONS 2,-,,* HTTP/1.1\r\n\r\n";
         let all = [get(1, "/x").as_str(), proof, &get(3, "/y"), &get(4, "/z")].concat();
         staged.connect().write_all(all.as_bytes()).unwrap();
         let mut seen = 0;
@@ -395,7 +400,7 @@ mod tests {
     #[test]
     fn half_a_request_is_not_acted_on() {
         let staged = Staged::open("half");
-        let head = "POST /x HTTP/1.1\r\nX-Edge: 1 192.0.2.1\r\nContent-Length: 5000\r\n\r\nhalf";
+        let head = "POST 1,192.0.2.1,,/x HTTP/1.1\r\nContent-Length: 5000\r\n\r\nhalf";
         staged.connect().write_all(head.as_bytes()).unwrap();
         let batch = staged.next_batch();
         assert!(batch.requests.is_empty());

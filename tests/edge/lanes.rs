@@ -86,9 +86,9 @@ fn play(mut stream: UnixStream, outbox: &Outbox, worker: &Worker) {
         if !text.ends_with("\r\n\r\n") {
             continue;
         }
-        let private = text.split("X-Edge: ").nth(1).unwrap();
-        let number = private.split(' ').next().unwrap().parse().unwrap();
-        let is_proof = text.starts_with("OPTIONS *");
+        let target = text.split(' ').nth(1).unwrap();
+        let number = target.split(',').next().unwrap().parse().unwrap();
+        let is_proof = target.ends_with(",*");
         text.clear();
         if is_proof {
             outbox(vec![(number, Reply::empty(204))]);
@@ -133,7 +133,7 @@ fn a_lane_that_closes() {
 fn a_lane_that_is_written_to() {
     check(&[503], |asked| {
         let number = asked.number;
-        let head = format!("HTTP/1.1 200 OK\r\nX-Edge: {number}\r\nContent-Length: 6\r\n\r\n");
+        let head = format!("HTTP/1.1 200 OK\r\nX-Number: {number}\r\nContent-Length: 6\r\n\r\n");
         asked.stream.write_all((head + "secret").as_bytes()).is_ok()
     });
     check(&[503], |asked| asked.stream.write_all(b"x").is_ok());

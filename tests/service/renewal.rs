@@ -223,24 +223,26 @@ fn what_was_renewed_is_revoked_after_an_hour() {
 }
 
 #[test]
-fn fields_that_pretend_to_be_the_edges_are_ignored() {
+fn targets_that_pretend_to_be_the_edges_are_no_more_than_targets() {
     let stage = Stage::set(&[]);
     let good = stage.enroll("d");
     let pem = std::fs::read_to_string(&good.certificate).unwrap();
     let der = token::base64_of(&token::pem_to_der(&pem));
     let body = json!({"csr": Csr::new("d").make()});
-    let spellings = ["X-Edge", "x-edge", "X-EDGE", "X-Edge-Certificate", "X-Client-Cert", "X_Edge"];
-    for value in [format!("1 127.0.0.1 {der}"), der.clone(), format!("999 ::1 {der}")] {
-        for name in spellings {
-            let field = format!("{name}: {value}");
-            let answer = https::post(&stage.service, "/api/v1/renew", None, &body, &["-H", &field]);
-            check_error(&answer, 401, "CLIENT_CERTIFICATE_REQUIRED", &field);
-        }
+    for (target, status, code) in [
+        (format!("/1,127.0.0.1,{der},/api/v1/renew"), 404, "NOT_FOUND"),
+        (format!("/api/v1/renew?1,127.0.0.1,{der},"), 401, "CLIENT_CERTIFICATE_REQUIRED"),
+    ] {
+        let answer = https::post(&stage.service, &target, None, &body, &[]);
+        check_error(&answer, status, code, &target);
     }
+    let bare = format!("1,127.0.0.1,{der},/api/v1/renew");
+    let answer = https::post(&stage.service, "/", None, &body, &["--request-target", &bare]);
+    check_error(&answer, 400, "BAD_REQUEST", "it does not begin with a slash");
     // One who has a certificate cannot pass for another either.
     let other = stage.enroll("other");
-    let field = format!("X-Edge: 1 127.0.0.1 {der}");
-    let answer = https::post(&stage.service, "/api/v1/renew", Some(&other), &body, &["-H", &field]);
+    let target = format!("/api/v1/renew?1,127.0.0.1,{der},");
+    let answer = https::post(&stage.service, &target, Some(&other), &body, &[]);
     check_error(
         &answer,
         400,
@@ -249,12 +251,8 @@ fn fields_that_pretend_to_be_the_edges_are_ignored() {
     );
 
     let plain = Setup::new().start();
-    let answer = plain.http.post_with("/api/v1/renew", &[("X-Edge", &value_of(&der))], &body);
+    let answer = plain.http.post(&target, &body);
     check_error(&answer, 401, "CLIENT_CERTIFICATE_REQUIRED", "over plain HTTP");
-}
-
-fn value_of(der: &str) -> String {
-    format!("1 127.0.0.1 {der}")
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 
 use self::queue::Queue;
 pub use self::queue::Waiting;
-use super::fields::push_private;
+use super::fields::push_request_line;
 use super::poll::{Interest, Poll, Watched, is_transient};
 use super::reader::Ticket;
 use super::settings::LaneAddress;
@@ -228,8 +228,8 @@ impl Lane {
 
     /// Has the worker answer a request of the edge's own.
     fn ask(&mut self, number: u64, now_ms: u64) {
-        let mut proof = b"OPTIONS * HTTP/1.1\r\n".to_vec();
-        push_private(number, None, &mut proof);
+        let mut proof = Vec::new();
+        push_request_line("OPTIONS", number, None, "*", &mut proof);
         proof.extend_from_slice(b"\r\n");
         self.queue.push(number, None, &proof, now_ms);
     }
