@@ -363,10 +363,11 @@ impl Table {
 
     /// Enters the token and leases its device to it.
     fn put(&mut self, hash: TokenHash, entry: Entry) {
-        self.take(&hash);
         self.only_here.add(&entry);
         self.leases.insert(entry.claims.device_id.clone(), hash);
-        self.tokens.insert(hash, entry);
+        if let Some(old) = self.tokens.insert(hash, entry) {
+            self.only_here.subtract(&old);
+        }
     }
 
     /// Takes the token out; its lease stays.

@@ -302,7 +302,7 @@ struct Item<'a> {
 
 impl<'a> Item<'a> {
     fn new(place: (usize, usize), asked: &'a Asked) -> Self {
-        let reply = Reply(Err(unexpected("no reply")));
+        let reply = Reply(Err(StoreError::Undecided));
         Item { place, asked, route: asked.route, reply, replicas: 0 }
     }
 
@@ -327,17 +327,19 @@ pub(super) struct Nodes {
     pub generation: u64,
     /// When they were put back into the pool, by [`Now::mono_ms`].
     pub idle_since_ms: u64,
+    /// When they were put back, or found open since.
+    pub seen_ms: u64,
 }
 
 impl Nodes {
     pub fn new(connections: Vec<Option<Connection>>, map: Arc<Map>) -> Self {
-        Nodes { connections, map, generation: 0, idle_since_ms: 0 }
+        Nodes { connections, map, generation: 0, idle_since_ms: 0, seen_ms: 0 }
     }
 
     /// From now on what is sent may be carried out although no answer comes.
     pub fn serve(mut self, generation: u64, now: Now) -> Self {
         self.connections.iter_mut().flatten().for_each(Connection::serve);
-        Nodes { generation, idle_since_ms: now.mono_ms, ..self }
+        Nodes { generation, idle_since_ms: now.mono_ms, seen_ms: now.mono_ms, ..self }
     }
 
     /// The numbers of those that are connected and serve.

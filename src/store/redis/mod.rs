@@ -133,15 +133,16 @@ impl RedisStore {
         let mut nodes = self.pool.take(line, deadline)?;
         let connected = nodes.connected().count();
         // Once for the batch; the other half of the time is for what follows.
-        let wait = self.context.layout.wait_for(self.context.patience_ms / 2);
-        let wait = (self.context.layout.wait_replicas > 0).then_some(&wait);
+        let layout = &self.context.layout;
+        let wait = || layout.wait_for(self.context.patience_ms / 2);
+        let wait = (layout.wait_replicas > 0).then(wait);
         loop {
             let commands: Vec<&Commands> = operations.iter().filter_map(Next::commands).collect();
             if commands.is_empty() {
                 break;
             }
             let sent = Instant::now();
-            let replies = nodes.run(&commands, wait, deadline);
+            let replies = nodes.run(&commands, wait.as_ref(), deadline);
             self.note_round_trip(sent.elapsed());
             let mut replies = replies.into_iter();
             for operation in operations.iter_mut().filter(|next| next.commands().is_some()) {
@@ -176,12 +177,13 @@ impl Remote for RedisStore {
     }
 
     fn status(&self) -> Status {
+        let now = clock::now();
         Status {
             redis_enabled: true,
             redis_serves: self.pool.is_open(),
-            lacks_replicas: self.context.replicas.are_lacking(clock::now()),
+            lacks_replicas: self.context.replicas.are_lacking(now),
             round_trip: Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed)),
-            clock_is_ahead_ms: self.context.clock.ours_is_ahead_ms(clock::now()),
+            clock_is_ahead_ms: self.context.clock.ours_is_ahead_ms(now),
             ..Status::default()
         }
     }

@@ -14,8 +14,8 @@ use crate::config;
 use crate::socket::time_left;
 use crate::store::{Down, DownKind, StoreError, locked};
 
-/// A connection that was idle for longer may have been closed by the other side; looking costs three
-/// system calls.
+/// A connection that was neither used nor looked at for longer may have been closed by the other side;
+/// looking costs five system calls.
 const IDLE_MS: u64 = 20;
 /// One that was idle for longer is asked whether it still leads to the same server.
 const LONG_IDLE_MS: u64 = 4000;
@@ -73,7 +73,9 @@ impl Pool {
     pub fn was_cut(&self, now: Now) -> bool {
         let mut state = locked(&self.state);
         state.idle.iter_mut().any(|nodes| {
-            now.mono_ms.saturating_sub(nodes.idle_since_ms) > IDLE_MS && nodes.has_ended()
+            let is_due = now.mono_ms.saturating_sub(nodes.seen_ms) > IDLE_MS;
+            nodes.seen_ms = if is_due { now.mono_ms } else { nodes.seen_ms };
+            is_due && nodes.has_ended()
         })
     }
 
@@ -121,7 +123,7 @@ impl Pool {
     pub fn put_back(&self, mut nodes: Nodes, now: Now) {
         let mut state = locked(&self.state);
         if nodes.generation == state.generation && nodes.is_connected() {
-            nodes.idle_since_ms = now.mono_ms;
+            (nodes.idle_since_ms, nodes.seen_ms) = (now.mono_ms, now.mono_ms);
             state.idle.push(nodes);
             self.put_back.notify_one();
         }

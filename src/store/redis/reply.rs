@@ -28,7 +28,7 @@ impl Replies {
 
     /// The reply to this command. It is there once.
     pub fn take(&mut self, ask: Ask) -> Reply {
-        let none = || Reply(Err(unexpected("no reply")));
+        let none = || Reply(Err(StoreError::Undecided));
         self.replies.get_mut(ask.0).map_or_else(none, |reply| std::mem::replace(reply, none()))
     }
 
