@@ -148,7 +148,7 @@ impl Api {
             })
             .collect();
         let batch = self.provisioner.run(jobs, now);
-        let mut done = batch.done.into_iter();
+        let (mut done, end) = (batch.done.into_iter(), clock::now());
         let replies: Vec<Reply> = planned
             .into_iter()
             .zip(requests)
@@ -157,7 +157,7 @@ impl Api {
                 Ok(render) => {
                     let rendered = guarded(|| {
                         let (render, done) = render.zip(done.next()).ok_or(Code::InternalError)?;
-                        render(self, done?, clock::now())
+                        render(self, done?, end)
                     });
                     rendered.unwrap_or_else(|problem| self.problem(request, &problem, now))
                 }
@@ -181,7 +181,7 @@ impl Api {
     }
 
     /// Does what could wait until after the replies.
-    pub fn clean_up(&self, after: &[Op]) {
+    pub fn clean_up(&self, after: Vec<Op>) {
         self.provisioner.clean_up(after);
     }
 

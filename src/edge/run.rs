@@ -148,7 +148,7 @@ impl Edge {
     pub fn run(mut self) -> io::Result<()> {
         while self.listener.is_some() || self.driver.connections.open() > 0 {
             let limit = match self.inbox.may_sleep() {
-                true => self.next_due_in(clock::now()),
+                true => self.next_due_in(self.driver.now),
                 false => Some(Duration::ZERO),
             };
             self.poll.wait(limit)?;

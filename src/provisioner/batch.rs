@@ -52,8 +52,8 @@ impl Provisioner {
         }
         let (mut done, after) = self.record(steps, &mut undo, now);
         self.publish_revoked(&mut done);
-        self.publisher.watch_record(clock::now());
-        self.run_ops(&undo, clock::now());
+        self.publisher.watch_record(now);
+        self.run_ops(&undo, clock::now);
         self.give_again(&mut done, &again, now);
         Batch { done, after }
     }
@@ -65,7 +65,7 @@ impl Provisioner {
         let mut into_ops = |prepared: Prepared| prepared.into_ops(self, now, &mut ops);
         let prepared = self.prepare(planned, now).into_iter();
         let asked: Vec<_> = prepared.map(|prepared| prepared.and_then(&mut into_ops)).collect();
-        let mut answers = self.run_ops(&ops, now).into_iter();
+        let mut answers = self.run_ops(&ops, || now).into_iter();
         let killed: Vec<DeviceId> =
             asked.iter().flatten().filter_map(Work::kills).cloned().collect();
         let shared = killed.is_empty() || self.share_kills(&killed);
@@ -92,17 +92,17 @@ impl Provisioner {
     }
 
     /// Asks the store, if there is anything to ask.
-    pub(super) fn run_ops(&self, ops: &[Op], now: Now) -> Vec<Answer> {
-        if ops.is_empty() { Vec::new() } else { self.store.run(ops, now) }
+    pub(super) fn run_ops(&self, ops: &[Op], now: impl FnOnce() -> Now) -> Vec<Answer> {
+        if ops.is_empty() { Vec::new() } else { self.store.run(ops, now()) }
     }
 
     /// Runs what could wait until after the answers: what others have to know of a device, before its
     /// lease is free.
-    pub fn clean_up(&self, after: &[Op]) {
+    pub fn clean_up(&self, after: Vec<Op>) {
         let is_row = |op: &Op| matches!(op, Op::Tell(..));
-        let (rows, rest): (Vec<_>, Vec<_>) = after.iter().cloned().partition(is_row);
-        self.run_ops(&rows, clock::now());
-        self.run_ops(&rest, clock::now());
+        let (rows, rest): (Vec<_>, Vec<_>) = after.into_iter().partition(is_row);
+        self.run_ops(&rows, clock::now);
+        self.run_ops(&rest, clock::now);
     }
 
     /// Reads the store's answers, as many as were asked for the work; only what is to be signed has

@@ -99,7 +99,7 @@ impl Provisioner {
     ) -> Vec<Result<Prepared, Problem>> {
         let devices = planned.iter().flatten().flat_map(Work::looks_at);
         let looks: Vec<Op> = devices.cloned().map(Op::Look).collect();
-        let mut seen = self.run_ops(&looks, now).into_iter();
+        let mut seen = self.run_ops(&looks, || now).into_iter();
         let prepare = |planned: Planned| {
             let work = planned?;
             let answers: Vec<Answer> = seen.by_ref().take(work.looks_at().len()).collect();

@@ -113,7 +113,7 @@ fn work(lane: &LaneServer, api: &Api, outbox: &Outbox) {
 fn serve(api: &Api, batch: Batch) {
     let answers = stderr::together(|| api.answer(&batch.requests));
     batch.answer(answers.replies);
-    api.clean_up(&answers.after);
+    api.clean_up(answers.after);
 }
 
 /// How many requests a batch takes, and for how long a pause in their coming it waits.
