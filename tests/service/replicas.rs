@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Instant;
 
 use super::outages::setup;
+use crate::support::cluster::Cluster;
 use crate::support::history::{History, Op};
 use crate::support::instance::{
     self, Device, certificates, mark_key, redeem, redeem_patiently, refused_as_used, token,
@@ -57,6 +58,33 @@ fn a_redemption_waits_for_the_replica() {
     assert_eq!(redeem_patiently(&service, &first, &d).status, 200, "{}", service.log());
     assert_eq!(service.http.get("/ready").status, 200);
     refused_as_used(&[&service], &first, &d);
+}
+
+/// The others go on, and what is said of them does not hide it.
+#[test]
+fn one_master_of_a_cluster_lacks_its_replica() {
+    let cluster = Cluster::start();
+    let [poor, rich] = cluster.masters()[..2] else { panic!("two masters") };
+    let cluster_env = [&WAITING[..], &[("REDIS_CLUSTER", "true")]].concat();
+    let service = instance::first(&cluster.url(), &cluster_env);
+    let at = |master: usize, count: usize| -> Vec<(Device, String)> {
+        let devices = (0..).map(|n: u32| Device::new(&format!("d{n}")));
+        let devices = devices.filter(|device| cluster.master_of(&device.name) == master);
+        devices.take(count).map(|device| (device.clone(), token(&service, &device))).collect()
+    };
+    let ((waits, unsafe_token), safe) = (at(poor, 1).remove(0), at(rich, 3));
+    let stopped = cluster.servers[cluster.replica_of(poor)].stop();
+    for (device, compact) in &safe {
+        let answer = redeem(&service, &unsafe_token, &waits);
+        check_error(&answer, 503, "SERVICE_UNAVAILABLE", "its master alone has the mark");
+        assert_eq!(redeem(&service, compact, device).status, 200, "{}", service.log());
+        assert_eq!(service.http.get("/ready").status, 503, "one master still lacks it");
+    }
+    drop(stopped);
+    assert_eq!(redeem_patiently(&service, &unsafe_token, &waits).status, 200, "{}", service.log());
+    assert_eq!(service.http.get("/ready").status, 200);
+    let log = service.log();
+    assert_eq!(log.matches("nothing is redeemed until they do").count(), 1, "{log}");
 }
 
 /// Row 31c of the model: who has redeemed is gone, too.

@@ -166,6 +166,16 @@ impl Cluster {
         (0..self.servers.len()).filter(|at| is_master(&self.servers[*at])).collect()
     }
 
+    /// A server that follows this master.
+    pub fn replica_of(&self, master: usize) -> usize {
+        let id = self.id(master);
+        let follows = |server: &Redis| {
+            let nodes = server.cli(&["CLUSTER", "NODES"]);
+            nodes.lines().any(|line| line.contains("myself,slave") && line.contains(&id))
+        };
+        self.servers.iter().position(follows).expect("a replica")
+    }
+
     /// Waits until every node that runs takes the cluster for whole, and each replica follows.
     #[track_caller]
     pub fn wait_until_whole(&self) {

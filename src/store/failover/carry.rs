@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::follow_up::FollowUp;
-use super::{Begun, Failover, Grace, Hello, Mode, State};
+use super::{Begun, Failover, Grace, Hello, Mode, State, runs};
 use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
 use crate::device::DeviceId;
@@ -49,9 +49,10 @@ impl Failover {
     fn make_lists(&self, hello: &Hello) -> bool {
         let mut state = locked(&self.state);
         state.follow_ups.take_up();
-        let all_listed = state.follow_ups.are_all_for(&hello.run_id);
+        let all_listed = state.follow_ups.go_on_with(&hello.run_id);
         let full = state.mode == Mode::Degraded || !all_listed;
-        let is_another = |last: &String| hello.run_id.as_ref().is_some_and(|run| run != last);
+        let is_another =
+            |last: &String| hello.run_id.as_ref().is_some_and(|now| !runs::are_known(last, now));
         state.has_forgotten |= state.last_run.as_ref().is_some_and(is_another);
         if !all_listed {
             let now = clock::now();
@@ -244,7 +245,7 @@ impl Failover {
             state.begin_grace(clock::now());
         }
         // Having no run id is no reason to think that Redis has forgotten something.
-        if let Some(run_id) = &back.hello.run_id {
+        if let Some(run_id) = back.hello.run_id.as_ref().filter(|run_id| runs::is_whole(run_id)) {
             state.last_run = Some(run_id.clone());
         }
         state.log_return(back);

@@ -1,6 +1,6 @@
 //! Consuming and giving back: what Redis has answered, and the answer from memory.
 
-use super::{Failover, Grace, Mode, State};
+use super::{Failover, Grace, Mode, State, runs};
 use crate::clock::Now;
 use crate::config::OutageRedeem;
 use crate::jwt::{Token, TokenHash};
@@ -128,7 +128,11 @@ impl Failover {
         let copy = self.memory.live(&token.hash, now);
         let copy = copy.filter(|copy| copy.left_ms > ABOUT_TO_END_MS).map(|copy| copy.in_redis);
         let is_confirmed = attempt.is_confirmed && copy == Some(InRedis::Confirmed);
-        if is_confirmed && state.follow_ups.are_all_for(&lossless_run) {
+        let known = state.follow_ups.run_id();
+        let is_known = |run: &String| known.is_some_and(|known| runs::has(known, run));
+        // While a part is away, others may have got its keys, without what was there.
+        let is_whole = self.remote.missing().is_none();
+        if is_confirmed && is_whole && lossless_run.as_ref().is_some_and(is_known) {
             self.note_deleted(state, token, now);
             return Ok(Outcome::Unknown { lossless_run });
         }

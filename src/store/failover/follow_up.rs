@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::runs;
 use crate::device::DeviceId;
 use crate::jwt::{Token, TokenHash};
 use crate::serial::Serial;
@@ -55,9 +56,15 @@ enum Lists {
 }
 
 impl FollowUps {
-    /// Whether this run of the server knows everything when it is told what is listed.
-    pub fn are_all_for(&self, run_id: &Option<String>) -> bool {
-        run_id.is_some() && self.run_id() == run_id.as_ref()
+    /// Whether these runs know everything when they are told what is listed. What is away meanwhile is
+    /// then told everything when it is back.
+    pub fn go_on_with(&mut self, run_id: &Option<String>) -> bool {
+        let known = self.run_id().zip(run_id.as_ref());
+        let are_all = known.is_some_and(|(known, runs)| runs::are_known(known, runs));
+        if are_all {
+            self.lists = Lists::For(run_id.clone());
+        }
+        are_all
     }
 
     /// Everything is to be told again: adds these rows, and replaces the lists of marks and tokens.

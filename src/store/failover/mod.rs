@@ -44,6 +44,7 @@ mod follow_up;
 mod issue;
 mod kill;
 mod run_file;
+pub mod runs;
 mod supervisor;
 
 use consume::Attempt;
@@ -104,7 +105,7 @@ pub struct OurCa {
 /// What a server says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hello {
-    /// Changes with every start of the server; `None` if it may not be asked.
+    /// Changes with every start of the server (of any master: [`runs`]); `None` if it may not be asked.
     pub run_id: Option<String>,
     /// A memory policy that may drop keys.
     pub eviction: Option<String>,

@@ -23,6 +23,7 @@ use crate::clock::Now;
 use crate::config::HostPort;
 use crate::device::DeviceId;
 use crate::socket::{deadline_in, time_left};
+use crate::store::failover::runs;
 use crate::store::{Down, DownKind, StoreError, locked};
 
 /// Slots of a cluster.
@@ -297,13 +298,14 @@ struct Item<'a> {
     asked: &'a Asked,
     route: Route,
     reply: Reply,
-    replicas: u64,
+    /// The node that has carried it out, and how many replicas of it have what it wrote.
+    replicas: (usize, u64),
 }
 
 impl<'a> Item<'a> {
     fn new(place: (usize, usize), asked: &'a Asked) -> Self {
         let reply = Reply(Err(StoreError::Undecided));
-        Item { place, asked, route: asked.route, reply, replicas: 0 }
+        Item { place, asked, route: asked.route, reply, replicas: (0, 0) }
     }
 
     fn is_asking(&self) -> bool {
@@ -361,11 +363,11 @@ impl Nodes {
         self.connected().next().is_some()
     }
 
-    /// All these runs as one, if all nodes are connected and may be asked.
+    /// These runs, and that of a node that is away, as one id, if each may be asked.
     pub fn run_id(&self, of_nodes: Vec<Option<String>>) -> Option<String> {
-        let mut runs = of_nodes.into_iter().collect::<Option<Vec<String>>>()?;
-        runs.sort();
-        (runs.len() == self.connections.len()).then(|| runs.join("+"))
+        let is_whole = of_nodes.len() == self.connections.len();
+        let of_nodes = of_nodes.into_iter().collect::<Option<Vec<String>>>()?;
+        Some(runs::joined(of_nodes, is_whole))
     }
 
     /// The other side of one has closed it while nobody used it.
@@ -409,7 +411,10 @@ impl Nodes {
         let replies = |owner| {
             let mut replies = Replies::default();
             while let Some(item) = done.next_if(|item| item.place.0 == owner) {
-                replies.add(item.reply, item.asked.awaits_replicas.then_some(item.replicas));
+                if item.asked.awaits_replicas {
+                    (replies.master, replies.replicas) = item.replicas;
+                }
+                replies.add(item.reply);
             }
             replies
         };
@@ -536,7 +541,7 @@ impl Nodes {
             _ => 0,
         };
         for (item, reply) in items.into_iter().zip(replies) {
-            let item = Item { replicas, ..item };
+            let item = Item { replicas: (node, replicas), ..item };
             let points_to = reply.as_ref().err().and_then(Redirection::of);
             match (reply, points_to.filter(|_| self.map.is_cluster())) {
                 (Ok(value), _) => answered.push(item.answered(Ok(value))),

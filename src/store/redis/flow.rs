@@ -40,6 +40,7 @@
 //! Prune ──── ZREM live · ZRANGEBYSCORE live     (with every some issues)
 //! ```
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -74,8 +75,6 @@ pub(super) struct Context {
     pub patience_ms: u64,
     pub clock: RedisClock,
     pub replicas: Replicas,
-    /// The run that was greeted: of a cluster, of all its masters.
-    pub run_id: Mutex<Option<String>>,
     pub ended: Mutex<Ended>,
 }
 
@@ -115,20 +114,23 @@ impl RedisClock {
 /// Whether enough replicas have what they must have.
 #[derive(Debug, Default)]
 pub(super) struct Replicas {
-    /// When there were last too few, by [`Now::mono_ms`]; 0 once there were enough.
-    lacked_ms: AtomicU64,
+    /// The masters that last had too few, and when that was, by [`Now::mono_ms`].
+    lacked_ms: Mutex<BTreeMap<usize, u64>>,
 }
 
 impl Replicas {
-    /// There were enough, or too few.
-    pub fn note(&self, are_enough: bool, now: Now) {
-        let lacked_ms = if are_enough { 0 } else { now.mono_ms.max(1) };
-        let before_ms = self.lacked_ms.swap(lacked_ms, Ordering::Relaxed);
-        match (before_ms == 0, are_enough) {
-            (true, false) => {
+    /// This master had enough, or too few.
+    pub fn note(&self, master: usize, are_enough: bool, now: Now) {
+        let mut lacked_ms = locked(&self.lacked_ms);
+        let was_lacking = match are_enough {
+            true => lacked_ms.remove(&master),
+            false => lacked_ms.insert(master, now.mono_ms),
+        };
+        match (was_lacking.is_some(), are_enough) {
+            (false, false) => {
                 log::warn!("{}: nothing is redeemed until they do", StoreError::Unsafe)
             }
-            (false, true) => log::info!("enough replicas have what is redeemed again"),
+            (true, true) => log::info!("enough replicas have what is redeemed again"),
             _ => {}
         }
     }
@@ -136,8 +138,8 @@ impl Replicas {
     /// Only a redemption finds out that there are enough, and an instance that is not ready may be sent
     /// none: so after a while it is worth another try.
     pub fn are_lacking(&self, now: Now) -> bool {
-        let lacked_ms = self.lacked_ms.load(Ordering::Relaxed);
-        lacked_ms > 0 && now.mono_ms.saturating_sub(lacked_ms) < LACKING_MS
+        let is_recent = |ms: &u64| now.mono_ms.saturating_sub(*ms) < LACKING_MS;
+        locked(&self.lacked_ms).values().any(is_recent)
     }
 }
 
@@ -156,15 +158,8 @@ impl Context {
             patience_ms,
             clock: RedisClock::default(),
             replicas: Replicas::default(),
-            run_id: Mutex::default(),
             ended: Mutex::default(),
         }
-    }
-
-    /// The run of which this one of a node is a part.
-    pub fn run_of(&self, node: &str) -> Option<String> {
-        let whole = locked(&self.run_id).clone()?;
-        whole.split('+').any(|run_id| run_id == node).then_some(whole)
     }
 
     /// The claims of a token found in Redis; of one that is not ours, the little that is known.

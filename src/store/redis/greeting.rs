@@ -10,8 +10,8 @@ use super::reply::Info;
 use crate::clock;
 use crate::device::DeviceId;
 use crate::jwt::TokenHash;
+use crate::store::StoreError;
 use crate::store::failover::Hello;
-use crate::store::{StoreError, locked};
 
 /// Asks each node who it is, whether it takes writes, and whether this user may do all that will be
 /// needed; and whose CA is entered. All in one round trip, and the writing is real: a server that is
@@ -59,7 +59,6 @@ pub(super) fn greet(
         return Err(nodes.map.lost());
     }
     hello.run_id = nodes.run_id(runs);
-    locked(&context.run_id).clone_from(&hello.run_id);
     if let Some((name, claimed)) = claim {
         claimed(name, &mut replies, clock::now())?;
     }

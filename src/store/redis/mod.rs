@@ -43,7 +43,7 @@ use crate::config;
 use crate::devices::identity::Identity;
 use crate::jwt::Signer;
 use crate::metrics::Metrics;
-use crate::store::failover::{Hello, OurCa, Remote};
+use crate::store::failover::{Hello, OurCa, Remote, runs};
 use crate::store::{Answer, Down, Op, Rows, Status, StoreError};
 
 use cluster::{Nodes, Route};
@@ -260,7 +260,7 @@ impl RedisStore {
             nodes.map.update(&read);
         }
         let mut runs = infos.into_iter().filter_map(|info| info(&mut replies).run_id);
-        if run_id.is_some_and(|whole| runs.any(|run| whole.split('+').all(|known| *known != run))) {
+        if run_id.is_some_and(|known| runs.any(|run| !runs::has(known, &run))) {
             let why = "it is another server, or was started again";
             return Err(StoreError::Down(self.pool.lost(why)));
         }

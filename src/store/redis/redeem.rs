@@ -113,7 +113,7 @@ impl Consume {
             (false, false) => Fate::Missing,
         };
         if wanted > 0 && (is_safe || matches!(fate, Fate::Unsafe)) {
-            context.replicas.note(is_safe, clock::now());
+            context.replicas.note(replies.master, is_safe, clock::now());
         }
         Ok(fate)
     }
@@ -139,12 +139,12 @@ impl Consume {
         commands.route = Route::Slot(slot_of(self.token.claims.device_id.as_str().as_bytes()));
         let withdrawn = commands.ask(withdrawal(&self.token, self.serial, context));
         let info = Info::ask(&mut commands);
-        Next::trip(commands, move |context, mut replies| {
+        Next::trip(commands, move |_, mut replies| {
             replies.take(withdrawn).number()?;
             let server = info(&mut replies);
             let lossless = server.keeps_all();
             let run_id = server.run_id.filter(|_| lossless);
-            Next::done(Outcome::Unknown { lossless_run: run_id.and_then(|id| context.run_of(&id)) })
+            Next::done(Outcome::Unknown { lossless_run: run_id })
         })
     }
 }

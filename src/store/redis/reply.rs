@@ -11,19 +11,18 @@ use crate::store::{Down, StoreError};
 #[derive(Debug, Default)]
 pub(crate) struct Replies {
     replies: Vec<Reply>,
-    /// So many replicas have what they must have.
+    /// So many replicas have what they must have, of this master.
     pub replicas: u64,
+    pub master: usize,
 }
 
 impl Replies {
     pub fn new(replies: Vec<Reply>) -> Self {
-        Replies { replies, replicas: 0 }
+        Replies { replies, ..Replies::default() }
     }
 
-    /// `replicas`: so many have what was written, if they must.
-    pub fn add(&mut self, reply: Reply, replicas: Option<u64>) {
+    pub fn add(&mut self, reply: Reply) {
         self.replies.push(reply);
-        self.replicas = replicas.unwrap_or(self.replicas);
     }
 
     /// The reply to this command. It is there once.
