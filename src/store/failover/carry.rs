@@ -36,11 +36,14 @@ impl Failover {
         }
     }
 
-    /// Does what could not be confirmed before, while Redis serves.
+    /// Does what could not be confirmed before, while Redis serves. While a part is away there is a pause
+    /// before the next time, so what the others are to be told is not to wait for what is set aside.
     pub(super) fn tidy_up(&self) {
-        let epoch = locked(&self.state).epoch;
-        if let Err(error) = self.carry_batch() {
-            self.notice(&mut locked(&self.state), &[Err(error)], epoch);
+        let (epoch, end) = (locked(&self.state).epoch, Instant::now() + self.rules.timeout);
+        while !locked(&self.state).follow_ups.is_empty() && Instant::now() < end {
+            if let Err(error) = self.carry_batch() {
+                return self.notice(&mut locked(&self.state), &[Err(error)], epoch);
+            }
         }
     }
 

@@ -53,7 +53,10 @@ impl Failover {
                 continue;
             }
             back_off = match self.bring_back() {
-                Ok(()) => BACK_OFF,
+                Ok(()) => {
+                    log_missing(&mut missed, self.remote.missing());
+                    BACK_OFF
+                }
                 Err(error) => {
                     self.stay_away(&error.into_down());
                     self.pause(back_off)
