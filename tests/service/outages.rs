@@ -50,7 +50,7 @@ pub fn under_load(service: &Service, break_it: impl FnOnce(&History)) {
 }
 
 /// The load ends with whoever broke Redis, be it by a panic.
-struct Ends<'a>(&'a AtomicBool);
+pub struct Ends<'a>(pub &'a AtomicBool);
 
 impl Drop for Ends<'_> {
     fn drop(&mut self) {
@@ -81,6 +81,11 @@ fn the_master_of_a_trio_is_killed_ten_times() {
 #[test]
 fn each_master_of_a_cluster_is_killed_in_turn() {
     kill(Engine::Cluster, 3);
+}
+
+#[test]
+fn a_master_of_a_cluster_behind_mutual_tls_is_killed() {
+    kill(Engine::SecuredCluster, 1);
 }
 
 fn kill(engine: Engine, times: usize) {

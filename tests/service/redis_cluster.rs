@@ -1,9 +1,12 @@
 //! A Redis Cluster: nodes die, slots move, and one shard may be away while the others serve.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
-use super::outages::{setup, under_load};
+use super::outages::{Ends, setup, under_load};
 use crate::support::cluster::{Cluster, slot_of};
+use crate::support::http::Response;
 use crate::support::instance::{
     self, Device, certificates, onboard, redeem, redeem_patiently, refused_as_used, revoke, token,
 };
@@ -183,40 +186,148 @@ fn slots_move_while_their_keys_are_used() {
     assert!(!log.contains("Redis connection lost") && !log.contains("WARN a part"), "{log}");
 }
 
+/// Devices that have nothing on this node are served by Redis.
+#[track_caller]
+fn others_go_on(cluster: &Cluster, service: &Service, without: usize) {
+    let names = (0..).map(|n: u32| format!("here{n}"));
+    let is_away_from_it = |device: &Device| {
+        [row_key(device), device.name.clone()].iter().all(|key| cluster.master_of(key) != without)
+    };
+    for device in names.map(|name| Device::new(&name)).filter(is_away_from_it).take(5) {
+        let compact = wait::until(Duration::from_secs(10), || {
+            let answer = onboard(service, &device);
+            (answer.status == 200).then(|| answer.field("provisioning_token"))
+        });
+        let compact = compact.unwrap();
+        let answer = redeem_patiently(service, &compact, &device);
+        assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
+        let mark = mark_key(&compact, &device);
+        assert_eq!(cluster.cli(&["EXISTS", &mark]), "1", "by Redis\n{}", service.log());
+    }
+}
+
+/// A master that answers, but not what it is asked.
+#[test]
+fn a_shard_that_is_full_or_loading_is_away_alone() {
+    // It answers while it reads its file, and takes its time for each key.
+    let slow = [
+        ["--cluster-require-full-coverage", "no"],
+        ["--key-load-delay", "300000"],
+        ["--loading-process-events-interval-bytes", "1024"],
+        ["--rdbcompression", "no"],
+    ];
+    let mut cluster = Cluster::of(0, &slow.concat());
+    let service = first(&cluster);
+    let bad = 1;
+    let there = device_at(&cluster, bad, "there");
+    let before = token(&service, &there);
+    let is_back = |times: usize| {
+        wait::for_true("it is back", || {
+            service.log().matches("all of Redis is in reach").count() == times
+        });
+        assert_eq!(redeem_patiently(&service, &before, &there).status, [200, 401][times - 1]);
+    };
+    assert_eq!(cluster.servers[bad].cli(&["CONFIG", "SET", "maxmemory", "1"]), "OK");
+    check_error(&redeem(&service, &before, &there), 503, "SERVICE_UNAVAILABLE", "it is full");
+    others_go_on(&cluster, &service, bad);
+    service.wait_for_log("OOM");
+    assert_eq!(cluster.servers[bad].cli(&["CONFIG", "SET", "maxmemory", "0"]), "OK");
+    is_back(1);
+    for n in 0..40 {
+        cluster.servers[bad].cli(&["SET", &format!("{{{}}}{n}", there.name), &"x".repeat(2000)]);
+    }
+    cluster.servers[bad].save();
+    cluster.servers[bad].kill9();
+    cluster.servers[bad].launch();
+    let says = |cluster: &Cluster| cluster.servers[bad].try_cli(&["DBSIZE"]);
+    wait::for_true("it is loading", || says(&cluster).starts_with("LOADING"));
+    check_error(&redeem(&service, &before, &there), 401, "TOKEN_ALREADY_USED", "known here");
+    others_go_on(&cluster, &service, bad);
+    assert!(says(&cluster).starts_with("LOADING"), "still");
+    cluster.servers[bad].cli(&["CONFIG", "SET", "key-load-delay", "0"]);
+    is_back(2);
+}
+
+/// Tokens of a slot that moves are redeemed, replaced and revoked at two instances, over and over: each is
+/// redeemed once, and none that is dead.
+#[test]
+fn a_slot_moves_back_and_forth_under_kills_and_redemptions() {
+    let cluster = Cluster::start();
+    let a = first(&cluster);
+    let b = another(&a, &cluster);
+    let slot = slot_of("d");
+    let names = (0..).map(|n: u32| format!("d{n}")).filter(|name| slot_of(name) == slot);
+    let devices: Vec<Device> = names.take(32).map(|name| Device::new(&name)).collect();
+    let (rounds, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let soon = |ask: &dyn Fn() -> Response| {
+        wait::until(Duration::from_secs(20), || Some(ask()).filter(|answer| answer.status == 200))
+    };
+    let live = |device: &Device, at: &Service| {
+        soon(&|| onboard(at, device)).expect("a token").field("provisioning_token")
+    };
+    let one_round = |device: &Device, round: usize| {
+        let (here, there) = if round.is_multiple_of(2) { (&a, &b) } else { (&b, &a) };
+        let compact = live(device, here);
+        match round % 3 {
+            0 => thread::scope(|scope| {
+                let both = [here, there]
+                    .map(|at| scope.spawn(|| redeem_patiently(at, &compact, device).status));
+                let mut statuses = both.map(|status| status.join().unwrap());
+                statuses.sort_unstable();
+                assert_eq!(statuses, [200, 401], "{}\n{}\n{}", device.name, a.log(), b.log());
+            }),
+            1 => {
+                let next = soon(&|| instance::replace(there, device)).expect("another");
+                let next = next.field("provisioning_token");
+                refused_as_used(&[here, there], &compact, device);
+                assert_eq!(redeem_patiently(here, &next, device).status, 200, "{}", here.log());
+            }
+            _ => {
+                assert!(soon(&|| revoke(there, device)).is_some(), "{}", there.log());
+                refused_as_used(&[here, there], &compact, device);
+            }
+        }
+        rounds.fetch_add(1, Ordering::Relaxed);
+    };
+    thread::scope(|scope| {
+        for devices in devices.chunks(8) {
+            let (one_round, stop) = (&one_round, &stop);
+            scope.spawn(move || {
+                let turns = devices.iter().cycle().enumerate();
+                let goes_on = |_: &_| !stop.load(Ordering::Relaxed);
+                turns.take_while(goes_on).for_each(|(n, device)| one_round(device, n / 5));
+            });
+        }
+        let _stopped_at_the_end = Ends(&stop);
+        for to in [1, 2, 0, 1, 0] {
+            let to = cluster.masters()[to];
+            if to != cluster.master_of("d") {
+                let done = rounds.load(Ordering::Relaxed) + 8;
+                cluster.move_slot(slot, to, || {
+                    let go_on = || (rounds.load(Ordering::Relaxed) >= done).then_some(());
+                    assert!(wait::until(Duration::from_secs(40), go_on).is_some(), "{}", b.log());
+                });
+            }
+        }
+    });
+    let log = a.log() + &b.log();
+    assert!(!log.contains("redeemed twice") && !log.contains("Redis connection lost"), "{log}");
+}
+
 /// Its devices wait, or are served from memory; the others do not notice.
 #[test]
 fn what_does_not_touch_a_lost_shard_goes_on() {
     let mut cluster = Cluster::with(&["--cluster-require-full-coverage", "no"]);
     let service = first(&cluster);
-    let masters = cluster.masters();
     let lost = cluster.master_of("lost0");
     let there = device_at(&cluster, lost, "lost");
     let before = token(&service, &there);
-    let other = masters.iter().copied().find(|at| *at != lost).unwrap();
-    let is_away_from_it = |device: &Device| {
-        cluster.master_of(&row_key(device)) != lost && cluster.master_of(&device.name) == other
-    };
-    let here: Vec<Device> = (0..200)
-        .map(|n| Device::new(&format!("here{n}")))
-        .filter(is_away_from_it)
-        .take(5)
-        .collect();
     let replica = cluster.replica_of(lost);
     cluster.servers[replica].kill9();
     cluster.servers[lost].kill9();
     service.health();
     service.wait_for_log("a part of Redis is lost");
-    for device in &here {
-        let compact = wait::until(Duration::from_secs(10), || {
-            let answer = onboard(&service, device);
-            (answer.status == 200).then(|| answer.field("provisioning_token"))
-        });
-        let compact = compact.unwrap();
-        let answer = redeem_patiently(&service, &compact, device);
-        assert_eq!(answer.status, 200, "{}\n{}", answer.text(), service.log());
-        let mark = mark_key(&compact, device);
-        assert_eq!(cluster.cli(&["EXISTS", &mark]), "1", "by Redis\n{}", service.log());
-    }
+    others_go_on(&cluster, &service, lost);
     check_error(&redeem(&service, &before, &there), 503, "SERVICE_UNAVAILABLE", "it is away");
     let mut names = (0..).map(|n: u32| format!("same{n}"));
     let is_there = |name: &String| slot_of(name) == slot_of(&there.name);

@@ -8,7 +8,7 @@ use crate::support::clock::now_ms;
 use crate::support::csr::Csr;
 use crate::support::instance::{self, ADMIN_KEY, Device, ONBOARDING_KEY};
 use crate::support::proxy::Proxy;
-use crate::support::redis::Redis;
+use crate::support::redis::{PASSWORD, Redis, USER, rights};
 use crate::support::service::{Service, Setup};
 use crate::support::{check_error, token, wait};
 
@@ -234,14 +234,11 @@ fn a_user_who_may_only_do_what_is_needed() {
 /// The line of docs/redis.md, with and without the right of which it says that it may be left out.
 #[test]
 fn the_rights_that_the_page_names_are_enough() {
-    let page = include_str!("../../docs/redis.md").replace("\\\n", " ").replace('\'', "");
-    let line = page.lines().find_map(|l| l.strip_prefix("redis-cli ACL SETUSER ")).unwrap();
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let ["mqtt-lite", "on", ">PASSWORD", rules @ ..] = &words[..] else { panic!("{line}") };
-    assert!(rules.contains(&"+info"), "{rules:?}");
-    let without: Vec<&str> = rules.iter().copied().filter(|rule| *rule != "+info").collect();
-    for rules in [rules, &without] {
-        does_its_whole_work(&mut Redis::with_acl("mqtt-lite", "PASSWORD", &rules.join(" ")));
+    let rules = rights();
+    assert!(rules.iter().any(|rule| rule == "+info"), "{rules:?}");
+    let without: Vec<String> = rules.iter().filter(|rule| *rule != "+info").cloned().collect();
+    for rules in [rules, without] {
+        does_its_whole_work(&mut Redis::with_acl(USER, PASSWORD, &rules.join(" ")));
     }
 }
 
@@ -252,8 +249,8 @@ fn does_its_whole_work(redis: &mut Redis) {
     let env = [
         ("REDIS_HOST", "127.0.0.1"),
         ("REDIS_PORT", &*port),
-        ("REDIS_USERNAME", "mqtt-lite"),
-        ("REDIS_PASSWORD", "PASSWORD"),
+        ("REDIS_USERNAME", USER),
+        ("REDIS_PASSWORD", PASSWORD),
         ("ONBOARDING_API_KEY", ONBOARDING_KEY),
         ("ADMIN_API_KEY", ADMIN_KEY),
         ("JWT_SECRET", token::SECRET),

@@ -1,10 +1,11 @@
 //! A real Redis Cluster: three masters with a replica each.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
 use super::port::Port;
-use super::redis::Redis;
+use super::redis::{PASSWORD, Redis, USER, make_tls_files};
+use super::temp::TempDir;
 use super::wait;
 
 /// Nodes that get too little processor time take a while to agree.
@@ -16,6 +17,8 @@ pub struct Cluster {
     pub servers: Vec<Redis>,
     /// Of the ports by which nodes speak with each other.
     bus: Vec<Port>,
+    /// What they need for TLS.
+    files: Option<TempDir>,
 }
 
 impl Cluster {
@@ -34,19 +37,36 @@ impl Cluster {
     /// One whose masters have so many replicas each.
     #[track_caller]
     pub fn of(replicas: usize, settings: &[&str]) -> Cluster {
-        let mut cluster = Cluster { servers: vec![], bus: vec![] };
+        Cluster::build(replicas, settings, None)
+    }
+
+    /// One over TLS, which wants to see certificates, for a user of least rights.
+    #[track_caller]
+    pub fn secured() -> Cluster {
+        let files = TempDir::new();
+        make_tls_files(&files);
+        Cluster::build(1, &[], Some(files))
+    }
+
+    #[track_caller]
+    fn build(replicas: usize, settings: &[&str], files: Option<TempDir>) -> Cluster {
+        let mut cluster = Cluster { servers: vec![], bus: vec![], files };
         (0..3 * (1 + replicas)).for_each(|_| cluster.add_server(settings));
         let addresses: Vec<String> = cluster.servers.iter().map(address).collect();
-        let output = Command::new("redis-cli")
-            .args(["--cluster", "create"])
-            .args(&addresses)
-            .args(["--cluster-replicas", &replicas.to_string(), "--cluster-yes"])
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let addresses: Vec<&str> = addresses.iter().map(String::as_str).collect();
+        let replicas = replicas.to_string();
+        let how = ["--cluster-replicas", &replicas, "--cluster-yes"];
+        cluster.manage(&[&["create"], &addresses[..], &how].concat()).unwrap();
         cluster.wait_until_whole();
         cluster
+    }
+
+    /// Runs `redis-cli --cluster`; what it says, if it fails.
+    fn manage(&self, args: &[&str]) -> Result<(), String> {
+        let mut command = self.any().cli_command();
+        let output = command.arg("--cluster").args(args).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() { Ok(()) } else { Err(said) }
     }
 
     /// One more, which knows nobody yet.
@@ -61,7 +81,11 @@ impl Cluster {
             ["--cluster-replica-validity-factor", "0"],
             ["--repl-diskless-sync-delay", "0"],
         ];
-        self.servers.push(Redis::start(&[&own.concat()[..], settings].concat()));
+        let args = [&own.concat()[..], settings].concat();
+        self.servers.push(match &self.files {
+            Some(files) => Redis::secured(&args, files),
+            None => Redis::start(&args),
+        });
         self.bus.push(bus);
     }
 
@@ -84,29 +108,41 @@ impl Cluster {
     /// Moves slots with their keys from one master to another, as an operator does.
     #[track_caller]
     pub fn reshard(&self, from: usize, to: usize, slots: usize) {
-        let check = |args: &[&str]| Command::new("redis-cli").args(args).output().unwrap();
-        wait::for_true("the nodes agree", || {
-            check(&["--cluster", "check", &address(self.any())]).status.success()
-        });
-        let output = Command::new("redis-cli")
-            .args(["--cluster", "reshard", &address(self.any())])
-            .args(["--cluster-from", &self.id(from), "--cluster-to", &self.id(to)])
-            .args(["--cluster-slots", &slots.to_string(), "--cluster-yes"])
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let at = address(self.any());
+        wait::for_true("the nodes agree", || self.manage(&["check", &at]).is_ok());
+        let (from, to, slots) = (self.id(from), self.id(to), slots.to_string());
+        let which = ["--cluster-from", &from, "--cluster-to", &to, "--cluster-slots", &slots];
+        self.manage(&[&["reshard", &*at], &which[..], &["--cluster-yes"]].concat()).unwrap();
     }
 
     /// What the service is to be told: some of the nodes.
     pub fn env(&self) -> Vec<(&'static str, String)> {
-        vec![("REDIS_CLUSTER", "true".to_owned()), ("REDIS_URL", self.url())]
+        let mut env = vec![("REDIS_CLUSTER", "true".to_owned())];
+        let Some(files) = &self.files else {
+            env.push(("REDIS_URL", self.url()));
+            return env;
+        };
+        let file = |name: &str| files.path().join(name).display().to_string();
+        env.extend([
+            ("REDIS_HOST", self.seeds()),
+            ("REDIS_USERNAME", USER.to_owned()),
+            ("REDIS_PASSWORD", PASSWORD.to_owned()),
+            ("REDIS_TLS", "true".to_owned()),
+            ("REDIS_TLS_CA", file("ca.crt")),
+            ("REDIS_TLS_CERT", file("server.crt")),
+            ("REDIS_TLS_KEY", file("server.key")),
+        ]);
+        env
     }
 
-    /// Names the first two nodes; the others are learnt.
-    pub fn url(&self) -> String {
+    /// The first two nodes; the others are learnt.
+    fn seeds(&self) -> String {
         let seeds: Vec<String> = self.servers.iter().take(2).map(address).collect();
-        format!("redis://{}", seeds.join(","))
+        seeds.join(",")
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://{}", self.seeds())
     }
 
     /// A server that runs.

@@ -14,15 +14,18 @@ pub enum Engine {
     Sentinels,
     /// Three masters with a replica each.
     Cluster,
+    /// The same over TLS with a demanded client certificate, for a user of least rights.
+    SecuredCluster,
 }
 
 impl Engine {
-    pub const ALL: [Engine; 5] = [
+    pub const ALL: [Engine; 6] = [
         Engine::One(Way::Tcp),
         Engine::One(Way::Socket),
         Engine::One(Way::MutualTls),
         Engine::Sentinels,
         Engine::Cluster,
+        Engine::SecuredCluster,
     ];
 
     /// All of them if `TEST_ENGINES=all` asks for it (`scripts/engines.sh`), which takes minutes; else
@@ -38,6 +41,7 @@ impl Engine {
             Engine::One(way) => Servers::One(Box::new(Redis::by(way))),
             Engine::Sentinels => Servers::Sentinels(Trio::start()),
             Engine::Cluster => Servers::Cluster(Cluster::start()),
+            Engine::SecuredCluster => Servers::Cluster(Cluster::secured()),
         }
     }
 }

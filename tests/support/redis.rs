@@ -13,6 +13,10 @@ use super::service::send_signal;
 use super::temp::TempDir;
 use super::wait;
 
+/// The user that the page names.
+pub const USER: &str = "mqtt-lite";
+pub const PASSWORD: &str = "PASSWORD";
+
 /// The ways to a server that are all to behave alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -57,15 +61,23 @@ impl Redis {
         match way {
             Way::Tcp => {}
             Way::Socket => redis.args.extend(["--unixsocket".to_owned(), redis.file("redis.sock")]),
-            Way::MutualTls => {
-                let own = [("--cert", "server.crt"), ("--key", "server.key")];
-                let own = own.map(|(name, file)| [name.to_owned(), redis.file(file)]);
-                redis.cli_args.extend(own.into_iter().flatten());
-                redis.args.extend(["--tls-auth-clients".to_owned(), "yes".to_owned()]);
-            }
+            Way::MutualTls => redis.demand_certificates(&redis.file("")),
         }
         redis.restart(false);
         redis
+    }
+
+    /// A node of a cluster over TLS, with files that others have, too. It wants to see a certificate, and
+    /// has a user who may do no more than `docs/redis.md` says.
+    #[track_caller]
+    pub fn secured(args: &[&str], files: &TempDir) -> Redis {
+        let own = ["--tls-cluster", "yes", "--tls-replication", "yes", "--masterauth", "root"];
+        Redis::build(&[args, &own].concat(), |redis| {
+            let files = files.path().join("").display().to_string();
+            redis.speak_tls(&files);
+            redis.demand_certificates(&files);
+            redis.allow(USER, PASSWORD, &format!("{} +cluster|slots +asking", rights().join(" ")));
+        })
     }
 
     /// What the service is to be told, to reach it in its way.
@@ -100,13 +112,15 @@ impl Redis {
     /// `default`, who may do all from `redis-cli` with the password `root`.
     #[track_caller]
     pub fn with_acl(user: &str, password: &str, rules: &str) -> Redis {
-        Redis::build(&[], |redis| {
-            let acl =
-                format!("user default on >root ~* &* +@all\nuser {user} on >{password} {rules}\n");
-            let file = redis.dir.file("users.acl", &acl);
-            redis.args.extend(["--aclfile".to_owned(), file.display().to_string()]);
-            redis.password = Some("root".to_owned());
-        })
+        Redis::build(&[], |redis| redis.allow(user, password, rules))
+    }
+
+    fn allow(&mut self, user: &str, password: &str, rules: &str) {
+        let acl =
+            format!("user default on >root ~* &* +@all\nuser {user} on >{password} {rules}\n");
+        let file = self.dir.file("users.acl", &acl);
+        self.args.extend(["--aclfile".to_owned(), file.display().to_string()]);
+        self.password = Some("root".to_owned());
     }
 
     /// One that speaks TLS only, with a certificate for 127.0.0.1 and localhost from a CA of its own
@@ -115,18 +129,29 @@ impl Redis {
     pub fn with_tls() -> Redis {
         Redis::build(&[], |redis| {
             make_tls_files(&redis.dir);
-            let path = |name: &str| redis.dir.path().join(name).display().to_string();
-            redis.tls = true;
-            for (name, value) in [
-                ("--tls-cert-file", path("server.crt")),
-                ("--tls-key-file", path("server.key")),
-                ("--tls-ca-cert-file", path("ca.crt")),
-                ("--tls-auth-clients", "no".to_owned()),
-            ] {
-                redis.args.extend([name.to_owned(), value]);
-            }
-            redis.cli_args = vec!["--tls".to_owned(), "--cacert".to_owned(), path("ca.crt")];
+            redis.speak_tls(&redis.file(""));
         })
+    }
+
+    /// By the files in this folder.
+    fn speak_tls(&mut self, folder: &str) {
+        self.tls = true;
+        for (name, value) in [
+            ("--tls-cert-file", format!("{folder}server.crt")),
+            ("--tls-key-file", format!("{folder}server.key")),
+            ("--tls-ca-cert-file", format!("{folder}ca.crt")),
+            ("--tls-auth-clients", "no".to_owned()),
+        ] {
+            self.args.extend([name.to_owned(), value]);
+        }
+        self.cli_args = vec!["--tls".to_owned(), "--cacert".to_owned(), format!("{folder}ca.crt")];
+    }
+
+    fn demand_certificates(&mut self, folder: &str) {
+        for (name, file) in [("--cert", "server.crt"), ("--key", "server.key")] {
+            self.cli_args.extend([name.to_owned(), format!("{folder}{file}")]);
+        }
+        self.args.extend(["--tls-auth-clients".to_owned(), "yes".to_owned()]);
     }
 
     #[track_caller]
@@ -149,6 +174,15 @@ impl Redis {
     /// Starts it after an end, on the same port, from the snapshot in its folder, if there is one.
     #[track_caller]
     pub fn start_again(&mut self) {
+        self.launch();
+        let up = wait::until(Duration::from_secs(20), || {
+            (self.try_cli(&["PING"]) == "PONG").then_some(())
+        });
+        assert!(up.is_some(), "Redis does not start:\n{}", self.log());
+    }
+
+    /// The same, without waiting for it.
+    pub fn launch(&mut self) {
         let log = self.dir.path().join("redis.log");
         let log = OpenOptions::new().create(true).append(true).open(log).unwrap();
         let (plain, tls) = if self.tls { (0, self.port()) } else { (self.port(), 0) };
@@ -164,10 +198,6 @@ impl Redis {
         self.child = Some(command.spawn().unwrap_or_else(|e| {
             panic!("redis-server is not installed (scripts/test.sh installs it): {e}");
         }));
-        let up = wait::until(Duration::from_secs(20), || {
-            (self.try_cli(&["PING"]) == "PONG").then_some(())
-        });
-        assert!(up.is_some(), "Redis does not start:\n{}", self.log());
     }
 
     /// Ends it (SIGKILL) and starts it again on the same port: with the data of this moment, or
@@ -270,7 +300,7 @@ impl Redis {
         assert!(output.status.success() && text.contains("errors: 0"), "redis-cli --pipe: {text}");
     }
 
-    fn cli_command(&self) -> Command {
+    pub fn cli_command(&self) -> Command {
         let mut command = Command::new("redis-cli");
         command.args(["-h", "127.0.0.1", "-p", &self.port().to_string()]).args(&self.cli_args);
         if let Some(password) = &self.password {
@@ -338,7 +368,16 @@ pub fn resp(out: &mut dyn std::io::Write, words: &[&str]) {
     }
 }
 
-fn make_tls_files(dir: &TempDir) {
+/// The rights that the page names.
+pub fn rights() -> Vec<String> {
+    let page = include_str!("../../docs/redis.md").replace("\\\n", " ").replace('\'', "");
+    let line = page.lines().find_map(|l| l.strip_prefix("redis-cli ACL SETUSER ")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let [USER, "on", ">PASSWORD", rules @ ..] = &words[..] else { panic!("{line}") };
+    rules.iter().map(|rule| (*rule).to_owned()).collect()
+}
+
+pub fn make_tls_files(dir: &TempDir) {
     let path = |name: &str| dir.path().join(name).display().to_string();
     dir.file("ca.key", &new_key("ec:prime256v1"));
     dir.file("server.key", &new_key("ec:prime256v1"));
