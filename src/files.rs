@@ -117,36 +117,26 @@ pub fn write_atomic_by(
     beside.push(".new");
     let beside = dir.join(beside);
     remove_if_there(&beside)?; // left by a crash, perhaps with another mode
-    let written = create_synced(&beside, mode, write)
-        .and_then(|()| fs::rename(&beside, path).map_err(FilesError::io("cannot write", path)));
-    if let Err(e) = written {
+    let create = || {
+        let mut file = create(&beside, mode)?;
+        write(&mut file)?;
+        file.sync_all()?;
+        fs::rename(&beside, path)
+    };
+    if let Err(e) = create() {
         let _ = fs::remove_file(&beside); // the error that counts is the first
-        return Err(e);
+        return Err(FilesError::io("cannot write", path)(e));
     }
     sync_dir(dir)
 }
 
-/// Writes a file that must not exist yet, and syncs it; its name is on disk after [`sync_dir`].
-/// After an error part of it may stay.
-pub fn create_new_synced(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
-    create_synced(path, mode, |file| file.write_all(bytes))
-}
-
-/// As [`create_new_synced`], but neither it nor its name is on disk before [`Synced::sync`].
-pub fn create_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
-    let create = || create(path, mode)?.write_all(bytes);
-    create().map_err(FilesError::io("cannot write", path))
-}
-
-fn create_synced(
-    path: &Path,
-    mode: u32,
-    write: impl FnOnce(&mut File) -> io::Result<()>,
-) -> Result<(), FilesError> {
+/// Writes a file that must not exist yet. If it is synced, its name is on disk after [`sync_dir`]; else
+/// neither it nor its name is before [`Synced::sync`]. After an error part of it may stay.
+pub fn create_new(path: &Path, bytes: &[u8], mode: u32, synced: bool) -> Result<(), FilesError> {
     let create = || {
         let mut file = create(path, mode)?;
-        write(&mut file)?;
-        file.sync_all()
+        file.write_all(bytes)?;
+        if synced { file.sync_all() } else { Ok(()) }
     };
     create().map_err(FilesError::io("cannot write", path))
 }
@@ -183,7 +173,7 @@ pub fn try_writing(dir: &Path) -> Result<(), FilesError> {
     // Another process may try the same folder at the same time.
     let path = dir.join(format!(".trial-{}", std::process::id()));
     remove_if_there(&path)?; // left by a crash
-    let written = create_new_synced(&path, &[0; TRIAL_BYTES], 0o600);
+    let written = create_new(&path, &[0; TRIAL_BYTES], 0o600, true);
     let removed = remove_if_there(&path);
     written.and(removed)
 }
@@ -385,14 +375,14 @@ mod tests {
         assert_eq!((fs::read(&path).unwrap(), mode(&path)), (b"two".to_vec(), 0o644));
         assert_eq!(fs::read_dir(&*dir).unwrap().count(), 1);
         let error = write_atomic(&dir.join("no/such"), b"", 0o600).unwrap_err();
-        assert!(error.to_string().contains("no/.such.new: No such file"), "{error}");
+        assert!(error.to_string().contains("no/such: No such file"), "{error}");
     }
 
     #[test]
     fn a_new_file_never_replaces_another() {
         let dir = TestDir::new();
-        create_new_synced(&dir.join("f"), b"one", 0o640).unwrap();
-        let error = create_new_synced(&dir.join("f"), b"two", 0o640).unwrap_err();
+        create_new(&dir.join("f"), b"one", 0o640, true).unwrap();
+        let error = create_new(&dir.join("f"), b"two", 0o640, true).unwrap_err();
         assert_eq!(error.kind(), Some(io::ErrorKind::AlreadyExists));
         assert_eq!(read(&dir.join("f")).unwrap(), Some(b"one".to_vec()));
         assert_eq!(read(&dir.join("g")).unwrap(), None);
@@ -402,12 +392,12 @@ mod tests {
     #[test]
     fn many_files_are_synced_together_where_that_can_be_believed() {
         let dir = TestDir::new();
-        create_new(&dir.join("f"), b"one", 0o640).unwrap();
+        create_new(&dir.join("f"), b"one", 0o640, false).unwrap();
         assert_eq!(
             (read(&dir.join("f")).unwrap(), mode(&dir.join("f"))),
             (Some(b"one".to_vec()), 0o640)
         );
-        let error = create_new(&dir.join("f"), b"two", 0o640).unwrap_err();
+        let error = create_new(&dir.join("f"), b"two", 0o640, false).unwrap_err();
         assert_eq!(error.kind(), Some(io::ErrorKind::AlreadyExists));
         if let Some(synced) = Synced::of(&dir) {
             synced.sync().unwrap();

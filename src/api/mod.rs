@@ -19,7 +19,7 @@ mod routes;
 mod sign_csr;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use log::Level;
@@ -30,6 +30,7 @@ use crate::clock::{self, Now};
 use crate::config::{Config, Enrolment};
 use crate::device::DeviceId;
 use crate::http::Reply;
+use crate::locks::{reading, writing};
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::provisioner::{Done, Job, Provisioner};
@@ -107,12 +108,12 @@ impl Api {
     /// From the next request on, the keys are those of `config`, and its certificate is watched.
     pub fn reload(&self, config: &Config) {
         let settings = Settings::of(config, self.enrolment);
-        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = settings;
+        *writing(&self.settings) = settings;
     }
 
     /// Another certificate is shown from now on.
     pub fn shows(&self, shown: &CertifiedKey) {
-        let mut settings = self.settings.write().unwrap_or_else(PoisonError::into_inner);
+        let mut settings = writing(&self.settings);
         let config = settings.config.clone();
         *settings = Arc::new(Settings { config, certificate: validity(shown) });
     }
@@ -126,7 +127,7 @@ impl Api {
 
     /// The settings as they are now; a request looks once, so that it sees all old or all new ones.
     fn settings(&self) -> Arc<Settings> {
-        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&reading(&self.settings))
     }
 
     /// Answers the requests of one batch, each for itself: one that panics answers 500.

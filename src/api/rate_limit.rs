@@ -6,9 +6,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use crate::clock::Now;
+use crate::locks::locked;
 use crate::subscriber::Subscriber;
 
 /// Addresses remembered; 64 bytes each.
@@ -41,7 +42,7 @@ impl RateLimit {
         if self.per_minute == 0 {
             return Ok(());
         }
-        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buckets = locked(&self.buckets);
         let client: Subscriber = client.into();
         if buckets.len() >= MOST_CLIENTS && !buckets.contains_key(&client) {
             self.forget_some(&mut buckets, now);
@@ -56,7 +57,7 @@ impl RateLimit {
         if self.per_minute == 0 {
             return Ok(());
         }
-        let buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let buckets = locked(&self.buckets);
         self.would_use(buckets.get(&client.into()), now).map(drop)
     }
 

@@ -5,11 +5,12 @@
 //! others are counted, and their number is said. The metrics count all of them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use log::Level;
 
 use crate::clock::Now;
+use crate::locks::locked;
 use crate::problem::Code;
 
 /// Lines that a code may have at once, and how many a second come back.
@@ -111,7 +112,7 @@ impl Refusals {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Kind>> {
-        self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.kinds)
     }
 }
 

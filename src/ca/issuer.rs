@@ -60,8 +60,6 @@ pub struct Leaf {
     pub serial: Serial,
     /// The device, which is its common name.
     pub device: DeviceId,
-    /// In seconds since 1970; it was signed [`BACKDATE_S`] later.
-    pub not_before: u64,
     /// Its last second, since 1970.
     pub not_after: u64,
 }
@@ -296,7 +294,7 @@ impl Issuer {
         }
         let der = self.signed(&params, csr.key())?;
         let pem = certificate_pem(&der);
-        Ok(Leaf { pem, der, serial, device: device.clone(), not_before, not_after })
+        Ok(Leaf { pem, der, serial, device: device.clone(), not_after })
     }
 
     /// Signs a certificate for a server with this key and these DNS names and IP addresses, for so
@@ -876,7 +874,7 @@ mod tests {
             let csr = request(&dir, how, more);
             let (serial, now) = (Serial::random().unwrap(), clock::now());
             let leaf = issuer.sign(&csr, &device(), serial, None, now).unwrap();
-            assert_eq!(leaf.not_before, now.unix_s() - 300);
+            assert_eq!(crate::ca::validity(&leaf.der).unwrap().0, now.unix_s() - 300);
             assert_eq!(leaf.not_after, now.unix_s() + 90 * 86_400);
             fs::write(dir.join("leaf.pem"), &leaf.pem).unwrap();
             let text = must(

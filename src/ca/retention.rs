@@ -4,7 +4,6 @@
 //! long ago. So nothing is forgotten within a day of a start or of a step of the clock, nor by a clock
 //! that others do not agree with.
 
-use std::fmt;
 use std::sync::Mutex;
 
 use crate::clock::{DAY_S, Now};
@@ -31,12 +30,6 @@ struct Steady {
     since_ms: u64,
     /// What the wall clock shows when the monotonic one shows nothing.
     base_ms: u64,
-}
-
-impl fmt::Debug for Retention {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Retention({:?})", self.keep_s)
-    }
 }
 
 impl Retention {

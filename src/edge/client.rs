@@ -3,11 +3,10 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 
-use super::poll::{Interest, Watched, is_transient};
+use super::poll::{Interest, READ, WRITE, Watched, is_transient};
 use super::tls::{RECORD, Received, Stream};
 use super::unsent::Unsent;
 
-/// One connection's socket.
 pub struct Client {
     stream: Watched<TcpStream>,
     tls: Tls,
@@ -17,21 +16,17 @@ pub struct Client {
 
 /// What stands between the socket and the requests.
 pub enum Tls {
-    /// Nothing.
     None,
-    /// TLS.
     Here(Box<Stream>),
     /// A step of its handshake is being computed; so many bytes are held for it.
     Away(usize),
 }
 
-/// What a read gave.
 pub enum Input {
     /// Bytes, decrypted if they have to be.
     Bytes,
     /// A step of the TLS handshake is to be computed.
     Handshake,
-    /// Nothing yet.
     Nothing,
     /// The client will send no more.
     End,
@@ -40,7 +35,6 @@ pub enum Input {
 }
 
 impl Client {
-    /// A connection that was just accepted.
     pub fn new(stream: Watched<TcpStream>, tls: Tls) -> Self {
         Client { stream, tls, out: Unsent::default() }
     }
@@ -70,7 +64,6 @@ impl Client {
         self.secure().map_or(0, Stream::unread)
     }
 
-    /// Nothing is left to write.
     pub fn is_flushed(&self) -> bool {
         self.out.is_empty()
     }
@@ -109,7 +102,6 @@ impl Client {
         self.understood(received, plain, &output)
     }
 
-    /// Lends the TLS for a step of the handshake.
     pub fn lend_tls(&mut self) -> Option<Box<Stream>> {
         let held = self.secure()?.held();
         match std::mem::replace(&mut self.tls, Tls::Away(held)) {
@@ -131,12 +123,10 @@ impl Client {
         self.understood(outcome, plain, output)
     }
 
-    /// Whether the TLS is lent.
     pub fn is_tls_away(&self) -> bool {
         matches!(self.tls, Tls::Away(_))
     }
 
-    /// Whether the TLS handshake is over.
     pub fn is_secured(&self) -> bool {
         self.secure().is_some_and(|tls| !tls.is_handshaking())
     }
@@ -181,7 +171,7 @@ impl Client {
     fn write(&mut self, bytes: &[u8], to_come: usize) -> io::Result<()> {
         let taken = if self.out.is_empty() { write(&self.stream, bytes)? } else { 0 };
         self.out.push(bytes.get(taken..).unwrap_or_default(), to_come);
-        self.watch(self.stream.interest().read)
+        self.watch(self.stream.interest() & READ)
     }
 
     /// Writes what was kept.
@@ -194,22 +184,21 @@ impl Client {
                 break;
             }
         }
-        self.watch(self.stream.interest().read)
+        self.watch(self.stream.interest() & READ)
     }
 
     /// Stops reading until [`Client::resume`]: what comes now waits in the socket.
     pub fn pause(&mut self) -> io::Result<()> {
-        self.watch(false)
+        self.watch(Interest::empty())
     }
 
-    /// Reads again.
     pub fn resume(&mut self) -> io::Result<()> {
-        self.watch(true)
+        self.watch(READ)
     }
 
-    fn watch(&mut self, read: bool) -> io::Result<()> {
-        let write = !self.is_flushed();
-        self.stream.set(Interest { read, write })
+    fn watch(&mut self, read: Interest) -> io::Result<()> {
+        let write = if self.is_flushed() { Interest::empty() } else { WRITE };
+        self.stream.set(read | write)
     }
 
     /// Ends the connection from our side; what the client still sends is not decrypted any more.

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use super::client::{Client, Tls};
 use super::head::Origin;
 use super::limits::{Budget, Held, PerAddress};
-use super::poll::{Interest, Poll, Watched};
+use super::poll::{Poll, READ, Watched};
 use super::proxies::is_trusted;
 use super::session::{Event, Session, Step};
 use super::settings::{Settings, Wait};
-use super::timers::{Lists, Timers};
+use super::timers::Timers;
 use super::tls::{HandshakeStep, Handshakes};
 use crate::clock::Now;
 use crate::config::Http;
@@ -20,15 +20,12 @@ use crate::http::Classify;
 use crate::metrics::EdgeCounters;
 use crate::subscriber::Subscriber;
 
-/// One connection.
 pub struct Connection {
     /// What it is about to do.
     pub session: Session,
-    /// Its socket.
     pub client: Client,
     /// The peer, which may be a proxy.
     peer: IpAddr,
-    /// The peer is a trusted proxy.
     is_proxy: bool,
     /// No other connection has had this number.
     generation: u64,
@@ -55,29 +52,27 @@ pub struct Connections {
     places: Vec<Option<Box<Connection>>>,
     free: Vec<usize>,
     timers: Timers,
-    /// One list: the connection whose last request came longest ago (or that was accepted then) stands
-    /// in front.
-    ages: Lists<1>,
+    /// When each connection was last used, by the number of uses: its last request, or its beginning.
+    used: Vec<u64>,
+    uses: u64,
     per_address: PerAddress,
     budget: Budget,
-    /// With TLS.
     handshakes: Option<Handshakes>,
     http: Http,
     classify: Classify,
     counters: Arc<EdgeCounters>,
-    /// Of the latest connection.
     generation: u64,
 }
 
 impl Connections {
-    /// An empty table.
     pub fn new(settings: Settings, handshakes: Option<Handshakes>) -> Self {
         let size = settings.http.max_connections;
         Connections {
             places: std::iter::repeat_with(|| None).take(size).collect(),
             free: (0..size).rev().collect(),
             timers: Timers::new(size, settings.deadlines),
-            ages: Lists::new(size),
+            used: vec![0; size],
+            uses: 0,
             per_address: PerAddress::default(),
             budget: Budget::new(settings.http.max_buffer_bytes),
             handshakes,
@@ -93,7 +88,6 @@ impl Connections {
         self.places.len()
     }
 
-    /// How many are open.
     pub fn open(&self) -> usize {
         self.places.len() - self.free.len()
     }
@@ -103,7 +97,6 @@ impl Connections {
         self.budget.held()
     }
 
-    /// The connection in this place.
     pub fn get(&mut self, at: usize) -> Option<&mut Connection> {
         self.places.get_mut(at)?.as_deref_mut()
     }
@@ -113,14 +106,16 @@ impl Connections {
         self.get(at).filter(|connection| connection.generation == generation)
     }
 
-    /// When the next client is late.
     pub fn next_due(&self) -> Option<u64> {
         self.timers.next_due()
     }
 
-    /// A connection that is past its deadline.
-    pub fn expired(&self, now: Now) -> Option<(usize, Wait)> {
+    pub fn expired(&mut self, now: Now) -> Vec<usize> {
         self.timers.expired(now.mono_ms)
+    }
+
+    pub fn late(&self, at: usize, now: Now) -> Option<Wait> {
+        self.timers.late(at, now.mono_ms)
     }
 
     /// Tells a connection's session what has happened. A request that is to be dispatched has this
@@ -151,7 +146,10 @@ impl Connections {
 
     /// The connection has a request in work.
     pub fn is_used(&mut self, at: usize) {
-        self.ages.push_back(0, at);
+        self.uses += 1;
+        if let Some(used) = self.used.get_mut(at) {
+            *used = self.uses;
+        }
     }
 
     /// Lets a new client in, and closes another connection for it if it must be.
@@ -184,7 +182,7 @@ impl Connections {
             let new = Connection { session, client, peer, is_proxy, generation, counted };
             *place = Some(Box::new(new));
         }
-        self.ages.push_back(0, at);
+        self.is_used(at);
         self.timers.start(at, wait, now.mono_ms);
         self.count_held(at);
     }
@@ -223,17 +221,24 @@ impl Connections {
     }
 
     fn first_to_go(&self, may_go: impl Fn(&Connection) -> bool) -> Option<usize> {
-        let idle = |at: usize| {
+        let share_of = |at: usize| {
             let connection = self.places.get(at)?.as_ref()?;
             let is_idle = !connection.session.is_at_work() && may_go(connection);
-            is_idle.then(|| (at, self.share(connection)))
+            is_idle.then(|| self.share(connection))
         };
-        // The longest idle first, so that the search ends early as a rule.
+        // As a rule one of those is idle whose address has the most. Only what is older than what was
+        // found before is looked at, since there may be very many.
         let most = self.per_address.most().max(1);
-        let of_most = self.ages.iter(0).filter_map(idle).find(|(_, share)| *share == most);
-        let all = || self.ages.iter(0).filter_map(idle);
-        let (at, _) = of_most.or_else(|| all().min_by_key(|(_, share)| Reverse(*share)))?;
-        Some(at)
+        let mut oldest = None;
+        for (at, used) in self.used.iter().enumerate() {
+            let is_older = oldest.is_none_or(|(before, _)| *used < before);
+            if is_older && share_of(at) == Some(most) {
+                oldest = Some((*used, at));
+            }
+        }
+        let all =
+            || (0..).zip(&self.used).filter_map(|(at, u)| Some((Reverse(share_of(at)?), *u, at)));
+        oldest.map(|(_, at)| at).or_else(|| all().min().map(|(.., at)| at))
     }
 
     /// How many connections this one's address has. Behind a proxy are many clients: each of its
@@ -242,7 +247,6 @@ impl Connections {
         if connection.is_proxy { 1 } else { self.per_address.count(connection.peer) }
     }
 
-    /// Closes a connection.
     pub fn close(&mut self, at: usize) {
         let Some(connection) = self.places.get_mut(at).and_then(Option::take) else { return };
         if !connection.is_proxy {
@@ -255,7 +259,6 @@ impl Connections {
         }
         self.budget.change(connection.counted, Held::default());
         self.timers.remove(at);
-        self.ages.remove(at);
         self.free.push(at);
     }
 
@@ -323,5 +326,5 @@ fn watch(stream: TcpStream, poll: &Poll, key: usize) -> io::Result<Watched<TcpSt
     stream.set_nonblocking(true)?;
     // A reply is written whole; there is nothing to wait for.
     stream.set_nodelay(true)?;
-    poll.watch(stream, key, Interest::READ)
+    poll.watch(stream, key, READ)
 }

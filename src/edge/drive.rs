@@ -28,9 +28,7 @@ const TOGETHER: usize = 16 * 1024;
 
 /// The connections and the lanes, and what the requests and replies between them need.
 pub struct Driver {
-    /// All connections.
     pub connections: Connections,
-    /// All lanes.
     pub lanes: Lanes,
     /// The time of this turn of the loop.
     pub now: Now,
@@ -45,7 +43,6 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Nothing has happened yet.
     pub fn new(connections: Connections, lanes: Lanes, counters: Arc<EdgeCounters>) -> Self {
         Driver {
             connections,
@@ -73,7 +70,6 @@ impl Driver {
         }
     }
 
-    /// A client's socket is ready.
     pub fn client_ready(&mut self, at: usize, ready: Ready) {
         if ready.broken {
             return self.connections.close(at);
@@ -124,7 +120,6 @@ impl Driver {
         }
     }
 
-    /// A step of a TLS handshake was computed.
     pub fn handshake_computed(&mut self, computed: Computed) {
         let Computed { step, plain, output, outcome } = computed;
         let HandshakeStep { at, generation, tls } = step;
@@ -136,7 +131,6 @@ impl Driver {
         self.received(at, input, &plain);
     }
 
-    /// A worker has answered the request with this number.
     pub fn answered(&mut self, number: u64, reply: Reply) {
         match self.lanes.answered(number) {
             Some(waiting) => self.tell(&waiting, Event::Answered(reply)),
@@ -144,13 +138,11 @@ impl Driver {
         }
     }
 
-    /// A lane's socket is readable.
     pub fn lane_readable(&mut self, key: usize) {
         let lost = self.lanes.readable(key, self.now.mono_ms);
         self.unanswered(lost);
     }
 
-    /// Writes to each lane what waits for it.
     pub fn flush_lanes(&mut self) {
         let lost = self.lanes.flush(self.now.mono_ms);
         self.unanswered(lost);
@@ -180,7 +172,9 @@ impl Driver {
 
     /// Tells all connections that are past a deadline.
     pub fn expire(&mut self) {
-        while let Some((at, wait)) = self.connections.expired(self.now) {
+        for at in self.connections.expired(self.now) {
+            // Room that was made for one may have closed another.
+            let Some(wait) = self.connections.late(at, self.now) else { continue };
             if !matches!(wait, Wait::KeepAlive | Wait::Linger) {
                 self.counters.timed_out.add(1);
             }

@@ -79,7 +79,6 @@ pub fn read_private(written: &str) -> (u64, Option<Sender<Vec<u8>>>, &str) {
     (number, sender, target)
 }
 
-/// Appends a field.
 pub fn push_field(name: &str, value: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(name.as_bytes());
     out.extend_from_slice(b": ");
@@ -87,7 +86,6 @@ pub fn push_field(name: &str, value: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(b"\r\n");
 }
 
-/// Appends `Content-Length`.
 pub fn push_length(length: usize, out: &mut Vec<u8>) {
     out.extend_from_slice(b"Content-Length: ");
     push_number(length as u64, out);

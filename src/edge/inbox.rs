@@ -11,10 +11,8 @@ use crate::locks::locked;
 /// make large replies faster than the edge can count them.
 const BYTES_MAX: usize = 256 * 1024;
 
-/// The edge's end.
 pub struct Inbox<T>(Arc<Shared<T>>);
 
-/// The other threads' end.
 pub struct Sender<T>(Arc<Shared<T>>);
 
 struct Shared<T> {
@@ -44,7 +42,6 @@ impl<T> Inbox<T> {
         }))
     }
 
-    /// For another thread.
     pub fn sender(&self) -> Sender<T> {
         Sender(Arc::clone(&self.0))
     }
@@ -56,7 +53,6 @@ impl<T> Inbox<T> {
         locked(&self.0.state).mail.is_empty()
     }
 
-    /// The edge is awake.
     pub fn awake(&self) {
         self.0.asleep.store(false, Ordering::SeqCst);
     }

@@ -13,17 +13,14 @@ use crate::subscriber::Subscriber;
 pub struct PerAddress(HashMap<Subscriber, usize>);
 
 impl PerAddress {
-    /// Connections of this address now.
     pub fn count(&self, peer: IpAddr) -> usize {
         self.0.get(&peer.into()).copied().unwrap_or(0)
     }
 
-    /// The most connections that one address has.
     pub fn most(&self) -> usize {
         self.0.values().copied().max().unwrap_or(0)
     }
 
-    /// One more.
     pub fn add(&mut self, peer: IpAddr) {
         *self.0.entry(peer.into()).or_insert(0) += 1;
     }
@@ -59,7 +56,6 @@ pub struct Held {
 const SMALL: usize = 4 * 1024;
 
 impl Budget {
-    /// At most `max` bytes.
     pub fn new(max: usize) -> Self {
         Budget { max, held: Held::default() }
     }
@@ -71,7 +67,6 @@ impl Budget {
         self.held.replies = change(self.held.replies, before.replies, after.replies);
     }
 
-    /// Bytes held now.
     pub fn held(&self) -> usize {
         self.held.all
     }
@@ -81,7 +76,6 @@ impl Budget {
         self.held.all.saturating_add(more) <= self.max
     }
 
-    /// More is held than may be.
     pub fn is_over(&self) -> bool {
         !self.fits(0)
     }

@@ -3,9 +3,8 @@
 use std::io;
 use std::net::{IpAddr, TcpListener, TcpStream};
 
-use super::poll::{Interest, Poll, Watched};
+use super::poll::{Interest, Poll, READ, Watched};
 
-/// The key of the listener.
 pub const KEY: usize = 0;
 /// Connections that the system holds for us, if it allows as many; where there is no room, the
 /// client's SYN is dropped, and it waits a second before it tries again.
@@ -17,7 +16,6 @@ const PAUSE_MS: u64 = 100;
 /// Pauses come ten a second while it lasts; the log gets one line in so many milliseconds.
 const WARN_EVERY_MS: u64 = 60_000;
 
-/// Where clients arrive.
 pub struct Listener {
     socket: Watched<TcpListener>,
     paused_until_ms: Option<u64>,
@@ -25,9 +23,7 @@ pub struct Listener {
     at_once: usize,
 }
 
-/// What came of accepting.
 pub enum Arrival {
-    /// A client.
     Client(TcpStream, IpAddr),
     /// No descriptor or no memory is left: some connection should be closed.
     Shortage,
@@ -41,14 +37,13 @@ impl Listener {
         socket.set_nonblocking(true)?;
         // Listening again only lengthens the queue, which the standard library keeps at 128.
         rustix::net::listen(&socket, BACKLOG.into())?;
-        let socket = poll.watch(socket, KEY, Interest::NONE)?;
+        let socket = poll.watch(socket, KEY, Interest::empty())?;
         let at_once = (places / 4).clamp(1, AT_ONCE_MAX);
         Ok(Listener { socket, paused_until_ms: None, next_warning_ms: 0, at_once })
     }
 
-    /// Begins to let clients in.
     pub fn open(&mut self) {
-        self.set(Interest::READ);
+        self.set(READ);
     }
 
     /// When accepting goes on after a pause.
@@ -56,7 +51,6 @@ impl Listener {
         self.paused_until_ms
     }
 
-    /// A pause is over.
     pub fn is_due(&self, now_ms: u64) -> bool {
         self.paused_until_ms.is_some_and(|until| until <= now_ms)
     }
@@ -65,7 +59,7 @@ impl Listener {
     pub fn accept(&mut self, now_ms: u64, arrived: &mut dyn FnMut(Arrival)) -> bool {
         if self.is_due(now_ms) {
             self.paused_until_ms = None;
-            self.set(Interest::READ);
+            self.set(READ);
         }
         if self.paused_until_ms.is_some() {
             return false;
@@ -91,7 +85,7 @@ impl Listener {
             log::warn!("accepting no connections for {PAUSE_MS} ms at a time: {why}");
         }
         self.paused_until_ms = Some(now_ms + PAUSE_MS);
-        self.set(Interest::NONE);
+        self.set(Interest::empty());
     }
 
     fn set(&mut self, interest: Interest) {

@@ -12,41 +12,20 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use rustix::event::epoll::EventFlags as Interest;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 
-/// What tells of room to read, the end and errors included.
-const READ: EventFlags = EventFlags::IN.union(EventFlags::RDHUP).union(BROKEN);
-/// What tells of room to write, errors included.
-const WRITE: EventFlags = EventFlags::OUT.union(BROKEN);
+/// What a socket waits for: something to read, the end and errors included.
+pub const READ: Interest = EventFlags::IN.union(EventFlags::RDHUP).union(BROKEN);
+/// What a socket waits for: room to write, errors included.
+pub const WRITE: Interest = EventFlags::OUT.union(BROKEN);
 /// Reported whether or not it is asked for.
 const BROKEN: EventFlags = EventFlags::HUP.union(EventFlags::ERR);
 /// Sockets reported by one wait; more are reported by the next.
 const BATCH: usize = 256;
 /// The key of what ends a wait.
 const WAKE: u64 = u64::MAX;
-
-/// What a socket waits for. Errors and a full hang-up are always reported.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Interest {
-    /// Wake up when there is something to read.
-    pub read: bool,
-    /// Wake up when there is room to write.
-    pub write: bool,
-}
-
-impl Interest {
-    /// Reading only.
-    pub const READ: Interest = Interest { read: true, write: false };
-    /// Nothing.
-    pub const NONE: Interest = Interest { read: false, write: false };
-
-    fn flags(self) -> EventFlags {
-        let read = if self.read { READ } else { EventFlags::empty() };
-        let write = if self.write { WRITE } else { EventFlags::empty() };
-        read | write
-    }
-}
 
 /// What happened to the socket with this key.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +48,6 @@ pub struct Poll {
 }
 
 impl Poll {
-    /// An empty queue.
     pub fn new() -> io::Result<Self> {
         let queue = epoll::create(CreateFlags::CLOEXEC)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -85,7 +63,7 @@ impl Poll {
         key: usize,
         interest: Interest,
     ) -> io::Result<Watched<S>> {
-        epoll::add(&self.queue, &source, data(key), interest.flags())?;
+        epoll::add(&self.queue, &source, data(key), interest)?;
         Ok(Watched { source, key, interest, queue: Arc::clone(&self.queue) })
     }
 
@@ -108,7 +86,6 @@ impl Poll {
         Ok(())
     }
 
-    /// What the last wait found.
     pub fn ready(&self) -> impl Iterator<Item = Ready> + '_ {
         self.ready.iter().copied()
     }
@@ -153,7 +130,6 @@ impl Waker {
     }
 }
 
-/// A source under watch.
 pub struct Watched<S: AsFd> {
     source: S,
     key: usize,
@@ -162,7 +138,6 @@ pub struct Watched<S: AsFd> {
 }
 
 impl<S: AsFd> Watched<S> {
-    /// What is waited for.
     pub fn interest(&self) -> Interest {
         self.interest
     }
@@ -170,7 +145,7 @@ impl<S: AsFd> Watched<S> {
     /// Changes what is waited for; costs a system call only if it differs.
     pub fn set(&mut self, interest: Interest) -> io::Result<()> {
         if interest != self.interest {
-            epoll::modify(&self.queue, &self.source, data(self.key), interest.flags())?;
+            epoll::modify(&self.queue, &self.source, data(self.key), interest)?;
             self.interest = interest;
         }
         Ok(())

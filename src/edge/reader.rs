@@ -41,11 +41,9 @@ enum Next {
 pub struct Ticket {
     /// Its number in the lane.
     pub number: u64,
-    /// What the head said.
     pub head: Head,
 }
 
-/// What came of bytes.
 #[derive(Clone, Copy, Debug)]
 pub enum Taken {
     /// Part of a request, or nothing.
@@ -59,16 +57,13 @@ pub enum Taken {
 /// What a client that sends nothing more would be late with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Nothing has come yet.
     Idle,
-    /// Part of a head has come.
     Head,
     /// Part of a body is missing.
     Body,
 }
 
 impl Reader {
-    /// Where the client stands.
     pub fn phase(&self) -> Phase {
         match self.next {
             Next::Head if self.pending.is_empty() => Phase::Idle,
@@ -85,7 +80,6 @@ impl Reader {
         }
     }
 
-    /// Bytes of memory held.
     pub fn held(&self) -> usize {
         self.pending.capacity() + self.whole.capacity()
     }

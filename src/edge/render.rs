@@ -36,7 +36,6 @@ pub fn write_head(
     });
 }
 
-/// The body that goes with it.
 pub fn body<'a>(reply: &'a Reply, request: Option<&Head>) -> &'a [u8] {
     let is_head = request.is_some_and(|head| head.is_head);
     if is_head || !has_body(reply.status) { &[] } else { &reply.body }
@@ -47,7 +46,6 @@ fn has_body(status: u16) -> bool {
     !matches!(status, 204 | 304)
 }
 
-/// The reply that refuses a request.
 pub fn refusal(code: Code, request: Option<&Head>, now: Now) -> Reply {
     let mut problem = Problem::from(code);
     if code == Code::MethodNotAllowed {
@@ -69,7 +67,6 @@ pub struct Date {
 }
 
 impl Date {
-    /// The date of `now`.
     pub fn at(&mut self, now: Now) -> &str {
         if self.second != now.unix_s() || self.text.is_empty() {
             self.second = now.unix_s();

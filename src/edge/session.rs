@@ -15,18 +15,15 @@ use crate::problem::Code;
 /// More than the rest of any request that we would take; a client that goes on is closed.
 const LINGER_BYTES: usize = 1024 * 1024;
 
-/// One connection.
 pub struct Session {
     reader: Reader,
     state: State,
-    /// Which deadline runs.
     wait: Wait,
     /// No request after the present one.
     is_last: bool,
 }
 
 enum State {
-    /// The TLS handshake is not over.
     Handshake,
     /// A request is awaited, or read.
     Reading,
@@ -41,17 +38,13 @@ enum State {
     Closed,
 }
 
-/// What happens to a connection.
 pub enum Event<'a> {
-    /// The TLS handshake is over.
     Secured,
     /// TLS failed; the alert is written.
     TlsFailed,
     /// Bytes came in. Empty: what is buffered already is to be parsed.
     Bytes(&'a [u8]),
-    /// The client will send no more.
     End,
-    /// The lane has answered.
     Answered(Reply),
     /// All that was to be sent is sent.
     Flushed,
@@ -59,14 +52,11 @@ pub enum Event<'a> {
     Refused(Code),
     /// Nothing more than what has begun is to be done.
     Drain,
-    /// The deadline has passed.
     Late,
 }
 
-/// What is to be done.
 #[derive(Debug)]
 pub enum Action {
-    /// Nothing: wait.
     Wait,
     /// Tell the client to send the body.
     Continue,
@@ -74,30 +64,22 @@ pub enum Action {
     Dispatch(Ticket),
     /// Send the reply to this request, and say what becomes of the connection.
     Reply {
-        /// What the worker answered.
         reply: Reply,
-        /// Of the request.
         head: Head,
-        /// The client may ask again.
         keep_alive: bool,
     },
     /// Send an error, in the way of the request as far as that is known, and say that it is the end.
     Refuse(Code, Option<Head>),
     /// Read on; there may be something already.
     ReadOn {
-        /// There is.
         pending: bool,
     },
-    /// Close our side.
     Linger,
-    /// Close the connection.
     Close,
 }
 
-/// The answer to an event.
 #[derive(Debug)]
 pub struct Step {
-    /// What is to be done.
     pub action: Action,
     /// The deadline that begins now. `None`: the one that runs is kept.
     pub begins: Option<Wait>,
@@ -152,7 +134,6 @@ impl Session {
         }
     }
 
-    /// Bytes of memory held.
     pub fn held(&self) -> usize {
         self.reader.held()
     }

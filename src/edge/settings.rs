@@ -71,46 +71,32 @@ pub enum Wait {
     Linger,
 }
 
-impl Wait {
-    /// All of them, in this order.
-    pub const ALL: [Wait; 7] = [
-        Wait::Handshake,
-        Wait::Head,
-        Wait::Body,
-        Wait::Work,
-        Wait::Write,
-        Wait::KeepAlive,
-        Wait::Linger,
-    ];
-}
-
 /// How long a client may take for each, in milliseconds.
 #[derive(Clone, Debug)]
-pub struct Deadlines([u64; Wait::ALL.len()]);
+pub struct Deadlines([(Wait, u64); 7]);
 
 impl Deadlines {
     fn new(http: &Http) -> Self {
-        Deadlines(Wait::ALL.map(|wait| match wait {
-            Wait::Handshake => ms(http.tls_handshake),
-            Wait::Head => 10_000,
+        Deadlines([
+            (Wait::Handshake, ms(http.tls_handshake)),
+            (Wait::Head, 10_000),
             // With the head's this makes 30 s for a whole request.
-            Wait::Body => 20_000,
-            Wait::Work | Wait::Write => 30_000,
-            Wait::KeepAlive => ms(http.keep_alive),
-            Wait::Linger => 2_000,
-        }))
+            (Wait::Body, 20_000),
+            (Wait::Work, 30_000),
+            (Wait::Write, 30_000),
+            (Wait::KeepAlive, ms(http.keep_alive)),
+            (Wait::Linger, 2_000),
+        ])
     }
 
     /// Sets another length.
     pub fn set(&mut self, wait: Wait, length: Duration) {
-        if let Some(entry) = self.0.get_mut(wait as usize) {
-            *entry = ms(length);
-        }
+        self.0.iter_mut().filter(|(of, _)| *of == wait).for_each(|(_, is)| *is = ms(length));
     }
 
     /// How long a client may take for this.
     pub fn length_ms(&self, wait: Wait) -> u64 {
-        self.0.get(wait as usize).copied().unwrap_or_default()
+        self.0.iter().find(|(of, _)| *of == wait).map_or(0, |(_, is)| *is)
     }
 }
 

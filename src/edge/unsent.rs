@@ -4,17 +4,14 @@
 
 use std::collections::VecDeque;
 
-/// Bytes to be written.
 #[derive(Default)]
 pub struct Unsent(VecDeque<u8>);
 
 impl Unsent {
-    /// Nothing is left.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Bytes of memory held.
     pub fn held(&self) -> usize {
         self.0.capacity()
     }

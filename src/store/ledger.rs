@@ -208,17 +208,23 @@ fn mark(state: State) -> Option<Mark> {
     }
 }
 
-/// Drops the sixteenth that ends first, so that the search is paid once for many entries.
+/// Drops the sixteenth that ends first.
 fn make_room(entries: &mut HashMap<TokenHash, Entry>, max: usize) {
     if entries.len() < max.max(16) {
         return;
     }
     let over = |e: &Entry| !matches!(e.state, State::Running(_));
-    let mut ends: Vec<u64> = entries.values().filter(|e| over(e)).map(|e| e.ends_ms).collect();
-    ends.sort_unstable();
-    if let Some(&last) = ends.get(ends.len() / 16) {
+    let ends = entries.values().filter(|e| over(e)).map(|e| e.ends_ms);
+    if let Some(last) = first_sixteenth(ends) {
         entries.retain(|_, e| e.ends_ms > last || !over(e));
     }
+}
+
+/// When the sixteenth of these has ended that ends first: the search is paid once for so many.
+pub fn first_sixteenth(ends: impl Iterator<Item = u64>) -> Option<u64> {
+    let mut ends: Vec<u64> = ends.collect();
+    let last = ends.len() / 16;
+    (last < ends.len()).then(|| *ends.select_nth_unstable(last).1)
 }
 
 #[cfg(test)]

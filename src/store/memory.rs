@@ -13,7 +13,7 @@ use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::serial::Serial;
-use crate::store::ledger::{Begin, Ledger};
+use crate::store::ledger::{Begin, Ledger, first_sixteenth};
 use crate::store::{
     Answer, Dead, Kill, New, Op, Outcome, Rows, Seen, Status, StoreError, TokenStore, dated, locked,
 };
@@ -325,9 +325,7 @@ impl Memory {
         }
         Ok(())
     }
-}
 
-impl Memory {
     /// For a token that has no other place: copies of what Redis has give way to it.
     fn make_room(&self, table: &mut Table, subscriber: Subscriber) -> Result<(), StoreError> {
         let free = self.max.saturating_sub(table.only_here.all);
@@ -345,14 +343,10 @@ impl Memory {
 }
 
 impl Table {
-    /// Drops the sixteenth of the copies that ends first, so that the search is paid once for many.
+    /// Drops the sixteenth of the copies that ends first.
     fn drop_copies(&mut self) {
         let copies = self.tokens.values().filter(|entry| entry.in_redis != InRedis::No);
-        let mut ends: Vec<u64> = copies.map(|entry| entry.ends_ms).collect();
-        let last = ends.len() / 16;
-        if last < ends.len() {
-            let (_, last, _) = ends.select_nth_unstable(last);
-            let last = *last;
+        if let Some(last) = first_sixteenth(copies.map(|entry| entry.ends_ms)) {
             self.tokens.retain(|_, entry| entry.in_redis == InRedis::No || entry.ends_ms > last);
         }
     }

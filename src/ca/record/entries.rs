@@ -122,8 +122,7 @@ impl<'a> Entries<'a> {
     fn write_pem(&self, new: &Incoming, together: bool) -> Result<(), RecordError> {
         let path = self.record.pem_path(&new.row.serial);
         let text = new.text.as_deref().unwrap_or_default();
-        let create = if together { files::create_new } else { files::create_new_synced };
-        create(&path, text.as_bytes(), 0o644).map_err(|e| {
+        files::create_new(&path, text.as_bytes(), 0o644, !together).map_err(|e| {
             let taken = e.kind() == Some(io::ErrorKind::AlreadyExists); // another's, let it be
             let left_behind = !taken && !self.remove_pem(new);
             RecordError::NotWritten { why: e.to_string(), left_behind }

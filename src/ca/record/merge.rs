@@ -328,18 +328,14 @@ impl Record {
     }
 
     fn append_others(&self, plan: &mut Plan) -> Result<(), RecordError> {
-        let (mut news, mut texts) = (Vec::new(), Vec::new());
-        for new in &mut plan.added {
-            texts.extend(new.text.take());
-            news.extend((texts.len() > news.len()).then_some(&mut new.row.place));
-        }
-        if texts.is_empty() {
+        let new: Vec<&mut Incoming> = plan.added.iter_mut().filter(|n| n.text.is_some()).collect();
+        if new.is_empty() {
             return Ok(());
         }
         let path = self.others_path();
-        let places = others::append(&path, texts.iter().map(String::as_str))
+        let places = others::append(&path, new.iter().filter_map(|new| new.text.as_deref()))
             .map_err(|e| RecordError::not_written(FilesError::io("cannot write", &path)(e)))?;
-        news.into_iter().zip(places).for_each(|(place, at)| *place = Place::Others(at));
+        new.into_iter().zip(places).for_each(|(new, at)| new.row.place = Place::Others(at));
         Ok(())
     }
 

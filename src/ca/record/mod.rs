@@ -268,9 +268,13 @@ impl Stored {
 
     /// The same as it was when it was signed.
     fn leaf(self, device: DeviceId, slot: &Slot) -> Leaf {
-        let Stored { pem, der, created_at, .. } = self;
-        let (serial, not_before) = (slot.serial, created_at.saturating_sub(BACKDATE_S));
-        Leaf { pem, der, serial, device, not_before, not_after: slot.expires_at }
+        Leaf {
+            pem: self.pem,
+            der: self.der,
+            serial: slot.serial,
+            device,
+            not_after: slot.expires_at,
+        }
     }
 }
 
@@ -709,7 +713,10 @@ mod tests {
             let stored = record.stored(&first.serial).unwrap();
             assert_eq!((stored.pem, stored.der), (first.pem.clone(), first.der.clone()));
             let origin = Some(Origin::Token(live));
-            assert_eq!((stored.created_at, stored.origin), (first.not_before + 300, origin));
+            assert_eq!(
+                (stored.created_at, stored.origin),
+                (crate::ca::validity(&first.der).unwrap().0 + 300, origin)
+            );
             assert_eq!(record.stored(&second.serial).unwrap().origin, None);
         };
         check(&record);

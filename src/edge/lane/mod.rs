@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use self::queue::Queue;
 pub use self::queue::Waiting;
 use super::fields::push_request_line;
-use super::poll::{Interest, Poll, Watched, is_transient};
+use super::poll::{Poll, READ, WRITE, Watched, is_transient};
 use super::reader::Ticket;
 use super::settings::LaneAddress;
 
@@ -219,7 +219,7 @@ impl Lane {
         let connect = || {
             let socket = (self.address.connect)()?;
             socket.set_nonblocking(true)?;
-            poll.watch(socket, self.key, Interest::READ)
+            poll.watch(socket, self.key, READ)
         };
         self.socket = Some(connect().map_err(|e| e.to_string())?);
         self.ask(number, now_ms);
@@ -253,7 +253,7 @@ impl Lane {
             Err(e) if is_transient(&e) => 0,
             Err(e) => return Err(e.to_string()),
         };
-        let watched = socket.set(Interest { read: true, write: n < bytes.len() });
+        let watched = socket.set(if n < bytes.len() { READ | WRITE } else { READ });
         self.queue.advance(n);
         watched.map_err(|e| e.to_string())
     }

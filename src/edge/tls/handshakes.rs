@@ -25,7 +25,6 @@ const NICE: i32 = 5;
 
 /// A step of a connection's handshake, before or after it was computed.
 pub struct HandshakeStep {
-    /// The connection's place.
     pub at: usize,
     /// The connection's: another may have its place by now.
     pub generation: u64,
@@ -33,15 +32,11 @@ pub struct HandshakeStep {
     pub tls: Box<Stream>,
 }
 
-/// A step that was computed.
 pub struct Computed {
-    /// Whose it is.
     pub step: HandshakeStep,
     /// What the client sent behind its handshake.
     pub plain: Vec<u8>,
-    /// What the client gets.
     pub output: Vec<u8>,
-    /// What became of it.
     pub outcome: Result<Received, rustls::Error>,
 }
 

@@ -37,12 +37,9 @@ pub struct Stream {
     failed: bool,
 }
 
-/// What became of bytes from the socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
-    /// They were taken.
     Taken,
-    /// The client will send no more.
     End,
 }
 
@@ -53,7 +50,6 @@ impl Stream {
         Ok(Stream { connection, input: Vec::new(), ended: false, failed: false })
     }
 
-    /// The handshake is not over.
     pub fn is_handshaking(&self) -> bool {
         self.connection.is_handshaking()
     }

@@ -18,7 +18,6 @@ const KNOWN: u64 = 1024;
 pub struct Turns<T> {
     /// In the order in which it came.
     waiting: Vec<(Subscriber, T)>,
-    /// The number of turns so far.
     turns: u64,
     /// Which turn was the latest of a subscriber.
     latest: HashMap<Subscriber, u64>,
@@ -57,7 +56,6 @@ impl<T> Turns<T> {
         Some(item)
     }
 
-    /// Forgets what waits, where `is_it`.
     pub fn remove(&mut self, is_it: impl Fn(&T) -> bool) {
         self.waiting.retain(|(_, item)| !is_it(item));
     }
