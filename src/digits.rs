@@ -1,7 +1,14 @@
 //! Numbers as digits, by hand: they are written several times a request, and `fmt` shows there.
 
+use std::net::IpAddr;
+
 /// The digits of `number`, written at the end of `buffer`, which holds those of any.
-pub fn decimal(mut number: u64, buffer: &mut [u8; 20]) -> &str {
+pub fn decimal(number: u64, buffer: &mut [u8; 20]) -> &str {
+    std::str::from_utf8(decimal_bytes(number, buffer)).unwrap_or_default()
+}
+
+/// The same as bytes.
+pub fn decimal_bytes(mut number: u64, buffer: &mut [u8; 20]) -> &[u8] {
     let mut first = buffer.len();
     for digit in buffer.iter_mut().rev() {
         *digit = b'0' + (number % 10) as u8;
@@ -11,8 +18,18 @@ pub fn decimal(mut number: u64, buffer: &mut [u8; 20]) -> &str {
             break;
         }
     }
-    let digits = buffer.get(first..).unwrap_or_default();
-    std::str::from_utf8(digits).unwrap_or_default()
+    buffer.get(first..).unwrap_or_default()
+}
+
+/// An address as `Display` writes it.
+pub fn address(address: IpAddr) -> String {
+    let IpAddr::V4(v4) = address else { return address.to_string() };
+    let mut text = String::with_capacity(15);
+    for (at, octet) in v4.octets().into_iter().enumerate() {
+        text.push_str(if at > 0 { "." } else { "" });
+        text.push_str(decimal(octet.into(), &mut [0; 20]));
+    }
+    text
 }
 
 /// Two lower-case hexadecimal digits for each byte.
@@ -31,6 +48,9 @@ mod tests {
     fn numbers_are_written_as_by_the_standard_library() {
         for number in [0, 9, 10, 1_234_567_890, u64::MAX] {
             assert_eq!(decimal(number, &mut [0; 20]), number.to_string());
+        }
+        for written in ["0.0.0.0", "10.0.255.1", "::", "2001:db8::9", "::ffff:1.2.3.4"] {
+            assert_eq!(address(written.parse().unwrap()), written);
         }
         assert_eq!(hex(&[0x00, 0x9a, 0xbc, 0xff]), "009abcff");
         assert_eq!(hex(&[]), "");

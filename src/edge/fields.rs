@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::digits::decimal;
+use crate::digits;
 
 /// Stands behind the number for [`JSON`].
 const IS_JSON: char = 'j';
@@ -49,8 +49,7 @@ pub fn push_request_line(
     out.push(b',');
     match sender.map(|sender| sender.address) {
         None => out.extend_from_slice(NOBODY.as_bytes()),
-        Some(IpAddr::V4(v4)) => push_ipv4(v4.octets(), out),
-        Some(IpAddr::V6(v6)) => out.extend_from_slice(v6.to_string().as_bytes()),
+        Some(address) => out.extend_from_slice(digits::address(address).as_bytes()),
     }
     out.push(b',');
     if let Some(der) = sender.and_then(|sender| sender.certificate) {
@@ -94,16 +93,7 @@ pub fn push_length(length: usize, out: &mut Vec<u8>) {
 
 /// Appends the number in decimal.
 pub fn push_number(number: u64, out: &mut Vec<u8>) {
-    out.extend_from_slice(decimal(number, &mut [0; 20]).as_bytes());
-}
-
-fn push_ipv4(octets: [u8; 4], out: &mut Vec<u8>) {
-    for (i, octet) in octets.into_iter().enumerate() {
-        if i > 0 {
-            out.push(b'.');
-        }
-        push_number(octet.into(), out);
-    }
+    out.extend_from_slice(digits::decimal_bytes(number, &mut [0; 20]));
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::devices::enrol::Edit;
 use crate::devices::{CLOCKS_APART_S, Row, Terms};
+use crate::digits;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::store::{Answer, Found, Op, Outcome, StoreError};
@@ -156,10 +157,10 @@ impl Provisioner {
                 return Step::Done(Err(not_issued(code, device)));
             }
         };
-        let hash = token.hash.short();
+        let (hash, to) = (token.hash.short(), digits::address(*client));
         log::info!(
-            event = "token_issued", device:%, client:%;
-            "token {hash} issued for {device}, to {client}"
+            event = "token_issued", device:%, client = to;
+            "token {hash} issued for {device}, to {to}"
         );
         self.metrics.tokens_issued.add(1);
         if let Some(old) = killed {

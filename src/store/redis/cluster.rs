@@ -493,10 +493,10 @@ impl Nodes {
         wait: Option<&Command>,
         deadline: Instant,
     ) -> Result<(), Down> {
-        let asking = Command::new("ASKING");
+        let asking = items.iter().any(Item::is_asking).then(|| Command::new("ASKING"));
         let mut commands = Vec::with_capacity(items.len() + 1);
         for item in items {
-            commands.extend(item.is_asking().then_some(&asking));
+            commands.extend(asking.as_ref().filter(|_| item.is_asking()));
             commands.push(&item.asked.command);
         }
         commands.extend(wait.filter(|_| awaits_replicas(items)));

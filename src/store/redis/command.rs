@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::cluster::Route;
 use super::reply::{Replies, Reply, maybe_done};
-use crate::digits::decimal;
+use crate::digits::decimal_bytes;
 use crate::store::StoreError;
 
 /// Commands that only look: they may be sent twice, and one that was carried out has changed nothing.
@@ -68,7 +68,7 @@ impl Command {
 
     pub fn number(self, number: u64) -> Self {
         let mut buffer = [0; 20];
-        self.arg(decimal(number, &mut buffer))
+        self.bytes(decimal_bytes(number, &mut buffer))
     }
 
     /// Its first word.
@@ -217,7 +217,7 @@ impl Commands {
 fn push_counted(kind: u8, count: u64, out: &mut Vec<u8>) {
     let mut buffer = [0; 20];
     out.push(kind);
-    out.extend_from_slice(decimal(count, &mut buffer).as_bytes());
+    out.extend_from_slice(decimal_bytes(count, &mut buffer));
     out.extend_from_slice(b"\r\n");
 }
 
