@@ -79,12 +79,8 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// From now on.
-    #[allow(
-        clippy::new_without_default,
-        reason = "what is watched from now on is no default value"
-    )]
-    pub fn new() -> Self {
+    /// Those that are still to come.
+    pub fn from_now() -> Self {
         let flags = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
         let never = Timespec { tv_sec: i64::MAX / 2_000_000_000, tv_nsec: 0 };
         let at = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: never };
@@ -166,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_step_is_waited_for() {
-        let steps = Steps::new();
+        let steps = Steps::from_now();
         let timer = steps.timer.as_ref().unwrap();
         let mut waits = [PollFd::new(timer, PollFlags::IN)];
         let soon = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };

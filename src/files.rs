@@ -102,14 +102,14 @@ pub fn make_dir(path: &Path, mode: u32) -> Result<(), FilesError> {
 /// After an error the old file is still there, unless the last step failed, the sync of the folder:
 /// then either may be.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FilesError> {
-    write_atomic_by(path, mode, |file| file.write_all(bytes))
+    write_atomic_by(path, mode, &mut |file| file.write_all(bytes))
 }
 
 /// As [`write_atomic`], for what is too large to be held whole: `write` writes it, bit by bit.
 pub fn write_atomic_by(
     path: &Path,
     mode: u32,
-    write: impl FnOnce(&mut File) -> io::Result<()>,
+    write: &mut dyn FnMut(&mut File) -> io::Result<()>,
 ) -> Result<(), FilesError> {
     let dir = folder_of(path);
     let mut beside = std::ffi::OsString::from(".");
@@ -117,7 +117,7 @@ pub fn write_atomic_by(
     beside.push(".new");
     let beside = dir.join(beside);
     remove_if_there(&beside)?; // left by a crash, perhaps with another mode
-    let create = || {
+    let mut create = || {
         let mut file = create(&beside, mode)?;
         write(&mut file)?;
         file.sync_all()?;

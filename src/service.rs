@@ -431,7 +431,7 @@ fn watch_clock(
     failover: Option<Arc<Failover>>,
     events: mpsc::Sender<Event>,
 ) -> Result<(), RunError> {
-    let steps = clock::Steps::new();
+    let steps = clock::Steps::from_now();
     let offset = |now: Now| now.unix_ms.wrapping_sub(now.mono_ms);
     spawn("clock", move || {
         let ca = publisher.ca();

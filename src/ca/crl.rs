@@ -27,7 +27,6 @@ const REASON_CODE: &[u8] = &[0x06, 0x03, 0x55, 0x1d, 0x15];
 /// How old a list becomes before it is renewed.
 const RENEWED_AFTER_S: u64 = 86_400;
 
-/// A signed list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Crl {
     pub pem: String,
@@ -71,7 +70,6 @@ impl Crl {
         now.unix_s() < self.made_at || now.unix_s() - self.made_at >= RENEWED_AFTER_S
     }
 
-    /// Writes the list for all to read.
     pub fn write(&self, dir: &Path) -> Result<(), CaError> {
         Ok(files::write_atomic(&dir.join(FILE), self.pem.as_bytes(), 0o644)?)
     }
@@ -131,7 +129,6 @@ fn find(dir: &Path, issuer: &Issuer) -> Option<Found> {
     Some(Found { list: Crl { pem, der, number, made_at }, entries, is_by_name })
 }
 
-/// Reads one entry.
 fn read_entry(entry: &[u8]) -> Option<Revocation> {
     let mut parts = Reader(der::whole(entry, Tag::Sequence)?);
     let serial = Serial::from_der(parts.next(Tag::Integer)?)?;

@@ -10,12 +10,10 @@ use crate::clock;
 pub struct Reader<'a>(pub &'a [u8]);
 
 impl<'a> Reader<'a> {
-    /// Whether nothing follows.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The next element.
     pub fn any(&mut self) -> Option<Any<'a>> {
         let (rest, any) = Any::from_der(self.0).ok()?;
         self.0 = rest;

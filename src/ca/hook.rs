@@ -18,7 +18,6 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::clock;
 
-/// How long the program may take.
 pub const LIMIT: Duration = Duration::from_secs(10);
 /// How often a program that runs is looked at: at first, and at most.
 const LOOK: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(100));

@@ -207,11 +207,7 @@ impl Issuer {
         })
     }
 
-    fn signed(
-        &self,
-        params: &CertificateParams,
-        key: &impl PublicKeyData,
-    ) -> Result<Vec<u8>, CaError> {
+    fn signed(&self, params: &CertificateParams, key: &PublicKey) -> Result<Vec<u8>, CaError> {
         let laid_out = params.signed_by(key, &self.layout).map_err(CaError::signing)?;
         // Behind version, serial number and algorithm (RFC 5280, 4.1).
         self.complete(laid_out.der(), 3, None)
@@ -301,14 +297,14 @@ impl Issuer {
     /// many seconds; the first name is its common name.
     pub fn server_certificate(
         &self,
-        names: &[impl AsRef<str>],
-        key: &impl PublicKeyData,
+        names: &[String],
+        key: &PublicKey,
         life_s: u64,
         now: Now,
     ) -> Result<ServerCertificate, CaError> {
         self.check_dates(now)?;
-        let sans = names.iter().map(|n| server_name(n.as_ref())).collect::<Result<Vec<_>, _>>()?;
-        let first = names.first().ok_or_else(|| CaError::BadName(String::new()))?.as_ref();
+        let sans = names.iter().map(|n| server_name(n)).collect::<Result<Vec<_>, _>>()?;
+        let first = names.first().ok_or_else(|| CaError::BadName(String::new()))?.as_str();
         let serial = Serial::random().map_err(CaError::signing)?;
         let (not_before, not_after) = self.validity(life_s, now);
         let mut params = leaf_params(not_before, not_after, serial);
@@ -755,7 +751,14 @@ mod tests {
             let pem: String = chain.iter().map(|name| text(name)).collect();
             assert_eq!(issuer.chain_pem(), pem);
             let key = KeyPair::generate().unwrap();
-            let made = issuer.server_certificate(&["localhost"], &key, 9, clock::now()).unwrap();
+            let made = issuer
+                .server_certificate(
+                    &["localhost".to_owned()],
+                    &PublicKey::of(&key),
+                    9,
+                    clock::now(),
+                )
+                .unwrap();
             let between: String = chain.iter().filter(|n| **n != "root").map(|n| text(n)).collect();
             let count = |pem: &str| pem.matches("BEGIN").count();
             assert!(made.chain_pem.ends_with(&between));
@@ -915,7 +918,14 @@ mod tests {
         let issuer = Issuer::make(&dir, 10, 90, clock::now()).unwrap();
         let names = ["broker.local", "*.example.org", "192.168.1.5", "fe80::1"];
         let key = KeyPair::generate().unwrap();
-        let made = issuer.server_certificate(&names, &key, 365 * DAY_S, clock::now()).unwrap();
+        let made = issuer
+            .server_certificate(
+                &names.map(str::to_owned),
+                &PublicKey::of(&key),
+                365 * DAY_S,
+                clock::now(),
+            )
+            .unwrap();
         fs::write(dir.join("server.pem"), &made.chain_pem).unwrap();
         fs::write(dir.join("server.key"), key.serialize_pem()).unwrap();
         must(
@@ -939,10 +949,12 @@ mod tests {
             must(&dir, "x509 -in server.pem -noout -pubkey")
         );
         for bad in ["", "a b", "-a", "a..b", "*", "a.*.b", "ä.de", "a/b"] {
-            let error = issuer.server_certificate(&[bad], &key, 1, clock::now()).unwrap_err();
+            let error = issuer
+                .server_certificate(&[bad.to_owned()], &PublicKey::of(&key), 1, clock::now())
+                .unwrap_err();
             assert!(matches!(error, CaError::BadName(_)), "{bad}");
         }
-        assert!(issuer.server_certificate(&[] as &[&str], &key, 1, clock::now()).is_err());
+        assert!(issuer.server_certificate(&[], &PublicKey::of(&key), 1, clock::now()).is_err());
     }
 
     #[test]

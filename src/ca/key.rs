@@ -15,12 +15,9 @@ use x509_parser::x509::SubjectPublicKeyInfo;
 use super::der::{Reader, tlv, whole};
 use crate::pem;
 
-/// Why a key is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyError {
-    /// Not the encoding of a key.
     Malformed,
-    /// A key of another family.
     OtherKind,
     /// An elliptic key that is not on P-256 or P-384.
     OtherCurve,
@@ -34,7 +31,6 @@ pub enum KeyError {
     ProvesNothing,
     /// A private key that ring does not load.
     NotLoaded,
-    /// A private key under a pass phrase.
     Encrypted,
 }
 
@@ -72,7 +68,6 @@ impl KeyError {
     }
 }
 
-/// A family of keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     P256,
@@ -89,6 +84,11 @@ pub struct PublicKey {
 }
 
 impl PublicKey {
+    /// That of a key that [`KeyPair::generate`] has made.
+    pub fn of(key: &KeyPair) -> Self {
+        PublicKey { kind: Kind::P256, bytes: rcgen::PublicKeyData::der_bytes(key).to_vec() }
+    }
+
     /// Checks kind and size. That an elliptic point lies on its curve, and that a modulus can be
     /// used, is seen when a signature is verified with the key.
     pub fn from_spki(spki: &SubjectPublicKeyInfo<'_>) -> Result<Self, KeyError> {

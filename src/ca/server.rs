@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use rcgen::{KeyPair, PublicKeyData};
+use rcgen::KeyPair;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 
@@ -32,7 +32,6 @@ pub struct Server {
     /// DNS names and IP addresses, its common name first.
     pub names: Vec<String>,
     pub not_before: u64,
-    /// Its last.
     pub not_after: u64,
     key: PublicKey,
 }
@@ -59,7 +58,6 @@ impl Server {
         now.unix_s() >= self.not_after.saturating_sub(third) && self.not_after < ca.not_after
     }
 
-    /// Seconds from its first to its last.
     pub fn life_s(&self) -> u64 {
         self.not_after.saturating_sub(self.not_before)
     }
@@ -78,7 +76,7 @@ pub fn write(
     let Some(old) = old else {
         try_folder(&to.key)?;
         let key = KeyPair::generate().map_err(CaError::signing)?;
-        let made = sign(ca, names, &key, life_s, now)?;
+        let made = sign(ca, names, &PublicKey::of(&key), life_s, now)?;
         files::write_atomic(&to.key, key.serialize_pem().as_bytes(), 0o600)?;
         return Ok(files::write_atomic(&to.cert, made.chain_pem.as_bytes(), 0o644)?);
     };
@@ -100,7 +98,7 @@ fn try_folder(file: &Path) -> Result<(), CaError> {
 fn sign(
     ca: &Issuer,
     names: &[String],
-    key: &impl PublicKeyData,
+    key: &PublicKey,
     life_s: u64,
     now: Now,
 ) -> Result<ServerCertificate, CaError> {

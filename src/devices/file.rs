@@ -96,13 +96,13 @@ impl DevicesFile {
     ///
     /// # Errors
     /// When that fails; the old file is then still there.
-    pub fn rewrite(&mut self, lines: impl Iterator<Item = String>) -> Result<(), FilesError> {
+    pub fn rewrite(&mut self, mut lines: impl Iterator<Item = String>) -> Result<(), FilesError> {
         self.was = self.is; // Should it fail, it is tried again only when the file has doubled again.
         let mut length = 0;
-        files::write_atomic_by(&self.path, 0o600, |file| {
+        files::write_atomic_by(&self.path, 0o600, &mut |file| {
             let mut out = BufWriter::new(file);
             let head = std::iter::once(HEAD.to_owned());
-            for line in head.chain(self.unknown.iter().cloned()).chain(lines) {
+            for line in head.chain(self.unknown.iter().cloned()).chain(lines.by_ref()) {
                 length += line.len() as u64;
                 out.write_all(line.as_bytes())?;
             }

@@ -60,7 +60,7 @@ impl Identity {
     /// # Errors
     /// When the file cannot be written.
     pub fn keep(&self, id: Instance) -> Result<(), FilesError> {
-        files::write_atomic_by(&self.path, 0o600, |file| {
+        files::write_atomic_by(&self.path, 0o600, &mut |file| {
             let (place, run) = signs_of(file)?;
             write!(file, "{id}\n{place}\n{} {run}\n", self.process)
         })

@@ -312,21 +312,14 @@ fn is_literal(byte: u8) -> bool {
 /// `uri-host [ ":" port ]` (RFC 9110, 7.2). An empty host is no origin that we could be asked for
 /// (RFC 9110, 4.2.1).
 fn is_host(value: &[u8]) -> bool {
-    let (host, port) = match value.strip_prefix(b"[") {
-        Some(literal) => match literal.iter().position(|b| *b == b']') {
-            Some(end) => literal.split_at(end),
-            None => return false,
-        },
-        None => value.split_at(value.iter().position(|b| *b == b':').unwrap_or(value.len())),
+    let colon = value.iter().rposition(|b| *b == b':').filter(|_| !value.ends_with(b"]"));
+    let (host, port) = value.split_at(colon.unwrap_or(value.len()));
+    let literal = host.strip_prefix(b"[").and_then(|host| host.strip_suffix(b"]"));
+    let is_host = match literal {
+        Some(literal) => !literal.is_empty() && is_made_of(literal, is_literal),
+        None => !host.is_empty() && is_made_of(host, is_name),
     };
-    let in_brackets = port.first() == Some(&b']');
-    let port = port.strip_prefix(b"]").unwrap_or(port);
-    let port_fine = match port.split_first() {
-        None => true,
-        Some((colon, digits)) => *colon == b':' && digits.iter().all(u8::is_ascii_digit),
-    };
-    let allowed = if in_brackets { is_literal } else { is_name };
-    port_fine && !host.is_empty() && is_made_of(host, allowed)
+    is_host && port.iter().skip(1).all(u8::is_ascii_digit)
 }
 
 fn sender<'a>(

@@ -34,22 +34,22 @@ impl<'a> Entries<'a> {
         Entries { record, writer: record.lock_writer(), added: Vec::new(), now: None }
     }
 
-    /// As [`Record::knows_token`], in this batch too.
     pub fn knows_token(&self, token: &TokenHash) -> bool {
         let same = |new: &Incoming| new.token().is_some_and(|used| used.hash == *token);
         self.added.iter().any(same) || self.record.knows_token(token)
     }
 
-    /// As [`Record::has_active`], in this batch too.
     pub fn has_active(&self, device: &DeviceId, now: Now) -> bool {
-        let active = |new: &Incoming| new.row.is_of(device) && new.row.is_active(now);
-        self.added.iter().any(active) || self.record.has_active(device, now)
+        self.count_active(device, now) > 0
     }
 
-    /// As [`Record::count_active`], in this batch too.
-    pub fn count_active(&self, device: &DeviceId, now: Now) -> usize {
+    /// How many certificates the device has that are neither expired nor revoked, with those of this
+    /// batch.
+    pub(super) fn count_active(&self, device: &DeviceId, now: Now) -> usize {
         let active = |new: &&Incoming| new.row.is_of(device) && new.row.is_active(now);
-        self.added.iter().filter(active).count() + self.record.count_active(device, now)
+        let rows = self.record.read();
+        let recorded = rows.of_device(device).filter(|slot| slot.is_active(now)).count();
+        self.added.iter().filter(active).count() + recorded
     }
 
     /// Adds a certificate and what it was signed for. A renewal was paid for when what it renews was.

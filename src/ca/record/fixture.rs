@@ -7,6 +7,7 @@ use super::merge::Judge;
 use super::{CERTS, INDEX, Origin, Record, RecordError, Redeemed};
 use crate::ca::csr::Csr;
 use crate::ca::issuer::{Issuer, Leaf, ServerCertificate};
+use crate::ca::key::PublicKey;
 use crate::ca::openssl::must;
 use crate::clock::{self, DAY_S};
 use crate::device::DeviceId;
@@ -68,8 +69,10 @@ impl Fixture {
 
     /// A server's certificate, for so many days.
     pub(super) fn server(&self, name: &str, days: u64) -> ServerCertificate {
-        let key = rcgen::KeyPair::generate().unwrap();
-        self.issuer.server_certificate(&[name], &key, days * DAY_S, clock::now()).unwrap()
+        let key = PublicKey::of(&rcgen::KeyPair::generate().unwrap());
+        self.issuer
+            .server_certificate(&[name.to_owned()], &key, days * DAY_S, clock::now())
+            .unwrap()
     }
 
     pub(super) fn index(&self) -> String {

@@ -25,11 +25,9 @@ pub(super) struct Tail {
     /// field, the subject.
     pub(super) row: Option<Row>,
     pub(super) bytes: Vec<u8>,
-    /// Where it begins.
     pub(super) at: usize,
 }
 
-/// One line.
 enum Line {
     Row(Row),
     /// A certificate that is not here is revoked.
@@ -44,7 +42,6 @@ pub(super) enum Change {
     /// Its certificate lies elsewhere now; and so many of the device's rows before it are newer, if
     /// that is not as it was.
     Moved(Place, Option<u32>),
-    /// It goes.
     Gone,
 }
 
@@ -188,17 +185,17 @@ pub(super) fn torn_revocation(line: &[u8]) -> Option<String> {
 pub(super) fn copy_changed(
     mut old: impl BufRead,
     mut new: impl io::Write,
-    mut changes: HashMap<Serial, Change>,
+    changes: &mut HashMap<Serial, Change>,
 ) -> io::Result<Option<Serial>> {
     let mut line = Vec::new();
     while old.read_until(b'\n', &mut line)? > 0 {
-        match changed_line(&line, &mut changes) {
+        match changed_line(&line, changes) {
             Some(changed) => new.write_all(changed.as_bytes())?,
             None => new.write_all(&line)?,
         }
         line.clear();
     }
-    Ok(changes.into_keys().next())
+    Ok(changes.keys().next().copied())
 }
 
 /// The line as it is from now on, if there is a change of it, which is then taken from the list.
@@ -333,8 +330,8 @@ mod tests {
 
         let mut copy = Vec::new();
         let revoked = |hex| (serial(hex), Change::Revoked((at, Reason::Unspecified)));
-        let these = ["-7FEE", "01"].map(revoked).into_iter().collect();
-        let missing = copy_changed(lines.concat().as_bytes(), &mut copy, these).unwrap();
+        let mut these = ["-7FEE", "01"].map(revoked).into_iter().collect();
+        let missing = copy_changed(lines.concat().as_bytes(), &mut copy, &mut these).unwrap();
         assert_eq!(missing, None);
         let copied = String::from_utf8(copy).unwrap();
         let revoked =

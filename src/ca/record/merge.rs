@@ -24,7 +24,6 @@ use crate::serial::Serial;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shared {
     pub serial: Serial,
-    /// When what paid for it came to be.
     pub paid: u64,
     /// The hash of the token that it was signed for, and when that ends.
     pub token: Option<(TokenHash, u64)>,
@@ -33,7 +32,6 @@ pub struct Shared {
 
 /// By what is judged what comes from elsewhere.
 pub struct Judge<'a> {
-    /// Who must have signed it.
     pub ca: &'a Issuer,
     /// The `c` of a device's row: what was paid for at that time or before is revoked. 0 if there is
     /// none. It is asked under the record's lock, so that a bound that is raised meanwhile finds the
@@ -73,13 +71,10 @@ pub(super) struct Incoming {
     pub(super) text: Option<String>,
 }
 
-/// What is to change.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) added: Vec<Incoming>,
-    /// Of what is here.
     pub(super) revoked: BTreeMap<Serial, Revoked>,
-    /// Of what is not here.
     pub(super) foretold: BTreeMap<Serial, Revoked>,
     pub(super) twice: Vec<(TokenHash, [Serial; 2])>,
 }
@@ -176,7 +171,6 @@ impl Rows {
         plan
     }
 
-    /// How many of the device's rows are newer.
     fn newer_than(&self, new: &Incoming, signed_at: &dyn Fn(&Slot) -> Option<u64>) -> u32 {
         let Some(device) = &new.row.device else { return 0 };
         let is_newer =
@@ -192,7 +186,6 @@ impl Rows {
         Some((token, [other, new.row.serial]))
     }
 
-    /// Enters what was worked out.
     pub(super) fn apply(&mut self, plan: &Plan) {
         for new in &plan.added {
             let at = self.insert(&new.row);
@@ -339,7 +332,6 @@ impl Record {
         Ok(())
     }
 
-    /// What is new, for whoever merges.
     fn tell(&self, plan: Plan, merged: &mut Merged, now: Now) {
         let rows = self.read();
         for new in &plan.added {
@@ -663,7 +655,7 @@ mod tests {
         assert_eq!(one.apply_bounds(&[(device("device-1"), 0)]), Ok(vec![]));
         assert_eq!(one.apply_bounds(&[(device("device-1"), 1_500)]), Ok(expected));
         assert_eq!(one.apply_bounds(&[(device("device-1"), 1_500)]), Ok(vec![]));
-        assert_eq!(one.count_active(&device("device-1"), now), 1);
+        assert_eq!(one.begin().count_active(&device("device-1"), now), 1);
         assert_eq!(fixture.open().revoked(now).len(), 2);
         let newest = one.newest(&device("device-1")).map(|newest| newest.serial);
         assert_eq!(newest, Some(renewed.serial));

@@ -53,6 +53,7 @@ mod trial;
 
 pub use entries::Entries;
 use index::Change;
+use merge::Incoming;
 use news::News;
 pub use news::Untold;
 pub use renewals::Renewal;
@@ -62,11 +63,9 @@ use servers::Servers;
 pub use servers::deposit_server;
 use trial::Trial;
 
-/// The database.
 const INDEX: &str = "index.txt";
 /// Its attributes: renewals are several valid certificates of one subject.
 const ATTRIBUTES: (&str, &str) = ("index.txt.attr", "unique_subject = no\n");
-/// The folder of the certificates.
 const CERTS: &str = "certs";
 /// What the line before the PEM begins with, if a token was redeemed for the certificate …
 const TOKEN_LINE: &str = "Provisioning-Token: ";
@@ -113,7 +112,6 @@ impl Reason {
         Reason::ALL.iter().find(|(reason, ..)| *reason == self).map_or(0, |(.., number)| *number)
     }
 
-    /// The one with this number.
     pub fn numbered(number: u8) -> Self {
         let found = Reason::ALL.iter().find(|(.., of)| *of == number);
         found.map_or(Reason::Unspecified, |(reason, ..)| *reason)
@@ -132,11 +130,9 @@ impl fmt::Display for Reason {
 /// ever taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Revocation {
-    /// Of which certificate.
     pub serial: Serial,
     /// Since when, in seconds since 1970.
     pub at: u64,
-    /// Why.
     pub reason: Reason,
 }
 
@@ -149,7 +145,6 @@ pub enum RecordError {
     Absent(String),
     /// A file cannot be written.
     NotWritten {
-        /// Which and why.
         why: String,
         /// Something of what was to be recorded may be on disk.
         left_behind: bool,
@@ -205,14 +200,12 @@ impl From<RecordError> for Problem {
 pub enum Status {
     /// Neither of the others.
     Active,
-    /// Its time is over.
     Expired,
     /// It was revoked, whether or not its time is over too.
     Revoked,
 }
 
 impl Status {
-    /// As the API says it.
     pub fn as_str(self) -> &'static str {
         match self {
             Status::Active => "active",
@@ -225,18 +218,13 @@ impl Status {
 /// What memory holds of a certificate. Times are in seconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Certificate {
-    /// Its serial number.
     pub serial: Serial,
-    /// Whose it is.
     pub device: DeviceId,
-    /// Its last second.
     pub expires_at: u64,
-    /// When it was revoked.
     pub revoked_at: Option<u64>,
 }
 
 impl Certificate {
-    /// Of what use the certificate is now.
     pub fn status(&self, now: Now) -> Status {
         match self.revoked_at {
             Some(_) => Status::Revoked,
@@ -249,9 +237,7 @@ impl Certificate {
 /// What the certificate's own file says. Times are in seconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
-    /// The certificate in PEM.
     pub pem: String,
-    /// The same in DER.
     pub der: Vec<u8>,
     /// When it was signed, which is a little after its `notBefore`.
     pub created_at: u64,
@@ -264,6 +250,11 @@ impl Stored {
     /// signed.
     pub fn paid(&self) -> u64 {
         self.origin.and_then(Origin::paid).unwrap_or(self.created_at)
+    }
+
+    /// What it is entered as, if it is a device's by this CA.
+    fn incoming(&self, serial: &Serial, ca: &Issuer) -> Option<Incoming> {
+        Incoming::read(serial, &self.der, self.origin, ca)
     }
 
     /// The same as it was when it was signed.
@@ -281,16 +272,13 @@ impl Stored {
 /// What a certificate was signed for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// A token.
     Token(Redeemed),
     /// An earlier certificate of the device.
     Renewal {
-        /// Its serial number.
         old: Serial,
         /// When what paid for that came to be, which this inherits. Older files do not tell.
         paid: Option<u64>,
     },
-    /// Something that was paid at this time.
     Paid(u64),
 }
 
@@ -310,7 +298,6 @@ impl Origin {
         }
     }
 
-    /// The certificate that it renews.
     fn renews(self) -> Option<Serial> {
         match self {
             Origin::Renewal { old, .. } => Some(old),
@@ -353,29 +340,22 @@ impl fmt::Display for Origin {
 /// A token that was redeemed for a certificate; its times are in seconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Redeemed {
-    /// Its hash.
     pub hash: TokenHash,
-    /// When it was issued.
     pub iat: u64,
-    /// When it ends.
     pub exp: u64,
 }
 
 /// A redeemed token and the certificate that it was redeemed for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spent {
-    /// The token.
     pub token: Redeemed,
-    /// The certificate.
     pub serial: Serial,
-    /// The device.
     pub device: DeviceId,
 }
 
 /// What [`Record::look`] saw, all at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Look {
-    /// A certificate is recorded for the token.
     pub recorded_token: bool,
     /// The device has a certificate that is neither expired nor revoked.
     pub active_certificate: bool,
@@ -434,12 +414,10 @@ impl Record {
         Ok(record)
     }
 
-    /// Whether nothing is recorded.
     pub fn is_empty(&self) -> bool {
         self.read().list.is_empty()
     }
 
-    /// The device's newest certificate.
     pub fn newest(&self, device: &DeviceId) -> Option<Certificate> {
         let rows = self.read();
         rows.of_device(device).next().and_then(|slot| rows.certificate(slot))
@@ -459,7 +437,6 @@ impl Record {
         found.into_iter().filter_map(|slot| rows.certificate(slot)).collect()
     }
 
-    /// The certificate with this serial number.
     pub fn by_serial(&self, serial: &Serial) -> Option<Certificate> {
         let rows = self.read();
         rows.by_serial(serial).and_then(|slot| rows.certificate(slot))
@@ -468,11 +445,6 @@ impl Record {
     /// Whether the device has a certificate that is neither expired nor revoked.
     pub fn has_active(&self, device: &DeviceId, now: Now) -> bool {
         self.read().has_active(device, now)
-    }
-
-    /// How many certificates the device has that are neither expired nor revoked.
-    pub fn count_active(&self, device: &DeviceId, now: Now) -> usize {
-        self.read().of_device(device).filter(|row| row.is_active(now)).count()
     }
 
     /// Whether a certificate is recorded for the token. Known until the token has ended.
@@ -596,7 +568,7 @@ impl Record {
         &self,
         writer: &mut Writer,
         lines: String,
-        changes: HashMap<Serial, Change>,
+        mut changes: HashMap<Serial, Change>,
     ) -> Result<(), RecordError> {
         if changes.is_empty() {
             return self.append(writer, lines);
@@ -608,16 +580,16 @@ impl Record {
             let whose = self.by_serial(&serial).map(|c| c.device.to_string()).unwrap_or_default();
             io::Error::other(format!("{} has lost a line of {whose}", path.display()))
         };
-        let copy = |new: &mut File| {
+        let mut copy = |new: &mut File| {
             let old = BufReader::with_capacity(COPIED, File::open(&path)?);
             let mut new = BufWriter::with_capacity(COPIED, new);
-            if let Some(serial) = index::copy_changed(old, &mut new, changes)? {
+            if let Some(serial) = index::copy_changed(old, &mut new, &mut changes)? {
                 return Err(lost(serial));
             }
             new.write_all(lines.as_bytes())?;
             new.flush()
         };
-        files::write_atomic_by(&path, 0o644, copy)
+        files::write_atomic_by(&path, 0o644, &mut copy)
             .map_err(|e| RecordError::NotWritten { why: e.to_string(), left_behind: true })
     }
 
@@ -784,7 +756,7 @@ mod tests {
         for record in [&record, &fixture.open()] {
             let revoked = |s| record.by_serial(&s).unwrap().revoked_at.is_some();
             assert_eq!([first, second, third].map(revoked), [false, true, false]);
-            assert_eq!(record.count_active(&device("device-1"), now), 2);
+            assert_eq!(record.begin().count_active(&device("device-1"), now), 2);
         }
     }
 

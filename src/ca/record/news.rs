@@ -18,7 +18,6 @@ const MOST: usize = 20_000;
 /// Something that other instances have to be told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Untold {
-    /// A certificate was recorded.
     Certificate(Serial),
     /// A certificate was revoked, or revoked earlier than was known.
     Revocation(Serial),

@@ -10,9 +10,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-/// The file in the folder of the certificates.
 pub(super) const OTHERS: &str = "others.pem";
-/// What the last line of a certificate is.
 const END: &str = "-----END CERTIFICATE-----\n";
 /// The most bytes that one takes: those of devices have about 1,100.
 const LONGEST: usize = 64 * 1024;

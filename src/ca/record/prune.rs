@@ -57,7 +57,7 @@ impl Record {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(places),
             old => old.map_err(FilesError::io("cannot read", &path))?,
         };
-        let copy = |new: &mut File| {
+        let mut copy = |new: &mut File| {
             let (mut new, mut length) = (BufWriter::new(new), 0_u64);
             for (at, serial) in &kept {
                 // What cannot be read is not there, and its line finds that out.
@@ -68,7 +68,7 @@ impl Record {
             }
             new.flush()
         };
-        files::write_atomic_by(&path, 0o644, copy).map_err(RecordError::not_written)?;
+        files::write_atomic_by(&path, 0o644, &mut copy).map_err(RecordError::not_written)?;
         Ok(places)
     }
 }

@@ -37,7 +37,6 @@ pub enum Renewal {
 }
 
 impl Entries<'_> {
-    /// Judges the renewal of `old` for `key`.
     pub fn judge_renewal(&self, old: &Certificate, key: &PublicKey, now: Now) -> Renewal {
         if self.added.iter().any(|new| new.renews() == Some(old.serial)) {
             return Renewal::UnderWay;
@@ -102,7 +101,6 @@ impl Renewals {
         RATES.into_iter().map(wait_ms).max().unwrap_or(0)
     }
 
-    /// The device has got one.
     pub(super) fn note(&mut self, device: DeviceId, now: Now) {
         let longest_ms = RATES.iter().map(|(_, window_ms)| *window_ms).max().unwrap_or(0);
         let is_recent = |at: &u64| now.mono_ms.saturating_sub(*at) < longest_ms;

@@ -124,7 +124,7 @@ impl Record {
     ) -> Result<Option<Incoming>, RecordError> {
         match self.stored_alone(serial) {
             Err(RecordError::Absent(_)) => Ok(None),
-            stored => Ok(stray(serial, &stored?, ca)),
+            stored => Ok(stored?.incoming(serial, ca)),
         }
     }
 
@@ -176,7 +176,7 @@ impl Record {
             if self.read().by_serial(&serial).is_some() {
                 return;
             }
-            if let Some(mut stray) = stray(&serial, &stored, ca) {
+            if let Some(mut stray) = stored.incoming(&serial, ca) {
                 stray.row.place = Place::Others(at);
                 strays.push(stray);
             }
@@ -358,11 +358,6 @@ fn is_recent(
         let latest = latest.get_or_insert(now_s.unwrap_or(u64::MAX).min(stored.created_at));
         stored.created_at.saturating_add(jwt::MAX_LIFETIME_S + CLOCK_SLACK_S) >= *latest
     }
-}
-
-/// What a certificate on disk is entered as, if it is a device's by this CA.
-fn stray(serial: &Serial, stored: &Stored, ca: &Issuer) -> Option<Incoming> {
-    Incoming::read(serial, &stored.der, stored.origin, ca)
 }
 
 #[cfg(test)]

@@ -13,7 +13,6 @@ use crate::device::DeviceId;
 use crate::jwt::TokenHash;
 use crate::serial::Serial;
 
-/// The record in memory.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     /// In the order of `index.txt`.
@@ -59,7 +58,6 @@ pub(super) struct Row {
     pub(super) newer: u32,
 }
 
-/// A row in memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slot {
     pub(super) expires_at: u64,
@@ -128,7 +126,6 @@ impl Slot {
 }
 
 impl Rows {
-    /// None yet, with room for so many.
     pub(super) fn with_room(count: usize) -> Self {
         let mut rows = Rows { list: Vec::with_capacity(count), ..Rows::default() };
         rows.by_serial.make_room(count, |_| 0);
@@ -164,7 +161,6 @@ impl Rows {
         self.by_serial.find(self.hash(serial), is).map(|at| at as usize)
     }
 
-    /// The device's rows, the newest first.
     pub(super) fn of_device(&self, device: &DeviceId) -> impl Iterator<Item = &Slot> {
         let newest = self.newest(device.as_str().as_bytes()).and_then(|at| self.slot(at));
         std::iter::successors(newest, |found| self.slot(found.older))
@@ -190,7 +186,6 @@ impl Rows {
         self.by_device.find(self.hash(name), is)
     }
 
-    /// Whose certificate it is.
     pub(super) fn device(&self, slot: &Slot) -> Option<DeviceId> {
         DeviceId::parse(std::str::from_utf8(slot.name(&self.names)?).ok()?)
     }
@@ -235,7 +230,6 @@ impl Rows {
         self.tokens.contains_key(token)
     }
 
-    /// The certificate that the token was redeemed for.
     pub(super) fn redeemed_for(&self, token: &TokenHash) -> Option<&Slot> {
         self.slot(self.tokens.get(token)?.row)
     }
@@ -407,7 +401,6 @@ impl Places {
         (place, None)
     }
 
-    /// All rows, in no order.
     fn rows(&self) -> impl Iterator<Item = u32> {
         let mask = self.mask();
         self.table.iter().filter(|found| **found != NONE).map(move |found| found & mask)

@@ -160,7 +160,6 @@ impl Servers {
     }
 }
 
-/// Its common name.
 fn name(server: &Server) -> &str {
     server.names.first().map_or("", String::as_str)
 }
@@ -199,7 +198,7 @@ mod tests {
         for record in [record, fixture.open()] {
             let one = device("device-1");
             assert_eq!(record.newest(&one).unwrap().serial, leaf.serial);
-            assert_eq!(record.count_active(&one, clock::now()), 1);
+            assert_eq!(record.begin().count_active(&one, clock::now()), 1);
             for made in [&first, &second] {
                 assert_eq!(record.by_serial(&made.serial), None);
                 assert!(record.is_of_server(&made.serial, "device-1"));
