@@ -15,7 +15,7 @@ use x509_parser::oid_registry::{
 use x509_parser::verify::verify_signature;
 use x509_parser::x509::{AlgorithmIdentifier, SubjectPublicKeyInfo};
 
-use super::der::Reader;
+use super::der::{Reader, whole};
 use super::key::{KeyError, Kind, PublicKey};
 use crate::device::DeviceId;
 use crate::pem;
@@ -180,23 +180,21 @@ struct Request<'a> {
 
 impl<'a> Request<'a> {
     fn read(der: &'a [u8]) -> Result<Self, &'static str> {
+        let (broken, unread) = ("not the DER of a request", "its signature cannot be read");
         let mut outer = Reader(der);
-        let mut request = Reader(outer.next(Tag::Sequence).ok_or("not the DER of a request")?);
+        let mut request = Reader(outer.next(Tag::Sequence).ok_or(broken)?);
         if !outer.is_empty() {
             return Err("something follows the request");
         }
-        let mut info = request;
-        let mut part = |tag| request.element(tag).ok_or("not the DER of a request");
-        let signed = part(Tag::Sequence)?;
-        let (algorithm, signature) = (part(Tag::Sequence)?, part(Tag::BitString)?);
-        let (_, algorithm) =
-            AlgorithmIdentifier::from_der(algorithm).map_err(|_| "its signature cannot be read")?;
-        let (_, signature) =
-            BitString::from_der(signature).map_err(|_| "its signature cannot be read")?;
+        let signed = request.element(Tag::Sequence).ok_or(broken)?;
+        let algorithm = request.element(Tag::Sequence).ok_or(broken)?;
+        let signature = request.element(Tag::BitString).ok_or(broken)?;
+        let (_, algorithm) = AlgorithmIdentifier::from_der(algorithm).map_err(|_| unread)?;
+        let (_, signature) = BitString::from_der(signature).map_err(|_| unread)?;
         if !request.is_empty() {
             return Err("something follows its signature");
         }
-        let info = info.next(Tag::Sequence).ok_or("not the DER of a request")?;
+        let info = whole(signed, Tag::Sequence).ok_or(broken)?;
         let (common_name, key) = read_info(Reader(info))?;
         Ok(Request { signed, common_name, key, algorithm, signature })
     }

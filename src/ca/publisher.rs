@@ -166,16 +166,16 @@ impl Publisher {
         if later.is_empty() {
             return;
         }
-        let name = |c: &Certificate| format!("{} of {}", c.serial, c.device);
-        let named: Vec<String> = later.iter().take(NAMED).map(name).collect();
-        let serial = |c: &Certificate| c.serial.to_string();
-        let serial = later.iter().take(NAMED).map(serial).collect::<Vec<_>>().join(",");
+        let named = |name: &dyn Fn(&Certificate) -> String, between: &str| {
+            later.iter().take(NAMED).map(name).collect::<Vec<_>>().join(between)
+        };
+        let serial = named(&|c| c.serial.to_string(), ",");
         log::warn!(
             serial;
             "the clock was ahead when {} certificates were signed, which nobody takes until then: \
              {}{}",
             later.len(),
-            named.join(", "),
+            named(&|c| format!("{} of {}", c.serial, c.device), ", "),
             if later.len() > NAMED { " …" } else { "" }
         );
     }

@@ -1,17 +1,17 @@
 //! A client's socket, plain or with TLS: bytes in, bytes out, never waiting.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 
 use super::poll::{Interest, READ, WRITE, Watched, is_transient};
 use super::tls::{RECORD, Received, Stream};
-use super::unsent::Unsent;
 
 pub struct Client {
     stream: Watched<TcpStream>,
     tls: Tls,
     /// What the socket did not take yet, encrypted if it has to be.
-    out: Unsent,
+    out: VecDeque<u8>,
 }
 
 /// What stands between the socket and the requests.
@@ -36,7 +36,7 @@ pub enum Input {
 
 impl Client {
     pub fn new(stream: Watched<TcpStream>, tls: Tls) -> Self {
-        Client { stream, tls, out: Unsent::default() }
+        Client { stream, tls, out: VecDeque::new() }
     }
 
     /// The certificate whose key the client holds, in DER.
@@ -56,7 +56,7 @@ impl Client {
             Tls::Here(tls) => tls.held(),
             Tls::Away(held) => *held,
         };
-        (tls, self.out.held())
+        (tls, self.out.capacity())
     }
 
     /// Of these, what the client has sent of a record or message that is not whole.
@@ -170,16 +170,16 @@ impl Client {
     /// Writes `bytes`, keeping what the socket does not take.
     fn write(&mut self, bytes: &[u8], to_come: usize) -> io::Result<()> {
         let taken = if self.out.is_empty() { write(&self.stream, bytes)? } else { 0 };
-        self.out.push(bytes.get(taken..).unwrap_or_default(), to_come);
+        keep(&mut self.out, bytes.get(taken..).unwrap_or_default(), to_come);
         self.watch(self.stream.interest() & READ)
     }
 
     /// Writes what was kept.
     pub fn push(&mut self) -> io::Result<()> {
         while !self.out.is_empty() {
-            let piece = self.out.first();
+            let piece = self.out.as_slices().0;
             let (n, most) = (write(&self.stream, piece)?, piece.len());
-            self.out.advance(n);
+            give_back(&mut self.out, n);
             if n < most {
                 break;
             }
@@ -219,5 +219,52 @@ fn write(stream: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
     match (&*stream).write(bytes) {
         Err(e) if is_transient(&e) => Ok(0),
         other => other,
+    }
+}
+
+/// Keeps what the socket did not take; `to_come` more of the reply will follow.
+fn keep(out: &mut VecDeque<u8>, bytes: &[u8], to_come: usize) {
+    if !bytes.is_empty() {
+        out.reserve_exact(bytes.len() + to_come);
+        out.extend(bytes);
+    }
+}
+
+/// So many bytes are out. A client that takes a reply slowly holds less and less.
+fn give_back(out: &mut VecDeque<u8>, n: usize) {
+    out.drain(..n.min(out.len()));
+    if out.len() <= out.capacity() / 2 {
+        out.shrink_to_fit();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_out_is_given_back() {
+        let reply: Vec<u8> = (0..150_000).map(|i| (i % 251) as u8).collect();
+        let (mut unsent, mut out) = (VecDeque::new(), Vec::new());
+        let mut to_come = reply.len();
+        for bytes in reply.chunks(10_007) {
+            to_come -= bytes.len();
+            keep(&mut unsent, bytes, to_come);
+            assert_eq!(unsent.capacity(), reply.len(), "nothing is left to doubling");
+        }
+        while !unsent.is_empty() {
+            let left = reply.len() - out.len();
+            assert!((left..2 * left).contains(&unsent.capacity()) || unsent.capacity() == left);
+            let n = unsent.as_slices().0.len().min(7_001);
+            out.extend_from_slice(&unsent.as_slices().0[..n]);
+            give_back(&mut unsent, n);
+        }
+        assert_eq!(unsent.capacity(), 0);
+        assert!(out == reply);
+        // After all is taken, more can be added.
+        keep(&mut unsent, b"ab", 1);
+        give_back(&mut unsent, 2);
+        keep(&mut unsent, b"c", 0);
+        assert_eq!((unsent.as_slices().0, unsent.capacity()), (b"c".as_slice(), 1));
     }
 }

@@ -1,10 +1,7 @@
 //! What all clients together may take: descriptors, connections per address, bytes.
 
 use std::collections::HashMap;
-use std::io;
 use std::net::IpAddr;
-
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::subscriber::Subscriber;
 
@@ -96,18 +93,6 @@ impl Budget {
     pub fn is_small(bytes: usize) -> bool {
         bytes <= SMALL
     }
-}
-
-/// Raises the limit on open files to `wanted`, as far as that is allowed, and returns it.
-pub fn raise_open_files(wanted: u64) -> io::Result<u64> {
-    let limit = getrlimit(Resource::Nofile);
-    let current = limit.current.unwrap_or(u64::MAX);
-    let reachable = wanted.min(limit.maximum.unwrap_or(u64::MAX));
-    if current >= reachable {
-        return Ok(current);
-    }
-    setrlimit(Resource::Nofile, Rlimit { current: Some(reachable), maximum: limit.maximum })?;
-    Ok(reachable)
 }
 
 #[cfg(test)]

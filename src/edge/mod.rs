@@ -14,8 +14,7 @@
 //!   requests, and [`session`] is what happens to one connection from its beginning to its end. No I/O
 //!   in these four.
 //! - [`lane`] is our end of the lanes; [`render`] is what a client gets to read; [`tls`] is one
-//!   connection's encryption; [`unsent`] is what a socket did not take yet, and [`client`] is that
-//!   socket.
+//!   connection's encryption; [`client`] is a client's socket.
 //! - [`listen`] lets clients in; [`connections`] keeps them, [`drive`] does what their sessions want,
 //!   and [`run`] is the loop.
 
@@ -38,7 +37,6 @@ mod session;
 mod settings;
 mod timers;
 mod tls;
-mod unsent;
 
 pub use fields::{JSON, Sender, read_private};
 pub use run::{Edge, Handle, Outbox};

@@ -8,13 +8,13 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::sign::CertifiedKey;
 
 use super::connections::Connections;
 use super::drive::Driver;
 use super::inbox::{Inbox, Sender};
 use super::lane::Lanes;
-use super::limits::raise_open_files;
 use super::listen::{BACKLOG, KEY, Listener};
 use super::poll::Poll;
 use super::settings::{LaneAddress, Settings, Wait};
@@ -248,12 +248,17 @@ fn fit_to_budget(settings: &mut Settings) {
     }
 }
 
+/// Raises the limit on open files to what is needed, as far as that is allowed.
 fn fit_to_open_files(settings: &mut Settings) -> io::Result<()> {
     let max = &mut settings.http.max_connections;
-    let wanted = *max + OTHER_FILES;
-    let allowed = usize::try_from(raise_open_files(wanted as u64)?).unwrap_or(usize::MAX);
+    let wanted = (*max + OTHER_FILES) as u64;
+    let limit = getrlimit(Resource::Nofile);
+    let allowed = wanted.min(limit.maximum.unwrap_or(u64::MAX));
+    if limit.current.is_some_and(|current| current < allowed) {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), maximum: limit.maximum })?;
+    }
     if allowed < wanted {
-        *max = allowed.saturating_sub(OTHER_FILES).max(1);
+        *max = usize::try_from(allowed).unwrap_or(usize::MAX).saturating_sub(OTHER_FILES).max(1);
         log::warn!("open files are limited to {allowed}: at most {max} connections");
     }
     Ok(())

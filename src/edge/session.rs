@@ -29,10 +29,8 @@ enum State {
     Reading,
     /// This request waits for its lane.
     Working(Ticket),
-    /// A reply is on its way; after it the client may ask again, or not.
-    Replying {
-        keep_alive: bool,
-    },
+    /// A reply is on its way.
+    Replying,
     /// Our side is closed; so many bytes were thrown away since.
     Lingering(usize),
     Closed,
@@ -123,7 +121,7 @@ impl Session {
 
     /// Whether a request is in work, or its reply on its way.
     pub fn is_at_work(&self) -> bool {
-        matches!(self.state, State::Working(_) | State::Replying { .. })
+        matches!(self.state, State::Working(_) | State::Replying)
     }
 
     /// The number of the request that waits for its lane.
@@ -151,10 +149,6 @@ impl Session {
         }
         self.reader = Reader::default();
         self.is_last = true;
-        // The head of a reply that is under way may promise more than is kept.
-        if let State::Replying { keep_alive } = &mut self.state {
-            *keep_alive = false;
-        }
         true
     }
 
@@ -170,7 +164,7 @@ impl Session {
                 _ => Wait::KeepAlive,
             },
             (State::Working(_), _) => Wait::Work,
-            (State::Replying { .. }, _) => Wait::Write,
+            (State::Replying, _) => Wait::Write,
             (State::Lingering(_), _) => Wait::Linger,
             (State::Closed, _) => self.wait,
         }
@@ -198,9 +192,7 @@ impl Session {
                 *thrown += bytes.len();
                 if *thrown > LINGER_BYTES { self.close() } else { Action::Wait }
             }
-            State::Handshake | State::Working(_) | State::Replying { .. } | State::Closed => {
-                Action::Wait
-            }
+            State::Handshake | State::Working(_) | State::Replying | State::Closed => Action::Wait,
         }
     }
 
@@ -213,18 +205,18 @@ impl Session {
 
     fn answered(&mut self, reply: Reply) -> Action {
         let State::Working(Ticket { head, .. }) = self.state else { return Action::Wait };
-        let keep_alive = head.keep_alive && !self.is_last;
-        self.state = State::Replying { keep_alive };
-        Action::Reply { reply, head, keep_alive }
+        self.is_last |= !head.keep_alive;
+        self.state = State::Replying;
+        Action::Reply { reply, head, keep_alive: !self.is_last }
     }
 
     fn flushed(&mut self) -> Action {
         match self.state {
-            State::Replying { keep_alive: true } if !self.is_last => {
+            State::Replying if !self.is_last => {
                 self.state = State::Reading;
                 Action::ReadOn { pending: self.reader.has_pending() }
             }
-            State::Replying { .. } => self.linger(),
+            State::Replying => self.linger(),
             _ => Action::Wait,
         }
     }
@@ -237,7 +229,7 @@ impl Session {
             _ => return self.close(),
         };
         self.reader = Reader::default();
-        self.state = State::Replying { keep_alive: false };
+        (self.state, self.is_last) = (State::Replying, true);
         Action::Refuse(code, head)
     }
 
