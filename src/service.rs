@@ -31,7 +31,7 @@ use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
 use crate::notify::Manager;
-use crate::provisioner::{CLOCK_IS_FAR_OFF_MS, Provisioner, Rules, Spending};
+use crate::provisioner::{CLOCK_IS_FAR_OFF_MS, Provisioner, Spending};
 use crate::server::Server;
 use crate::share::redis::RedisExchange;
 use crate::share::thread::{Parts, Thread};
@@ -269,13 +269,7 @@ impl<'c> Kept<'c> {
             sharing: self.share_record(stores, &publisher)?,
             publisher,
             signer: self.signer.clone(),
-            rules: Rules {
-                token_ttl_s: config.token_ttl_s,
-                reenroll: config.reenroll,
-                registered_only: config.enrolment == Some(config::Enrolment::Registered),
-                renew_revokes: config.renew_revokes,
-                renew_after_expiry_days: config.renew_after_expiry_days,
-            },
+            rules: config.rules.clone(),
             metrics: Arc::clone(&self.metrics),
             spending: Spending::default(),
         })
@@ -291,7 +285,7 @@ impl<'c> Kept<'c> {
         let publisher = Publisher::new(ca, config.crl_hook.clone(), metrics);
         let publisher = Arc::new(publisher.forgetting(retention));
         publisher.keep_fresh(clock::now());
-        if config.renew_revokes {
+        if config.rules.renew_revokes {
             publisher.load_superseded(clock::now());
         }
         publisher.try_record(clock::now());
@@ -322,7 +316,7 @@ impl<'c> Kept<'c> {
             store: Arc::clone(&stores.tokens),
             ledger: Arc::clone(&self.ledger),
             shares_record: redis.share_record,
-            reenroll: self.config.reenroll,
+            reenroll: self.config.rules.reenroll,
         });
         spawn("sharing", move || thread.run())?;
         failover.first(move || caught_up.catch_up(clock::now()));

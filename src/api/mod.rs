@@ -13,7 +13,6 @@ mod operations;
 mod page;
 mod rate_limit;
 mod refusals;
-mod renew;
 mod request;
 mod routes;
 mod sign_csr;
@@ -69,7 +68,9 @@ struct Settings {
 impl Settings {
     fn of(config: &Config, enrolment: Option<Enrolment>) -> Arc<Self> {
         let certificate = config.tls.as_deref().and_then(validity);
-        Arc::new(Settings { config: Config { enrolment, ..config.clone() }, certificate })
+        let mut config = config.clone();
+        config.rules.enrolment = enrolment;
+        Arc::new(Settings { config, certificate })
     }
 }
 
@@ -95,11 +96,11 @@ impl Api {
     pub fn new(provisioner: Arc<Provisioner>, config: &Config, metrics: Arc<Metrics>) -> Self {
         Api {
             provisioner,
-            settings: RwLock::new(Settings::of(config, config.enrolment)),
+            settings: RwLock::new(Settings::of(config, config.rules.enrolment)),
             with_key: RateLimit::new(config.http.onboarding_rate_limit),
             without_key: RateLimit::new(config.http.onboarding_rate_limit),
             auth_failures: RateLimit::new(config.http.auth_failures),
-            enrolment: config.enrolment,
+            enrolment: config.rules.enrolment,
             refusals: Refusals::new(),
             metrics,
         }

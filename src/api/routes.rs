@@ -7,7 +7,7 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Api, Plan, Request, certificates, devices, est, onboarding, operations, page, renew, sign_csr,
+    Api, Plan, Request, certificates, devices, est, onboarding, operations, page, sign_csr,
 };
 use crate::ca::record::Certificate;
 use crate::clock::Now;
@@ -116,7 +116,7 @@ pub(super) const ROUTES: &[Route] = routes! {
         "revoke a device (admin)";
     Delete "/api/v1/devices/{device_id}/certificates/{serial}" certificates::revoke_one,
         Certificate, AdminKey, &["reason"], "revoke one certificate (admin)";
-    Post "/api/v1/renew" renew::plan, Certificate, ClientCertificate, &["csr"],
+    Post "/api/v1/renew" sign_csr::renew, Certificate, ClientCertificate, &["csr"],
         "another certificate, by the present one";
     Get "/api/v1/ca" certificates::ca, Plain, None, &[], "the CA certificate";
     Get "/api/v1/devices/{device_id}" devices::show, Plain, AdminKey, &[],

@@ -1,8 +1,9 @@
-//! `POST /api/v1/sign-csr`: a certificate for a token.
+//! `POST /api/v1/sign-csr`: a certificate for a token; `POST /api/v1/renew`: another one for a device that
+//! shows the one it has.
 
 use serde_json::{Map, Value};
 
-use super::{Api, Asked, Plan};
+use super::{Api, Asked, Caller, Plan};
 use crate::ca::issuer::fingerprint;
 use crate::clock::{self, Now};
 use crate::http::{Json, Reply};
@@ -26,7 +27,14 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     Ok(Plan::Job(job, render))
 }
 
-pub(super) fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+pub(super) fn renew(api: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
+    let Caller::Certified(old) = &asked.caller else { return Err(Code::InternalError.into()) };
+    let csr = text(&asked.body, "csr").ok_or(Code::CsrRequired)?;
+    let job = api.provisioner.plan_renew(old.clone(), csr, asked.request.client)?;
+    Ok(Plan::Job(job, render))
+}
+
+fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Signed(signed) = done else { return Err(Code::InternalError.into()) };
     let leaf = &signed.leaf;
     let serial = leaf.serial.to_string();
@@ -43,7 +51,7 @@ pub(super) fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 }
 
 /// A text field of the body that is not blank.
-pub(super) fn text<'a>(body: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
+fn text<'a>(body: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
     body.get(name).and_then(Value::as_str).filter(|text| !text.trim().is_empty())
 }
 

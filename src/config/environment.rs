@@ -30,9 +30,6 @@ impl Environment {
 
     /// Adds the variables of a file: those of an earlier file give way to them, the environment does
     /// not.
-    ///
-    /// # Errors
-    /// When it is no text, or systemd would take its byte order mark for a part of the first name.
     pub fn add_file(&mut self, path: &Path, contents: &[u8]) -> Result<(), ConfigError> {
         if contents.starts_with(BYTE_ORDER_MARK) {
             let why = "begins with a byte order mark, for which systemd passes over its first line: \

@@ -37,7 +37,7 @@ pub use self::vars::ConfigError;
 
 use self::variables as var;
 use self::variables::Variable;
-use self::vars::Vars;
+use self::vars::{Vars, settings};
 
 /// Longest path of the folder for private sockets: `sun_path` holds 107 bytes, and we need 17 of
 /// them for a slash and a name.
@@ -46,87 +46,119 @@ pub const MAX_RUN_DIR_BYTES: usize = 90;
 /// The secret that the older service used when it was given none: anyone can look it up.
 const PUBLISHED_SECRET: &[u8] = b"mqtt-publisher-lite-secret-key-change-in-production";
 
-/// Everything that can be configured.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// The door to the network.
-    pub http: Http,
-    /// What we show over HTTPS, from the files that [`Http::tls`] names; nothing yet with `TLS=auto`.
-    pub tls: Option<Arc<CertifiedKey>>,
-    /// What is logged, and how.
-    pub log: Log,
+settings! {
+    /// Everything that can be configured.
+    Config, vars:
     /// Folder of everything that is kept.
-    pub data_dir: PathBuf,
+    data_dir: PathBuf = vars.path(&var::DATA_DIR)?;
+    /// The door to the network.
+    http: Http = Http::from_vars(vars)?;
+    /// What we show over HTTPS, from the files that [`Http::tls`] names; nothing yet with `TLS=auto`.
+    tls: Option<Arc<CertifiedKey>> = shown(vars, &http)?;
+    /// What is logged, and how.
+    log: Log = Log::from_vars(vars)?;
     /// Folder for the private sockets; at most [`MAX_RUN_DIR_BYTES`] long.
-    pub run_dir: PathBuf,
+    run_dir: PathBuf = run_dir(vars, &data_dir)?;
     /// The certificate authority.
-    pub ca: Ca,
-    /// Lifetime of a token, in seconds.
-    pub token_ttl_s: u64,
+    ca: Ca = Ca::from_vars(vars)?;
+    /// Who gets tokens and certificates, and for how long.
+    rules: Rules = Rules::from_vars(vars)?;
     /// Signs tokens; `None`: the one in the data folder, made if there is none.
-    pub jwt_secret: Option<Secret<Vec<u8>>>,
+    jwt_secret: Option<Secret<Vec<u8>>> = jwt_secret(vars)?;
     /// What onboarding asks for; `None`: it is open.
-    pub onboarding_api_key: Option<Secret>,
+    onboarding_api_key: Option<Secret> = api_key(vars, &var::ONBOARDING_API_KEY)?;
     /// What the admin endpoints ask for; if there is none, they are disabled.
-    pub admin_keys: Vec<AdminKey>,
-    /// Who may onboard, if that was said.
-    pub enrolment: Option<Enrolment>,
-    /// May a device that has an active certificate onboard again?
-    pub reenroll: Reenroll,
+    admin_keys: Vec<AdminKey> = admin_keys(vars)?;
     /// Whether there is a page for browsers.
-    pub page: bool,
+    page: bool = vars.choice(&var::PAGE, &[true, false])?;
     /// Where tokens are kept; `None`: in memory only.
-    pub redis: Option<Redis>,
+    redis: Option<Redis> = Redis::from_vars(vars)?;
     /// Which tokens are redeemed while Redis is away.
-    pub outage_redeem: OutageRedeem,
+    outage_redeem: OutageRedeem =
+        vars.choice(&var::OUTAGE_REDEEM, &[OutageRedeem::Own, OutageRedeem::None])?;
     /// Most tokens held in memory.
-    pub memory_max_tokens: usize,
+    memory_max_tokens: usize = vars.number(&var::MEMORY_MAX_TOKENS)?;
     /// Program to run after each new CRL.
-    pub crl_hook: Option<PathBuf>,
-    /// Renewal revokes the certificate that it replaces.
-    pub renew_revokes: bool,
-    /// For how many days after its expiry a certificate can be renewed.
-    pub renew_after_expiry_days: u32,
+    crl_hook: Option<PathBuf> = vars.optional_path(&var::CRL_HOOK)?;
     /// For how many days after its end a certificate stays in the record; 0: for good.
-    pub record_keep_days: u32,
+    record_keep_days: u32 = record_keep_days(vars)?;
     /// Who started us and wants to hear from us.
-    pub supervision: Supervision,
+    supervision: Supervision = Supervision::from_vars(vars)?;
     /// What the operator should know although it does not stop the start: one line each.
-    pub warnings: Vec<String>,
+    warnings: Vec<String> = vars.warnings();
     /// What counts, for `check-config`: a line `NAME=value` for each setting, of a secret only
     /// whether it is set. Without Redis `REDIS_ENABLED=false` is the only line about it.
-    pub shown: Vec<String>,
+    shown: Vec<String> = Vec::new();
 }
 
-/// The door to the network.
-#[derive(Clone, Debug)]
-pub struct Http {
+settings! {
+    /// The door to the network.
+    Http, vars:
     /// Address to listen on.
-    pub host: IpAddr,
+    host: IpAddr = listen_address(vars)?;
     /// Port to listen on.
-    pub port: u16,
+    port: u16 = port(vars)?;
+    /// `TLS=auto`: the files are ours to make, for these names; without any, for the machine's.
+    tls_auto: Option<Vec<String>> = tls::auto_names(vars)?;
     /// Serve HTTPS with these.
-    pub tls: Option<TlsFiles>,
-    /// `TLS=auto`: they are ours to make, for these names; without any, for the machine's.
-    pub tls_auto: Option<Vec<String>>,
+    tls: Option<TlsFiles> = tls::served(vars, tls_auto.is_some())?;
     /// Threads that answer requests.
-    pub workers: usize,
+    workers: usize = vars.number(&var::WORKERS)?;
     /// Most connections.
-    pub max_connections: usize,
+    max_connections: usize = vars.number(&var::MAX_CONNECTIONS)?;
     /// Most connections of one address.
-    pub max_connections_per_ip: usize,
+    max_connections_per_ip: usize = vars.number(&var::MAX_CONNECTIONS_PER_IP)?;
     /// Most bytes held for all clients together.
-    pub max_buffer_bytes: usize,
+    max_buffer_bytes: usize = vars.number(&var::MAX_BUFFER_BYTES)?;
     /// Longest pause between two requests of a connection.
-    pub keep_alive: Duration,
+    keep_alive: Duration = Duration::from_secs(vars.number(&var::KEEP_ALIVE_SECONDS)?);
     /// Longest time for a TLS handshake.
-    pub tls_handshake: Duration,
+    tls_handshake: Duration = Duration::from_secs(vars.number(&var::TLS_HANDSHAKE_SECONDS)?);
     /// Whose `X-Forwarded-For` is believed.
-    pub trusted_proxies: Vec<Cidr>,
+    trusted_proxies: Vec<Cidr> = vars.optional(&var::TRUSTED_PROXIES, cidrs)?.unwrap_or_default();
     /// Onboardings a minute and client address; 0: no limit.
-    pub onboarding_rate_limit: u32,
+    onboarding_rate_limit: u32 = vars.number(&var::ONBOARDING_RATE_LIMIT)?;
     /// Failed authentications a minute and client address; 0: no limit.
-    pub auth_failures: u32,
+    auth_failures: u32 = vars.number(&var::AUTH_FAILURES)?;
+}
+
+settings! {
+    /// What is logged, and how.
+    Log, vars:
+    /// How much.
+    level: LevelFilter = log_level(vars)?;
+    /// `RUST_LOG`, which wins over the level; it could be parsed.
+    filter: Option<String> = vars.optional(&var::RUST_LOG, |text| {
+        env_filter::Builder::new().try_parse(text).is_ok().then(|| text.to_owned())
+    })?;
+    /// In which form.
+    format: LogFormat = vars.choice(&var::LOG_FORMAT, &[LogFormat::Text, LogFormat::Json])?;
+}
+
+settings! {
+    /// The certificate authority.
+    Ca, vars:
+    /// Folder of its key, its certificate and the certificates it signed.
+    dir: PathBuf = ca_dir(vars)?;
+    /// Lifetime of a CA that we make.
+    root_validity_years: u32 = vars.number(&var::ROOT_CA_VALIDITY_YEARS)?;
+    /// Lifetime of a device's certificate.
+    device_validity_days: u32 = vars.number(&var::DEVICE_CERT_VALIDITY_DAYS)?;
+}
+
+settings! {
+    /// Who gets tokens and certificates, and for how long.
+    Rules, vars:
+    /// Lifetime of a token, in seconds.
+    token_ttl_s: u64 = vars.number(&var::PROVISIONING_TOKEN_TTL)?;
+    /// Who may onboard, if that was said.
+    enrolment: Option<Enrolment> = enrolment(vars)?;
+    /// May a device that has an active certificate onboard again?
+    reenroll: Reenroll = vars.choice(&var::REENROLL, &[Reenroll::Deny, Reenroll::Allow])?;
+    /// Renewal revokes the certificate that it replaces.
+    renew_revokes: bool = vars.flag(&var::RENEW_REVOKES)?;
+    /// For how many days after its expiry a certificate can be renewed.
+    renew_after_expiry_days: u32 = vars.number(&var::RENEW_AFTER_EXPIRY_DAYS)?;
 }
 
 /// A key of the admin endpoints.
@@ -147,17 +179,6 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// What is logged, and how.
-#[derive(Clone, Debug)]
-pub struct Log {
-    /// How much.
-    pub level: LevelFilter,
-    /// `RUST_LOG`, which wins over the level; it could be parsed.
-    pub filter: Option<String>,
-    /// In which form.
-    pub format: LogFormat,
-}
-
 /// The form of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -165,17 +186,6 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
-}
-
-/// The certificate authority.
-#[derive(Clone, Debug)]
-pub struct Ca {
-    /// Folder of its key, its certificate and the certificates it signed.
-    pub dir: PathBuf,
-    /// Lifetime of a CA that we make.
-    pub root_validity_years: u32,
-    /// Lifetime of a device's certificate.
-    pub device_validity_days: u32,
 }
 
 /// May a device that has an active certificate onboard again?
@@ -208,46 +218,15 @@ pub enum OutageRedeem {
 }
 
 impl Config {
-    /// Reads the configuration: `lookup` gives a variable, `read` the contents of a file.
-    ///
-    /// # Errors
-    /// The first value that is not allowed, or that does not go with another.
+    /// Reads the configuration: `lookup` gives a variable, `read` the contents of a file. It is refused
+    /// for the first value that is not allowed, or that does not go with another.
     pub fn from_lookup(
         lookup: impl Fn(&str) -> Option<OsString>,
         read: impl Fn(&Path) -> io::Result<Vec<u8>>,
     ) -> Result<Config, ConfigError> {
         let vars = Vars::new(&lookup, &read);
-        let mut warnings = Vec::new();
-        let data_dir = vars.path(&var::DATA_DIR)?;
-        let http = Http::from_vars(&vars)?;
-        let read = |files| tls::read(&vars, &var::TLS_CERT, &var::TLS_KEY, files);
-        let mut config = Config {
-            tls: http.tls.as_ref().filter(|_| http.tls_auto.is_none()).map(read).transpose()?,
-            http,
-            log: Log::from_vars(&vars)?,
-            run_dir: run_dir(&vars, &data_dir)?,
-            ca: Ca::from_vars(&vars, &data_dir)?,
-            data_dir,
-            token_ttl_s: vars.number(&var::PROVISIONING_TOKEN_TTL)?,
-            jwt_secret: jwt_secret(&vars, &mut warnings)?,
-            onboarding_api_key: api_key(&vars, &var::ONBOARDING_API_KEY)?,
-            admin_keys: admin_keys(&vars)?,
-            enrolment: enrolment(&vars)?,
-            reenroll: vars.choice(&var::REENROLL, &[Reenroll::Deny, Reenroll::Allow])?,
-            page: vars.choice(&var::PAGE, &[true, false])?,
-            redis: Redis::from_vars(&vars, &mut warnings)?,
-            outage_redeem: vars
-                .choice(&var::OUTAGE_REDEEM, &[OutageRedeem::Own, OutageRedeem::None])?,
-            memory_max_tokens: vars.number(&var::MEMORY_MAX_TOKENS)?,
-            crl_hook: vars.optional_path(&var::CRL_HOOK)?,
-            renew_revokes: vars.flag(&var::RENEW_REVOKES)?,
-            renew_after_expiry_days: vars.number(&var::RENEW_AFTER_EXPIRY_DAYS)?,
-            record_keep_days: record_keep_days(&vars)?,
-            supervision: Supervision::from_vars(&vars)?,
-            warnings,
-            shown: Vec::new(),
-        };
-        if config.enrolment == Some(Enrolment::Key) && config.onboarding_api_key.is_none() {
+        let mut config = Config::from_vars(&vars)?;
+        if config.rules.enrolment == Some(Enrolment::Key) && config.onboarding_api_key.is_none() {
             let reason = "ENROLMENT=key needs it";
             return Err(ConfigError::bare(var::ONBOARDING_API_KEY.name, reason));
         }
@@ -257,9 +236,6 @@ impl Config {
     }
 
     /// As [`Config::from_lookup`], with the notes on variables that count for nothing.
-    ///
-    /// # Errors
-    /// As there.
     pub fn from_environment(
         environment: &Environment,
         read: impl Fn(&Path) -> io::Result<Vec<u8>>,
@@ -287,7 +263,7 @@ impl Config {
     /// Who may onboard: if it was not said, whoever has the key where there is one.
     pub fn enrolment(&self) -> Enrolment {
         let by_key = self.onboarding_api_key.is_some();
-        self.enrolment.unwrap_or(if by_key { Enrolment::Key } else { Enrolment::Open })
+        self.rules.enrolment.unwrap_or(if by_key { Enrolment::Key } else { Enrolment::Open })
     }
 
     /// Keys and the page are, and another certificate; that there is one at all is fixed.
@@ -363,7 +339,7 @@ impl Config {
                 )
             }),
             if_so(
-                is_open && self.reenroll == Reenroll::Allow,
+                is_open && self.rules.reenroll == Reenroll::Allow,
                 "REENROLL=allow without ONBOARDING_API_KEY: whoever reaches the port gets a \
                  certificate in the name of any device; set the key",
             ),
@@ -392,9 +368,6 @@ impl Config {
 
 impl AdminKey {
     /// `ADMIN_API_KEY` alone, which is all that a client of the service needs.
-    ///
-    /// # Errors
-    /// When it is not allowed, or its file cannot be read.
     pub fn from_lookup(
         lookup: impl Fn(&str) -> Option<OsString>,
         read: impl Fn(&Path) -> io::Result<Vec<u8>>,
@@ -405,67 +378,15 @@ impl AdminKey {
 
 impl Http {
     /// Reads the door's own variables only, which is all that a health check needs.
-    ///
-    /// # Errors
-    /// The first value that is not allowed.
     pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Http, ConfigError> {
         Http::from_vars(&Vars::new(&lookup, &no_files))
-    }
-
-    fn from_vars(vars: &Vars<'_>) -> Result<Http, ConfigError> {
-        let host = vars.parsed(&var::HTTP_HOST, listen_address)?;
-        vars.show(&var::HTTP_HOST, host);
-        let (tls, tls_auto) = tls::served(vars)?;
-        Ok(Http {
-            host,
-            port: port(vars)?,
-            tls,
-            tls_auto,
-            workers: vars.number(&var::WORKERS)?,
-            max_connections: vars.number(&var::MAX_CONNECTIONS)?,
-            max_connections_per_ip: vars.number(&var::MAX_CONNECTIONS_PER_IP)?,
-            max_buffer_bytes: vars.number(&var::MAX_BUFFER_BYTES)?,
-            keep_alive: Duration::from_secs(vars.number(&var::KEEP_ALIVE_SECONDS)?),
-            tls_handshake: Duration::from_secs(vars.number(&var::TLS_HANDSHAKE_SECONDS)?),
-            trusted_proxies: vars.optional(&var::TRUSTED_PROXIES, cidrs)?.unwrap_or_default(),
-            onboarding_rate_limit: vars.number(&var::ONBOARDING_RATE_LIMIT)?,
-            auth_failures: vars.number(&var::AUTH_FAILURES)?,
-        })
-    }
-}
-
-impl Log {
-    fn from_vars(vars: &Vars<'_>) -> Result<Log, ConfigError> {
-        use LevelFilter::{Debug, Error, Info, Trace, Warn};
-        let is_filter = |text: &str| env_filter::Builder::new().try_parse(text).is_ok();
-        Ok(Log {
-            level: vars.choice(&var::LOG_LEVEL, &[Error, Warn, Info, Debug, Trace])?,
-            filter: vars
-                .optional(&var::RUST_LOG, |text| is_filter(text).then(|| text.to_owned()))?,
-            format: vars.choice(&var::LOG_FORMAT, &[LogFormat::Text, LogFormat::Json])?,
-        })
     }
 }
 
 impl Ca {
     /// Reads what concerns the CA only, which is all that signing a server's certificate needs.
-    ///
-    /// # Errors
-    /// The first value that is not allowed.
     pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Ca, ConfigError> {
-        let vars = Vars::new(&lookup, &no_files);
-        Ca::from_vars(&vars, &vars.path(&var::DATA_DIR)?)
-    }
-
-    fn from_vars(vars: &Vars<'_>, data_dir: &Path) -> Result<Ca, ConfigError> {
-        let dir = vars.optional_path(&var::CA_STORAGE_PATH)?;
-        let dir = dir.unwrap_or_else(|| data_dir.join("ca"));
-        vars.show(&var::CA_STORAGE_PATH, dir.display());
-        Ok(Ca {
-            dir,
-            root_validity_years: vars.number(&var::ROOT_CA_VALIDITY_YEARS)?,
-            device_validity_days: vars.number(&var::DEVICE_CERT_VALIDITY_DAYS)?,
-        })
+        Ca::from_vars(&Vars::new(&lookup, &no_files))
     }
 }
 
@@ -475,11 +396,32 @@ fn no_files(_: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// Names other than localhost are refused: to what they resolve may change under a running server.
-fn listen_address(text: &str) -> Option<IpAddr> {
-    if text.eq_ignore_ascii_case("localhost") {
-        return Some(Ipv4Addr::LOCALHOST.into());
-    }
-    text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text).parse().ok()
+fn listen_address(vars: &Vars<'_>) -> Result<IpAddr, ConfigError> {
+    let host = vars.parsed(&var::HTTP_HOST, |text| match text.to_ascii_lowercase().as_str() {
+        "localhost" => Some(Ipv4Addr::LOCALHOST.into()),
+        text => {
+            text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text).parse().ok()
+        }
+    })?;
+    vars.show(&var::HTTP_HOST, host);
+    Ok(host)
+}
+
+fn shown(vars: &Vars<'_>, http: &Http) -> Result<Option<Arc<CertifiedKey>>, ConfigError> {
+    let files = http.tls.as_ref().filter(|_| http.tls_auto.is_none());
+    files.map(|files| tls::read(vars, &var::TLS_CERT, &var::TLS_KEY, files)).transpose()
+}
+
+fn log_level(vars: &Vars<'_>) -> Result<LevelFilter, ConfigError> {
+    use LevelFilter::{Debug, Error, Info, Trace, Warn};
+    vars.choice(&var::LOG_LEVEL, &[Error, Warn, Info, Debug, Trace])
+}
+
+fn ca_dir(vars: &Vars<'_>) -> Result<PathBuf, ConfigError> {
+    let given = vars.optional_path(&var::CA_STORAGE_PATH)?;
+    let dir = given.map_or_else(|| Ok(vars.path(&var::DATA_DIR)?.join("ca")), Ok)?;
+    vars.show(&var::CA_STORAGE_PATH, dir.display());
+    Ok(dir)
 }
 
 fn port(vars: &Vars<'_>) -> Result<u16, ConfigError> {
@@ -526,33 +468,21 @@ fn record_keep_days(vars: &Vars<'_>) -> Result<u32, ConfigError> {
     Ok(renewed + 1)
 }
 
-fn jwt_secret(
-    vars: &Vars<'_>,
-    warnings: &mut Vec<String>,
-) -> Result<Option<Secret<Vec<u8>>>, ConfigError> {
-    for variable in [&var::JWT_SECRET, &var::PROVISIONING_JWT_SECRET] {
-        if let Some(secret) = vars.secret(variable)? {
-            return checked_jwt_secret(variable, secret, warnings).map(Some);
-        }
-    }
-    Ok(None)
-}
-
-fn checked_jwt_secret(
-    variable: &Variable,
-    secret: Secret<Vec<u8>>,
-    warnings: &mut Vec<String>,
-) -> Result<Secret<Vec<u8>>, ConfigError> {
+fn jwt_secret(vars: &Vars<'_>) -> Result<Option<Secret<Vec<u8>>>, ConfigError> {
+    let Some((Variable { name, .. }, secret)) =
+        vars.first_secret([&var::JWT_SECRET, &var::PROVISIONING_JWT_SECRET])?
+    else {
+        return Ok(None);
+    };
     if secret.matches(PUBLISHED_SECRET) {
         let reason =
             "must not be the published default of the older service: anyone can sign with it";
-        return Err(ConfigError::bare(variable.name, reason));
+        return Err(ConfigError::bare(*name, reason));
     }
     if secret.reveal().len() < 32 {
-        let name = variable.name;
-        warnings.push(format!("{name} is shorter than 32 bytes: it may be guessed from a token"));
+        vars.warn(format!("{name} is shorter than 32 bytes: it may be guessed from a token"));
     }
-    Ok(secret)
+    Ok(Some(secret))
 }
 
 fn api_key(vars: &Vars<'_>, variable: &Variable) -> Result<Option<Secret>, ConfigError> {

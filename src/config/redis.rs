@@ -15,7 +15,7 @@ use super::secret::{self, Secret};
 use super::tls::{self, certificates, certified_key};
 use super::variables as var;
 use super::variables::Variable;
-use super::vars::{ConfigError, Vars};
+use super::vars::{ConfigError, Vars, text_of};
 use super::{TlsFault, TlsFiles};
 
 const NEEDS_TLS: &str = "needs REDIS_TLS=true or a rediss:// URL";
@@ -109,59 +109,88 @@ pub struct RedisTls {
 impl Redis {
     /// Reads all `REDIS_…` variables; `None` if Redis is not to be used. Each is read also when it is
     /// not needed, so that a bad value shows at once.
-    pub(super) fn from_vars(
-        vars: &Vars<'_>,
-        warnings: &mut Vec<String>,
-    ) -> Result<Option<Redis>, ConfigError> {
+    pub(super) fn from_vars(vars: &Vars<'_>) -> Result<Option<Redis>, ConfigError> {
         let enabled = vars.flag(&var::REDIS_ENABLED)?;
-        let server = Server::from_vars(vars, warnings)?;
-        let is_a_redis = enabled && server.is_some();
+        let Server { at, login, db, tls: by_url } = Server::from_vars(vars)?;
+        let is_a_redis = enabled && at.is_some();
         // The URL may only add TLS: whoever asks for it must not be sent into the clear.
-        let spoken = vars.flag(&var::REDIS_TLS)? || server.as_ref().is_some_and(|s| s.tls);
-        let tls = tls(vars, spoken, is_a_redis)?;
-        let required = vars.flag(&var::REDIS_REQUIRED)?;
-        let wait_replicas = vars.number(&var::REDIS_WAIT_REPLICAS)?;
-        let key_prefix = key_prefix(vars)?;
-        let is_cluster = vars.flag(&var::REDIS_CLUSTER)?;
-        let timeout = Duration::from_millis(vars.number(&var::REDIS_TIMEOUT_MS)?);
-        let connect_timeout = Duration::from_millis(vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?);
-        let pool_size = vars.number(&var::REDIS_POOL_SIZE)?;
-        let share_record = vars.flag(&var::SHARE_RECORD)?;
-        let Some(Server { at, login, db, .. }) = server.filter(|_| enabled) else {
-            if enabled && is_cluster {
-                let reason = "needs REDIS_URL or REDIS_HOST";
-                return Err(ConfigError::new(&var::REDIS_CLUSTER, "true", reason));
-            }
-            if enabled && required {
-                let reason = "needs REDIS_URL, REDIS_HOST or REDIS_SENTINELS";
-                return Err(ConfigError::new(&var::REDIS_REQUIRED, "true", reason));
-            }
-            if enabled {
-                warnings.extend(parts_without_host(vars)?);
-            }
-            return Ok(None);
-        };
-        match at {
-            Place::Socket(_) if tls.is_some() => {
-                let reason = "must be false for a Unix socket, over which Redis speaks no TLS";
-                return Err(ConfigError::bare(var::REDIS_TLS.name, reason));
-            }
-            Place::Cluster(_) => check_cluster(db, &key_prefix)?,
-            Place::Host(_) | Place::Socket(_) | Place::Sentinels(_) => {}
-        }
-        Ok(Some(Redis {
-            at,
+        let spoken = vars.flag(&var::REDIS_TLS)? || by_url;
+        let redis = Redis {
+            // Nowhere, if none is named: it is not used then.
+            at: at.unwrap_or(Place::Cluster(Vec::new())),
             login,
             db,
-            tls,
-            required,
-            wait_replicas,
-            key_prefix,
-            timeout,
-            connect_timeout,
-            pool_size,
-            share_record,
-        }))
+            tls: tls(vars, spoken, is_a_redis)?,
+            required: vars.flag(&var::REDIS_REQUIRED)?,
+            wait_replicas: vars.number(&var::REDIS_WAIT_REPLICAS)?,
+            key_prefix: key_prefix(vars)?,
+            timeout: Duration::from_millis(vars.number(&var::REDIS_TIMEOUT_MS)?),
+            connect_timeout: Duration::from_millis(vars.number(&var::REDIS_CONNECT_TIMEOUT_MS)?),
+            pool_size: vars.number(&var::REDIS_POOL_SIZE)?,
+            share_record: vars.flag(&var::SHARE_RECORD)?,
+        };
+        let is_cluster = vars.flag(&var::REDIS_CLUSTER)?;
+        match () {
+            () if is_a_redis => redis.check(is_cluster)?,
+            () if enabled => redis.check_without_place(is_cluster, vars)?,
+            () => {}
+        }
+        Ok(is_a_redis.then_some(redis))
+    }
+
+    /// What does not go together. A cluster has no numbered databases; and braces in the prefix would be
+    /// taken for a hash tag, which is to be the device's.
+    fn check(&self, is_cluster: bool) -> Result<(), ConfigError> {
+        let (variable, reason) = match &self.at {
+            Place::Socket(_) if self.tls.is_some() => {
+                (&var::REDIS_TLS, "must be false for a Unix socket, over which Redis speaks no TLS")
+            }
+            Place::Socket(_) if is_cluster => (
+                &var::REDIS_CLUSTER,
+                "must be false for a Unix socket, since its nodes are at TCP ports",
+            ),
+            Place::Cluster(_) if self.db != 0 => {
+                (&var::REDIS_DB, "must be 0 when REDIS_CLUSTER is set")
+            }
+            Place::Cluster(_) if self.key_prefix.contains(['{', '}']) => {
+                (&var::REDIS_KEY_PREFIX, "must have no braces when REDIS_CLUSTER is set")
+            }
+            // Another kind of place has to say what these mean for it.
+            Place::Host(_) | Place::Socket(_) | Place::Sentinels(_) | Place::Cluster(_) => {
+                return Ok(());
+            }
+        };
+        Err(ConfigError::bare(variable.name, reason))
+    }
+
+    /// Whoever sets one of these means to have a Redis; how it is used, the rest may say for the day that
+    /// there is one.
+    fn check_without_place(&self, is_cluster: bool, vars: &Vars<'_>) -> Result<(), ConfigError> {
+        let parts = [
+            var::REDIS_PORT,
+            var::REDIS_USERNAME,
+            var::REDIS_PASSWORD,
+            var::REDIS_DB,
+            var::REDIS_TLS,
+            var::REDIS_TLS_CA,
+            var::REDIS_TLS_CERT,
+            var::REDIS_TLS_SERVER_NAME,
+        ];
+        let needs = |variable, what| Err(ConfigError::new(variable, "true", what));
+        match given_of(vars, &parts)? {
+            _ if is_cluster => needs(&var::REDIS_CLUSTER, "needs REDIS_URL or REDIS_HOST"),
+            _ if self.required => {
+                needs(&var::REDIS_REQUIRED, "needs REDIS_URL, REDIS_HOST or REDIS_SENTINELS")
+            }
+            list if !list.is_empty() => {
+                vars.warn(format!(
+                    "neither REDIS_URL nor REDIS_HOST is set, so tokens are kept in memory and these \
+                     are ignored: {list}"
+                ));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What counts, where the URL or a default has said it.
@@ -192,9 +221,6 @@ impl Login {
     }
 
     /// The password as it is now.
-    ///
-    /// # Errors
-    /// When its file cannot be read.
     pub fn current_password(&self) -> Result<Option<Secret>, String> {
         let Some(path) = &self.password_file else { return Ok(self.password.clone()) };
         let password = String::from_utf8(secret::of_file(read(path)?));
@@ -205,18 +231,12 @@ impl Login {
 
 impl RedisTls {
     /// The roots to trust, if they are not the public ones.
-    ///
-    /// # Errors
-    /// When the file cannot be read, or one of its certificates.
     pub fn read_roots(&self) -> Result<Option<RootCertStore>, String> {
         let Some(path) = &self.ca else { return Ok(None) };
         roots(&read(path)?).map(Some).map_err(|why| format!("REDIS_TLS_CA={path:?}: {why}"))
     }
 
     /// What we show of ourselves.
-    ///
-    /// # Errors
-    /// When the files cannot be read or used.
     pub fn read_certificate(&self) -> Result<Option<Arc<CertifiedKey>>, String> {
         let Some(TlsFiles { cert, key }) = &self.own else { return Ok(None) };
         let own = certified_key(&read(cert)?, &read(key)?).map_err(|fault| match fault {
@@ -229,10 +249,7 @@ impl RedisTls {
 
 impl Sentinels {
     fn from_vars(vars: &Vars<'_>) -> Result<Option<Self>, ConfigError> {
-        let list = |text: &str| {
-            text.split(',').map(|item| HostPort::parse(item.trim(), SENTINEL_PORT)).collect()
-        };
-        let known: Option<Vec<HostPort>> = vars.optional(&var::REDIS_SENTINELS, list)?;
+        let known = vars.optional(&var::REDIS_SENTINELS, |text| nodes(text, SENTINEL_PORT))?;
         let is_name = |name: &str| !name.contains(char::is_whitespace);
         let master = vars
             .parsed(&var::REDIS_SENTINEL_MASTER, |name| is_name(name).then(|| name.to_owned()))?;
@@ -266,35 +283,38 @@ impl fmt::Display for HostPort {
 
 /// What a URL can say: where Redis is and who we are there.
 struct Server {
-    at: Place,
+    at: Option<Place>,
     login: Login,
     db: i64,
     tls: bool,
 }
 
 impl Server {
-    fn from_vars(vars: &Vars<'_>, warnings: &mut Vec<String>) -> Result<Option<Self>, ConfigError> {
+    fn from_vars(vars: &Vars<'_>) -> Result<Self, ConfigError> {
         let sentinels = Sentinels::from_vars(vars)?;
-        let Some((variable, url)) = url(vars)? else { return Server::from_parts(vars, sentinels) };
-        if sentinels.is_some() {
-            return Err(beside_sentinels(variable));
+        let is_cluster = vars.flag(&var::REDIS_CLUSTER)?;
+        let url = vars.first_secret([&var::REDIS_URL, &var::REDIS_URI])?;
+        let (variable, server) = match url {
+            Some((variable, url)) => {
+                warn_of_ignored_parts(vars, variable)?;
+                let url = text_of(variable, url)?;
+                (variable, Server::from_url(variable, url.reveal(), is_cluster)?)
+            }
+            None => (&var::REDIS_HOST, Server::from_parts(vars, is_cluster)?),
+        };
+        match (&server.at, sentinels) {
+            (Some(_), Some(_)) => Err(beside_sentinels(variable)),
+            (None, Some(_)) if is_cluster => Err(beside_sentinels(&var::REDIS_CLUSTER)),
+            (None, Some(sentinels)) => {
+                Ok(Server { at: Some(Place::Sentinels(sentinels)), ..server })
+            }
+            (_, None) => Ok(server),
         }
-        warnings.extend(ignored_parts(vars, variable)?);
-        if !vars.flag(&var::REDIS_CLUSTER)? {
-            return Server::from_url(variable, url.reveal()).map(Some);
-        }
-        let (url, others) = first_and_others(url.reveal());
-        let server = Server::from_url(variable, &url)?;
-        let others = others.split(',').filter(|other| !other.is_empty());
-        let others = others.map(|other| HostPort::parse(other.trim(), REDIS_PORT));
-        let others = others.collect::<Option<Vec<_>>>();
-        let others = others.ok_or_else(|| ConfigError::new(variable, &url, variable.allowed))?;
-        Ok(Some(Server { at: cluster(server.at, others)?, ..server }))
     }
 
     /// Nothing of `text` goes into an error: a password may stand anywhere in a URL that is wrong.
-    fn from_url(variable: &Variable, text: &str) -> Result<Self, ConfigError> {
-        let read = read_url(text);
+    fn from_url(variable: &Variable, text: &str, is_cluster: bool) -> Result<Self, ConfigError> {
+        let read = read_url(text.trim(), is_cluster);
         let (mut server, user) =
             read.ok_or_else(|| ConfigError::new(variable, text, variable.allowed))?;
         // Mostly it is a password in the wrong place; it must not be shown as a user's name.
@@ -307,73 +327,25 @@ impl Server {
     fn new(at: Place, password: &str) -> Self {
         let password = Some(password).filter(|password| !password.is_empty());
         let password = password.map(|password| Secret::new(password.to_owned()));
-        Server { at, login: Login { password, ..Login::default() }, db: 0, tls: false }
+        Server { at: Some(at), login: Login { password, ..Login::default() }, db: 0, tls: false }
     }
 
-    fn from_parts(
-        vars: &Vars<'_>,
-        sentinels: Option<Sentinels>,
-    ) -> Result<Option<Self>, ConfigError> {
+    fn from_parts(vars: &Vars<'_>, is_cluster: bool) -> Result<Self, ConfigError> {
         let port = vars.number(&var::REDIS_PORT)?;
-        let is_cluster = vars.flag(&var::REDIS_CLUSTER)?;
-        let seeds = |text: &str| {
-            text.split(',').map(|item| HostPort::parse(item.trim(), port)).collect::<Option<_>>()
-        };
-        let named = vars.optional(&var::REDIS_HOST, |text| match text.starts_with('/') {
+        let at = vars.optional(&var::REDIS_HOST, |text| match text.starts_with('/') {
             true => socket(text),
-            false if is_cluster => seeds(text).map(Place::Cluster),
+            false if is_cluster => nodes(text, port).map(Place::Cluster),
             false => Some(Place::Host(HostPort { host: host(text)?, port })),
         })?;
         let login = Login::from_vars(vars, &var::REDIS_USERNAME, &var::REDIS_PASSWORD)?;
         let db = vars.number::<u32>(&var::REDIS_DB)?.into();
-        if named.is_some() && sentinels.is_some() {
-            return Err(beside_sentinels(&var::REDIS_HOST));
-        }
-        if is_cluster && sentinels.is_some() {
-            return Err(beside_sentinels(&var::REDIS_CLUSTER));
-        }
-        let named = match named {
-            Some(place) if is_cluster => Some(cluster(place, vec![])?),
-            named => named,
-        };
-        let at = named.or(sentinels.map(Place::Sentinels));
-        Ok(at.map(|at| Server { at, login, db, tls: false }))
+        Ok(Server { at, login, db, tls: false })
     }
 }
 
-/// A URL may name several nodes of a cluster, with commas between. Nothing of a password is taken for one.
-fn first_and_others(url: &str) -> (String, String) {
-    let hosts = url.rfind('@').map_or_else(|| url.find("://").map_or(0, |at| at + 3), |at| at + 1);
-    let (before, rest) = url.split_at(hosts);
-    let (list, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-    let (first, others) = list.split_once(',').unwrap_or((list, ""));
-    (format!("{before}{first}{path}"), others.to_owned())
-}
-
-/// The place of a cluster, of which these nodes are named.
-fn cluster(first: Place, others: Vec<HostPort>) -> Result<Place, ConfigError> {
-    match first {
-        Place::Host(first) => Ok(Place::Cluster([vec![first], others].concat())),
-        Place::Socket(_) => {
-            let reason = "must be false for a Unix socket, since its nodes are at TCP ports";
-            Err(ConfigError::bare(var::REDIS_CLUSTER.name, reason))
-        }
-        place @ (Place::Sentinels(_) | Place::Cluster(_)) => Ok(place),
-    }
-}
-
-/// A cluster has no numbered databases; and braces in the prefix would be taken for a hash tag, which is
-/// to be the device's.
-fn check_cluster(db: i64, key_prefix: &str) -> Result<(), ConfigError> {
-    if db != 0 {
-        let reason = "must be 0 when REDIS_CLUSTER is set";
-        return Err(ConfigError::bare(var::REDIS_DB.name, reason));
-    }
-    if key_prefix.contains(['{', '}']) {
-        let reason = "must have no braces when REDIS_CLUSTER is set";
-        return Err(ConfigError::bare(var::REDIS_KEY_PREFIX.name, reason));
-    }
-    Ok(())
+/// Servers with commas between.
+fn nodes(text: &str, default_port: u16) -> Option<Vec<HostPort>> {
+    text.split(',').map(|item| HostPort::parse(item.trim(), default_port)).collect()
 }
 
 fn beside_sentinels(variable: &Variable) -> ConfigError {
@@ -381,45 +353,16 @@ fn beside_sentinels(variable: &Variable) -> ConfigError {
     ConfigError::bare(var::REDIS_SENTINELS.name, reason)
 }
 
-/// The URL and the variable that holds it.
-fn url(vars: &Vars<'_>) -> Result<Option<(&'static Variable, Secret)>, ConfigError> {
-    for variable in [&var::REDIS_URL, &var::REDIS_URI] {
-        if let Some(url) = vars.secret_text(variable)? {
-            return Ok(Some((variable, url)));
-        }
-    }
-    Ok(None)
-}
-
 /// The parts are not even looked into: Kubernetes puts a `REDIS_PORT=tcp://…` of its own beside a
 /// service that is called redis.
-fn ignored_parts(vars: &Vars<'_>, url: &Variable) -> Result<Option<String>, ConfigError> {
+fn warn_of_ignored_parts(vars: &Vars<'_>, url: &Variable) -> Result<(), ConfigError> {
     let parts =
         [var::REDIS_HOST, var::REDIS_PORT, var::REDIS_USERNAME, var::REDIS_PASSWORD, var::REDIS_DB];
     let list = given_of(vars, &parts)?;
-    Ok((!list.is_empty()).then(|| format!("{} is set, so these are ignored: {list}", url.name)))
-}
-
-/// Whoever sets one of these means to have a Redis; how it is used, the rest may say for the day that
-/// there is one.
-fn parts_without_host(vars: &Vars<'_>) -> Result<Option<String>, ConfigError> {
-    let parts = [
-        var::REDIS_PORT,
-        var::REDIS_USERNAME,
-        var::REDIS_PASSWORD,
-        var::REDIS_DB,
-        var::REDIS_TLS,
-        var::REDIS_TLS_CA,
-        var::REDIS_TLS_CERT,
-        var::REDIS_TLS_SERVER_NAME,
-    ];
-    let list = given_of(vars, &parts)?;
-    Ok((!list.is_empty()).then(|| {
-        format!(
-            "neither REDIS_URL nor REDIS_HOST is set, so tokens are kept in memory and these are \
-             ignored: {list}"
-        )
-    }))
+    if !list.is_empty() {
+        vars.warn(format!("{} is set, so these are ignored: {list}", url.name));
+    }
+    Ok(())
 }
 
 /// Names those of the variables that are set, or whose `<NAME>_FILE` is.
@@ -435,36 +378,33 @@ fn given_of(vars: &Vars<'_>, variables: &[Variable]) -> Result<String, ConfigErr
 
 /// What a URL says, and the user's name, empty if there is none. `None` if anything in it is not
 /// understood.
-fn read_url(text: &str) -> Option<(Server, String)> {
-    let url = redis::parse_redis_url(text)?;
+fn read_url(text: &str, is_cluster: bool) -> Option<(Server, String)> {
+    let (scheme, rest) = text.split_once("://")?;
     // SECURITY: elsewhere `#insecure` is leave not to check the server's name.
-    if url.fragment().is_some() {
+    if rest.contains('#') {
         return None;
     }
-    let tls = match url.scheme() {
+    let tls = match scheme.to_ascii_lowercase().as_str() {
         "redis" | "valkey" => false,
         "rediss" | "valkeys" => true,
-        "unix" | "redis+unix" => {
-            let no_host = url.host_str().unwrap_or_default().is_empty();
-            let query = url.query().unwrap_or_default();
-            return no_host.then(|| read_socket_url(url.path(), query)).flatten();
-        }
+        "unix" | "redis+unix" => return read_socket_url(rest),
         _ => return None,
     };
-    if url.query().is_some() {
-        return None;
-    }
-    let port = Some(url.port().unwrap_or(REDIS_PORT)).filter(|port| *port != 0)?;
-    let at = Place::Host(HostPort { host: host(url.host_str()?)?, port });
-    let server = Server::new(at, &decoded(url.password().unwrap_or_default())?);
-    let db = match url.path().trim_matches('/') {
-        "" => 0,
-        number => database(number)?,
+    let (login, rest) = rest.rsplit_once('@').unwrap_or(("", rest));
+    let (user, password) = login.split_once(':').unwrap_or((login, ""));
+    let (hosts, db) = rest.split_once('/').unwrap_or((rest, ""));
+    let at = match is_cluster {
+        true => Place::Cluster(nodes(hosts, REDIS_PORT)?),
+        false => Place::Host(HostPort::parse(hosts, REDIS_PORT)?),
     };
-    Some((Server { db, tls, ..server }, decoded(url.username())?))
+    let db = if db.is_empty() { 0 } else { database(db)? };
+    let is_encoded = !login.contains(['/', '?']);
+    let server = Server { db, tls, ..Server::new(at, &decoded(password)?) };
+    is_encoded.then_some((server, decoded(user)?))
 }
 
-fn read_socket_url(path: &str, query: &str) -> Option<(Server, String)> {
+fn read_socket_url(text: &str) -> Option<(Server, String)> {
+    let (path, query) = text.split_once('?').unwrap_or((text, ""));
     let (mut user, mut password, mut db) = (String::new(), String::new(), 0);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         match pair.split_once('=')? {

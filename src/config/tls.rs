@@ -29,26 +29,27 @@ pub enum TlsFault {
 }
 
 /// The names with which `TLS=auto` has a certificate made.
-type AutoNames = Option<Vec<String>>;
-
-/// The files of what we show over HTTPS, if we serve that, and whether they are ours to make.
-pub(super) fn served(vars: &Vars<'_>) -> Result<(Option<TlsFiles>, AutoNames), ConfigError> {
-    let files = files(vars, &var::TLS_CERT, &var::TLS_KEY)?;
+pub(super) fn auto_names(vars: &Vars<'_>) -> Result<Option<Vec<String>>, ConfigError> {
     let is_auto =
         vars.optional(&var::TLS, |text| text.eq_ignore_ascii_case("auto").then_some(()))?;
-    let names = vars.optional(&var::TLS_NAMES, names)?;
-    match (files, is_auto, names) {
-        (files, None, None) => Ok((files, None)),
-        (None, Some(()), names) => {
-            let dir = vars.path(&var::DATA_DIR)?.join("tls");
-            let files = TlsFiles { cert: dir.join("server.crt"), key: dir.join("server.key") };
-            Ok((Some(files), Some(names.unwrap_or_default())))
-        }
-        (Some(_), Some(()), _) => {
-            Err(ConfigError::new(&var::TLS, "auto", "must be unset when TLS_CERT is set"))
-        }
-        (_, None, Some(_)) => Err(ConfigError::bare(var::TLS_NAMES.name, "needs TLS=auto")),
+    match (is_auto, vars.optional(&var::TLS_NAMES, names)?) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(ConfigError::bare(var::TLS_NAMES.name, "needs TLS=auto")),
+        (Some(()), names) => Ok(Some(names.unwrap_or_default())),
     }
+}
+
+/// The files of what we show over HTTPS, if we serve that.
+pub(super) fn served(vars: &Vars<'_>, is_auto: bool) -> Result<Option<TlsFiles>, ConfigError> {
+    let files = files(vars, &var::TLS_CERT, &var::TLS_KEY)?;
+    if !is_auto {
+        return Ok(files);
+    }
+    if files.is_some() {
+        return Err(ConfigError::new(&var::TLS, "auto", "must be unset when TLS_CERT is set"));
+    }
+    let dir = vars.path(&var::DATA_DIR)?.join("tls");
+    Ok(Some(TlsFiles { cert: dir.join("server.crt"), key: dir.join("server.key") }))
 }
 
 fn names(text: &str) -> Option<Vec<String>> {
@@ -88,10 +89,8 @@ pub(super) fn read(
     })
 }
 
-/// What a server shows, from the contents of two PEM files.
-///
-/// # Errors
-/// The first fault of the certificates, else of the key, else of the two together.
+/// What a server shows, from the contents of two PEM files; or the first fault of the certificates, else
+/// of the key, else of the two together.
 pub fn certified_key(cert: &[u8], key: &[u8]) -> Result<Arc<CertifiedKey>, TlsFault> {
     let chain = certificates(cert).map_err(TlsFault::Certificate)?;
     let key = signing_key(key).map_err(TlsFault::Key)?;
@@ -104,9 +103,6 @@ pub fn certified_key(cert: &[u8], key: &[u8]) -> Result<Arc<CertifiedKey>, TlsFa
 }
 
 /// All certificates of a PEM file, at least one.
-///
-/// # Errors
-/// Why there is none, or one cannot be read.
 pub fn certificates(file: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let text = pem::text(file).ok_or_else(|| not_pem(file, "openssl x509 -inform DER"))?;
     let blocks = pem::blocks(&text).ok_or(NOT_WHOLE)?;

@@ -63,12 +63,39 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
+/// Settings, each with what it is and how it is read, by what those before it say, too: they become a
+/// structure that reads itself.
+macro_rules! settings {
+    (
+        $(#[$about:meta])* $name:ident, $vars:ident:
+        $($(#[$what:meta])* $field:ident: $type:ty = $read:expr;)*
+    ) => {
+        $(#[$about])*
+        #[derive(Clone, Debug)]
+        pub struct $name {
+            $($(#[$what])* pub $field: $type,)*
+        }
+
+        impl $name {
+            fn from_vars($vars: &Vars<'_>) -> Result<Self, ConfigError> {
+                $(let $field = $read;)*
+                Ok($name { $($field),* })
+            }
+        }
+    };
+}
+pub(super) use settings;
+
+/// A secret, and the variable that has it.
+type Found = (&'static Variable, Secret<Vec<u8>>);
+
 /// The environment and the files that it names.
 pub(super) struct Vars<'a> {
     lookup: &'a dyn Fn(&str) -> Option<OsString>,
     read: &'a dyn Fn(&Path) -> io::Result<Vec<u8>>,
     /// What counts, as `check-config` shows it.
     shown: RefCell<BTreeMap<&'static str, String>>,
+    warnings: RefCell<Vec<String>>,
 }
 
 impl<'a> Vars<'a> {
@@ -76,7 +103,7 @@ impl<'a> Vars<'a> {
         lookup: &'a dyn Fn(&str) -> Option<OsString>,
         read: &'a dyn Fn(&Path) -> io::Result<Vec<u8>>,
     ) -> Self {
-        Vars { lookup, read, shown: RefCell::default() }
+        Vars { lookup, read, shown: RefCell::default(), warnings: RefCell::default() }
     }
 
     /// What counts of a variable is this, not what was typed. Control characters are escaped: a
@@ -91,6 +118,16 @@ impl<'a> Vars<'a> {
         }
         let shown = if shown.is_empty() { "(unset)".to_owned() } else { shown };
         self.shown.borrow_mut().insert(variable.name, shown);
+    }
+
+    /// The operator should know of this, although it does not stop the start.
+    pub fn warn(&self, warning: String) {
+        self.warnings.borrow_mut().push(warning);
+    }
+
+    /// What was warned of.
+    pub fn warnings(&self) -> Vec<String> {
+        self.warnings.take()
     }
 
     /// Another variable says more.
@@ -203,12 +240,22 @@ impl<'a> Vars<'a> {
         Ok(found)
     }
 
+    /// The first of these that is set.
+    pub fn first_secret<const N: usize>(
+        &self,
+        variables: [&'static Variable; N],
+    ) -> Result<Option<Found>, ConfigError> {
+        for variable in variables {
+            if let Some(secret) = self.secret(variable)? {
+                return Ok(Some((variable, secret)));
+            }
+        }
+        Ok(None)
+    }
+
     /// A secret that is text.
     pub fn secret_text(&self, variable: &Variable) -> Result<Option<Secret>, ConfigError> {
-        let Some(secret) = self.secret(variable)? else { return Ok(None) };
-        let text = String::from_utf8(secret.reveal().clone())
-            .map_err(|_| ConfigError::bare(variable.name, "must be UTF-8"))?;
-        Ok(Some(Secret::new(text)))
+        self.secret(variable)?.map(|secret| text_of(variable, secret)).transpose()
     }
 
     /// What the file holds that `variable` names.
@@ -230,4 +277,10 @@ impl<'a> Vars<'a> {
         }
         Ok(Secret::new(bytes))
     }
+}
+
+/// A secret as text.
+pub(super) fn text_of(variable: &Variable, secret: Secret<Vec<u8>>) -> Result<Secret, ConfigError> {
+    let text = String::from_utf8(secret.reveal().clone());
+    text.map(Secret::new).map_err(|_| ConfigError::bare(variable.name, "must be UTF-8"))
 }

@@ -412,7 +412,7 @@ mod tests {
     use crate::jwt::{Claims, Signer, Token, TokenHash};
     use crate::locks::locked;
     use crate::metrics::Metrics;
-    use crate::provisioner::{Redemption, Rules, Spending};
+    use crate::provisioner::{Redemption, Spending};
     use crate::share::{Mode, Sharing};
     use crate::store::ledger::Ledger;
     use crate::store::{Status, TokenStore};
@@ -460,10 +460,10 @@ mod tests {
             root_validity_years: 10,
             device_validity_days: 90,
         };
-        let rules = Rules {
+        let rules = config::Rules {
             token_ttl_s: 300,
+            enrolment: None,
             reenroll: config::Reenroll::Deny,
-            registered_only: false,
             renew_revokes: true,
             renew_after_expiry_days: 0,
         };
@@ -585,7 +585,7 @@ mod tests {
     fn a_registration_whose_use_cannot_be_written_is_used_up_all_the_same() {
         let (dir, now) = (TestDir::new(), clock::now());
         let mut provisioner = provisioner(&dir, Arc::default(), now);
-        provisioner.rules.registered_only = true;
+        provisioner.rules.enrolment = Some(config::Enrolment::Registered);
         let device = DeviceId::parse("d").unwrap();
         let edit = Edit { register: Some(None), ..Edit::default() };
         let maker = Maker { name: None, instance: Instance([1; 16]), now };

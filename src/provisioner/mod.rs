@@ -23,7 +23,7 @@ use crate::ca::publisher::Publisher;
 use crate::ca::record::{Certificate, Reason};
 use crate::ca::{Ca, CaError};
 use crate::clock::Now;
-use crate::config::{Enrolment, Reenroll};
+use crate::config::{Enrolment, Reenroll, Rules};
 use crate::device::DeviceId;
 use crate::devices::enrol::{Edit, Shown};
 use crate::devices::secret::NewSecret;
@@ -66,21 +66,6 @@ pub struct Provisioner {
 /// but what it has used up could not be written.
 #[derive(Debug, Default)]
 pub struct Spending(Mutex<BTreeMap<DeviceId, Option<Row>>>);
-
-/// What the configuration says of tokens and certificates.
-#[derive(Clone, Copy, Debug)]
-pub struct Rules {
-    /// Lifetime of a token in seconds.
-    pub token_ttl_s: u64,
-    /// May a device that has an active certificate onboard again?
-    pub reenroll: Reenroll,
-    /// Only registered devices enrol: a token is worth nothing once the registration is used.
-    pub registered_only: bool,
-    /// Renewal revokes the certificate that it replaces.
-    pub renew_revokes: bool,
-    /// For how many days after its expiry a certificate can be renewed.
-    pub renew_after_expiry_days: u32,
-}
 
 /// What was asked for, after all checks that need no store.
 #[derive(Debug)]

@@ -12,6 +12,7 @@ use crate::ca::identity;
 use crate::ca::issuer::Leaf;
 use crate::ca::record::{Certificate, Entries, Origin, RecordError, Redeemed, Renewal, Spent};
 use crate::clock::{self, Now};
+use crate::config::Enrolment;
 use crate::device::DeviceId;
 use crate::devices::Row;
 use crate::devices::enrol::Stage;
@@ -127,7 +128,9 @@ impl Provisioner {
         redeem.row = std::mem::take(&mut redeem.row).merge(self.devices.row(device));
         redeem.spends = redeem.row.spend(now.unix_s());
         if redeem.spends.is_none() {
-            if self.rules.registered_only && redeem.row.stage(now.unix_s()) == Stage::Spent {
+            // Only registered devices enrol: a token is worth nothing once the registration is used.
+            let is_closed = self.rules.enrolment == Some(Enrolment::Registered);
+            if is_closed && redeem.row.stage(now.unix_s()) == Stage::Spent {
                 return Err(Code::TokenAlreadyUsed);
             }
             if !self.may_reenroll() && entries.has_active(device, now) {

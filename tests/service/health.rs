@@ -16,7 +16,7 @@ use mqtt_publisher_lite::devices::table::Devices;
 use mqtt_publisher_lite::http::Method;
 use mqtt_publisher_lite::jwt::Signer;
 use mqtt_publisher_lite::metrics::Metrics;
-use mqtt_publisher_lite::provisioner::{Provisioner, Rules, Spending};
+use mqtt_publisher_lite::provisioner::{Provisioner, Spending};
 use mqtt_publisher_lite::share::{Mode, Sharing};
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
@@ -203,13 +203,6 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
     std::fs::create_dir_all(&settings.dir).unwrap();
     let ca = Arc::new(Ca::open(&settings, clock::now()).unwrap());
     let ledger = Arc::new(Ledger::new(1));
-    let rules = Rules {
-        token_ttl_s: config.token_ttl_s,
-        reenroll: config.reenroll,
-        registered_only: false,
-        renew_revokes: config.renew_revokes,
-        renew_after_expiry_days: config.renew_after_expiry_days,
-    };
     let metrics = Arc::new(Metrics::new(api::endpoints()));
     let devices = Devices::open(&dir.path().join("devices.txt"), Instance([0; 16]), clock::now());
     let devices = Arc::new(devices.unwrap());
@@ -226,7 +219,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
         publisher: Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
         sharing: Arc::new(Sharing::new(Mode::Alone)),
         signer,
-        rules,
+        rules: config.rules.clone(),
         metrics: Arc::clone(&metrics),
         spending: Spending::default(),
     };
