@@ -3,6 +3,7 @@
 //! Written by hand, because there are few commands and options. All settings are environment variables;
 //! the command line has none, so that no secret can get into a process list.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
@@ -42,63 +43,83 @@ pub enum Command {
 }
 
 /// The arguments of `device`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// What is to be done.
-    pub action: Action,
-    /// To which devices.
-    pub ids: Vec<String>,
-    /// The registration ends in so many days.
-    pub expires_days: Option<u64>,
-    /// Lifetime of the certificate, in days.
-    pub cert_days: Option<u64>,
-    /// A note for people.
-    pub note: Option<String>,
-    /// A table instead of text.
-    pub csv: bool,
-    /// Only devices of this state.
-    pub state: Option<String>,
-    /// Only those whose certificate ends within so many days.
-    pub expires_within: Option<String>,
-    /// Block it, too.
-    pub block: bool,
-    /// The server, if it is not on this machine.
-    pub url: Option<String>,
-    /// The CA of its certificate.
-    pub ca: Option<PathBuf>,
+    /// What is to be done: a name of [`ACTIONS`].
+    pub action: &'static str,
+    /// With what; the rest are the devices.
+    pub options: Options,
 }
 
-/// What is to be done with devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Action {
-    /// Register them, each with a secret.
-    Add,
-    /// List them.
-    #[default]
-    List,
-    /// Show one.
-    Show,
-    /// Block them.
-    Block,
-    /// Unblock them.
-    Unblock,
-    /// Forget their registrations.
-    Remove,
-    /// Revoke their certificates.
-    Revoke,
+/// What can be done with devices, each with the options that it has beside `--url` and `--ca`.
+const ACTIONS: [(&str, &[&str]); 7] = [
+    ("add", &["--expires", "--days", "--note", "--csv"]),
+    ("list", &["--state", "--expires-within", "--csv"]),
+    ("show", &[]),
+    ("block", &[]),
+    ("unblock", &[]),
+    ("remove", &[]),
+    ("revoke", &["--block"]),
+];
+
+/// Options that have no value.
+const FLAGS: [&str; 3] = ["--csv", "--block", "--force"];
+
+/// What stands behind a command.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// The last value of each option; of a flag an empty one.
+    given: BTreeMap<String, String>,
+    /// What is no option.
+    pub rest: Vec<String>,
 }
 
-impl Action {
-    /// Its name, and the options that it has beside `--url` and `--ca`.
-    const ALL: [(&str, Action, &[&str]); 7] = [
-        ("add", Action::Add, &["--expires", "--days", "--note", "--csv"]),
-        ("list", Action::List, &["--state", "--expires-within", "--csv"]),
-        ("show", Action::Show, &[]),
-        ("block", Action::Block, &[]),
-        ("unblock", Action::Unblock, &[]),
-        ("remove", Action::Remove, &[]),
-        ("revoke", Action::Revoke, &["--block"]),
-    ];
+impl Options {
+    fn read(
+        mut args: impl Iterator<Item = String>,
+        known: impl Fn(&str) -> bool,
+    ) -> Result<Self, UsageError> {
+        let mut options = Options::default();
+        while let Some(arg) = args.next() {
+            let (option, value) = match arg.split_once('=') {
+                Some((option, value)) => (option, Some(value.to_owned())),
+                None => (arg.as_str(), None),
+            };
+            let is_flag = FLAGS.contains(&option);
+            if !arg.starts_with("--") {
+                options.rest.push(arg);
+            } else if !known(option) || (is_flag && value.is_some()) {
+                return Err(UsageError(format!("unknown option {arg:?}")));
+            } else {
+                let value =
+                    if is_flag { String::new() } else { value_of(option, value, &mut args)? };
+                options.given.insert(option.to_owned(), value);
+            }
+        }
+        Ok(options)
+    }
+
+    /// Whether the flag was given.
+    pub fn has(&self, option: &str) -> bool {
+        self.given.contains_key(option)
+    }
+
+    /// The value of an option.
+    pub fn text(&self, option: &str) -> Option<&str> {
+        self.given.get(option).map(String::as_str)
+    }
+
+    /// The value as a number of days.
+    pub fn days(&self, option: &str) -> Result<Option<u32>, UsageError> {
+        let read = |text: &str| {
+            text.parse().ok().filter(|days| (1..=MAX_DAYS).contains(days)).ok_or_else(|| {
+                UsageError(format!(
+                    "{option} must be a whole number from 1 to {MAX_DAYS}, not {text:?}"
+                ))
+            })
+        };
+        self.text(option).map(read).transpose()
+    }
 }
 
 /// The arguments of `server-certificate`.
@@ -132,9 +153,6 @@ const ENV_FILE: &str = "--env-file";
 const MAX_DAYS: u32 = 36_500;
 
 /// Reads the arguments, the program's own name left out.
-///
-/// # Errors
-/// The first argument that is not understood.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Arguments, UsageError> {
     let args: Result<Vec<String>, _> = args.into_iter().map(OsString::into_string).collect();
     let args = args.map_err(|arg| UsageError(format!("{arg:?} is not UTF-8")))?;
@@ -182,77 +200,39 @@ fn command(args: Vec<String>) -> Result<Command, UsageError> {
     }
 }
 
-fn server_certificate(
-    mut args: impl Iterator<Item = String>,
-) -> Result<ServerCertificate, UsageError> {
-    let mut parsed = ServerCertificate::default();
-    let mut out = None;
-    while let Some(arg) = args.next() {
-        let (option, value) = match arg.split_once('=') {
-            Some((option, value)) => (option, Some(value.to_owned())),
-            None => (arg.as_str(), None),
-        };
-        match option {
-            "--days" => parsed.days = Some(days(option, &value_of(option, value, &mut args)?)?),
-            "--out" => out = Some(value_of(option, value, &mut args)?),
-            "--renew" => {
-                (parsed.renew, parsed.out) = (true, value_of(option, value, &mut args)?.into());
-            }
-            "--force" if value.is_none() => parsed.force = true,
-            _ if arg.starts_with('-') => {
-                return Err(UsageError(format!("unknown option {arg:?}")));
-            }
-            _ => parsed.names.push(arg),
+fn server_certificate(args: impl Iterator<Item = String>) -> Result<ServerCertificate, UsageError> {
+    let known = ["--days", "--out", "--renew", "--force"];
+    let options = Options::read(args, |option| known.contains(&option))?;
+    let (renew, out) = (options.text("--renew"), options.text("--out"));
+    let out = match (renew, options.rest.is_empty(), out) {
+        (None, false, out) => Ok(out.unwrap_or(".")),
+        (Some(dir), true, None) => Ok(dir),
+        (Some(_), _, _) => Err("--renew DIR keeps the names and the folder: it takes neither"),
+        (None, true, _) => {
+            Err("server-certificate needs a DNS name or an IP address of the server")
         }
-    }
-    let text = match (parsed.renew, parsed.names.is_empty(), out) {
-        (false, false, out) => {
-            parsed.out = out.unwrap_or_else(|| ".".to_owned()).into();
-            return Ok(parsed);
-        }
-        (true, true, None) => return Ok(parsed),
-        (true, _, _) => "--renew DIR keeps the names and the folder: it takes neither",
-        (false, true, _) => "server-certificate needs a DNS name or an IP address of the server",
     };
-    Err(UsageError(text.to_owned()))
+    Ok(ServerCertificate {
+        out: out.map_err(|why| UsageError(why.to_owned()))?.into(),
+        days: options.days("--days")?,
+        renew: renew.is_some(),
+        force: options.has("--force"),
+        names: options.rest,
+    })
 }
 
 fn device(mut args: impl Iterator<Item = String>) -> Result<Device, UsageError> {
     let given = args.next().unwrap_or_default();
-    let known = Action::ALL.iter().find(|(name, ..)| *name == given);
-    let (_, action, options) = known.ok_or_else(|| {
-        let names = Action::ALL.map(|(name, ..)| name).join(", ");
+    let known = ACTIONS.iter().find(|(name, _)| *name == given);
+    let (action, own) = known.ok_or_else(|| {
+        let names = ACTIONS.map(|(name, _)| name).join(", ");
         UsageError(format!("device needs one of {names}, not {given:?}"))
     })?;
-    let mut parsed = Device { action: *action, ..Device::default() };
-    while let Some(arg) = args.next() {
-        let (option, value) = match arg.split_once('=') {
-            Some((option, value)) => (option, Some(value.to_owned())),
-            None => (arg.as_str(), None),
-        };
-        if !arg.starts_with("--") {
-            parsed.ids.push(arg);
-            continue;
-        }
-        if !["--url", "--ca"].iter().chain(*options).any(|known| *known == option) {
-            return Err(UsageError(format!("device {given} has no option {option:?}")));
-        }
-        let mut value = || value_of(option, value.clone(), &mut args);
-        match option {
-            "--csv" => parsed.csv = true,
-            "--block" => parsed.block = true,
-            "--expires" => parsed.expires_days = Some(days(option, &value()?)?.into()),
-            "--days" => parsed.cert_days = Some(days(option, &value()?)?.into()),
-            "--note" => parsed.note = Some(value()?),
-            "--state" => parsed.state = Some(value()?),
-            "--expires-within" => parsed.expires_within = Some(value()?),
-            "--url" => parsed.url = Some(value()?),
-            _ => parsed.ca = Some(value()?.into()),
-        }
-    }
-    match (parsed.action, parsed.ids.is_empty()) {
-        (Action::List, false) => Err(UsageError("device list takes no device id".to_owned())),
-        (Action::List, true) | (_, false) => Ok(parsed),
+    let known = |option: &str| ["--url", "--ca"].contains(&option) || own.contains(&option);
+    let options = Options::read(args, known)?;
+    match (*action, options.rest.is_empty()) {
+        ("list", false) => Err(UsageError("device list takes no device id".to_owned())),
+        ("list", true) | (_, false) => Ok(Device { action, options }),
         _ => Err(UsageError(format!("device {given} needs a device id"))),
     }
 }
@@ -269,12 +249,6 @@ fn value_of(
         .ok_or_else(|| UsageError(format!("{option} needs a value")))
 }
 
-fn days(option: &str, text: &str) -> Result<u32, UsageError> {
-    text.parse().ok().filter(|days| (1..=MAX_DAYS).contains(days)).ok_or_else(|| {
-        UsageError(format!("{option} must be a whole number from 1 to {MAX_DAYS}, not {text:?}"))
-    })
-}
-
 /// `mqtt-publisher-lite 0.1.0`
 pub fn version() -> &'static str {
     concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"))
@@ -282,12 +256,13 @@ pub fn version() -> &'static str {
 
 /// The text of `--help`.
 pub fn help() -> String {
+    let (version, description) = (version(), env!("CARGO_PKG_DESCRIPTION"));
+    let usage = USAGE.replace("{DAYS}", &DAYS.to_string());
     let variables: String = variables::ALL.iter().map(help_line).collect();
-    format!(
-        "\
-{version}
-{description}
+    format!("{version}\n{description}\n\n{usage}{variables}{NOTES}")
+}
 
+const USAGE: &str = "\
 Usage: mqtt-publisher-lite [--env-file FILE]... [COMMAND]
 
 Commands:
@@ -320,18 +295,16 @@ Commands:
                       reads them; the environment wins, then the last file
 
 Environment (variable, default, meaning):
-{variables}
+";
+
+const NOTES: &str = "
 Of what is marked with * the value may also be read from a file that <NAME>_FILE names.
 
 Exit codes:
   0  stopped as asked, or all is well
   1  failed while running, or the server is not well
   2  bad configuration or command line
-",
-        version = version(),
-        description = env!("CARGO_PKG_DESCRIPTION"),
-    )
-}
+";
 
 fn help_line(variable: &Variable) -> String {
     let star = if variable.is_secret() { "*" } else { "" };

@@ -6,15 +6,15 @@
 use std::fmt;
 use std::net::ToSocketAddrs as _;
 use std::path::Path;
-use std::process::ExitCode;
 use std::time::Duration;
 
 use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
 
-use super::args::{Action, Device};
-use super::client::{Client, ClientError, by_ca, field};
-use super::{BAD_CONFIG, Given, fail, print, read_file};
+use super::args::{Device, Options};
+use super::client::{Client, by_ca, field};
+use super::{Failure, Given, failed, print, read_file, usage};
+use crate::clock::DAY_S;
 use crate::config::{AdminKey, Http, Secret};
 use crate::device::DeviceId;
 
@@ -23,72 +23,48 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Devices on one page of the list.
 const PAGE: usize = 1_000;
 
-/// Why it was not done.
-#[derive(Debug)]
-enum DeviceError {
-    /// It was asked for wrongly.
-    Usage(String),
-    /// The server was not reached, is not the right one, or refuses.
-    Server(String),
-}
-
-impl fmt::Display for DeviceError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DeviceError::Usage(why) | DeviceError::Server(why) => f.write_str(why),
-        }
-    }
-}
-
-impl std::error::Error for DeviceError {}
-
-impl From<ClientError> for DeviceError {
-    fn from(error: ClientError) -> Self {
-        DeviceError::Server(error.to_string())
-    }
-}
-
-pub(super) fn run(given: &Given, request: &Device) -> ExitCode {
-    match Server::new(given, request).and_then(|server| act(&server, request)) {
-        Ok(text) => print(&text),
-        Err(error @ DeviceError::Usage(_)) => fail(BAD_CONFIG, error),
-        Err(error) => fail(super::FAILED, error),
-    }
-}
-
 /// Does it, and gives what is to be printed.
-fn act(server: &Server, request: &Device) -> Result<String, DeviceError> {
-    for id in &request.ids {
-        let invalid = || DeviceError::Usage(format!("{id:?} is no device id"));
+pub(super) fn run(given: &Given, request: &Device) -> Result<String, Failure> {
+    let server = &Server::new(given, request)?;
+    let (ids, options) = (&request.options.rest, &request.options);
+    for id in ids {
+        let invalid = || usage(format!("{id:?} is no device id"));
         DeviceId::parse(id).ok_or_else(invalid)?;
     }
+    let path = |id: &str| format!("/devices/{id}");
+    let block = |blocked: bool| {
+        each(ids, |id| server.ask("PUT", &path(id), Some(json!({"blocked": blocked}))))
+    };
     match request.action {
-        Action::Add => add(server, request),
-        Action::List => list(server, request),
-        Action::Show => each(request, |id| server.ask("GET", &format!("/devices/{id}"), None)),
-        Action::Block => each(request, |id| server.put(id, json!({"blocked": true}))),
-        Action::Unblock => each(request, |id| server.put(id, json!({"blocked": false}))),
-        Action::Remove => each(request, |id| server.ask("DELETE", &format!("/devices/{id}"), None)),
-        Action::Revoke => each(request, |id| {
-            let query = if request.block { "?block=true" } else { "" };
+        "add" => add(server, options),
+        "list" => list(server, options),
+        "show" => each(ids, |id| server.ask("GET", &path(id), None)),
+        "block" => block(true),
+        "unblock" => block(false),
+        "remove" => each(ids, |id| server.ask("DELETE", &path(id), None)),
+        "revoke" => each(ids, |id| {
+            let query = if options.has("--block") { "?block=true" } else { "" };
             server.ask("DELETE", &format!("/certificates/{id}{query}"), None)
         }),
+        other => Err(usage(format!("device {other} is not known"))),
     }
 }
 
-fn add(server: &Server, request: &Device) -> Result<String, DeviceError> {
-    let expires_in = request.expires_days.map(|days| days.saturating_mul(86_400));
+fn add(server: &Server, options: &Options) -> Result<String, Failure> {
+    let (expires, cert_days) = (options.days("--expires"), options.days("--days"));
+    let expires_in = expires.map_err(usage)?.map(|days| u64::from(days) * DAY_S);
+    let cert_days = cert_days.map_err(usage)?;
     let device = |id: &String| {
         json!({
             "device_id": id,
             "secret": true,
             "expires_in": expires_in,
-            "cert_days": request.cert_days,
-            "note": request.note,
+            "cert_days": cert_days,
+            "note": options.text("--note"),
         })
     };
-    let body: Value = request.ids.iter().map(device).collect();
-    if request.csv {
+    let body: Value = options.rest.iter().map(device).collect();
+    if options.has("--csv") {
         return Ok(server.answer("POST", "/devices", Some(body), "text/csv")?.1);
     }
     let answer = server.ask("POST", "/devices", Some(body))?;
@@ -105,12 +81,12 @@ fn add(server: &Server, request: &Device) -> Result<String, DeviceError> {
 }
 
 /// All pages of the list as one.
-fn list(server: &Server, request: &Device) -> Result<String, DeviceError> {
+fn list(server: &Server, options: &Options) -> Result<String, Failure> {
     let mut query = format!("/devices?limit={PAGE}");
-    for (name, value) in [("state", &request.state), ("expires_within", &request.expires_within)] {
-        if let Some(value) = value {
+    for (name, option) in [("state", "--state"), ("expires_within", "--expires-within")] {
+        if let Some(value) = options.text(option) {
             let plain = value.bytes().all(|b| b.is_ascii_alphanumeric());
-            let wrong = || DeviceError::Usage(format!("{value:?} is no value of {name}"));
+            let wrong = || usage(format!("{value:?} is no value of {name}"));
             query += &format!("&{name}={}", plain.then_some(value).ok_or_else(wrong)?);
         }
     }
@@ -126,7 +102,7 @@ fn list(server: &Server, request: &Device) -> Result<String, DeviceError> {
             None => break,
         }
     }
-    Ok(if request.csv { table } else { columns(&table) })
+    Ok(if options.has("--csv") { table } else { columns(&table) })
 }
 
 /// A table for people: its first columns, one below the other.
@@ -149,16 +125,13 @@ fn columns(table: &str) -> String {
 }
 
 /// The same for each device; what was done before a failure stays done, and is printed.
-fn each(
-    request: &Device,
-    ask: impl Fn(&str) -> Result<Value, DeviceError>,
-) -> Result<String, DeviceError> {
+fn each(ids: &[String], ask: impl Fn(&str) -> Result<Value, Failure>) -> Result<String, Failure> {
     let mut text = String::new();
-    for id in &request.ids {
+    for id in ids {
         match ask(id) {
             Ok(answer) => text += &(shown(&answer) + not_shared(&answer)),
             Err(error) => {
-                print(&text);
+                print(&text)?;
                 return Err(error);
             }
         }
@@ -206,36 +179,31 @@ struct Server {
 }
 
 impl Server {
-    fn new(given: &Given, request: &Device) -> Result<Self, DeviceError> {
-        let usage = |why: &dyn fmt::Display| DeviceError::Usage(why.to_string());
-        let environment = given.environment().map_err(|e| usage(&e))?;
+    fn new(given: &Given, request: &Device) -> Result<Self, Failure> {
+        let environment = given.environment().map_err(usage)?;
         let key = AdminKey::from_lookup(|name| environment.get(name), read_file);
-        let key = key.map_err(|e| usage(&e))?;
-        let key = key.ok_or_else(|| usage(&"ADMIN_API_KEY or ADMIN_API_KEY_FILE must be set"))?;
-        let ca = request.ca.as_deref();
-        let client = match &request.url {
+        let key = key.map_err(usage)?;
+        let key = key.ok_or_else(|| usage("ADMIN_API_KEY or ADMIN_API_KEY_FILE must be set"))?;
+        let ca = request.options.text("--ca").map(Path::new);
+        let client = match request.options.text("--url") {
             Some(url) => elsewhere(url, ca)?,
             None => {
                 let http = Http::from_lookup(|name| environment.get(name));
-                Client::local(&http.map_err(|e| usage(&e))?, ca, DEADLINE)?
+                Client::local(&http.map_err(usage)?, ca, DEADLINE).map_err(failed)?
             }
         };
         if client.tls.is_none() && !client.address.ip().is_loopback() {
             return Err(usage(
-                &"plain HTTP off loopback would show the key to the network: use https:// and --ca",
+                "plain HTTP off loopback would show the key to the network: use https:// and --ca",
             ));
         }
         Ok(Server { client, key })
     }
 
-    fn put(&self, id: &str, body: Value) -> Result<Value, DeviceError> {
-        self.ask("PUT", &format!("/devices/{id}"), Some(body))
-    }
-
-    fn ask(&self, method: &str, path: &str, body: Option<Value>) -> Result<Value, DeviceError> {
+    fn ask(&self, method: &str, path: &str, body: Option<Value>) -> Result<Value, Failure> {
         let (_, body) = self.answer(method, path, body, "application/json")?;
         serde_json::from_str(&body)
-            .map_err(|_| DeviceError::Server(format!("{} answers no JSON", self.client.address)))
+            .map_err(|_| failed(format!("{} answers no JSON", self.client.address)))
     }
 
     /// The head and the body of a good answer.
@@ -245,23 +213,24 @@ impl Server {
         path: &str,
         body: Option<Value>,
         accept: &str,
-    ) -> Result<(String, String), DeviceError> {
+    ) -> Result<(String, String), Failure> {
         let address = self.client.address;
         let body = body.map(|body| body.to_string()).unwrap_or_default();
-        let (head, body) = self.client.exchange(&format!(
+        let exchanged = self.client.exchange(&format!(
             "{method} /api/v1{path} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {}\r\n\
              Accept: {accept}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
              Connection: close\r\n\r\n{body}",
             self.key.reveal(),
             body.len()
-        ))?;
+        ));
+        let (head, body) = exchanged.map_err(failed)?;
         let status = head.split(' ').nth(1).unwrap_or_default();
         if status == "200" {
             return Ok((head, body));
         }
         let error: Value = serde_json::from_str(&body).unwrap_or_default();
         let (text, code) = (text_of(&error, "error"), text_of(&error, "code"));
-        Err(DeviceError::Server(match code {
+        Err(failed(match code {
             "" => format!("{address} answers {status}, and nothing of ours"),
             code => format!("{text} ({code})"),
         }))
@@ -269,8 +238,8 @@ impl Server {
 }
 
 /// The server at `http://…` or `https://…`.
-fn elsewhere(url: &str, ca: Option<&Path>) -> Result<Client, DeviceError> {
-    let wrong = || DeviceError::Usage("--url must be https://host[:port]".to_owned());
+fn elsewhere(url: &str, ca: Option<&Path>) -> Result<Client, Failure> {
+    let wrong = || usage("--url must be https://host[:port]");
     let (scheme, rest) = url.split_once("://").ok_or_else(wrong)?;
     let authority = rest.strip_suffix('/').unwrap_or(rest);
     let (host, port) = match authority.rsplit_once(':') {
@@ -278,16 +247,16 @@ fn elsewhere(url: &str, ca: Option<&Path>) -> Result<Client, DeviceError> {
         _ => (authority, if scheme == "https" { 443 } else { 80 }),
     };
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-    let not_found = |why: &dyn fmt::Display| DeviceError::Server(format!("{host}: {why}"));
+    let not_found = |why: &dyn fmt::Display| failed(format!("{host}: {why}"));
     let tls = match (scheme, ca) {
         ("http", _) => None,
         ("https", Some(ca)) => {
             let name = ServerName::try_from(host.clone()).map_err(|e| not_found(&e))?;
-            Some((by_ca(ca).map_err(|e| DeviceError::Usage(format!("--ca {e}")))?, name))
+            Some((by_ca(ca).map_err(|e| usage(format!("--ca {e}")))?, name))
         }
         ("https", None) => {
             let why = "--url https://… needs --ca FILE, the CA of that server's certificate";
-            return Err(DeviceError::Usage(why.to_owned()));
+            return Err(usage(why));
         }
         _ => return Err(wrong()),
     };

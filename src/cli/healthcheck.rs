@@ -4,19 +4,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use super::client::{Client, ClientError};
-use super::{FAILED, Given, done, fail};
+use super::{Failure, Given, failed};
 use crate::config::Http;
 
 /// How long the whole check may take.
 const DEADLINE: Duration = Duration::from_secs(3);
 
 /// Never exits with 2, which container engines reserve for themselves.
-pub(super) fn run(given: &Given) -> ExitCode {
+pub(super) fn run(given: &Given) -> Result<ExitCode, Failure> {
     let http = given.environment().and_then(|vars| Http::from_lookup(|name| vars.get(name)));
-    match http {
-        Ok(http) => done(check(&http, DEADLINE)),
-        Err(e) => fail(FAILED, e),
-    }
+    check(&http.map_err(failed)?, DEADLINE).map_err(failed)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Whether the server on this machine, configured as `http` says, answers 200 within `deadline`.

@@ -1,7 +1,6 @@
-//! The commands: from arguments and environment to an exit code, a file each.
+//! The commands: from arguments and environment to an exit code.
 
 mod args;
-mod check_config;
 mod client;
 mod device;
 mod healthcheck;
@@ -27,24 +26,40 @@ const BAD_CONFIG: u8 = 2;
 /// Largest file that a variable may name: all public CAs together are a quarter of it.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
+/// Why a command failed, and with which exit code.
+struct Failure(u8, String);
+
+fn failed(why: impl Display) -> Failure {
+    Failure(FAILED, why.to_string())
+}
+
+fn usage(why: impl Display) -> Failure {
+    Failure(BAD_CONFIG, why.to_string())
+}
+
 /// Runs the program with these arguments, its own name left out, and in this environment.
 pub fn run(
     args: impl IntoIterator<Item = OsString>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> ExitCode {
-    let Arguments { command, env_files } = match args::parse(args) {
-        Ok(arguments) => arguments,
-        Err(e) => return fail(BAD_CONFIG, e),
-    };
-    let given = Given { environment: environment.into_iter().collect(), env_files };
+    let done = args::parse(args).map_err(usage).and_then(|Arguments { command, env_files }| {
+        run_command(command, &Given { environment: environment.into_iter().collect(), env_files })
+    });
+    done.unwrap_or_else(|Failure(code, why)| {
+        tell(why);
+        ExitCode::from(code)
+    })
+}
+
+fn run_command(command: Command, given: &Given) -> Result<ExitCode, Failure> {
     match command {
-        Command::Serve => serve::run(&given),
+        Command::Serve => serve::run(given),
         Command::Help => print(&args::help()),
         Command::Version => print(&format!("{}\n", args::version())),
-        Command::CheckConfig { offline } => check_config::run(&given, offline),
-        Command::Healthcheck => healthcheck::run(&given),
-        Command::Device(request) => device::run(&given, &request),
-        Command::ServerCertificate(request) => server_certificate::run(&given, &request),
+        Command::CheckConfig { offline } => serve::check(given, offline),
+        Command::Healthcheck => healthcheck::run(given),
+        Command::Device(request) => print(&device::run(given, &request)?),
+        Command::ServerCertificate(request) => server_certificate::run(given, &request),
     }
 }
 
@@ -78,27 +93,15 @@ fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn done(outcome: Result<(), impl Display>) -> ExitCode {
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => fail(FAILED, e),
-    }
-}
-
-fn fail(code: u8, error: impl Display) -> ExitCode {
-    tell(error);
-    ExitCode::from(code)
-}
-
 /// Unlike `eprintln!`, this does not panic when nobody reads.
 fn tell(line: impl Display) {
     let _ = writeln!(io::stderr(), "{}: {line}", env!("CARGO_PKG_NAME"));
 }
 
 /// A reader that has seen enough (`| head`) is no failure.
-fn print(text: &str) -> ExitCode {
+fn print(text: &str) -> Result<ExitCode, Failure> {
     match io::stdout().write_all(text.as_bytes()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => fail(FAILED, e),
-        _ => ExitCode::SUCCESS,
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(failed(e)),
+        _ => Ok(ExitCode::SUCCESS),
     }
 }

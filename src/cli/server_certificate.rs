@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::args::ServerCertificate;
-use super::{BAD_CONFIG, Given, done, fail, print};
+use super::{Failure, Given, failed, print, usage};
 use crate::ca::CaError;
 use crate::ca::issuer::Issuer;
 use crate::ca::server::{self, Server};
@@ -13,12 +13,10 @@ use crate::clock::{self, DAY_S};
 use crate::config::{Ca, TlsFiles, certificates};
 use crate::files;
 
-pub(super) fn run(given: &Given, request: &ServerCertificate) -> ExitCode {
+pub(super) fn run(given: &Given, request: &ServerCertificate) -> Result<ExitCode, Failure> {
     let ca = given.environment().and_then(|vars| Ca::from_lookup(|name| vars.get(name)));
-    match ca {
-        Ok(ca) => done(make_or_renew(&ca, request)),
-        Err(e) => fail(BAD_CONFIG, e),
-    }
+    make_or_renew(&ca.map_err(usage)?, request).map_err(failed)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Takes no lock: the service finds what is signed here, and enters it into the record.

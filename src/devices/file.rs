@@ -45,10 +45,8 @@ pub(super) struct DevicesFile {
 
 impl DevicesFile {
     /// Reads the file, or makes an empty one. `enter` is given each line: the device, one register of
-    /// its row, and which instance has written it, if it was not another's.
-    ///
-    /// # Errors
-    /// When it cannot be read or made, or is of a later version or something else altogether.
+    /// its row, and which instance has written it, if it was not another's. A file of a later version is
+    /// refused.
     pub fn open(
         path: &Path,
         enter: impl FnMut(DeviceId, Row, Option<Instance>),
@@ -67,9 +65,6 @@ impl DevicesFile {
 
     /// Appends lines and syncs them. If that fails, a part of them may stay: it is taken off if
     /// possible, and does no harm where it is not.
-    ///
-    /// # Errors
-    /// When they cannot be written.
     pub fn append(&mut self, lines: &str) -> Result<(), FilesError> {
         let append = || {
             let file = OpenOptions::new().read(true).append(true).open(&self.path)?;
@@ -92,10 +87,8 @@ impl DevicesFile {
         self.is >= LEAST_REWRITTEN && self.is / 2 >= self.was
     }
 
-    /// Replaces the file with one that holds these lines, and those of unknown kinds.
-    ///
-    /// # Errors
-    /// When that fails; the old file is then still there.
+    /// Replaces the file with one that holds these lines, and those of unknown kinds. If that fails, the
+    /// old file is still there.
     pub fn rewrite(&mut self, mut lines: impl Iterator<Item = String>) -> Result<(), FilesError> {
         self.was = self.is; // Should it fail, it is tried again only when the file has doubled again.
         let mut length = 0;

@@ -31,9 +31,6 @@ pub struct Identity {
 
 impl Identity {
     /// Reads the file and completes it, or makes one. Whoever calls it holds the folder's lock.
-    ///
-    /// # Errors
-    /// When the file is garbled, or cannot be read or made.
     pub fn open(path: &Path) -> Result<Self, FilesError> {
         let process = draw(path)?;
         let kept = read(path)?;
@@ -56,9 +53,6 @@ impl Identity {
     }
 
     /// Runs under this id from the next start on.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
     pub fn keep(&self, id: Instance) -> Result<(), FilesError> {
         files::write_atomic_by(&self.path, 0o600, &mut |file| {
             let (place, run) = signs_of(file)?;
@@ -75,9 +69,6 @@ struct Kept {
 }
 
 /// Whether the file can be read, if there is one.
-///
-/// # Errors
-/// Why not.
 pub fn check(path: &Path) -> Result<(), FilesError> {
     read(path).map(drop)
 }

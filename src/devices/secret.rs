@@ -22,9 +22,6 @@ pub struct NewSecret(String);
 
 impl NewSecret {
     /// Draws one.
-    ///
-    /// # Errors
-    /// When the system has no random numbers.
     pub fn random() -> Result<Self, getrandom::Error> {
         let mut random = [0; BYTES];
         getrandom::fill(&mut random)?;

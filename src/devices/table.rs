@@ -82,18 +82,12 @@ struct Change {
 }
 
 /// Whether the file can be read, if there is one.
-///
-/// # Errors
-/// Why not.
 pub fn check(path: &Path) -> Result<(), FilesError> {
     file::load(path, |_, _, _| ()).map(drop)
 }
 
 impl Devices {
     /// Reads the file, or makes one.
-    ///
-    /// # Errors
-    /// When that fails.
     pub fn open(path: &Path, own: Instance, now: Now) -> Result<Self, FilesError> {
         let mut rows = BTreeSet::new();
         let file = DevicesFile::open(path, |device, news, writer| {
@@ -191,10 +185,8 @@ impl Devices {
     }
 
     /// Merges rows into those known here, `ours` if the changes were made by this instance; on disk
-    /// when it returns. What no longer matters is not taken from elsewhere.
-    ///
-    /// # Errors
-    /// When they could not be written. Nothing was then changed.
+    /// when it returns. What no longer matters is not taken from elsewhere. If they could not be written,
+    /// nothing was changed.
     pub fn enter(
         &self,
         rows: Vec<(DeviceId, Row)>,
