@@ -179,7 +179,7 @@ impl Api {
 
     /// How long the store's answers take at present.
     pub fn store_round_trip(&self) -> Duration {
-        self.provisioner.store_status().round_trip
+        self.provisioner.store.status().round_trip
     }
 
     /// Does what could wait until after the replies.

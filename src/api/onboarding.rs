@@ -38,6 +38,6 @@ fn render(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Issued(token) = done else { return Err(Code::InternalError.into()) };
     let json = Json::success()
         .text("provisioning_token", &token.compact)
-        .field("expires_in", api.provisioner.token_ttl_s());
+        .field("expires_in", api.provisioner.rules.token_ttl_s);
     Ok(Reply::json(json.timestamp(now)))
 }

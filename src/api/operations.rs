@@ -17,7 +17,7 @@ pub(super) fn health(_: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
 
 fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
     let Done::Counted(count) = done else { return Err(Code::InternalError.into()) };
-    let status = api.provisioner.store_status();
+    let status = api.provisioner.store.status();
     let degraded = status.redis_enabled && !status.redis_serves;
     let redis = Json::new()
         .field("enabled", status.redis_enabled)
@@ -72,7 +72,7 @@ fn notes(api: &Api, now: Now) -> Notes {
         reasons.extend(more.reasons);
         warnings.extend(more.warnings);
     }
-    let store = api.provisioner.store_status();
+    let store = api.provisioner.store.status();
     if store.redis_enabled && !store.redis_serves {
         warnings.push("Redis is away: a token that only it knows is answered 503".to_owned());
     }
@@ -126,7 +126,7 @@ fn render_metrics(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 }
 
 fn store_state(api: &Api, live: u64, now: Now, page: &mut Page) {
-    let status = api.provisioner.store_status();
+    let status = api.provisioner.store.status();
     let name = "mqtt_lite_store_mode";
     page.family(name, "gauge", "1 for the store that serves.");
     page.sample(name, &[("mode", "redis")], u8::from(status.redis_serves));

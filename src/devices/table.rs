@@ -11,7 +11,6 @@
 use std::borrow::Borrow;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::ops;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
@@ -36,17 +35,8 @@ const HEARD_MOST: usize = 4096;
 /// So many rows are looked at for one page of a list, while nobody can change any.
 pub const ROWS_LOOKED_AT: usize = 10_000;
 
-/// The change is not on disk, so it was not made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NotWritten(String);
-
-impl fmt::Display for NotWritten {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for NotWritten {}
+/// Whether a change is on disk; else it was not made.
+pub type Written = Result<(), Arc<FilesError>>;
 
 /// The rows of all devices.
 #[derive(Debug)]
@@ -78,7 +68,7 @@ struct Change {
     news: Vec<(DeviceId, Row)>,
     /// They were made here.
     ours: bool,
-    outcome: OnceLock<Result<(), NotWritten>>,
+    outcome: OnceLock<Written>,
 }
 
 /// Whether the file can be read, if there is one.
@@ -122,7 +112,7 @@ impl Devices {
     /// All that is known of the device.
     pub fn row(&self, device: &DeviceId) -> Row {
         let rows = reading(&self.rows);
-        rows.get(device.as_str().as_bytes()).map(Packed::unpack).unwrap_or_default().row
+        rows.get(device.as_str().as_bytes()).map(Packed::row).unwrap_or_default()
     }
 
     /// Keeps a bound in mind that was read with a token: an instance that is cut off a moment later is to
@@ -169,7 +159,7 @@ impl Devices {
             if looked_at == ROWS_LOOKED_AT {
                 return (listed, last.and_then(Packed::device));
             }
-            let row = packed.unpack().row;
+            let row = packed.row();
             if row.is_listed() {
                 listed.extend(packed.device().map(|device| (device, row)));
             }
@@ -180,19 +170,14 @@ impl Devices {
 
     /// Raises the bound of a device by itself.
     #[cfg(test)]
-    pub fn raise(&self, device: &DeviceId, bound: Bound, now: Now) -> Result<(), NotWritten> {
+    pub fn raise(&self, device: &DeviceId, bound: Bound, now: Now) -> Written {
         self.enter(vec![(device.clone(), Row { bound, ..Row::default() })], true, now)
     }
 
     /// Merges rows into those known here, `ours` if the changes were made by this instance; on disk
     /// when it returns. What no longer matters is not taken from elsewhere. If they could not be written,
     /// nothing was changed.
-    pub fn enter(
-        &self,
-        rows: Vec<(DeviceId, Row)>,
-        ours: bool,
-        now: Now,
-    ) -> Result<(), NotWritten> {
+    pub fn enter(&self, rows: Vec<(DeviceId, Row)>, ours: bool, now: Now) -> Written {
         let news = rows.into_iter().filter(|(_, row)| ours || row.matters(now.unix_s()));
         let news = news.map(|(device, row)| {
             let news = row.news_for(&self.row(&device));
@@ -205,12 +190,10 @@ impl Devices {
         let change = Arc::new(Change { news, ours, outcome: OnceLock::new() });
         locked(&self.waiting).push(Arc::clone(&change));
         let mut writer = locked(&self.writer);
-        if change.outcome.get().is_none() {
-            self.write(&mut writer, std::mem::take(&mut *locked(&self.waiting)), now);
+        match change.outcome.get() {
+            Some(outcome) => outcome.clone(),
+            None => self.write(&mut writer, std::mem::take(&mut *locked(&self.waiting)), now),
         }
-        drop(writer);
-        let lost = || Err(NotWritten("the change was lost".to_owned()));
-        change.outcome.get().cloned().unwrap_or_else(lost)
     }
 
     /// The devices whose rows Redis is to be told when it returns: those that this instance has
@@ -218,7 +201,7 @@ impl Devices {
     pub fn to_be_told(&self, now: Now) -> Vec<DeviceId> {
         let now_s = now.unix_s();
         let recent = |row: &Packed| row.bound().0.is_recent(now_s);
-        let ours = |row: &Packed| row.ours() && row.unpack().row.matters(now_s);
+        let ours = |row: &Packed| row.ours() && row.row().matters(now_s);
         let rows = reading(&self.rows);
         rows.iter().filter(|row| recent(row) || ours(row)).filter_map(Packed::device).collect()
     }
@@ -231,14 +214,14 @@ impl Devices {
     /// The devices of which something matters.
     pub fn all(&self, now: Now) -> Vec<DeviceId> {
         let rows = reading(&self.rows);
-        let matters = |row: &&Packed| row.unpack().row.matters(now.unix_s());
+        let matters = |row: &&Packed| row.row().matters(now.unix_s());
         rows.iter().filter(matters).filter_map(Packed::device).collect()
     }
 
     /// Writes all changes with one sync, and only then lets anybody see them.
-    fn write(&self, writer: &mut Writer, changes: Vec<Arc<Change>>, now: Now) {
+    fn write(&self, writer: &mut Writer, changes: Vec<Arc<Change>>, now: Now) -> Written {
         let lines: String = changes.iter().map(|change| change.lines(self.own, now)).collect();
-        let outcome = writer.file.append(&lines).map_err(|error| NotWritten(error.to_string()));
+        let outcome = writer.file.append(&lines).map_err(Arc::new);
         if outcome.is_ok() {
             let mut rows = writing(&self.rows);
             for change in &changes {
@@ -256,6 +239,7 @@ impl Devices {
         if writer.file.has_doubled() {
             self.rewrite(writer, now);
         }
+        outcome
     }
 
     /// Drops what no longer matters, and writes the rest anew. Only who holds the writer changes the
@@ -263,12 +247,12 @@ impl Devices {
     fn rewrite(&self, writer: &mut Writer, now: Now) {
         if writer.clock_is_steady(now) {
             let mut rows = writing(&self.rows);
-            rows.retain(|row| row.unpack().row.matters(now.unix_s()));
+            rows.retain(|row| row.row().matters(now.unix_s()));
         }
         let rows = reading(&self.rows);
         let lines = rows.iter().filter_map(|packed| {
-            let Kept { row, ours } = packed.unpack();
-            Some(file::lines(&packed.device()?, &row, ours.then_some(self.own), now.unix_ms))
+            let writer = packed.ours().then_some(self.own);
+            Some(file::lines(&packed.device()?, &packed.row(), writer, now.unix_ms))
         });
         if let Err(error) = writer.file.rewrite(lines) {
             log::warn!("{error}; it grows on until it can be rewritten");
@@ -300,29 +284,24 @@ impl Change {
 }
 
 fn merge_into(rows: &mut BTreeSet<Packed>, device: &DeviceId, news: Row, ours: bool) {
-    let known = rows.get(device.as_str().as_bytes()).map(Packed::unpack).unwrap_or_default();
-    let kept = Kept { row: known.row.merge(news), ours: known.ours || ours };
-    rows.replace(Packed::new(device, &kept));
+    let known = rows.get(device.as_str().as_bytes());
+    let ours = ours || known.is_some_and(Packed::ours);
+    let row = known.map(Packed::row).unwrap_or_default().merge(news);
+    rows.replace(Packed::new(device, &row, ours));
 }
 
-/// A row, and whether this instance has changed it.
-#[derive(Debug, Default)]
-struct Kept {
-    row: Row,
-    ours: bool,
-}
-
-/// A device and its row in one piece: whether it is ours, the length of the name, the name, the row.
+/// A device and its row in one piece: whether this instance has changed it, the length of the name, the
+/// name, the row.
 /// Two are equal if they are of one device.
 #[derive(Debug)]
 struct Packed(Box<[u8]>);
 
 impl Packed {
-    fn new(device: &DeviceId, kept: &Kept) -> Self {
+    fn new(device: &DeviceId, row: &Row, ours: bool) -> Self {
         let name = device.as_str().as_bytes();
-        let mut bytes = vec![u8::from(kept.ours), name.len() as u8];
+        let mut bytes = vec![u8::from(ours), name.len() as u8];
         bytes.extend(name);
-        codec::encode(&kept.row, &mut bytes);
+        codec::encode(row, &mut bytes);
         Packed(bytes.into())
     }
 
@@ -344,8 +323,8 @@ impl Packed {
         codec::decode_bound(self.parts().1).unwrap_or_default()
     }
 
-    fn unpack(&self) -> Kept {
-        Kept { row: codec::decode(self.parts().1).unwrap_or_default(), ours: self.ours() }
+    fn row(&self) -> Row {
+        codec::decode(self.parts().1).unwrap_or_default()
     }
 }
 

@@ -369,19 +369,18 @@ fn log_rewritten(changes: &[Changed], by: &By, now: Now) {
 }
 
 fn said_of(edit: &Edit, living: Option<&Terms>) -> String {
-    let end = living.map(|terms| clock::rfc3339(terms.end.saturating_mul(1000)));
-    let parts = [
-        edit.register.map(|secret| match secret {
-            Some(_) => "registered with a secret",
-            None => "registered without a secret",
-        }),
-        edit.register.is_none().then_some("changed"),
-        edit.blocked.map(|blocked| if blocked { "blocked" } else { "unblocked" }),
-    ];
-    let is_block_only = edit.register.is_none() && edit.blocked.is_some();
-    let parts = parts.into_iter().flatten().filter(|part| !(is_block_only && *part == "changed"));
-    let until = end.filter(|_| edit.register.is_some()).map(|end| format!(", until {end}"));
-    parts.collect::<Vec<_>>().join(" and ") + &until.unwrap_or_default()
+    let begun = edit.register.map(|secret| match secret {
+        Some(_) => "registered with a secret",
+        None => "registered without a secret",
+    });
+    let block = edit.blocked.map(|blocked| if blocked { "blocked" } else { "unblocked" });
+    let said: Vec<&str> = [begun, block].into_iter().flatten().collect();
+    let end = begun.and(living).map(|terms| clock::rfc3339(terms.end.saturating_mul(1000)));
+    match end {
+        _ if said.is_empty() => "changed".to_owned(),
+        Some(end) => format!("{}, until {end}", said.join(" and ")),
+        None => said.join(" and "),
+    }
 }
 
 /// What a store answers when it does not do what it was asked.

@@ -35,7 +35,7 @@ use crate::problem::{Code, Problem};
 use crate::serial::Serial;
 use crate::share::{self, Sharing};
 use crate::store::ledger::Ledger;
-use crate::store::{Op, Status, StoreError, TokenStore};
+use crate::store::{Op, StoreError, TokenStore};
 
 use again::Again;
 pub use prepare::CLOCK_IS_FAR_OFF_MS;
@@ -175,13 +175,6 @@ struct Redeem {
     spends: Option<Row>,
 }
 
-/// A token for which a certificate is recorded, and what of the device's row it has used up.
-struct Used {
-    token: Token,
-    serial: Serial,
-    spends: Option<Row>,
-}
-
 /// A planned revocation, and what else is to change of the device.
 #[derive(Debug)]
 struct Revoke {
@@ -317,16 +310,6 @@ impl Provisioner {
     /// The CA and its record, for what is only read.
     pub fn ca(&self) -> &Ca {
         self.publisher.ca()
-    }
-
-    /// The lifetime of a new token in seconds.
-    pub fn token_ttl_s(&self) -> u64 {
-        self.rules.token_ttl_s
-    }
-
-    /// Which store answers.
-    pub fn store_status(&self) -> Status {
-        self.store.status()
     }
 
     /// How it is with the record that all instances share.

@@ -6,8 +6,7 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::batch::{Step, unexpected};
-use super::{Done, Grant, Provisioner, Redeem, Sign, Signed, Used, not_issued, refused};
-use crate::ca::csr::Csr;
+use super::{Done, Grant, Provisioner, Redeem, Sign, Signed, not_issued, refused};
 use crate::ca::identity;
 use crate::ca::issuer::Leaf;
 use crate::ca::record::{Certificate, Entries, Origin, RecordError, Redeemed, Renewal, Spent};
@@ -74,10 +73,8 @@ impl Provisioner {
             Err(problem) => {
                 // A mark without a certificate is good for nothing, a bound's refusal included. One whose
                 // token has a certificate, from this attempt or another, stays.
-                let is_recorded = |op: &Op| matches!(op, Op::GiveBack(token, _) if entries.knows_token(&token.hash));
-                undo.extend(sign.give_back().filter(|op| !is_recorded(op)));
-                self.not_spent(&sign);
-                Step::Done(Err(sign.refused(problem)))
+                let withdraws = |token: &Token| !entries.knows_token(&token.hash);
+                Step::Done(Err(self.not_signed(&sign, problem, withdraws, undo)))
             }
         }
     }
@@ -92,7 +89,8 @@ impl Provisioner {
             Grant::Certificate(old) => {
                 self.check_block(&old.device)?;
                 self.judge_again(old, now)?;
-                if let Some(leaf) = given_before(old, &sign.csr, entries, now)? {
+                let renewal = entries.judge_renewal(old, sign.csr.key(), now);
+                if let Some(leaf) = given_before(renewal)? {
                     let Certificate { serial: old, device, .. } = old;
                     let (serial, client) = (leaf.serial, sign.client);
                     log::info!(
@@ -174,21 +172,21 @@ impl Provisioner {
         signed: Signed,
         result: Result<(), RecordError>,
         undo: &mut Vec<Op>,
-        used: &mut Vec<Used>,
+        used: &mut Vec<(Redeem, Serial)>,
     ) -> Result<Done, Problem> {
         let Leaf { device, serial, .. } = &signed.leaf;
         if let Err(error) = result {
-            if !error.left_behind() {
-                undo.extend(sign.give_back());
-            }
-            self.not_spent(&sign);
+            let withdraws = !error.left_behind();
             let problem = Problem::from(error);
             log::error!(device:%, serial:%; "certificate {serial} could not be recorded: {problem}");
-            return Err(sign.refused(problem));
+            return Err(self.not_signed(&sign, problem, |_| withdraws, undo));
         }
         let client = sign.client;
         match sign.grant {
-            Grant::Token(redeem) => used.push(self.redeemed(*redeem, *serial, client)),
+            Grant::Token(redeem) => {
+                self.redeemed(&redeem, *serial, client);
+                used.push((*redeem, *serial));
+            }
             Grant::Certificate(old) => {
                 let old = old.serial;
                 log::info!(
@@ -204,10 +202,10 @@ impl Provisioner {
         Ok(Done::Signed(Box::new(signed)))
     }
 
-    fn redeemed(&self, redeem: Redeem, serial: Serial, client: IpAddr) -> Used {
+    fn redeemed(&self, redeem: &Redeem, serial: Serial, client: IpAddr) {
         let Redeem { token, user_id, spends, .. } = redeem;
         let (device, short) = (&token.claims.device_id, token.hash.short());
-        let user = user_id.map(|user| format!(", user {user:?}")).unwrap_or_default();
+        let user = user_id.as_ref().map(|user| format!(", user {user:?}")).unwrap_or_default();
         log::info!(
             event = "certificate_signed", device:%, serial:%, client:%;
             "certificate {serial} signed for {device}, token {short} consumed, by {client}{user}"
@@ -217,16 +215,16 @@ impl Provisioner {
         if spends.is_some() {
             self.supersede_older(device, serial, clock::now());
         }
-        Used { token, serial, spends }
     }
 
     /// The registrations that were used are used up here before anybody is answered, and in Redis
     /// before the devices' leases are free.
-    fn enter_spent(&self, used: Vec<Used>, now: Now) -> Vec<Op> {
+    fn enter_spent(&self, used: Vec<(Redeem, Serial)>, now: Now) -> Vec<Op> {
         let mut after = Vec::new();
-        let device = |used: &Used| used.token.claims.device_id.clone();
+        let spends =
+            |used: &Redeem| Some((used.token.claims.device_id.clone(), used.spends.clone()?));
         let spent: Vec<(DeviceId, Row)> =
-            used.iter().filter_map(|used| Some((device(used), used.spends.clone()?))).collect();
+            used.iter().filter_map(|(redeem, _)| spends(redeem)).collect();
         let entered = self.devices.enter(spent.clone(), true, now);
         if let Err(error) = &entered {
             log::error!("registrations that were used are not marked so on disk: {error}");
@@ -237,7 +235,7 @@ impl Provisioner {
                 Err(_) => locked(&self.spending.0).insert(device, Some(row)),
             };
         }
-        for Used { token, serial, spends } in used {
+        for (Redeem { token, spends, .. }, serial) in used {
             let device = token.claims.device_id.clone();
             // Where others are told of the record, they are told of the row before the lease goes, if
             // that is on disk.
@@ -276,12 +274,25 @@ impl Provisioner {
         }
     }
 
-    fn not_spent(&self, sign: &Sign) {
-        if let Grant::Token(redeem) = &sign.grant
-            && redeem.spends.is_some()
-        {
-            locked(&self.spending.0).remove(&redeem.token.claims.device_id);
+    /// What was refused: the token's mark is withdrawn where it is good for nothing, and what the
+    /// redemption would have used up is free.
+    fn not_signed(
+        &self,
+        sign: &Sign,
+        problem: Problem,
+        withdraws: impl Fn(&Token) -> bool,
+        undo: &mut Vec<Op>,
+    ) -> Problem {
+        if let Grant::Token(redeem) = &sign.grant {
+            let token = &redeem.token;
+            if withdraws(token) {
+                undo.push(Op::GiveBack(token.clone(), sign.serial));
+            }
+            if redeem.spends.is_some() {
+                locked(&self.spending.0).remove(&token.claims.device_id);
+            }
         }
+        sign.refused(problem)
     }
 
     /// A device that has enrolled again by a registration needs its older certificates no more.
@@ -331,11 +342,6 @@ impl Sign {
         }
     }
 
-    fn give_back(&self) -> Option<Op> {
-        let Grant::Token(redeem) = &self.grant else { return None };
-        Some(Op::GiveBack(redeem.token.clone(), self.serial))
-    }
-
     /// For the log: who was refused.
     pub(super) fn refused(&self, problem: Problem) -> Problem {
         match &self.grant {
@@ -346,13 +352,8 @@ impl Sign {
 }
 
 /// The certificate that a device has got for the same key before, if it asks again.
-fn given_before(
-    old: &Certificate,
-    csr: &Csr,
-    entries: &Entries<'_>,
-    now: Now,
-) -> Result<Option<Leaf>, Problem> {
-    match entries.judge_renewal(old, csr.key(), now) {
+fn given_before(renewal: Renewal) -> Result<Option<Leaf>, Problem> {
+    match renewal {
         Renewal::New => Ok(None),
         Renewal::Again(leaf) => Ok(Some(*leaf)),
         Renewal::UnderWay => Err(Code::ServiceUnavailable.into()),
