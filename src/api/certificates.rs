@@ -45,8 +45,7 @@ pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
     let ca = api.provisioner.ca();
     let certificate = find(ca.record(), asked.name).ok_or(Code::CertificateNotFound)?;
     let stored = ca.record().stored(&certificate.serial)?;
-    let issuer = ca.issuer().ok_or(Code::ClockNotSet)?;
-    let ca_pem = issuer.chain_pem();
+    let ca_pem = api.issuer()?.chain_pem();
     if asked.request.wants("pem") || asked.request.accepts(PEM) {
         return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + ca_pem)));
     }
@@ -64,8 +63,7 @@ pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
 
 /// `GET /api/v1/ca`
 pub(super) fn ca(api: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
-    let issuer = api.provisioner.ca().issuer().ok_or(Code::ClockNotSet)?;
-    Ok(Plan::Reply(Reply::of_type(PEM, issuer.chain_pem())))
+    Ok(Plan::Reply(Reply::of_type(PEM, api.issuer()?.chain_pem())))
 }
 
 /// `GET /api/v1/crl`

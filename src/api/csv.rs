@@ -13,55 +13,39 @@ const RISKY: [char; 7] = ['=', '+', '-', '@', '\t', '\r', '\''];
 /// Reads the lines of a table, which may end with LF or CRLF, and of which empty ones are left out.
 /// `None` if a quote is not closed or stands within a cell.
 pub fn read(text: &str) -> Option<Vec<Vec<String>>> {
-    let mut rest = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut lines = vec![Vec::new()];
-    while !rest.is_empty() {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text).replace("\r\n", "\n");
+    let mut rest = text.strip_suffix('\r').unwrap_or(&text);
+    let (mut lines, mut line) = (Vec::new(), Vec::new());
+    loop {
         let (cell, behind) = read_cell(rest)?;
-        lines.last_mut()?.push(cell);
-        rest = match behind.strip_prefix(',') {
-            // A line that ends with a comma has an empty cell behind it.
-            Some("") => {
-                lines.last_mut()?.push(String::new());
-                ""
-            }
-            Some(next) => next,
-            None => {
-                lines.push(Vec::new());
-                behind.strip_prefix("\r\n").or(behind.strip_prefix('\n')).unwrap_or(behind)
-            }
-        };
+        line.push(without_apostrophe(&cell));
+        let mut chars = behind.chars();
+        match chars.next() {
+            Some(',') => {}
+            Some('\n') | None => lines.push(std::mem::take(&mut line)),
+            Some(_) => return None,
+        }
+        if behind.is_empty() {
+            lines.retain(|line| line.iter().any(|cell| !cell.is_empty()));
+            return Some(lines);
+        }
+        rest = chars.as_str();
     }
-    lines.retain(|line| line.iter().any(|cell| !cell.is_empty()));
-    Some(lines)
 }
 
-/// A cell, and what stands behind it: a comma, the end of the line, or nothing.
+/// A cell, and what stands behind it.
 fn read_cell(text: &str) -> Option<(String, &str)> {
-    let Some(quoted) = text.strip_prefix('"') else {
-        let end = text.find([',', '\n']).unwrap_or(text.len());
-        let (cell, behind) = text.split_at(end);
-        let (cell, behind) = match cell.strip_suffix('\r') {
-            Some(cell) if behind.starts_with('\n') || behind.is_empty() => (cell, behind),
-            _ => (cell, behind),
-        };
-        return (!cell.contains('"')).then(|| (without_apostrophe(cell), behind));
+    let Some(mut rest) = text.strip_prefix('"') else {
+        let (cell, behind) = text.split_at(text.find([',', '\n']).unwrap_or(text.len()));
+        return (!cell.contains('"')).then(|| (cell.to_owned(), behind));
     };
     let mut cell = String::new();
-    let mut rest = quoted;
     loop {
         let (before, after) = rest.split_once('"')?;
         cell.push_str(before);
-        match after.strip_prefix('"') {
-            Some(more) => {
-                cell.push('"');
-                rest = more;
-            }
-            None => {
-                let ends =
-                    after.is_empty() || after.starts_with([',', '\n']) || after.starts_with("\r\n");
-                return ends.then(|| (without_apostrophe(&cell), after));
-            }
-        }
+        let Some(more) = after.strip_prefix('"') else { return Some((cell, after)) };
+        cell.push('"');
+        rest = more;
     }
 }
 

@@ -26,8 +26,7 @@ const PKCS10: &str = "application/pkcs10";
 
 /// `GET /.well-known/est/cacerts`
 pub(super) fn cacerts(api: &Api, _: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
-    let issuer = api.provisioner.ca().issuer().ok_or(Code::ClockNotSet)?;
-    Ok(Plan::Reply(certificates(PKCS7, issuer.chain())))
+    Ok(Plan::Reply(certificates(PKCS7, api.issuer()?.chain())))
 }
 
 /// `GET /.well-known/est/csrattrs`
@@ -95,8 +94,8 @@ fn csr(request: &Request) -> Result<String, Problem> {
 }
 
 fn render(_: &Api, done: Done, _: Now) -> Result<Reply, Problem> {
-    let Done::Signed(signed) = done else { return Err(Code::InternalError.into()) };
-    Ok(certificates(CERTS_ONLY, &[signed.leaf.der]))
+    let Done::Signed(leaf) = done else { return Err(Code::InternalError.into()) };
+    Ok(certificates(CERTS_ONLY, &[leaf.der]))
 }
 
 fn certificates(media_type: &str, certificates: &[Vec<u8>]) -> Reply {

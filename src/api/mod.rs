@@ -24,7 +24,7 @@ use std::time::Duration;
 use log::Level;
 use rustls::sign::CertifiedKey;
 
-use crate::ca;
+use crate::ca::{self, issuer::Issuer};
 use crate::clock::{self, Now};
 use crate::config::{Config, Enrolment};
 use crate::device::DeviceId;
@@ -51,8 +51,6 @@ pub struct Api {
     without_key: RateLimit,
     /// Counts failed authentications.
     auth_failures: RateLimit,
-    /// Who may onboard, if that was said.
-    enrolment: Option<Enrolment>,
     refusals: Refusals,
     metrics: Arc<Metrics>,
 }
@@ -100,7 +98,6 @@ impl Api {
             with_key: RateLimit::new(config.http.onboarding_rate_limit),
             without_key: RateLimit::new(config.http.onboarding_rate_limit),
             auth_failures: RateLimit::new(config.http.auth_failures),
-            enrolment: config.rules.enrolment,
             refusals: Refusals::new(),
             metrics,
         }
@@ -108,7 +105,7 @@ impl Api {
 
     /// From the next request on, the keys are those of `config`, and its certificate is watched.
     pub fn reload(&self, config: &Config) {
-        let settings = Settings::of(config, self.enrolment);
+        let settings = Settings::of(config, self.settings().config.rules.enrolment);
         *writing(&self.settings) = settings;
     }
 
@@ -129,6 +126,11 @@ impl Api {
     /// The settings as they are now; a request looks once, so that it sees all old or all new ones.
     fn settings(&self) -> Arc<Settings> {
         Arc::clone(&reading(&self.settings))
+    }
+
+    /// The CA, once there is one.
+    fn issuer(&self) -> Result<Arc<Issuer>, Code> {
+        self.provisioner.ca().issuer().ok_or(Code::ClockNotSet)
     }
 
     /// Answers the requests of one batch, each for itself: one that panics answers 500.

@@ -24,7 +24,7 @@ fn render_health(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
         .field("connected", status.redis_serves)
         .field("tokenCount", count)
         .field("deviceCount", count);
-    let sharing = api.provisioner.sharing(now);
+    let sharing = api.provisioner.sharing.status(now);
     let record = Json::new()
         .field("shared", sharing.shared)
         .field("behind_seconds", sharing.behind_ms / 1000)
@@ -142,7 +142,7 @@ fn store_state(api: &Api, live: u64, now: Now, page: &mut Page) {
     page.counter("mqtt_lite_redis_losses_total", help, status.losses);
     page.gauge("mqtt_lite_tokens_live", "Live tokens in the store that serves.", live);
     page.gauge("mqtt_lite_store_full", "No room for a token.", u8::from(status.full));
-    let sharing = api.provisioner.sharing(now);
+    let sharing = api.provisioner.sharing.status(now);
     let help = "Whether certificates are shared with other instances now.";
     page.gauge("mqtt_lite_record_shared", help, u8::from(sharing.shared));
     let help = "For how long nothing was read of what others share.";

@@ -34,14 +34,13 @@ pub(super) fn renew(api: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Proble
     Ok(Plan::Job(job, render))
 }
 
-fn render(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
-    let Done::Signed(signed) = done else { return Err(Code::InternalError.into()) };
-    let leaf = &signed.leaf;
+fn render(api: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
+    let Done::Signed(leaf) = done else { return Err(Code::InternalError.into()) };
     let serial = leaf.serial.to_string();
     let json = Json::success()
         .text("device_id", leaf.device.as_str())
         .text("certificate", &leaf.pem)
-        .text("ca_certificate", signed.issuer.chain_pem())
+        .text("ca_certificate", api.issuer()?.chain_pem())
         .text("expires_at", &clock::rfc3339(leaf.not_after * 1000))
         .text("serial_number", &serial)
         .text("fingerprint", &fingerprint(&leaf.der))

@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 
+use super::{Failure, usage};
 use crate::ca::server::DAYS;
 use crate::config::variables::{self, Allowed, Variable};
 
@@ -78,7 +79,7 @@ impl Options {
     fn read(
         mut args: impl Iterator<Item = String>,
         known: impl Fn(&str) -> bool,
-    ) -> Result<Self, UsageError> {
+    ) -> Result<Self, Failure> {
         let mut options = Options::default();
         while let Some(arg) = args.next() {
             let (option, value) = match arg.split_once('=') {
@@ -89,7 +90,7 @@ impl Options {
             if !arg.starts_with("--") {
                 options.rest.push(arg);
             } else if !known(option) || (is_flag && value.is_some()) {
-                return Err(UsageError(format!("unknown option {arg:?}")));
+                return Err(refused(format_args!("unknown option {arg:?}")));
             } else {
                 let value =
                     if is_flag { String::new() } else { value_of(option, value, &mut args)? };
@@ -110,10 +111,10 @@ impl Options {
     }
 
     /// The value as a number of days.
-    pub fn days(&self, option: &str) -> Result<Option<u32>, UsageError> {
+    pub fn days(&self, option: &str) -> Result<Option<u32>, Failure> {
         let read = |text: &str| {
             text.parse().ok().filter(|days| (1..=MAX_DAYS).contains(days)).ok_or_else(|| {
-                UsageError(format!(
+                refused(format_args!(
                     "{option} must be a whole number from 1 to {MAX_DAYS}, not {text:?}"
                 ))
             })
@@ -137,25 +138,17 @@ pub struct ServerCertificate {
     pub force: bool,
 }
 
-/// Why the command line is refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UsageError(String);
-
-impl fmt::Display for UsageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (see --help)", self.0)
-    }
+fn refused(why: impl fmt::Display) -> Failure {
+    usage(format_args!("{why} (see --help)"))
 }
-
-impl std::error::Error for UsageError {}
 
 const ENV_FILE: &str = "--env-file";
 const MAX_DAYS: u32 = 36_500;
 
 /// Reads the arguments, the program's own name left out.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Arguments, UsageError> {
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Arguments, Failure> {
     let args: Result<Vec<String>, _> = args.into_iter().map(OsString::into_string).collect();
-    let args = args.map_err(|arg| UsageError(format!("{arg:?} is not UTF-8")))?;
+    let args = args.map_err(|arg| refused(format_args!("{arg:?} is not UTF-8")))?;
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
         return Ok(Arguments { command: Command::Help, env_files: Vec::new() });
     }
@@ -164,7 +157,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Arguments, Usag
 }
 
 /// Takes out `--env-file`, which every command has, wherever it stands.
-fn take_env_files(args: Vec<String>) -> Result<(Vec<PathBuf>, Vec<String>), UsageError> {
+fn take_env_files(args: Vec<String>) -> Result<(Vec<PathBuf>, Vec<String>), Failure> {
     let (mut files, mut rest) = (Vec::new(), Vec::new());
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
@@ -179,7 +172,7 @@ fn take_env_files(args: Vec<String>) -> Result<(Vec<PathBuf>, Vec<String>), Usag
     Ok((files, rest))
 }
 
-fn command(args: Vec<String>) -> Result<Command, UsageError> {
+fn command(args: Vec<String>) -> Result<Command, Failure> {
     let mut args = args.into_iter();
     let Some(first) = args.next() else { return Ok(Command::Serve) };
     let command = match first.as_str() {
@@ -192,15 +185,15 @@ fn command(args: Vec<String>) -> Result<Command, UsageError> {
         "healthcheck" => Command::Healthcheck,
         "server-certificate" => return server_certificate(args).map(Command::ServerCertificate),
         "device" => return device(args).map(Command::Device),
-        _ => return Err(UsageError(format!("unknown argument {first:?}"))),
+        _ => return Err(refused(format_args!("unknown argument {first:?}"))),
     };
     match args.next() {
-        Some(more) => Err(UsageError(format!("{first} takes no argument, not {more:?}"))),
+        Some(more) => Err(refused(format_args!("{first} takes no argument, not {more:?}"))),
         None => Ok(command),
     }
 }
 
-fn server_certificate(args: impl Iterator<Item = String>) -> Result<ServerCertificate, UsageError> {
+fn server_certificate(args: impl Iterator<Item = String>) -> Result<ServerCertificate, Failure> {
     let known = ["--days", "--out", "--renew", "--force"];
     let options = Options::read(args, |option| known.contains(&option))?;
     let (renew, out) = (options.text("--renew"), options.text("--out"));
@@ -213,7 +206,7 @@ fn server_certificate(args: impl Iterator<Item = String>) -> Result<ServerCertif
         }
     };
     Ok(ServerCertificate {
-        out: out.map_err(|why| UsageError(why.to_owned()))?.into(),
+        out: out.map_err(refused)?.into(),
         days: options.days("--days")?,
         renew: renew.is_some(),
         force: options.has("--force"),
@@ -221,19 +214,19 @@ fn server_certificate(args: impl Iterator<Item = String>) -> Result<ServerCertif
     })
 }
 
-fn device(mut args: impl Iterator<Item = String>) -> Result<Device, UsageError> {
+fn device(mut args: impl Iterator<Item = String>) -> Result<Device, Failure> {
     let given = args.next().unwrap_or_default();
     let known = ACTIONS.iter().find(|(name, _)| *name == given);
     let (action, own) = known.ok_or_else(|| {
         let names = ACTIONS.map(|(name, _)| name).join(", ");
-        UsageError(format!("device needs one of {names}, not {given:?}"))
+        refused(format_args!("device needs one of {names}, not {given:?}"))
     })?;
     let known = |option: &str| ["--url", "--ca"].contains(&option) || own.contains(&option);
     let options = Options::read(args, known)?;
     match (*action, options.rest.is_empty()) {
-        ("list", false) => Err(UsageError("device list takes no device id".to_owned())),
+        ("list", false) => Err(refused("device list takes no device id")),
         ("list", true) | (_, false) => Ok(Device { action, options }),
-        _ => Err(UsageError(format!("device {given} needs a device id"))),
+        _ => Err(refused(format_args!("device {given} needs a device id"))),
     }
 }
 
@@ -242,11 +235,11 @@ fn value_of(
     option: &str,
     value: Option<String>,
     args: &mut impl Iterator<Item = String>,
-) -> Result<String, UsageError> {
+) -> Result<String, Failure> {
     value
         .or_else(|| args.next())
         .filter(|value| !value.is_empty())
-        .ok_or_else(|| UsageError(format!("{option} needs a value")))
+        .ok_or_else(|| refused(format_args!("{option} needs a value")))
 }
 
 /// `mqtt-publisher-lite 0.1.0`
@@ -324,7 +317,7 @@ mod tests {
 
     fn parsed(args: &str) -> Result<Command, String> {
         let parsed = parse(args.split_whitespace().map(OsString::from));
-        parsed.map(|arguments| arguments.command).map_err(|e| e.to_string())
+        parsed.map(|arguments| arguments.command).map_err(|Failure(_, why)| why)
     }
 
     #[test]

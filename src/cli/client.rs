@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io::{self, BufRead as _, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,52 +17,12 @@ use rustls::{
     RootCertStore, SignatureScheme, Stream, WantsVerifier,
 };
 
-use super::read_file;
+use super::{Failure, failed, read_file};
 use crate::config::{Http, certificates};
 use crate::socket::{TimedSocket, deadline_in, is_late};
 
 /// The largest answer: a page of the list of devices is a quarter of it.
 const MAX_ANSWER_BYTES: u64 = 4 << 20;
-
-/// Why there is no answer that counts.
-#[derive(Debug)]
-pub(super) enum ClientError {
-    /// A file of certificates cannot be used.
-    Certificate(PathBuf, String),
-    /// TLS could not be set up.
-    Tls(rustls::Error),
-    /// No connection, or it broke before the end of the answer.
-    Io(SocketAddr, io::Error),
-    /// It was not there in time.
-    Timeout(SocketAddr, Duration),
-    /// It is no HTTP.
-    Foreign(SocketAddr),
-    /// It is not the one that was wanted.
-    Answer(SocketAddr, String),
-}
-
-impl fmt::Display for ClientError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ClientError::Certificate(path, why) => write!(f, "{}: {why}", path.display()),
-            ClientError::Tls(e) => write!(f, "TLS cannot be set up: {e}"),
-            ClientError::Io(address, e) => write!(f, "{address} does not serve: {e}"),
-            ClientError::Timeout(address, limit) => {
-                write!(f, "{address} does not answer within {} s", limit.as_secs())
-            }
-            ClientError::Foreign(address) => write!(
-                f,
-                "{address} answers no HTTP; if the service there has TLS, give this command its \
-                 settings (--env-file)"
-            ),
-            ClientError::Answer(address, line) => {
-                write!(f, "{address} is not well, it answers {line:?}")
-            }
-        }
-    }
-}
-
-impl std::error::Error for ClientError {}
 
 /// What is asked.
 pub(super) struct Client {
@@ -76,7 +36,7 @@ pub(super) struct Client {
 impl Client {
     /// The service on this machine as `http` configures it. Over HTTPS its own certificate is trusted
     /// and none else, or those by `ca`.
-    pub fn local(http: &Http, ca: Option<&Path>, deadline: Duration) -> Result<Self, ClientError> {
+    pub fn local(http: &Http, ca: Option<&Path>, deadline: Duration) -> Result<Self, Failure> {
         let address = SocketAddr::new(reachable(http.host), http.port);
         let config = http.tls.as_ref().map(|own| match ca {
             Some(ca) => by_ca(ca),
@@ -88,21 +48,28 @@ impl Client {
     }
 
     /// Sends a whole request; gives the head and the body of the answer.
-    pub fn exchange(&self, request: &str) -> Result<(String, String), ClientError> {
+    pub fn exchange(&self, request: &str) -> Result<(String, String), Failure> {
+        let address = self.address;
         let session = self.tls.as_ref().map(|(config, name)| {
-            ClientConnection::new(Arc::clone(config), name.clone()).map_err(ClientError::Tls)
+            ClientConnection::new(Arc::clone(config), name.clone()).map_err(no_tls)
         });
         let mut session = session.transpose()?;
-        let connect = TimedSocket::connect(&self.address.into(), deadline_in(self.deadline));
+        let connect = TimedSocket::connect(&address.into(), deadline_in(self.deadline));
         let answer = connect.and_then(|mut socket| match &mut session {
             Some(session) => talk(&mut Stream::new(session, &mut socket), request),
             None => talk(&mut socket, request),
         });
         match answer {
-            Ok((head, _)) if !head.starts_with("HTTP/") => Err(ClientError::Foreign(self.address)),
+            Ok((head, _)) if !head.starts_with("HTTP/") => Err(failed(format_args!(
+                "{address} answers no HTTP; if the service there has TLS, give this command its \
+                 settings (--env-file)"
+            ))),
             Ok(answer) => Ok(answer),
-            Err(e) if is_late(&e) => Err(ClientError::Timeout(self.address, self.deadline)),
-            Err(e) => Err(ClientError::Io(self.address, e)),
+            Err(e) if is_late(&e) => {
+                let limit_s = self.deadline.as_secs();
+                Err(failed(format_args!("{address} does not answer within {limit_s} s")))
+            }
+            Err(e) => Err(failed(format_args!("{address} does not serve: {e}"))),
         }
     }
 }
@@ -144,23 +111,18 @@ fn talk(stream: &mut (impl Read + Write), request: &str) -> io::Result<(String, 
 }
 
 /// Trusts certificates by the CAs of this file.
-pub(super) fn by_ca(path: &Path) -> Result<Arc<ClientConfig>, ClientError> {
+pub(super) fn by_ca(path: &Path) -> Result<Arc<ClientConfig>, Failure> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates_of(path)? {
-        let wrong = |e: rustls::Error| ClientError::Certificate(path.to_owned(), e.to_string());
-        roots.add(certificate).map_err(wrong)?;
+        roots.add(certificate).map_err(|e| unusable(path, e))?;
     }
     config(|builder, _| builder.with_root_certificates(roots))
 }
 
 /// Trusts the first certificate of this file.
-fn pinned(path: &Path) -> Result<Arc<ClientConfig>, ClientError> {
-    let found = certificates_of(path).map_err(|error| match error {
-        ClientError::Certificate(path, why) => {
-            ClientError::Certificate(path, format!("{why}; is DATA_DIR that of the service?"))
-        }
-        other => other,
-    });
+fn pinned(path: &Path) -> Result<Arc<ClientConfig>, Failure> {
+    let found = certificates_of(path)
+        .map_err(|Failure(_, why)| failed(format!("{why}; is DATA_DIR that of the service?")));
     let certificate = found?.swap_remove(0);
     config(|builder, provider| {
         let verifier = Pinned { certificate, provider };
@@ -169,21 +131,28 @@ fn pinned(path: &Path) -> Result<Arc<ClientConfig>, ClientError> {
 }
 
 /// The certificates of a file, at least one.
-fn certificates_of(path: &Path) -> Result<Vec<CertificateDer<'static>>, ClientError> {
-    let unreadable = |why| ClientError::Certificate(path.to_owned(), why);
-    let file = read_file(path).map_err(|e| unreadable(e.to_string()))?;
-    certificates(&file).map_err(unreadable)
+fn certificates_of(path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
+    let file = read_file(path).map_err(|e| unusable(path, e))?;
+    certificates(&file).map_err(|why| unusable(path, why))
+}
+
+fn unusable(path: &Path, why: impl fmt::Display) -> Failure {
+    failed(format_args!("{}: {why}", path.display()))
+}
+
+fn no_tls(error: rustls::Error) -> Failure {
+    failed(format_args!("TLS cannot be set up: {error}"))
 }
 
 type Builder<State> = ConfigBuilder<ClientConfig, State>;
 
 fn config(
     trusting: impl FnOnce(Builder<WantsVerifier>, Arc<CryptoProvider>) -> Builder<WantsClientCert>,
-) -> Result<Arc<ClientConfig>, ClientError> {
+) -> Result<Arc<ClientConfig>, Failure> {
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .map_err(ClientError::Tls)?;
+        .map_err(no_tls)?;
     Ok(Arc::new(trusting(builder, provider).with_no_client_auth()))
 }
 

@@ -51,9 +51,8 @@ pub(super) fn run(given: &Given, request: &Device) -> Result<String, Failure> {
 }
 
 fn add(server: &Server, options: &Options) -> Result<String, Failure> {
-    let (expires, cert_days) = (options.days("--expires"), options.days("--days"));
-    let expires_in = expires.map_err(usage)?.map(|days| u64::from(days) * DAY_S);
-    let cert_days = cert_days.map_err(usage)?;
+    let (expires, cert_days) = (options.days("--expires")?, options.days("--days")?);
+    let expires_in = expires.map(|days| u64::from(days) * DAY_S);
     let device = |id: &String| {
         json!({
             "device_id": id,
@@ -189,7 +188,7 @@ impl Server {
             Some(url) => elsewhere(url, ca)?,
             None => {
                 let http = Http::from_lookup(|name| environment.get(name));
-                Client::local(&http.map_err(usage)?, ca, DEADLINE).map_err(failed)?
+                Client::local(&http.map_err(usage)?, ca, DEADLINE)?
             }
         };
         if client.tls.is_none() && !client.address.ip().is_loopback() {
@@ -223,7 +222,7 @@ impl Server {
             self.key.reveal(),
             body.len()
         ));
-        let (head, body) = exchanged.map_err(failed)?;
+        let (head, body) = exchanged?;
         let status = head.split(' ').nth(1).unwrap_or_default();
         if status == "200" {
             return Ok((head, body));
@@ -252,7 +251,7 @@ fn elsewhere(url: &str, ca: Option<&Path>) -> Result<Client, Failure> {
         ("http", _) => None,
         ("https", Some(ca)) => {
             let name = ServerName::try_from(host.clone()).map_err(|e| not_found(&e))?;
-            Some((by_ca(ca).map_err(|e| usage(format!("--ca {e}")))?, name))
+            Some((by_ca(ca).map_err(|Failure(_, why)| usage(format!("--ca {why}")))?, name))
         }
         ("https", None) => {
             let why = "--url https://… needs --ca FILE, the CA of that server's certificate";

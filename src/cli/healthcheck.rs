@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use super::client::{Client, ClientError};
+use super::client::Client;
 use super::{Failure, Given, failed};
 use crate::config::Http;
 
@@ -13,12 +13,12 @@ const DEADLINE: Duration = Duration::from_secs(3);
 /// Never exits with 2, which container engines reserve for themselves.
 pub(super) fn run(given: &Given) -> Result<ExitCode, Failure> {
     let http = given.environment().and_then(|vars| Http::from_lookup(|name| vars.get(name)));
-    check(&http.map_err(failed)?, DEADLINE).map_err(failed)?;
+    check(&http.map_err(failed)?, DEADLINE)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Whether the server on this machine, configured as `http` says, answers 200 within `deadline`.
-fn check(http: &Http, deadline: Duration) -> Result<(), ClientError> {
+fn check(http: &Http, deadline: Duration) -> Result<(), Failure> {
     let server = Client::local(http, None, deadline)?;
     let request = "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     let (head, _) = server.exchange(request)?;
@@ -27,7 +27,8 @@ fn check(http: &Http, deadline: Duration) -> Result<(), ClientError> {
     if (words.next(), words.next()) == (Some("HTTP/1.1"), Some("200")) {
         return Ok(());
     }
-    Err(ClientError::Answer(server.address, status_line.to_owned()))
+    let address = server.address;
+    Err(failed(format_args!("{address} is not well, it answers {status_line:?}")))
 }
 
 #[cfg(test)]
@@ -71,7 +72,7 @@ mod tests {
     fn outcome(text: &'static str) -> Result<(), String> {
         let port = server(|stream| answer(stream, text));
         let shown = format!("127.0.0.1:{port}");
-        check(&http(port, None), DEADLINE).map_err(|e| e.to_string().replace(&shown, "ADDRESS"))
+        check(&http(port, None), DEADLINE).map_err(|Failure(_, why)| why.replace(&shown, "ADDRESS"))
     }
 
     #[test]
@@ -95,8 +96,8 @@ mod tests {
             let _ = (&stream).read_to_end(&mut Vec::new());
         });
         let before = clock::now().mono_ms;
-        let error = check(&http(port, None), Duration::from_millis(50)).unwrap_err();
-        assert!(matches!(error, ClientError::Timeout(..)), "{error}");
+        let Failure(_, why) = check(&http(port, None), Duration::from_millis(50)).unwrap_err();
+        assert!(why.ends_with("does not answer within 0 s"), "{why}");
         assert!(clock::now().mono_ms - before < 2000);
     }
 
@@ -105,8 +106,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         drop(listener);
-        let error = check(&http(port, None), DEADLINE).unwrap_err();
-        assert!(matches!(error, ClientError::Io(..)), "{error}");
+        let Failure(_, why) = check(&http(port, None), DEADLINE).unwrap_err();
+        assert!(why.contains(" does not serve: "), "{why}");
     }
 
     /// A certificate for another name, which does not matter, and its key.
@@ -147,11 +148,11 @@ mod tests {
             })
         };
         check(&http(serve(), Some(own)), DEADLINE).unwrap();
-        let error = check(&http(serve(), Some(other)), DEADLINE).unwrap_err();
-        assert!(error.to_string().contains("certificate"), "{error}");
+        let Failure(_, why) = check(&http(serve(), Some(other)), DEADLINE).unwrap_err();
+        assert!(why.contains("certificate"), "{why}");
         let missing = TlsFiles { cert: dir.join("none"), key: PathBuf::new() };
-        let error = check(&http(1, Some(missing)), DEADLINE).unwrap_err();
-        assert!(matches!(error, ClientError::Certificate(..)), "{error}");
+        let Failure(_, why) = check(&http(1, Some(missing)), DEADLINE).unwrap_err();
+        assert!(why.ends_with("; is DATA_DIR that of the service?"), "{why}");
         std::fs::remove_dir_all(dir).unwrap();
     }
 }

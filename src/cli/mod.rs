@@ -27,6 +27,7 @@ const BAD_CONFIG: u8 = 2;
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// Why a command failed, and with which exit code.
+#[derive(Debug, PartialEq, Eq)]
 struct Failure(u8, String);
 
 fn failed(why: impl Display) -> Failure {
@@ -42,7 +43,7 @@ pub fn run(
     args: impl IntoIterator<Item = OsString>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> ExitCode {
-    let done = args::parse(args).map_err(usage).and_then(|Arguments { command, env_files }| {
+    let done = args::parse(args).and_then(|Arguments { command, env_files }| {
         run_command(command, &Given { environment: environment.into_iter().collect(), env_files })
     });
     done.unwrap_or_else(|Failure(code, why)| {

@@ -155,13 +155,12 @@ impl Row {
     /// over is not brought back by a later end: that would be another. Whoever begins a registration has
     /// to raise the bound, too.
     pub fn edited(&self, edit: &Edit, maker: &Maker) -> Option<Row> {
-        let version = self.next_version(maker.now);
         let registration = match edit.register {
-            Some(secret) => Some(self.begun(secret, edit, version, maker)),
-            None if edit.concerns_registration() => Some(self.changed(edit, version, maker)?),
+            Some(secret) => Some(self.begun(secret, edit, maker)),
+            None if edit.concerns_registration() => Some(self.changed(edit, maker)?),
             None => None,
         };
-        let Block { blocked, lifted, .. } = self.block;
+        let (version, Block { blocked, lifted, .. }) = (self.next_version(maker.now), self.block);
         let block = match edit.blocked {
             Some(true) => Block { blocked: version, lifted, changed: version },
             Some(false) => Block { blocked, lifted: blocked, changed: version },
@@ -172,43 +171,20 @@ impl Row {
 
     /// The news that the registration is forgotten. The block stays.
     pub fn forgotten(&self, maker: &Maker) -> Row {
-        let latest = Registration {
-            version: self.next_version(maker.now),
-            instance: maker.instance,
-            made_at: self.next_made_at(maker.now),
-            made_by: maker.name.clone(),
-            terms: None,
-        };
-        Row { registration: Some(latest), ..Row::default() }
+        Row { registration: Some(self.made(None, maker)), ..Row::default() }
     }
 
-    fn begun(
-        &self,
-        secret: Option<SecretHash>,
-        edit: &Edit,
-        version: u64,
-        maker: &Maker,
-    ) -> Registration {
+    fn begun(&self, secret: Option<SecretHash>, edit: &Edit, maker: &Maker) -> Registration {
         let lives_s = edit.expires_in_s.unwrap_or(REGISTERED_FOR_S);
-        let terms = Terms {
-            secret,
-            end: maker.now.unix_s().saturating_add(lives_s),
-            cert_days: edit.cert_days,
-            note: edit.note.clone().flatten(),
-        };
-        Registration {
-            version,
-            instance: maker.instance,
-            made_at: self.next_made_at(maker.now),
-            made_by: maker.name.clone(),
-            terms: Some(terms),
-        }
+        let end = maker.now.unix_s().saturating_add(lives_s);
+        let (cert_days, note) = (edit.cert_days, edit.note.clone().flatten());
+        self.made(Some(Terms { secret, end, cert_days, note }), maker)
     }
 
-    fn changed(&self, edit: &Edit, version: u64, maker: &Maker) -> Option<Registration> {
+    fn changed(&self, edit: &Edit, maker: &Maker) -> Option<Registration> {
         let now_s = maker.now.unix_s();
-        let latest = self.registration.clone()?;
-        let mut terms = latest.terms?;
+        let latest = self.registration.as_ref()?;
+        let mut terms = latest.terms.clone()?;
         if let Some(lives_s) = edit.expires_in_s {
             if terms.end <= now_s {
                 return None;
@@ -217,8 +193,18 @@ impl Row {
         }
         terms.cert_days = edit.cert_days.or(terms.cert_days);
         terms.note = edit.note.clone().unwrap_or(terms.note);
-        let (instance, made_by) = (maker.instance, maker.name.clone());
-        Some(Registration { version, instance, made_by, terms: Some(terms), ..latest })
+        Some(Registration { made_at: latest.made_at, ..self.made(Some(terms), maker) })
+    }
+
+    /// Begun now, by this maker.
+    fn made(&self, terms: Option<Terms>, maker: &Maker) -> Registration {
+        Registration {
+            version: self.next_version(maker.now),
+            instance: maker.instance,
+            made_at: self.next_made_at(maker.now),
+            made_by: maker.name.clone(),
+            terms,
+        }
     }
 
     fn next_version(&self, now: Now) -> u64 {

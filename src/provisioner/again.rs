@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use super::{Done, Provisioner, Signed, not_issued};
+use super::{Done, Provisioner, not_issued};
 use crate::ca::csr::Csr;
 use crate::ca::record::Origin;
 use crate::clock::Now;
@@ -82,15 +82,15 @@ impl Provisioner {
         if self.ca().record().paid(&leaf.serial) <= row.bound.c {
             return None;
         }
-        let issuer = self.check_block(device).map_err(|code| not_issued(code, device));
-        let issuer = issuer.and_then(|()| Ok(self.issuer(now)?));
-        Some(issuer.map(|issuer| {
+        let allowed = self.check_block(device).map_err(|code| not_issued(code, device));
+        let allowed = allowed.and_then(|()| Ok(self.issuer(now)?));
+        Some(allowed.map(|_issuer| {
             let serial = leaf.serial;
             log::info!(
                 event = "certificate_given_again", device:%, serial:%, client:%;
                 "certificate {serial} of {device} given again, by {client}"
             );
-            Done::Signed(Box::new(Signed { leaf, issuer }))
+            Done::Signed(Box::new(leaf))
         }))
     }
 }

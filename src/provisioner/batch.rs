@@ -8,8 +8,9 @@ use super::plan::sign;
 use super::prepare::Prepared;
 use super::{
     Batch, By, Change, Changed, Done, Grant, Issue, Job, Onboarding, Provisioner, Redeem, Revoke,
-    RevokeOne, Rewrite, Sign, Signed, Work, no_certificate, not_issued,
+    RevokeOne, Rewrite, Sign, Work, no_certificate, not_issued,
 };
+use crate::ca::issuer::Leaf;
 use crate::ca::record::Reason;
 use crate::clock::{self, Now};
 use crate::device::DeviceId;
@@ -36,7 +37,7 @@ pub(super) enum Step {
     /// The certificate is still to be signed.
     Granted(Box<Sign>),
     /// It is signed and entered; whether it is recorded, the commit says.
-    Entered(Box<Sign>, Signed),
+    Entered(Box<Sign>, Box<Leaf>),
 }
 
 impl Provisioner {
@@ -214,7 +215,7 @@ impl Provisioner {
         let unknown = |serial: Serial| denies && self.ca().record().by_serial(&serial).is_none();
         !holder.is_some_and(unknown)
             || self.sharing.look_up(std::slice::from_ref(device))
-            || !self.sharing(clock::now()).shared
+            || !self.sharing.status(clock::now()).shared
     }
 
     fn revoked(&self, revoke: Revoke, answer: Answer, shared: bool) -> Result<Done, Problem> {
@@ -285,7 +286,7 @@ impl Provisioner {
         }
         let serials = record.revoke_these(&[serial], reason, now)?;
         self.note_revoked(&serials, &of, reason, &by);
-        let is_told = || self.sharing(now).shared && self.sharing.look_up(&[]);
+        let is_told = || self.sharing.status(now).shared && self.sharing.look_up(&[]);
         let shared = is_alone || is_told();
         Ok(Done::Revoked { of, serial: Some(serial), shared })
     }

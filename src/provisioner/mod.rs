@@ -33,7 +33,7 @@ use crate::jwt::{Signer, Token, TokenHash};
 use crate::metrics::Metrics;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
-use crate::share::{self, Sharing};
+use crate::share::Sharing;
 use crate::store::ledger::Ledger;
 use crate::store::{Op, StoreError, TokenStore};
 
@@ -267,7 +267,7 @@ pub enum Done {
     /// A token was issued.
     Issued(Token),
     /// A certificate was signed and recorded, now or when the device asked for it before.
-    Signed(Box<Signed>),
+    Signed(Box<Leaf>),
     /// The device's certificates are revoked and its token is dead; or one certificate is revoked.
     Revoked {
         /// The name of the device, or server.
@@ -288,15 +288,6 @@ pub enum Done {
     Counted(u64),
 }
 
-/// A certificate and the CA that signed it.
-#[derive(Debug)]
-pub struct Signed {
-    /// The device's certificate.
-    pub leaf: Leaf,
-    /// The CA.
-    pub issuer: Arc<Issuer>,
-}
-
 /// A finished batch.
 #[derive(Debug)]
 pub struct Batch {
@@ -310,11 +301,6 @@ impl Provisioner {
     /// The CA and its record, for what is only read.
     pub fn ca(&self) -> &Ca {
         self.publisher.ca()
-    }
-
-    /// How it is with the record that all instances share.
-    pub fn sharing(&self, now: Now) -> share::Status {
-        self.sharing.status(now)
     }
 
     /// Why tokens cannot be issued or certificates signed now; empty if they can.
@@ -340,7 +326,7 @@ impl Provisioner {
             reasons.push("another CA than ours is entered in Redis".to_owned());
         }
         reasons.extend(self.clock_is_far_off());
-        if self.sharing(now).contradicts {
+        if self.sharing.status(now).contradicts {
             reasons.push("SHARE_RECORD is not what other instances on this Redis have".to_owned());
         }
         reasons

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::batch::{Step, unexpected};
-use super::{Done, Grant, Provisioner, Redeem, Sign, Signed, not_issued, refused};
+use super::{Done, Grant, Provisioner, Redeem, Sign, not_issued, refused};
 use crate::ca::identity;
 use crate::ca::issuer::Leaf;
 use crate::ca::record::{Certificate, Entries, Origin, RecordError, Redeemed, Renewal, Spent};
@@ -45,9 +45,9 @@ impl Provisioner {
             Step::Next(_) => Err(Code::InternalError.into()),
             // Unreachable: every granted one was entered or refused above.
             Step::Granted(sign) => Err(sign.refused(Code::InternalError.into())),
-            Step::Entered(sign, signed) => {
+            Step::Entered(sign, leaf) => {
                 let result = committed.next().unwrap_or_else(|| Err(not_committed()));
-                self.recorded(*sign, signed, result, undo, &mut used)
+                self.recorded(*sign, leaf, result, undo, &mut used)
             }
         };
         let done = steps.into_iter().map(end).collect();
@@ -63,12 +63,10 @@ impl Provisioner {
     ) -> Step {
         match self.sign(&mut sign, entries, now) {
             // It was signed before, for an earlier request.
-            Ok(signed) if signed.leaf.serial != sign.serial => {
-                Step::Done(Ok(Done::Signed(Box::new(signed))))
-            }
-            Ok(signed) => {
-                entries.add(&signed.leaf, Some(sign.origin()), now);
-                Step::Entered(sign, signed)
+            Ok(leaf) if leaf.serial != sign.serial => Step::Done(Ok(Done::Signed(leaf))),
+            Ok(leaf) => {
+                entries.add(&leaf, Some(sign.origin()), now);
+                Step::Entered(sign, leaf)
             }
             Err(problem) => {
                 // A mark without a certificate is good for nothing, a bound's refusal included. One whose
@@ -80,7 +78,7 @@ impl Provisioner {
     }
 
     /// The last look, then the signature. A panic in it costs this request alone.
-    fn sign(&self, sign: &mut Sign, entries: &Entries<'_>, now: Now) -> Result<Signed, Problem> {
+    fn sign(&self, sign: &mut Sign, entries: &Entries<'_>, now: Now) -> Result<Box<Leaf>, Problem> {
         let days = match &mut sign.grant {
             Grant::Token(redeem) => {
                 self.look_again(redeem, entries, now)?;
@@ -97,7 +95,8 @@ impl Provisioner {
                         event = "certificate_given_again", device:%, serial:%, client:%;
                         "certificate {serial} of {device} given again in renewal of {old}, by {client}"
                     );
-                    return Ok(Signed { leaf, issuer: self.issuer(now)? });
+                    self.issuer(now)?;
+                    return Ok(Box::new(leaf));
                 }
                 None
             }
@@ -108,7 +107,7 @@ impl Provisioner {
         let sign = || issuer.sign(csr, device, *serial, days, now);
         let leaf = catch_unwind(AssertUnwindSafe(sign))
             .map_err(|_| Problem::from(Code::InternalError).log("signing panicked"))??;
-        Ok(Signed { leaf, issuer })
+        Ok(Box::new(leaf))
     }
 
     /// Notes what the redemption uses up: nobody else may use it until that is known, or not so.
@@ -169,12 +168,12 @@ impl Provisioner {
     fn recorded(
         &self,
         sign: Sign,
-        signed: Signed,
+        leaf: Box<Leaf>,
         result: Result<(), RecordError>,
         undo: &mut Vec<Op>,
         used: &mut Vec<(Redeem, Serial)>,
     ) -> Result<Done, Problem> {
-        let Leaf { device, serial, .. } = &signed.leaf;
+        let Leaf { device, serial, .. } = &*leaf;
         if let Err(error) = result {
             let withdraws = !error.left_behind();
             let problem = Problem::from(error);
@@ -199,7 +198,7 @@ impl Provisioner {
                 }
             }
         }
-        Ok(Done::Signed(Box::new(signed)))
+        Ok(Done::Signed(leaf))
     }
 
     fn redeemed(&self, redeem: &Redeem, serial: Serial, client: IpAddr) {
