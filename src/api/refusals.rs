@@ -4,8 +4,7 @@
 //! whoever keeps the log. So each code has lines for a burst, and from then on for a few a second; the
 //! others are counted, and their number is said. The metrics count all of them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 
 use log::Level;
 
@@ -18,15 +17,9 @@ const BURST: u64 = 100;
 const PER_SECOND: u64 = 10;
 /// How long lines are left out until their number is said.
 const SUMMED_MS: u64 = 10_000;
-/// When nothing is to be said.
-const NEVER: u64 = u64::MAX;
 
 /// The lines of all codes.
-pub struct Refusals {
-    kinds: Mutex<Vec<Kind>>,
-    /// When the first number is to be said, by [`Now::mono_ms`].
-    due_ms: AtomicU64,
-}
+pub struct Refusals(Mutex<Vec<Kind>>);
 
 /// The lines of one code.
 #[derive(Clone, Copy)]
@@ -58,12 +51,12 @@ impl Refusals {
     pub fn new() -> Self {
         let unused =
             Kind { allowed: BURST * 1000, at_ms: 0, left_out: 0, since_ms: 0, level: Level::Info };
-        Refusals { kinds: Mutex::new(vec![unused; Code::ALL.len()]), due_ms: AtomicU64::new(NEVER) }
+        Refusals(Mutex::new(vec![unused; Code::ALL.len()]))
     }
 
     /// Whether this refusal has a line of its own.
     pub fn is_shown(&self, code: Code, level: Level, now: Now) -> bool {
-        let mut kinds = self.lock();
+        let mut kinds = locked(&self.0);
         let Some(kind) = kinds.get_mut(code as usize) else { return true };
         let returned = now.mono_ms.saturating_sub(kind.at_ms).saturating_mul(PER_SECOND);
         kind.allowed = kind.allowed.saturating_add(returned).min(BURST * 1000);
@@ -74,7 +67,6 @@ impl Refusals {
         }
         if kind.left_out == 0 {
             kind.since_ms = now.mono_ms;
-            self.due_ms.fetch_min(now.mono_ms + SUMMED_MS, Ordering::Relaxed);
         }
         kind.left_out += 1;
         kind.level = level;
@@ -83,9 +75,6 @@ impl Refusals {
 
     /// What is to be said now of what was left out; nearly always nothing.
     pub fn sums(&self, now: Now) -> Vec<Sum> {
-        if now.mono_ms < self.due_ms.load(Ordering::Relaxed) {
-            return Vec::new();
-        }
         self.take(|kind| kind.since_ms + SUMMED_MS <= now.mono_ms, now)
     }
 
@@ -95,24 +84,15 @@ impl Refusals {
     }
 
     fn take(&self, is_due: impl Fn(&Kind) -> bool, now: Now) -> Vec<Sum> {
-        let mut kinds = self.lock();
-        let mut sums = Vec::new();
-        let mut next = NEVER;
-        for (kind, code) in kinds.iter_mut().zip(Code::ALL).filter(|(kind, _)| kind.left_out > 0) {
-            if !is_due(kind) {
-                next = next.min(kind.since_ms + SUMMED_MS);
-                continue;
-            }
-            let seconds = now.mono_ms.saturating_sub(kind.since_ms).div_ceil(1000);
-            sums.push(Sum { code: *code, count: kind.left_out, seconds, level: kind.level });
-            kind.left_out = 0;
-        }
-        self.due_ms.store(next, Ordering::Relaxed);
-        sums
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Kind>> {
-        locked(&self.kinds)
+        let mut kinds = locked(&self.0);
+        let left_out = kinds.iter_mut().zip(Code::ALL).filter(|(kind, _)| kind.left_out > 0);
+        let sum = |(kind, code): (&mut Kind, &Code)| Sum {
+            code: *code,
+            count: std::mem::take(&mut kind.left_out),
+            seconds: now.mono_ms.saturating_sub(kind.since_ms).div_ceil(1000),
+            level: kind.level,
+        };
+        left_out.filter(|(kind, _)| is_due(kind)).map(sum).collect()
     }
 }
 

@@ -154,7 +154,7 @@ settings! {
     /// Who may onboard, if that was said.
     enrolment: Option<Enrolment> = enrolment(vars)?;
     /// May a device that has an active certificate onboard again?
-    reenroll: Reenroll = vars.choice(&var::REENROLL, &[Reenroll::Deny, Reenroll::Allow])?;
+    reenroll: bool = vars.choice(&var::REENROLL, &[false, true])?;
     /// Renewal revokes the certificate that it replaces.
     renew_revokes: bool = vars.flag(&var::RENEW_REVOKES)?;
     /// For how many days after its expiry a certificate can be renewed.
@@ -186,15 +186,6 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
-}
-
-/// May a device that has an active certificate onboard again?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reenroll {
-    /// No: 409.
-    Deny,
-    /// Yes.
-    Allow,
 }
 
 /// Who may onboard a device.
@@ -339,7 +330,7 @@ impl Config {
                 )
             }),
             if_so(
-                is_open && self.rules.reenroll == Reenroll::Allow,
+                is_open && self.rules.reenroll,
                 "REENROLL=allow without ONBOARDING_API_KEY: whoever reaches the port gets a \
                  certificate in the name of any device; set the key",
             ),

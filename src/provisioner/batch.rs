@@ -211,7 +211,7 @@ impl Provisioner {
     /// Another instance has signed for the device, which is not in the record yet: it is entered now.
     /// `false` if that is not done in time; where nothing is shared the holder does not count.
     fn knows_holder(&self, device: &DeviceId, holder: Option<Serial>) -> bool {
-        let denies = !self.may_reenroll();
+        let denies = !self.rules.reenroll;
         let unknown = |serial: Serial| denies && self.ca().record().by_serial(&serial).is_none();
         !holder.is_some_and(unknown)
             || self.sharing.look_up(std::slice::from_ref(device))
@@ -463,7 +463,7 @@ mod tests {
         let rules = config::Rules {
             token_ttl_s: 300,
             enrolment: None,
-            reenroll: config::Reenroll::Deny,
+            reenroll: false,
             renew_revokes: true,
             renew_after_expiry_days: 0,
         };

@@ -23,7 +23,7 @@ use crate::ca::publisher::Publisher;
 use crate::ca::record::{Certificate, Reason};
 use crate::ca::{Ca, CaError};
 use crate::clock::Now;
-use crate::config::{Enrolment, Reenroll, Rules};
+use crate::config::{Enrolment, Rules};
 use crate::device::DeviceId;
 use crate::devices::enrol::{Edit, Shown};
 use crate::devices::secret::NewSecret;
@@ -339,10 +339,6 @@ impl Provisioner {
         let lasting = lasting
             .map(|away| format!("Redis is away and will not be back by itself: {}", away.why));
         self.publisher.warnings(now).into_iter().chain(lasting).chain(self.clock_is_off()).collect()
-    }
-
-    fn may_reenroll(&self) -> bool {
-        self.rules.reenroll == Reenroll::Allow
     }
 
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {

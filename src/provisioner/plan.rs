@@ -107,7 +107,7 @@ impl Provisioner {
         if look.recorded_token || self.ledger.knows_as_spent(&token.hash) || self.is_dead(token) {
             return Err(Code::TokenAlreadyUsed);
         }
-        let excused = self.may_reenroll() || row.living(now.unix_s()).is_some();
+        let excused = self.rules.reenroll || row.living(now.unix_s()).is_some();
         if look.active_certificate && !excused {
             return Err(Code::DeviceHasActiveCertificate);
         }

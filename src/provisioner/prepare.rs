@@ -79,7 +79,7 @@ impl Provisioner {
     /// Whether the device may have a token, by what is known of it.
     pub(super) fn judge(&self, asked: &Onboarding, row: &Row, now: Now) -> Result<(), Code> {
         row.may_enrol(asked.rule, &asked.shown, now.unix_s())?;
-        let excused = self.may_reenroll() || row.living(now.unix_s()).is_some();
+        let excused = self.rules.reenroll || row.living(now.unix_s()).is_some();
         if !excused && self.ca().record().has_active(&asked.device, now) {
             return Err(Code::DeviceHasActiveCertificate);
         }

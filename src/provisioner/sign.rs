@@ -130,7 +130,7 @@ impl Provisioner {
             if is_closed && redeem.row.stage(now.unix_s()) == Stage::Spent {
                 return Err(Code::TokenAlreadyUsed);
             }
-            if !self.may_reenroll() && entries.has_active(device, now) {
+            if !self.rules.reenroll && entries.has_active(device, now) {
                 return Err(Code::DeviceHasActiveCertificate);
             }
         } else if !self.begin_spending(device, now) {

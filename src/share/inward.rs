@@ -11,7 +11,6 @@ use super::thread::{BATCH, Progress, Thread};
 use crate::ca::record::Spent;
 use crate::ca::record::merge::{Judge, Merged};
 use crate::clock;
-use crate::config::Reenroll;
 use crate::device::DeviceId;
 use crate::jwt::Claims;
 use crate::serial::Serial;
@@ -208,7 +207,7 @@ impl<E: Exchange> Thread<E> {
                 "token {token} was redeemed twice: for certificates {one} and {other}"
             );
         }
-        let both_active = both_active.into_iter().filter(|_| self.parts.reenroll == Reenroll::Deny);
+        let both_active = both_active.into_iter().filter(|_| !self.parts.reenroll);
         for (device, serials) in both_active {
             let serials: Vec<String> = serials.iter().map(Serial::to_string).collect();
             let (serial, serials) = (serials.join(","), serials.join(", "));

@@ -326,7 +326,7 @@ impl World {
             store: Arc::clone(&freed) as _,
             ledger: Arc::new(Ledger::new(100)),
             shares_record: true,
-            reenroll: config::Reenroll::Deny,
+            reenroll: false,
         });
         self.all.push(Instance { thread, steps, freed, revoked: BTreeSet::new(), dir });
     }

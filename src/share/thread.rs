@@ -14,7 +14,6 @@ use super::exchange::{Exchange, Name};
 use crate::ca::publisher::Publisher;
 use crate::ca::record::Record;
 use crate::clock::{self, Now};
-use crate::config::Reenroll;
 use crate::devices::table::Devices;
 use crate::jwt::Token;
 use crate::serial::Serial;
@@ -44,7 +43,7 @@ pub struct Parts<E> {
     /// Certificates and revocations are exchanged; otherwise the rows of devices only.
     pub shares_record: bool,
     /// Whether a device may have two certificates that a token paid for.
-    pub reenroll: Reenroll,
+    pub reenroll: bool,
 }
 
 pub struct Thread<E> {
