@@ -2,6 +2,7 @@
 
 use percent_encoding::percent_decode_str;
 
+use super::request::optional;
 use super::{Api, Asked, Plan};
 use crate::ca::issuer::fingerprint;
 use crate::ca::record::{Certificate, Reason, Record, RecordError};
@@ -9,7 +10,7 @@ use crate::clock::{self, Now};
 use crate::device::DeviceId;
 use crate::http::{Json, Reply};
 use crate::problem::{Code, Problem};
-use crate::provisioner::{Done, no_certificate};
+use crate::provisioner::{Done, Job, no_certificate};
 use crate::serial::Serial;
 
 /// A CRL in DER (RFC 2585, 4.2).
@@ -45,7 +46,8 @@ pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
     let ca = api.provisioner.ca();
     let certificate = find(ca.record(), asked.name).ok_or(Code::CertificateNotFound)?;
     let stored = ca.record().stored(&certificate.serial)?;
-    let ca_pem = api.issuer()?.chain_pem();
+    let issuer = api.issuer()?;
+    let ca_pem = issuer.chain_pem();
     if asked.request.wants("pem") || asked.request.accepts(PEM) {
         return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + ca_pem)));
     }
@@ -81,11 +83,11 @@ pub(super) fn crl(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Proble
 }
 
 /// `DELETE /api/v1/certificates/{device_id}`
-pub(super) fn revoke(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+pub(super) fn revoke(_: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     let device = device(asked.name).ok_or_else(no_certificate)?;
     let block = asked.request.flag("block")?;
     let reason = reason(asked)?;
-    let job = api.provisioner.plan_revoke(device, block, reason, asked.by(), now)?;
+    let job = Job::revoke(device, block, reason, asked.by());
     Ok(Plan::Job(job, render_revoked))
 }
 
@@ -102,19 +104,18 @@ fn render_revoked(_: &Api, done: Done, now: Now) -> Result<Reply, Problem> {
 }
 
 /// `DELETE /api/v1/devices/{device_id}/certificates/{serial}`
-pub(super) fn revoke_one(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+pub(super) fn revoke_one(_: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     let serial = Serial::from_hex(asked.serial).ok_or(Code::CertificateNotFound)?;
     let name = percent_decode_str(asked.name).decode_utf8_lossy().into_owned();
-    let job = api.provisioner.plan_revoke_one(name, serial, reason(asked)?, asked.by(), now)?;
+    let job = Job::revoke_one(name, serial, reason(asked)?, asked.by());
     Ok(Plan::Job(job, render_revoked))
 }
 
 /// Why something is revoked.
 fn reason(asked: &Asked<'_>) -> Result<Reason, Problem> {
-    let Some(given) = asked.body.get("reason") else { return Ok(Reason::Unspecified) };
-    let text = "reason must be keyCompromise, superseded, cessationOfOperation or unspecified";
-    let reason = given.as_str().and_then(Reason::parse);
-    reason.ok_or_else(|| Problem::from(Code::BadRequest).text(text))
+    let must = "keyCompromise, superseded, cessationOfOperation or unspecified";
+    let given = optional(&asked.body, "reason", must, |value| Reason::parse(value.as_str()?))?;
+    Ok(given.unwrap_or(Reason::Unspecified))
 }
 
 /// A serial wins over a device id.

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::certificates::device as device_of;
 use super::csv::{self, CSV};
-use super::request::bad_query as bad;
+use super::request::{bad_value as bad, optional};
 use super::{Api, Asked, Plan};
 use crate::ca::record::Certificate;
 use crate::clock::{self, DAY_S, Now};
@@ -18,7 +18,7 @@ use crate::devices::{Row, SecretHash, Text};
 use crate::http::{Json, Reply};
 use crate::json;
 use crate::problem::{Code, Problem};
-use crate::provisioner::{Change, Changed, Done};
+use crate::provisioner::{Change, Changed, Done, Job};
 
 /// The fields of a device in a `PUT`.
 pub(super) const FIELDS: &[&str] =
@@ -32,19 +32,19 @@ const MOST_CERT_DAYS: u64 = 36_500;
 const LARGEST_PAGE: u64 = 1_000;
 
 /// `PUT /api/v1/devices/{id}`
-pub(super) fn change(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+pub(super) fn change(_: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     let device = device_of(asked.name).ok_or(Code::DeviceIdInvalid)?;
     let register = flag(&asked.body, "register")?.unwrap_or(false);
     let changed = changed(device, &asked.body, register, false)?;
-    let job = api.provisioner.plan_rewrite(vec![changed], asked.by(), now)?;
+    let job = Job::rewrite(vec![changed], asked.by());
     Ok(Plan::Job(job, render_changed))
 }
 
 /// `DELETE /api/v1/devices/{id}`
-pub(super) fn forget(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+pub(super) fn forget(_: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     let device = device_of(asked.name).ok_or(Code::DeviceNotFound)?;
     let changed = Changed::new(device, Change::Forget, None);
-    let job = api.provisioner.plan_rewrite(vec![changed], asked.by(), now)?;
+    let job = Job::rewrite(vec![changed], asked.by());
     Ok(Plan::Job(job, render_forgotten))
 }
 
@@ -69,7 +69,7 @@ fn the_only(done: Done) -> Result<(Changed, bool), Problem> {
 }
 
 /// `POST /api/v1/devices`: all that the table names are registered, or none.
-pub(super) fn register(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
+pub(super) fn register(_: &Api, asked: &Asked<'_>, _: Now) -> Result<Plan, Problem> {
     let request = asked.request;
     let replace = request.flag("replace")?;
     let entries = match request.media_type().as_str() {
@@ -95,7 +95,7 @@ pub(super) fn register(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
     if let Some((id, _)) = ids.iter().zip(ids.iter().skip(1)).find(|(a, b)| a == b) {
         return Err(bad(format!("{id} stands twice")));
     }
-    let job = api.provisioner.plan_rewrite(changes, asked.by(), now)?;
+    let job = Job::rewrite(changes, asked.by());
     let as_table = request.accepts(CSV)
         || (request.media_type() == CSV && !request.accepts("application/json"));
     Ok(Plan::Job(job, if as_table { render_table } else { render_list }))
@@ -207,17 +207,6 @@ fn changed(
         blocked: flag(fields, "blocked")?,
     };
     Ok(Changed::new(device, Change::Edit { edit, unless_living }, secret))
-}
-
-/// The field as `read` understands it, unless it is left out or null; what it `must` be.
-fn optional<T>(
-    fields: &Map<String, Value>,
-    name: &str,
-    must: &str,
-    read: impl Fn(&Value) -> Option<T>,
-) -> Result<Option<T>, Problem> {
-    let given = fields.get(name).filter(|value| !value.is_null());
-    given.map(|v| read(v).ok_or_else(|| bad(format!("{name} must be {must}")))).transpose()
 }
 
 fn flag(fields: &Map<String, Value>, name: &str) -> Result<Option<bool>, Problem> {

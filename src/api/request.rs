@@ -95,7 +95,7 @@ impl Request {
         match self.query(name).as_deref() {
             None | Some("false") => Ok(false),
             Some("true") => Ok(true),
-            Some(_) => Err(bad_query(format!("{name} must be true or false"))),
+            Some(_) => Err(bad_value(format!("{name} must be true or false"))),
         }
     }
 
@@ -109,8 +109,19 @@ impl Request {
 }
 
 /// The value in a query, or in a body, that is not allowed.
-pub(super) fn bad_query(what: String) -> Problem {
+pub(super) fn bad_value(what: String) -> Problem {
     Problem::from(Code::BadRequest).text(what)
+}
+
+/// A field of a body as `read` understands it, unless it is left out or null; what it `must` be.
+pub(super) fn optional<T>(
+    fields: &Map<String, Value>,
+    name: &str,
+    must: &str,
+    read: impl Fn(&Value) -> Option<T>,
+) -> Result<Option<T>, Problem> {
+    let given = fields.get(name).filter(|value| !value.is_null());
+    given.map(|v| read(v).ok_or_else(|| bad_value(format!("{name} must be {must}")))).transpose()
 }
 
 /// The pairs of a query, decoded; what is not UTF-8 then is left out.

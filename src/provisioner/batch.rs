@@ -44,8 +44,8 @@ impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
         let mut undo = Vec::new();
-        let (planned, again): (Vec<_>, Vec<_>) =
-            jobs.into_iter().map(|job| (job.work, job.again)).unzip();
+        let allowed = |job: Job| (self.check_dated(job.work, now), job.again);
+        let (planned, again): (Vec<_>, Vec<_>) = jobs.into_iter().map(allowed).unzip();
         let mut steps = self.ask(planned, &mut undo, now);
         for _ in 0..MOST_FURTHER {
             if steps.iter().any(|step| matches!(step, Step::Next(_))) {
@@ -58,6 +58,14 @@ impl Provisioner {
         self.run_ops(&undo, clock::now);
         self.give_again(&mut done, &again, now);
         Batch { done, after }
+    }
+
+    /// What has a date is not done before the clock is set.
+    fn check_dated(&self, planned: Planned, now: Now) -> Planned {
+        if let Ok(Work::Revoke(_) | Work::RevokeOne(_) | Work::Rewrite(_)) = planned {
+            self.ca().check_clock(now)?;
+        }
+        planned
     }
 
     /// Prepares the work and asks the store. What of it must be taken back before the answers goes to
@@ -557,7 +565,7 @@ mod tests {
         let device = DeviceId::parse("d").unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let by = By { name: None, client };
-        let revoke = provisioner.plan_revoke(device, false, Reason::Unspecified, by, now).unwrap();
+        let revoke = Job::revoke(device, false, Reason::Unspecified, by);
         let issue = plan_issue(&provisioner, now);
         let done = provisioner.run(vec![revoke, issue], now).done;
         let [Err(_nothing_is_known), Ok(Done::Issued(token))] = &done[..] else {

@@ -138,39 +138,24 @@ impl Provisioner {
         csr.belongs_to(&old.device).map_err(|error| not_issued(error, &old.device))?;
         sign(Grant::Certificate(old), csr, client).map(Job::from)
     }
+}
 
-    /// Plans the revocation of what `device` has, and that it is blocked. A revocation has a date, so the
-    /// clock must be set.
-    pub fn plan_revoke(
-        &self,
-        device: DeviceId,
-        block: bool,
-        reason: Reason,
-        by: By,
-        now: Now,
-    ) -> Result<Job, Problem> {
-        self.ca().check_clock(now)?;
+/// What needs the clock, since it has a date: that is checked before it is done.
+impl Job {
+    /// Revokes what the device has, and blocks it if so wanted.
+    pub fn revoke(device: DeviceId, block: bool, reason: Reason, by: By) -> Job {
         let edit = block.then(|| Edit { blocked: Some(true), ..Edit::default() });
-        Ok(Work::Revoke(Revoke { device, reason, edit, by }).into())
+        Work::Revoke(Revoke { device, reason, edit, by }).into()
     }
 
-    /// Plans the revocation of one certificate.
-    pub fn plan_revoke_one(
-        &self,
-        of: String,
-        serial: Serial,
-        reason: Reason,
-        by: By,
-        now: Now,
-    ) -> Result<Job, Problem> {
-        self.ca().check_clock(now)?;
-        Ok(Work::RevokeOne(RevokeOne { of, serial, reason, by }).into())
+    /// Revokes one certificate of the device, or the server, of this name.
+    pub fn revoke_one(of: String, serial: Serial, reason: Reason, by: By) -> Job {
+        Work::RevokeOne(RevokeOne { of, serial, reason, by }).into()
     }
 
-    /// Plans changes of what is kept of devices. A registration has an end, so the clock must be set.
-    pub fn plan_rewrite(&self, changes: Vec<Changed>, by: By, now: Now) -> Result<Job, Problem> {
-        self.ca().check_clock(now)?;
-        Ok(Work::Rewrite(Rewrite { changes, by }).into())
+    /// Changes what is kept of devices.
+    pub fn rewrite(changes: Vec<Changed>, by: By) -> Job {
+        Work::Rewrite(Rewrite { changes, by }).into()
     }
 }
 

@@ -534,7 +534,9 @@ fn a_file_of_variables_is_read_again() {
         service.http.post_with("/api/v1/onboarding", &[("Authorization", &bearer)], &body).status
     };
     assert_eq!(ask("first-key-01234567"), 200);
-    write("ONBOARDING_API_KEY=later-key-01234567\nREENROLL=allow\nWORKERS=4\nPAGE=off\n");
+    write(
+        "ONBOARDING_API_KEY=later-key-01234567\nREENROLL=allow\nWORKERS=4\nPAGE=off\nENROLMENT=registered\n",
+    );
     service.signal("HUP");
     let log =
         service.wait_for_log("WORKERS has changed, which takes effect at the next start only");
@@ -542,7 +544,7 @@ fn a_file_of_variables_is_read_again() {
         log.contains("REENROLL has changed, which takes effect at the next start only"),
         "{log}"
     );
-    assert_eq!(log.matches("takes effect at the next start").count(), 2, "{log}");
+    assert_eq!(log.matches("takes effect at the next start").count(), 3, "{log}");
     let page = service.http.request("GET", "/", &[("Accept", "text/html")], b"");
     assert_eq!(page.status, 404, "PAGE counts at once, as the keys do");
     assert_eq!((ask("first-key-01234567"), ask("later-key-01234567")), (401, 200));
