@@ -179,9 +179,8 @@ fn state(row: &Row, newest: Option<&Certificate>, now: Now) -> &'static str {
 
 /// When the registration ends, or has ended, unless it was used before.
 fn enrolment_end(row: &Row, now: Now) -> Option<String> {
-    let terms = row.registration.as_ref()?.terms.as_ref()?;
-    let counts = row.stage(now.unix_s()) != Stage::Spent;
-    counts.then(|| clock::rfc3339(terms.end.saturating_mul(1000)))
+    let end = row.terms()?.end.saturating_mul(1000);
+    (row.stage(now.unix_s()) != Stage::Spent).then(|| clock::rfc3339(end))
 }
 
 /// What the fields say of a device.
@@ -302,8 +301,7 @@ pub(super) fn show(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     };
     let listed = certificates.iter().take(LARGEST_PAGE as usize).map(of_record);
     let json = write(Json::success(), &described(&device, &row, certificates.first(), now));
-    let terms = row.registration.as_ref().and_then(|latest| latest.terms.as_ref());
-    let json = json.some("cert_days", terms.and_then(|terms| terms.cert_days));
+    let json = json.some("cert_days", row.terms().and_then(|terms| terms.cert_days));
     let (changed_at, changed_by) = last_change(&row);
     let json = write(json, &[note_of(&row)])
         .array("certificates", listed)
@@ -313,8 +311,7 @@ pub(super) fn show(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
 }
 
 fn note_of(row: &Row) -> Cell {
-    let terms = row.registration.as_ref().and_then(|latest| latest.terms.as_ref());
-    let note = terms.and_then(|terms| terms.note.as_ref());
+    let note = row.terms().and_then(|terms| terms.note.as_ref());
     ("note", note.map(|note| note.as_str().to_owned()))
 }
 

@@ -116,29 +116,28 @@ impl Row {
 
     /// When the registration was begun, if the secret was shown by which it was used up.
     pub fn spent_by(&self, shown: &Shown) -> Option<u64> {
-        let latest = self.registration.as_ref();
-        let terms = latest.and_then(|latest| latest.terms.as_ref());
-        let is_right = fits(terms.and_then(|terms| terms.secret), shown);
-        let (latest, terms) = latest.zip(terms)?;
-        (is_right && self.spent.contains(&latest.ticket(terms))).then_some(latest.made_at)
+        let is_right = fits(self.terms().and_then(|terms| terms.secret), shown);
+        let begun = self.registration.as_ref()?.made_at;
+        (is_right && self.spent.contains(&self.ticket()?)).then_some(begun)
     }
 
     /// What the registration permits, while it lives.
     pub fn living(&self, now_s: u64) -> Option<&Terms> {
-        self.registration.as_ref()?.terms.as_ref().filter(|_| self.stage(now_s) == Stage::Open)
+        self.terms().filter(|_| self.stage(now_s) == Stage::Open)
+    }
+
+    /// What the registration permits, or has permitted.
+    pub fn terms(&self) -> Option<&Terms> {
+        self.registration.as_ref()?.terms.as_ref()
     }
 
     /// How it is with the registration.
     pub fn stage(&self, now_s: u64) -> Stage {
-        let latest = self.registration.as_ref();
-        let Some((latest, terms)) = latest.and_then(|r| Some((r, r.terms.as_ref()?))) else {
-            return Stage::None;
-        };
+        let Some(terms) = self.terms() else { return Stage::None };
+        let is_spent = || self.ticket().is_some_and(|ticket| self.spent.contains(&ticket));
         match () {
             // A ticket takes a hash, and most rows have nothing that is spent.
-            () if !self.spent.is_empty() && self.spent.contains(&latest.ticket(terms)) => {
-                Stage::Spent
-            }
+            () if !self.spent.is_empty() && is_spent() => Stage::Spent,
             () if terms.end <= now_s => Stage::Ended,
             () => Stage::Open,
         }
@@ -146,9 +145,8 @@ impl Row {
 
     /// The news that the registration is used up; `None` if there is none that lives.
     pub fn spend(&self, now_s: u64) -> Option<Row> {
-        let terms = self.living(now_s)?;
-        let ticket = self.registration.as_ref()?.ticket(terms);
-        Some(Row { spent: [ticket].into(), ..Row::default() })
+        self.living(now_s)?;
+        Some(Row { spent: [self.ticket()?].into(), ..Row::default() })
     }
 
     /// The news of an edit; `None` if it would change a registration that there is not. One whose time is
@@ -207,6 +205,15 @@ impl Row {
         }
     }
 
+    /// What stands for the registration among what is spent: its secret, or when it was begun, which no
+    /// change of it alters.
+    fn ticket(&self) -> Option<SecretHash> {
+        let made_at = self.registration.as_ref()?.made_at;
+        let begun = || format!("a registration without a secret, begun at {made_at}");
+        let hash = || SecretHash(Sha256::digest(begun().as_bytes()).into());
+        Some(self.terms()?.secret.unwrap_or_else(hash))
+    }
+
     fn next_version(&self, now: Now) -> u64 {
         let registered = self.registration.as_ref().map_or(0, |latest| latest.version);
         let Block { blocked, lifted, changed } = self.block;
@@ -218,15 +225,6 @@ impl Row {
     fn next_made_at(&self, now: Now) -> u64 {
         let before = self.registration.as_ref().map_or(0, |latest| latest.made_at);
         now.unix_s().max(before.saturating_add(1))
-    }
-}
-
-impl Registration {
-    /// What stands for it among what is spent: its secret, or when it was begun, which no change of it
-    /// alters.
-    fn ticket(&self, terms: &Terms) -> SecretHash {
-        let begun = || format!("a registration without a secret, begun at {}", self.made_at);
-        terms.secret.unwrap_or_else(|| SecretHash(Sha256::digest(begun().as_bytes()).into()))
     }
 }
 
