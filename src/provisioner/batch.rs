@@ -1,8 +1,7 @@
 //! Running a batch of jobs, in fixed phases: [`super::prepare`] → the store, first round → what is to be
 //! signed ([`super::sign`]) → if anything was revoked, one new list → the store, second round: what must
 //! be given back before the answer → what was signed before for who asks again ([`super::again`]). What
-//! can wait until after the answer is returned as
-//! [`Batch::after`].
+//! can wait until after the answer is returned as [`Batch::after`].
 
 use super::plan::sign;
 use super::prepare::Prepared;
@@ -32,7 +31,7 @@ pub(super) type Planned = Result<Work, Problem>;
 pub(super) enum Step {
     /// Nothing is left to do.
     Done(Result<Done, Problem>),
-    /// The store has answered, and is to be asked for this.
+    /// The store is to be asked for this, first or further.
     Next(Work),
     /// The certificate is still to be signed.
     Granted(Box<Sign>),
@@ -40,14 +39,19 @@ pub(super) enum Step {
     Entered(Box<Sign>, Box<Leaf>),
 }
 
+impl From<Planned> for Step {
+    fn from(planned: Planned) -> Self {
+        planned.map_or_else(|problem| Step::Done(Err(problem)), Step::Next)
+    }
+}
+
 impl Provisioner {
     /// Runs the jobs, each with its own outcome.
     pub fn run(&self, jobs: Vec<Job>, now: Now) -> Batch {
         let mut undo = Vec::new();
-        let allowed = |job: Job| (self.check_dated(job.work, now), job.again);
-        let (planned, again): (Vec<_>, Vec<_>) = jobs.into_iter().map(allowed).unzip();
-        let mut steps = self.ask(planned, &mut undo, now);
-        for _ in 0..MOST_FURTHER {
+        let begin = |job: Job| (Step::from(self.check_dated(job.work, now)), job.again);
+        let (mut steps, again): (Vec<_>, Vec<_>) = jobs.into_iter().map(begin).unzip();
+        for _ in 0..=MOST_FURTHER {
             if steps.iter().any(|step| matches!(step, Step::Next(_))) {
                 steps = self.go_on(steps, &mut undo, now);
             }
@@ -70,10 +74,10 @@ impl Provisioner {
 
     /// Prepares the work and asks the store. What of it must be taken back before the answers goes to
     /// `undo`.
-    fn ask(&self, planned: Vec<Planned>, undo: &mut Vec<Op>, now: Now) -> Vec<Step> {
+    fn ask(&self, works: Vec<Work>, undo: &mut Vec<Op>, now: Now) -> Vec<Step> {
         let mut ops = Vec::new();
         let mut into_ops = |prepared: Prepared| prepared.into_ops(self, now, &mut ops);
-        let prepared = self.prepare(planned, now).into_iter();
+        let prepared = self.prepare(works, now).into_iter();
         let asked: Vec<_> = prepared.map(|prepared| prepared.and_then(&mut into_ops)).collect();
         let mut answers = self.run_ops(&ops, || now).into_iter();
         let killed: Vec<DeviceId> =
@@ -86,12 +90,12 @@ impl Provisioner {
         asked.into_iter().map(decide).collect()
     }
 
-    /// Asks the store for what follows from its answers: one trip for all.
+    /// Asks the store for all that is to be asked now: one trip.
     fn go_on(&self, steps: Vec<Step>, undo: &mut Vec<Op>, now: Now) -> Vec<Step> {
         let mut further = Vec::new();
         let take = |step| match step {
             Step::Next(work) => {
-                further.push(Ok(work));
+                further.push(work);
                 None
             }
             step => Some(step),
@@ -183,7 +187,7 @@ impl Provisioner {
         let Some(csr) = csr else { return Step::Done(Ok(Done::Issued(token))) };
         let redeem = Redeem { token, user_id: None, row, spends: None };
         let work = sign(Grant::Token(Box::new(redeem)), csr.clone(), *client);
-        work.map_or_else(|problem| Step::Done(Err(problem)), Step::Next)
+        work.into()
     }
 
     /// The device may have redeemed another token between the first look and the claim, or others know

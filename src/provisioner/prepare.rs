@@ -92,22 +92,16 @@ impl Provisioner {
     }
 
     /// Prepares all work: one trip to the store, then one sync of the disk.
-    pub(super) fn prepare(
-        &self,
-        planned: Vec<Planned>,
-        now: Now,
-    ) -> Vec<Result<Prepared, Problem>> {
-        let devices = planned.iter().flatten().flat_map(Work::looks_at);
-        let looks: Vec<Op> = devices.cloned().map(Op::Look).collect();
+    pub(super) fn prepare(&self, works: Vec<Work>, now: Now) -> Vec<Result<Prepared, Problem>> {
+        let looks: Vec<Op> = works.iter().flat_map(Work::looks_at).cloned().map(Op::Look).collect();
         let mut seen = self.run_ops(&looks, || now).into_iter();
-        let prepare = |planned: Planned| {
-            let work = planned?;
+        let prepare = |work: Work| {
             let answers: Vec<Answer> = seen.by_ref().take(work.looks_at().len()).collect();
             let seen = work.looks_at().into_iter().zip(answers).map(seen_of);
             let seen = seen.collect::<Result<Vec<_>, _>>()?;
             self.prepare_one(work, seen, now)
         };
-        let mut prepared: Vec<_> = planned.into_iter().map(prepare).collect();
+        let mut prepared: Vec<_> = works.into_iter().map(prepare).collect();
         let kills = prepared.iter().flatten().flat_map(|prepared| &prepared.kills);
         let rows = kills.map(|kill| (kill.device.clone(), kill.row.clone())).collect();
         if let Err(error) = self.devices.enter(rows, true, now) {
