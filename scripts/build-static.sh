@@ -150,7 +150,7 @@ for start in first second; do
         [ $tries -lt 100 ] || fail "no $start start: $(cat "$work/log")"
         sleep 0.1
     done
-    sleep 1
+    sleep 6 # five until the threads that nobody needs have ended
     resident=$(sed -n 's/^\(VmRSS\|RssAnon\|RssFile\):[ \t]*/\1 /p' "/proc/$server/status" | tr '\n' ' ')
     kill "$server"
     wait "$server"

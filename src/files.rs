@@ -120,14 +120,23 @@ pub fn write_atomic_by(
     let mut create = || {
         let mut file = create(&beside, mode)?;
         write(&mut file)?;
-        file.sync_all()?;
-        fs::rename(&beside, path)
+        file.sync_all()
     };
-    if let Err(e) = create() {
+    let written = create().map_err(FilesError::io("cannot write", path));
+    let written = written.and_then(|()| rename_synced(&beside, path));
+    if written.is_err() {
         let _ = fs::remove_file(&beside); // the error that counts is the first
-        return Err(FilesError::io("cannot write", path)(e));
     }
-    sync_dir(dir)
+    written
+}
+
+/// Gives a file that is on disk another name in its folder, which is on disk then, too.
+///
+/// # Errors
+/// When that cannot be done; either name may be there then.
+pub fn rename_synced(from: &Path, to: &Path) -> Result<(), FilesError> {
+    fs::rename(from, to).map_err(FilesError::io("cannot write", to))?;
+    sync_dir(folder_of(to))
 }
 
 /// Writes a file that must not exist yet. If it is synced, its name is on disk after [`sync_dir`]; else
@@ -151,7 +160,7 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
 /// that nothing is left behind.
 pub fn try_folder(dir: &Path) -> Result<(), FilesError> {
     match fs::metadata(dir) {
-        Ok(_) => return try_writing(dir),
+        Ok(_) => return try_writing(dir, true),
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
             return Err(FilesError::io("cannot open folder", dir)(e));
         }
@@ -168,12 +177,12 @@ fn or_here(path: &Path) -> &Path {
     if path.as_os_str().is_empty() { Path::new(".") } else { path }
 }
 
-/// Proves that files can be made in a folder: writes a small one, syncs it, and removes it.
-pub fn try_writing(dir: &Path) -> Result<(), FilesError> {
+/// Proves that files can be made in a folder: writes a small one, syncs it if need be, and removes it.
+pub fn try_writing(dir: &Path, synced: bool) -> Result<(), FilesError> {
     // Another process may try the same folder at the same time.
     let path = dir.join(format!(".trial-{}", std::process::id()));
     remove_if_there(&path)?; // left by a crash
-    let written = create_new(&path, &[0; TRIAL_BYTES], 0o600, true);
+    let written = create_new(&path, &[0; TRIAL_BYTES], 0o600, synced);
     let removed = remove_if_there(&path);
     written.and(removed)
 }
@@ -416,9 +425,9 @@ mod tests {
     fn a_trial_leaves_nothing_and_names_the_folder() {
         let dir = TestDir::new();
         fs::write(dir.join(format!(".trial-{}", std::process::id())), "left by a crash").unwrap();
-        try_writing(&dir).unwrap();
+        try_writing(&dir, true).unwrap();
         assert_eq!(fs::read_dir(&*dir).unwrap().count(), 0);
-        let error = try_writing(&dir.join("no")).unwrap_err().to_string();
+        let error = try_writing(&dir.join("no"), true).unwrap_err().to_string();
         assert!(error.starts_with("cannot write ") && error.contains("/no/.trial-"), "{error}");
     }
 

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,7 +36,7 @@ use crate::server::Server;
 use crate::share::redis::RedisExchange;
 use crate::share::thread::{Parts, Thread};
 use crate::share::{self, Sharing};
-use crate::store::failover::{self, Failover, Hello, OurCa, Remote as _};
+use crate::store::failover::{self, Failover, OurCa, Remote as _};
 use crate::store::ledger::Ledger;
 use crate::store::memory::Memory;
 use crate::store::redis::RedisStore;
@@ -57,20 +57,9 @@ const LOOK: Duration = Duration::from_secs(60);
 /// Longest time to finish what was begun, after the signal to stop.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// Why the server stopped, or a command failed: one line for the operator.
-#[derive(Debug)]
-pub struct RunError(String);
-
-impl fmt::Display for RunError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for RunError {}
-
-fn failed(error: impl fmt::Display) -> RunError {
-    RunError(error.to_string())
+/// Why the server stopped: one line for the operator.
+fn failed(error: impl fmt::Display) -> String {
+    error.to_string()
 }
 
 /// Serves until SIGTERM or SIGINT. `reread` reads the configuration again, for SIGHUP.
@@ -80,7 +69,7 @@ fn failed(error: impl fmt::Display) -> RunError {
 pub fn run(
     config: &Config,
     reread: impl Fn() -> Result<Config, ConfigError>,
-) -> Result<(), RunError> {
+) -> Result<(), String> {
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
     let (starting, signals) = begin_signals().map_err(failed)?;
     let (kept, identity) = Kept::open(config)?;
@@ -91,26 +80,9 @@ pub fn run(
     kept.seek_redis(&store)?;
     let (events, happened) = mpsc::channel();
     watch_clock(Arc::clone(&provisioner.publisher), store.failover.clone(), events.clone())?;
-    let Kept { ca, metrics, _locks, .. } = kept;
-    let mut https = Https::of(config);
-    if https.tend(&ca, clock::now()) {
-        enter_servers(&ca);
-    }
-    let config = &Config { tls: https.shown(), ..config.clone() };
-    if config.http.tls.is_some() && config.tls.is_none() {
-        log::warn!("HTTPS opens when there is a certificate, which takes a clock that is set");
-    }
-    let api = Arc::new(Api::new(provisioner, config, Arc::clone(&metrics)));
-    let (edge_ended, answering) = (events.clone(), events.clone());
-    let server = Server::start(config, &api, &metrics.edge, move |error| {
-        // Nobody listens any more only if the process is ending.
-        let _ = edge_ended.send(Event::EdgeEnded(error));
-    });
-    let server = server.map_err(failed)?;
-    announce(config, store.tokens.status().redis_serves);
+    let mut service = Running::start(kept, store, provisioner, events.clone())?;
     starting.store(false, Ordering::SeqCst);
     forward_signals(signals, events)?;
-    let mut service = Running { config, api, server, store, answering, ca, https };
     let mut manager = Manager::new(&config.supervision, clock::now());
     let ended = service.until_told(&happened, &mut manager, reread);
     manager.stopping();
@@ -125,37 +97,23 @@ pub fn run(
 /// would merely warn of.
 pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
     let mut rehearsal = Rehearsal::default();
-    let mut check = |name: &str, outcome: Result<(), String>| {
-        rehearsal.faults.extend(outcome.err().map(|why| format!("{name}: {why}")));
-    };
-    let folder = |dir| files::try_folder(dir).map_err(|e| e.to_string());
-    check("DATA_DIR", folder(&config.data_dir).and_then(|()| try_files(config)));
-    let ca = || ca::check(&config.ca, clock::now()).map_err(|e| e.to_string());
-    check("CA_STORAGE_PATH", folder(&config.ca.dir).and_then(|()| ca()));
-    check("RUNTIME_DIRECTORY", folder(&config.run_dir));
+    let folder = |dir| files::try_folder(dir).map_err(failed);
+    rehearsal.check("DATA_DIR", folder(&config.data_dir).and_then(|()| try_files(config)));
+    let ca = || ca::check(&config.ca, clock::now()).map_err(failed);
+    rehearsal.check("CA_STORAGE_PATH", folder(&config.ca.dir).and_then(|()| ca()));
+    rehearsal.check("RUNTIME_DIRECTORY", folder(&config.run_dir));
     if let (Some(files), Some(_)) = (&config.http.tls, &config.http.tls_auto) {
-        check("TLS", https::load(files).map(drop));
+        rehearsal.check("TLS", https::load(files).map(drop));
     }
     if !clock::now().is_plausible() {
-        rehearsal
-            .warnings
-            .push("the clock is not set: nothing is issued or signed until it is".to_owned());
+        let why = "the clock is not set: nothing is issued or signed until it is";
+        rehearsal.warnings.push(why.to_owned());
     }
     if let Some(hook) = &config.crl_hook {
-        check("CRL_HOOK", ca::hook::find(hook).map(drop).map_err(|e| e.to_string()));
+        rehearsal.check("CRL_HOOK", ca::hook::find(hook).map(drop).map_err(failed));
     }
     if let Some(redis) = config.redis.as_ref().filter(|_| !offline) {
-        let hello = try_redis(redis);
-        check("Redis", hello.as_ref().map(drop).map_err(Clone::clone));
-        let hello = hello.unwrap_or_default();
-        rehearsal.warnings.extend(hello.eviction.map(|policy| {
-            format!("maxmemory-policy of this Redis is {policy}: it may drop marks of used tokens")
-        }));
-        rehearsal.warnings.extend(
-            hello
-                .rows_refused
-                .map(|why| format!("the rows of devices cannot be kept in this Redis: {why}")),
-        );
+        rehearsal.ask(redis);
     }
     rehearsal
 }
@@ -169,21 +127,35 @@ pub struct Rehearsal {
     pub warnings: Vec<String>,
 }
 
+impl Rehearsal {
+    fn check(&mut self, name: &str, outcome: Result<(), String>) {
+        self.faults.extend(outcome.err().map(|why| format!("{name}: {why}")));
+    }
+
+    /// Connects to Redis and logs in as a start does, and asks for every right that is needed.
+    fn ask(&mut self, redis: &config::Redis) {
+        let metrics = Arc::new(Metrics::new(api::endpoints()));
+        let store = RedisStore::new(redis, None, Signer::new(b"none"), metrics);
+        let hello = match store.connect(None) {
+            Ok(hello) => hello,
+            Err(why) => return self.check("Redis", Err(failed(why))),
+        };
+        self.warnings.extend(hello.eviction.map(|policy| {
+            format!("maxmemory-policy of this Redis is {policy}: it may drop marks of used tokens")
+        }));
+        let unkept = |why| format!("the rows of devices cannot be kept in this Redis: {why}");
+        self.warnings.extend(hello.rows_refused.map(unkept));
+    }
+}
+
 /// The files that a first start makes, if they are there.
 fn try_files(config: &Config) -> Result<(), String> {
     if config.jwt_secret.is_none() {
         let (name, bytes) = TOKEN_SECRET;
-        files::read_secret(&config.data_dir.join(name), bytes).map_err(|e| e.to_string())?;
+        files::read_secret(&config.data_dir.join(name), bytes).map_err(failed)?;
     }
-    identity::check(&config.data_dir.join(INSTANCE_ID)).map_err(|e| e.to_string())?;
-    devices::table::check(&config.data_dir.join(DEVICES)).map_err(|e| e.to_string())
-}
-
-/// Connects and logs in as a start does, and asks for every right that is needed.
-fn try_redis(redis: &config::Redis) -> Result<Hello, String> {
-    let metrics = Arc::new(Metrics::new(api::endpoints()));
-    let store = RedisStore::new(redis, None, Signer::new(b"none"), metrics);
-    store.connect(None).map_err(|e| e.to_string())
+    identity::check(&config.data_dir.join(INSTANCE_ID)).map_err(failed)?;
+    devices::table::check(&config.data_dir.join(DEVICES)).map_err(failed)
 }
 
 /// What is kept on disk and counted, of which the other parts are made.
@@ -198,21 +170,26 @@ struct Kept<'c> {
 }
 
 impl<'c> Kept<'c> {
-    fn open(config: &'c Config) -> Result<(Self, Identity), RunError> {
+    fn open(config: &'c Config) -> Result<(Self, Identity), String> {
         files::make_dir(&config.data_dir, 0o755).map_err(failed)?;
         files::make_dir(&config.ca.dir, 0o755).map_err(failed)?;
         let _locks = lock_folders(config)?;
-        let ca = Arc::new(open_ca(config)?);
-        let signer = Signer::new(&token_secret(config)?);
+        let (ca, data) = thread::scope(|scope| {
+            // The files of each are synced one after the other when they are made.
+            let data = thread::Builder::new().spawn_scoped(scope, || open_data(config));
+            let ca = open_ca(config);
+            let data =
+                data.map(|thread| thread.join().unwrap_or_else(|fault| resume_unwind(fault)));
+            (ca, data.map_err(failed).flatten())
+        });
+        let (ca, (secret, identity, devices)) = (Arc::new(ca?), data?);
+        let (signer, devices) = (Signer::new(&secret), Arc::new(devices));
         let ledger = Arc::new(load_ledger(config, &ca));
-        let identity = Identity::open(&config.data_dir.join(INSTANCE_ID)).map_err(failed)?;
-        let devices = Devices::open(&config.data_dir.join(DEVICES), identity.id, clock::now());
-        let devices = Arc::new(devices.map_err(failed)?);
         let metrics = Arc::new(Metrics::new(api::endpoints()));
         Ok((Kept { config, ca, signer, ledger, devices, metrics, _locks }, identity))
     }
 
-    fn open_store(&self, identity: Identity) -> Result<Stores, RunError> {
+    fn open_store(&self, identity: Identity) -> Result<Stores, String> {
         let config = self.config;
         let memory = Arc::new(Memory::new(
             config.memory_max_tokens,
@@ -248,7 +225,7 @@ impl<'c> Kept<'c> {
     }
 
     /// A bound is on disk before the record is changed; an older copy of the record may lack it, too.
-    fn revoke_dead(&self) -> Result<(), RunError> {
+    fn revoke_dead(&self) -> Result<(), String> {
         let dead = self.ca.record().apply_bounds(&self.devices.bounds()).map_err(failed)?;
         if !dead.is_empty() {
             let count = dead.len();
@@ -259,7 +236,7 @@ impl<'c> Kept<'c> {
         Ok(())
     }
 
-    fn provisioner(&self, stores: &Stores) -> Result<Provisioner, RunError> {
+    fn provisioner(&self, stores: &Stores) -> Result<Provisioner, String> {
         let config = self.config;
         let publisher = self.publish(&stores.tokens)?;
         Ok(Provisioner {
@@ -276,7 +253,7 @@ impl<'c> Kept<'c> {
     }
 
     /// Publishes the list of revoked certificates, now if the clock allows, and from then on.
-    fn publish(&self, tokens: &Arc<dyn TokenStore>) -> Result<Arc<Publisher>, RunError> {
+    fn publish(&self, tokens: &Arc<dyn TokenStore>) -> Result<Arc<Publisher>, String> {
         let (config, tokens) = (self.config, Arc::clone(tokens));
         let is_disputed =
             move || tokens.status().clock_is_ahead_ms.unsigned_abs() > CLOCK_IS_FAR_OFF_MS;
@@ -288,7 +265,6 @@ impl<'c> Kept<'c> {
         if config.rules.renew_revokes {
             publisher.load_superseded(clock::now());
         }
-        publisher.try_record(clock::now());
         let worker = Arc::clone(&publisher);
         spawn("crl", move || worker.work_forever())?;
         Ok(publisher)
@@ -300,7 +276,7 @@ impl<'c> Kept<'c> {
         &self,
         stores: &Stores,
         publisher: &Arc<Publisher>,
-    ) -> Result<Arc<Sharing>, RunError> {
+    ) -> Result<Arc<Sharing>, String> {
         let (Some(failover), Some(redis)) = (&stores.failover, &self.config.redis) else {
             return Ok(Arc::new(Sharing::new(share::Mode::Alone)));
         };
@@ -324,7 +300,7 @@ impl<'c> Kept<'c> {
     }
 
     /// Starts looking for Redis, with our CA's fingerprint in hand if there is a CA.
-    fn seek_redis(&self, stores: &Stores) -> Result<(), RunError> {
+    fn seek_redis(&self, stores: &Stores) -> Result<(), String> {
         let (Some(failover), Some(redis)) = (&stores.failover, &self.config.redis) else {
             return Ok(());
         };
@@ -336,14 +312,14 @@ impl<'c> Kept<'c> {
     }
 }
 
-fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, RunError> {
+fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, String> {
     let (data, ca) = (&config.data_dir, &config.ca.dir);
     let same = std::fs::canonicalize(data).ok() == std::fs::canonicalize(ca).ok();
     let folders = [Some(data), (!same).then_some(ca)];
     folders.into_iter().flatten().map(|dir| FolderLock::take(dir).map_err(failed)).collect()
 }
 
-fn open_ca(config: &Config) -> Result<Ca, RunError> {
+fn open_ca(config: &Config) -> Result<Ca, String> {
     let ca = Ca::open(&config.ca, clock::now()).map_err(failed)?;
     if let Some(issuer) = ca.issuer() {
         log::info!("CA SHA-256 fingerprint {}", issuer.fingerprint());
@@ -354,7 +330,15 @@ fn open_ca(config: &Config) -> Result<Ca, RunError> {
     Ok(ca)
 }
 
-fn token_secret(config: &Config) -> Result<Vec<u8>, RunError> {
+/// What is kept beside the CA.
+fn open_data(config: &Config) -> Result<(Vec<u8>, Identity, Devices), String> {
+    let secret = token_secret(config)?;
+    let identity = Identity::open(&config.data_dir.join(INSTANCE_ID)).map_err(failed)?;
+    let devices = Devices::open(&config.data_dir.join(DEVICES), identity.id, clock::now());
+    Ok((secret, identity, devices.map_err(failed)?))
+}
+
+fn token_secret(config: &Config) -> Result<Vec<u8>, String> {
     if let Some(secret) = &config.jwt_secret {
         return Ok(secret.reveal().clone());
     }
@@ -424,7 +408,7 @@ fn watch_clock(
     publisher: Arc<Publisher>,
     failover: Option<Arc<Failover>>,
     events: mpsc::Sender<Event>,
-) -> Result<(), RunError> {
+) -> Result<(), String> {
     let steps = clock::Steps::from_now();
     let offset = |now: Now| now.unix_ms.wrapping_sub(now.mono_ms);
     spawn("clock", move || {
@@ -486,7 +470,7 @@ fn begin_signals() -> io::Result<(Arc<AtomicBool>, Signals)> {
     Ok((starting, Signals::new([SIGTERM, SIGINT, SIGHUP])?))
 }
 
-fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<(), RunError> {
+fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<(), String> {
     spawn("signals", move || {
         for signal in signals.forever() {
             if events.send(Event::Signal(signal)).is_err() {
@@ -497,24 +481,54 @@ fn forward_signals(mut signals: Signals, events: mpsc::Sender<Event>) -> Result<
 }
 
 /// The service while it serves.
-struct Running<'a> {
-    config: &'a Config,
+struct Running {
+    config: Config,
     api: Arc<Api>,
     server: Server,
     store: Stores,
     answering: mpsc::Sender<Event>,
     ca: Arc<Ca>,
     https: Https,
+    _locks: Vec<FolderLock>,
 }
 
-impl Running<'_> {
+impl Running {
+    /// Opens the door, when all is there that answers.
+    fn start(
+        kept: Kept<'_>,
+        store: Stores,
+        provisioner: Arc<Provisioner>,
+        answering: mpsc::Sender<Event>,
+    ) -> Result<Self, String> {
+        let Kept { config, ca, metrics, _locks, .. } = kept;
+        let mut https = Https::of(config);
+        if https.tend(&ca, clock::now()) {
+            enter_servers(&ca);
+        }
+        let config = Config { tls: https.shown(), ..config.clone() };
+        if config.http.tls.is_some() && config.tls.is_none() {
+            log::warn!("HTTPS opens when there is a certificate, which takes a clock that is set");
+        }
+        let publisher = Arc::clone(&provisioner.publisher);
+        let api = Arc::new(Api::new(provisioner, &config, Arc::clone(&metrics)));
+        let edge_ended = answering.clone();
+        let try_record = || publisher.try_record(clock::now());
+        let server = Server::start(&config, &api, &metrics.edge, try_record, move |error| {
+            // Nobody listens any more only if the process is ending.
+            let _ = edge_ended.send(Event::EdgeEnded(error));
+        });
+        let server = server.map_err(failed)?;
+        announce(&config, store.tokens.status().redis_serves);
+        Ok(Running { config, api, server, store, answering, ca, https, _locks })
+    }
+
     /// Returns when the process is to end, with an error if it failed.
     fn until_told(
         &mut self,
         happened: &mpsc::Receiver<Event>,
         manager: &mut Manager,
         reread: impl Fn() -> Result<Config, ConfigError>,
-    ) -> Result<(), RunError> {
+    ) -> Result<(), String> {
         let mut note_at_ms = 0;
         loop {
             self.report(manager);
@@ -629,7 +643,7 @@ impl Running<'_> {
 
 /// A thread that has work for as long as the process lives. If it panics nobody does that work, and
 /// whoever starts the process again is to notice.
-fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), RunError> {
+fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(), String> {
     let work = move || {
         if catch_unwind(AssertUnwindSafe(work)).is_err() {
             log::error!("the thread {name} panicked");

@@ -151,19 +151,17 @@ impl Issuer {
         let (begun, pem) = (dir.join(CERTIFICATE_BEGUN), issuer.chain_pem());
         files::write_atomic(&begun, pem.as_bytes(), 0o644)?;
         files::write_atomic(&dir.join(KEY), key_pem.as_bytes(), 0o600)?;
-        files::write_atomic(&dir.join(CERTIFICATE), pem.as_bytes(), 0o644)?;
-        files::remove_if_there(&begun)?;
+        files::rename_synced(&begun, &dir.join(CERTIFICATE))?;
         Ok(issuer)
     }
 
     /// Finishes what [`Issuer::make`] had begun when the power went.
     pub fn finish(dir: &Path) -> Result<(), CaError> {
         let begun = dir.join(CERTIFICATE_BEGUN);
-        let Some(pem) = files::read(&begun)? else { return Ok(()) };
         let there = |name| dir.join(name).exists();
-        if there(KEY) && !there(CERTIFICATE) {
+        if there(CERTIFICATE_BEGUN) && there(KEY) && !there(CERTIFICATE) {
             log::warn!("{} was not finished when the service stopped; it is now", CERTIFICATE);
-            files::write_atomic(&dir.join(CERTIFICATE), &pem, 0o644)?;
+            return Ok(files::rename_synced(&begun, &dir.join(CERTIFICATE))?);
         }
         Ok(files::remove_if_there(&begun)?)
     }

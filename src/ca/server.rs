@@ -91,7 +91,7 @@ pub fn write(
 /// Before there is a certificate that nobody will show.
 fn try_folder(file: &Path) -> Result<(), CaError> {
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
-    Ok(files::try_writing(folder.unwrap_or(Path::new(".")))?)
+    Ok(files::try_writing(folder.unwrap_or(Path::new(".")), true)?)
 }
 
 /// Signs, and leaves the certificate where the service finds it for the record.

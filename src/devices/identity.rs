@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use super::Instance;
@@ -54,10 +54,32 @@ impl Identity {
 
     /// Runs under this id from the next start on.
     pub fn keep(&self, id: Instance) -> Result<(), FilesError> {
+        if self.note_process(id).is_ok_and(|is_noted| is_noted) {
+            return Ok(());
+        }
         files::write_atomic_by(&self.path, 0o600, &mut |file| {
-            let (place, run) = signs_of(file)?;
-            write!(file, "{id}\n{place}\n{} {run}\n", self.process)
+            let (head, process) = self.text(id, file)?;
+            write!(file, "{head}{process}")
         })
+    }
+
+    /// Where nothing else changes the disk is not waited for: the process counts only until the machine
+    /// is started again. Returns false where something does.
+    fn note_process(&self, id: Instance) -> io::Result<bool> {
+        let file = File::options().write(true).open(&self.path)?;
+        let (head, process) = self.text(id, &file)?;
+        let kept = fs::read_to_string(&self.path)?;
+        let is_same = kept.starts_with(&head) && kept.len() == head.len() + process.len();
+        if is_same {
+            file.write_all_at(process.as_bytes(), head.len() as u64)?;
+        }
+        Ok(is_same)
+    }
+
+    /// What stays, and the process.
+    fn text(&self, id: Instance, file: &File) -> io::Result<(String, String)> {
+        let (place, run) = signs_of(file)?;
+        Ok((format!("{id}\n{place}\n"), format!("{} {run}\n", self.process)))
     }
 }
 
@@ -117,8 +139,11 @@ mod tests {
         let path = dir.join("instance-id");
         let first = Identity::open(&path).unwrap();
         assert_eq!((fs::metadata(&path).unwrap().mode() & 0o777, first.before), (0o600, None));
+        let inode = || fs::metadata(&path).unwrap().ino();
+        let before = inode();
         let again = Identity::open(&path).unwrap();
         assert_eq!((again.id, again.before), (first.id, Some(first.process)));
+        assert_eq!(inode(), before, "written in its place, which waits for no disk");
         assert_ne!(again.process, first.process);
         let copy = dir.join("copy");
         fs::copy(&path, &copy).unwrap();

@@ -36,30 +36,25 @@ impl Method {
     /// All that some endpoint has, as a 405 of the edge has to name them (RFC 9110, 15.5.6).
     pub const ALLOW: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
 
+    const NAMES: [(Method, &str); 6] = [
+        (Method::Get, "GET"),
+        (Method::Head, "HEAD"),
+        (Method::Post, "POST"),
+        (Method::Put, "PUT"),
+        (Method::Delete, "DELETE"),
+        (Method::Options, "OPTIONS"),
+    ];
+
     /// As it stands on the wire.
     pub fn name(self) -> &'static str {
-        match self {
-            Method::Get => "GET",
-            Method::Head => "HEAD",
-            Method::Post => "POST",
-            Method::Put => "PUT",
-            Method::Delete => "DELETE",
-            Method::Options => "OPTIONS",
-            Method::Other => "another method",
-        }
+        let named = Self::NAMES.iter().find(|(method, _)| *method == self);
+        named.map_or("another method", |(_, name)| name)
     }
 
     /// Reads a method name; they are case-sensitive (RFC 9110, 9.1).
     pub fn parse(name: &str) -> Self {
-        match name {
-            "GET" => Method::Get,
-            "HEAD" => Method::Head,
-            "POST" => Method::Post,
-            "PUT" => Method::Put,
-            "DELETE" => Method::Delete,
-            "OPTIONS" => Method::Options,
-            _ => Method::Other,
-        }
+        let named = Self::NAMES.iter().find(|(_, known)| *known == name);
+        named.map_or(Method::Other, |(method, _)| *method)
     }
 
     /// The method whose handler answers: `HEAD` works wherever `GET` does.

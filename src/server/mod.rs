@@ -40,7 +40,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens, and answers with `api`. If the edge ever fails, `ended` is called with the reason.
+    /// Listens, and answers with `api`. If the edge ever fails, `ended` is called with the reason. While
+    /// the lanes' threads start, `meanwhile` is done, and nobody is let in before its end.
     ///
     /// # Errors
     /// When the address is taken, the TLS files cannot be used, or a lane or thread cannot be made.
@@ -48,6 +49,7 @@ impl Server {
         config: &Config,
         api: &Arc<Api>,
         counters: &Arc<EdgeCounters>,
+        meanwhile: impl FnOnce(),
         ended: impl FnOnce(io::Error) + Send + 'static,
     ) -> io::Result<Self> {
         let lanes = open_lanes(&config.run_dir, &api::lane_kinds(), config.http.workers);
@@ -68,6 +70,7 @@ impl Server {
             let (own, api, outbox) = (Arc::clone(&lane), Arc::clone(api), edge.outbox());
             workers.push((lane, spawn("worker", move || work(&own, &api, &outbox))?));
         }
+        meanwhile();
         let running = spawn("edge", move || {
             let run = catch_unwind(AssertUnwindSafe(|| edge.run()));
             if let Err(error) = run.unwrap_or_else(|_| Err(io::Error::other("it panicked"))) {

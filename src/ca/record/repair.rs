@@ -88,7 +88,8 @@ impl Record {
         let is_servers = |serial: &_| ca.is_some_and(|ca| self.server_at(serial, ca).is_some());
         strays.retain(|serial| !is_servers(serial));
         if strays.is_empty() {
-            return Ok(files::write_atomic(&index, b"", 0o644)?);
+            files::create_new(&index, b"", 0o644, false)?;
+            return Ok(files::sync_dir(&self.dir)?);
         }
         Err(RecordError::Unreadable(format!(
             "{} is missing, but {CERTS}/ has {} certificates: restore it, or make an empty one to have \

@@ -4,7 +4,8 @@
 //! of it (`/ready`). Nobody else may come for hours, so after a failure the record is tried by a
 //! small file that is written as certificates are, until that works.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -50,8 +51,12 @@ impl Record {
     /// `index.txt`, and opens that for a line.
     pub fn try_out(&self) -> Result<(), RecordError> {
         let index = self.dir.join(INDEX);
-        let attempt = files::try_writing(&self.dir.join(CERTS))
-            .and_then(|()| files::try_writing(&self.dir))
+        let certs = self.dir.join(CERTS);
+        let device = |dir: &Path| fs::metadata(dir).ok().map(|found| found.dev());
+        // A disk that syncs one file syncs the other, too.
+        let is_apart = device(&certs) != device(&self.dir);
+        let attempt = files::try_writing(&certs, true)
+            .and_then(|()| files::try_writing(&self.dir, is_apart))
             .and_then(|()| {
                 let opened = OpenOptions::new().append(true).open(&index);
                 opened.map(drop).map_err(FilesError::io("cannot write", &index))

@@ -47,9 +47,6 @@ struct Lane {
     is_unproven: bool,
 }
 
-/// Why a lane is lost, for the log.
-type Lost = String;
-
 impl Lanes {
     /// Connects to these addresses. The lanes have the keys from `first_key` on; none is up yet.
     pub fn open(
@@ -148,7 +145,7 @@ impl Lanes {
     fn give_up(
         &mut self,
         now_ms: u64,
-        mut try_lane: impl FnMut(&mut Lane) -> Result<(), Lost>,
+        mut try_lane: impl FnMut(&mut Lane) -> Result<(), String>,
     ) -> Vec<Waiting> {
         let mut lost = Vec::new();
         for lane in &mut self.lanes {
@@ -207,7 +204,7 @@ impl Lane {
         Some(waiting)
     }
 
-    fn tend(&mut self, poll: &Poll, number: u64, now_ms: u64) -> Result<(), Lost> {
+    fn tend(&mut self, poll: &Poll, number: u64, now_ms: u64) -> Result<(), String> {
         if self.socket.is_some() {
             return Err("it does not answer".to_owned());
         }
@@ -215,7 +212,7 @@ impl Lane {
     }
 
     /// Connects, and asks for the answer that proves the lane.
-    fn open(&mut self, poll: &Poll, number: u64, now_ms: u64) -> Result<(), Lost> {
+    fn open(&mut self, poll: &Poll, number: u64, now_ms: u64) -> Result<(), String> {
         let connect = || {
             let socket = (self.address.connect)()?;
             socket.set_nonblocking(true)?;
@@ -243,7 +240,7 @@ impl Lane {
     }
 
     /// Writes what the socket takes, and waits for room for the rest.
-    fn flush(&mut self) -> Result<(), Lost> {
+    fn flush(&mut self) -> Result<(), String> {
         let bytes = self.queue.unwritten();
         let Some(socket) = self.socket.as_mut().filter(|_| !bytes.is_empty()) else {
             return Ok(());
@@ -258,7 +255,7 @@ impl Lane {
         watched.map_err(|e| e.to_string())
     }
 
-    fn read(&self) -> Result<(), Lost> {
+    fn read(&self) -> Result<(), String> {
         let Some(socket) = &self.socket else { return Ok(()) };
         match (&**socket).read(&mut [0]) {
             Ok(0) => Err("closed by the worker's side".into()),
