@@ -161,7 +161,7 @@ impl Connections {
             return;
         };
         let tls = match &self.handshakes {
-            Some(handshakes) => handshakes.accept().map(|tls| Tls::Here(Box::new(tls))),
+            Some(handshakes) => handshakes.acceptor.accept().map(|tls| Tls::Here(Box::new(tls))),
             None => Ok(Tls::None),
         };
         let client = match (watch(stream, poll, at + keys), tls) {

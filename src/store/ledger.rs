@@ -134,19 +134,21 @@ impl Ledger {
 
     /// Used or killed here, or about to be.
     pub fn knows_as_spent(&self, hash: &TokenHash) -> bool {
-        let entries = locked(&self.entries);
-        let unspent = |state| matches!(state, State::Unknown(_) | State::Deleted);
-        entries.get(hash).is_some_and(|entry| !unspent(entry.state))
+        matches!(self.state(hash), Some(State::Running(_) | State::Used(_) | State::Killed))
     }
 
     /// Killed here.
     pub fn knows_as_killed(&self, hash: &TokenHash) -> bool {
-        locked(&self.entries).get(hash).is_some_and(|entry| entry.state == State::Killed)
+        self.state(hash) == Some(State::Killed)
     }
 
     /// Deleted from Redis by somebody, as was seen here.
     pub fn knows_as_deleted(&self, hash: &TokenHash) -> bool {
-        locked(&self.entries).get(hash).is_some_and(|entry| entry.state == State::Deleted)
+        self.state(hash) == Some(State::Deleted)
+    }
+
+    fn state(&self, hash: &TokenHash) -> Option<State> {
+        locked(&self.entries).get(hash).map(|entry| entry.state)
     }
 
     /// The tokens that need a mark in Redis.

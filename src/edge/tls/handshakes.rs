@@ -42,7 +42,8 @@ pub struct Computed {
 
 /// The thread, for the edge.
 pub struct Handshakes {
-    acceptor: Arc<Acceptor>,
+    /// What new connections get.
+    pub acceptor: Arc<Acceptor>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -71,11 +72,6 @@ impl Handshakes {
         let builder = thread::Builder::new().name("handshakes".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || own.work(&done))?;
         Ok(Handshakes { acceptor, shared, thread: Some(thread) })
-    }
-
-    /// The server's side of a new connection.
-    pub fn accept(&self) -> Result<Stream, rustls::Error> {
-        self.acceptor.accept()
     }
 
     /// Has a step computed for a client of this subscriber.
