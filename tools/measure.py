@@ -385,7 +385,7 @@ def once(bench, series, times):
     with bench.redis():
         for side, server in (("ours", bench.ours), ("peer", bench.peer)):
             with server(bench.redis_port) as (port, process):
-                time.sleep(1)
+                time.sleep(6)  # tiny_http's spare threads end after five idle seconds
                 series.add(f"{side} idle_mib", rss_mib(process))
                 series.add(f"{side} threads", threads(process))
                 series.add(f"{side} slow_mib", slow_rss(bench, (port, process), 1000))
