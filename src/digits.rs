@@ -34,10 +34,25 @@ pub fn address(address: IpAddr) -> String {
 
 /// Two lower-case hexadecimal digits for each byte.
 pub fn hex(bytes: &[u8]) -> String {
+    let digit = |half: u8| char::from(half + if half < 10 { b'0' } else { b'a' - 10 });
     let mut text = String::with_capacity(2 * bytes.len());
-    let halves = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-    text.extend(halves.filter_map(|half| char::from_digit(half.into(), 16)));
+    for byte in bytes {
+        text.push(digit(byte >> 4));
+        text.push(digit(byte & 15));
+    }
     text
+}
+
+/// Reads what [`hex`] writes of so many bytes.
+pub fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let is_lower = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    let fits = text.len() == 2 * N && text.bytes().all(is_lower);
+    let digit = |b: &u8| (b & 15) + 9 * (b >> 6);
+    let mut bytes = [0; N];
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = pair.iter().fold(0, |byte, b| byte << 4 | digit(b));
+    }
+    fits.then_some(bytes)
 }
 
 #[cfg(test)]
@@ -54,5 +69,9 @@ mod tests {
         }
         assert_eq!(hex(&[0x00, 0x9a, 0xbc, 0xff]), "009abcff");
         assert_eq!(hex(&[]), "");
+        assert_eq!(from_hex("009abcff"), Some([0x00, 0x9a, 0xbc, 0xff]));
+        for bad in ["009abcf", "009abcff0", "009aBcff", "009abcfg", "009abc\u{e4}"] {
+            assert_eq!(from_hex::<4>(bad), None, "{bad}");
+        }
     }
 }

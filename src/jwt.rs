@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
 use crate::device::DeviceId;
-use crate::digits::{decimal, hex};
+use crate::digits::{self, decimal, hex};
 use crate::json;
 
 /// Longest token that is looked at, in bytes.
@@ -57,16 +57,7 @@ impl TokenHash {
 
     /// Reads 64 lower-case hexadecimal digits.
     pub fn from_hex(text: &str) -> Option<Self> {
-        let digits = text.as_bytes();
-        let lower = |b: &u8| b.is_ascii_digit() || (b'a'..=b'f').contains(b);
-        if digits.len() != 64 || !digits.iter().all(lower) {
-            return None;
-        }
-        let mut hash = [0; 32];
-        for (byte, pair) in hash.iter_mut().zip(digits.chunks(2)) {
-            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-        }
-        Some(TokenHash(hash))
+        digits::from_hex(text).map(TokenHash)
     }
 
     /// The first 8 hexadecimal digits: enough to find a token in a log, useless to redeem it.

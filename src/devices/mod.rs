@@ -20,7 +20,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::clock::Now;
-use crate::digits::hex;
+use crate::digits::{self, hex};
 use crate::jwt::MAX_LIFETIME_S;
 
 /// Clocks of instances are taken to be within so many seconds of each other: a kill reaches so far
@@ -118,10 +118,7 @@ pub struct Instance(pub [u8; 16]);
 impl Instance {
     /// Reads 32 lower-case hexadecimal digits.
     pub fn from_hex(text: &str) -> Option<Self> {
-        let lower = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        let fits = text.len() == 32 && text.bytes().all(lower);
-        let id = fits.then(|| u128::from_str_radix(text, 16).ok()).flatten()?;
-        Some(Instance(id.to_be_bytes()))
+        digits::from_hex(text).map(Instance)
     }
 }
 

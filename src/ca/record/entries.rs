@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::MutexGuard;
 
-use super::merge::{Incoming, Plan};
+use super::merge::{Incoming, Plan, Shared};
 use super::rows::Row;
 use super::{CERTS, INDEX, Origin, Record, RecordError, Untold, Writer};
 use crate::ca::issuer::Leaf;
@@ -24,6 +24,8 @@ pub struct Entries<'a> {
     pub(super) record: &'a Record,
     pub(super) writer: MutexGuard<'a, Writer>,
     pub(super) added: Vec<Incoming>,
+    /// The same as others are told of them.
+    fresh: Vec<Shared>,
     /// When the last one was added.
     now: Option<Now>,
 }
@@ -31,7 +33,13 @@ pub struct Entries<'a> {
 impl<'a> Entries<'a> {
     /// Waits until no other writer is in.
     pub(super) fn begin(record: &'a Record) -> Self {
-        Entries { record, writer: record.lock_writer(), added: Vec::new(), now: None }
+        Entries {
+            record,
+            writer: record.lock_writer(),
+            added: Vec::new(),
+            fresh: Vec::new(),
+            now: None,
+        }
     }
 
     pub fn knows_token(&self, token: &TokenHash) -> bool {
@@ -59,6 +67,7 @@ impl<'a> Entries<'a> {
             None => origin,
         });
         let text = origin.map(|origin| format!("{origin}\n")).unwrap_or_default() + &leaf.pem;
+        self.fresh.push(Shared::new(leaf.serial, origin, now.unix_s(), leaf.der.clone()));
         self.added.push(Incoming {
             row: Row::new(leaf.serial, leaf.device.clone(), leaf.not_after),
             created_at: now.unix_s(),
@@ -88,6 +97,8 @@ impl<'a> Entries<'a> {
         }
         rows.apply(&entered);
         drop(rows);
+        let fresh = std::mem::take(&mut self.fresh).into_iter().zip(&results);
+        self.record.news.keep(fresh.filter_map(|(fresh, result)| result.is_ok().then_some(fresh)));
         self.record.news.add(entered.added.iter().map(|new| Untold::Certificate(new.row.serial)));
         results
     }

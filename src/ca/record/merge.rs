@@ -10,7 +10,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::index::{self, Change};
 use super::rows::{Place, Revoked, Row, Rows, Slot};
-use super::{Origin, Reason, Record, RecordError, Redeemed, Revocation, Spent, Untold, others};
+use super::{
+    Origin, Reason, Record, RecordError, Redeemed, Revocation, Spent, Stored, Untold, others,
+};
 use crate::ca::issuer::{BACKDATE_S, Issuer, certificate_pem};
 use crate::ca::validity_of;
 use crate::clock::Now;
@@ -28,6 +30,20 @@ pub struct Shared {
     /// The hash of the token that it was signed for, and when that ends.
     pub token: Option<(TokenHash, u64)>,
     pub der: Vec<u8>,
+}
+
+impl Shared {
+    /// One that was signed at this time for this.
+    pub(super) fn new(
+        serial: Serial,
+        origin: Option<Origin>,
+        created_at: u64,
+        der: Vec<u8>,
+    ) -> Self {
+        let token = origin.and_then(Origin::token).map(|token| (token.hash, token.exp));
+        let paid = origin.and_then(Origin::paid).unwrap_or(created_at);
+        Shared { serial, paid, token, der }
+    }
 }
 
 /// By what is judged what comes from elsewhere.
@@ -209,12 +225,16 @@ impl Record {
         if self.by_serial(serial).is_none() {
             return Ok(None);
         }
-        let stored = match self.stored(serial) {
-            Err(RecordError::Absent(_)) => return Ok(None),
-            stored => stored?,
-        };
-        let token = stored.origin.and_then(Origin::token).map(|token| (token.hash, token.exp));
-        Ok(Some(Shared { serial: *serial, paid: stored.paid(), token, der: stored.der }))
+        if let Some(fresh) = self.news.take_fresh(serial) {
+            return Ok(Some(fresh));
+        }
+        match self.stored(serial) {
+            Err(RecordError::Absent(_)) => Ok(None),
+            stored => {
+                let Stored { origin, created_at, der, .. } = stored?;
+                Ok(Some(Shared::new(*serial, origin, created_at, der)))
+            }
+        }
     }
 
     /// The revocation of this certificate, which need not be here.
@@ -543,7 +563,10 @@ mod tests {
         let other = fixture.open_other(&dir);
         let leaves = ["device-1", "device-2"].map(|name| fixture.leaf(name));
         let spent = token("t", now.unix_s() + 100);
+        one.on_news(|| ());
         enter(&one, &leaves[0], Some(spent)).unwrap();
+        let kept = shared(&one, &leaves[0]);
+        assert_eq!(kept, shared(&one, &leaves[0]), "as it is read from the disk");
         enter(&one, &leaves[1], None).unwrap();
         one.revoke(&device("device-2"), Reason::KeyCompromise, now).unwrap();
         let untold = leaves.each_ref().map(|leaf| Untold::Certificate(leaf.serial));

@@ -4,16 +4,20 @@
 //! comes behind. So nothing passes for told that was not, and what could not be told stays. The list
 //! is bounded: where it overflows, whoever tells compares the whole record instead.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::{Mutex, OnceLock};
 
 use super::Record;
+use super::merge::Shared;
 use crate::locks::locked;
 use crate::serial::Serial;
 
 /// The most that the list holds: one serial number takes 21 bytes.
 const MOST: usize = 20_000;
+/// So many certificates, of some 700 bytes each, wait for whoever tells of them at once and would
+/// have to read them from the disk again.
+const FRESH: usize = 256;
 
 /// Something that other instances have to be told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +37,7 @@ pub(super) struct News {
 struct List {
     untold: VecDeque<Untold>,
     overflowed: bool,
+    fresh: BTreeMap<Serial, Shared>,
 }
 
 impl fmt::Debug for News {
@@ -57,6 +62,21 @@ impl News {
         if let Some(wake) = self.wake.get().filter(|_| is_news) {
             wake();
         }
+    }
+}
+
+impl News {
+    /// Keeps what was signed just now, if there is anybody who tells.
+    pub(super) fn keep(&self, signed: impl Iterator<Item = Shared>) {
+        if self.wake.get().is_some() {
+            let mut list = locked(&self.list);
+            let room = FRESH.saturating_sub(list.fresh.len());
+            list.fresh.extend(signed.take(room).map(|signed| (signed.serial, signed)));
+        }
+    }
+
+    pub(super) fn take_fresh(&self, serial: &Serial) -> Option<Shared> {
+        locked(&self.list).fresh.remove(serial)
     }
 }
 
