@@ -48,6 +48,8 @@ pub struct Devices {
     writer: Mutex<Writer>,
     /// Devices whose rows were changed here since they were last asked for.
     changed: Mutex<BTreeSet<DeviceId>>,
+    /// Devices of which others have killed certificates: the record is still to revoke them.
+    killed: Mutex<BTreeSet<DeviceId>>,
     /// Bounds that were read with a token and did not come by the way on which rows are shared yet. Not
     /// on disk: a token writes nothing.
     heard: Mutex<BTreeMap<DeviceId, Bound>>,
@@ -85,7 +87,8 @@ impl Devices {
         })?;
         let writer = Mutex::new(Writer { file, steady_since: now });
         let (rows, waiting, changed) = (RwLock::new(rows), Mutex::default(), Mutex::default());
-        Ok(Devices { own, rows, waiting, writer, changed, heard: Mutex::default() })
+        let (killed, heard) = (Mutex::default(), Mutex::default());
+        Ok(Devices { own, rows, waiting, writer, changed, killed, heard })
     }
 
     /// The instance whose rows these are.
@@ -211,6 +214,20 @@ impl Devices {
         std::mem::take(&mut *locked(&self.changed))
     }
 
+    /// Notes devices whose bound may kill certificates that the record still counts as valid. A bound
+    /// that is learnt from others is noted by itself.
+    pub fn note_killed(&self, devices: impl IntoIterator<Item = DeviceId>) {
+        locked(&self.killed).extend(devices);
+    }
+
+    /// The devices that were noted since this was last asked, each with the `c` of its bound: whoever asks
+    /// applies them to the record, or notes them again.
+    pub fn take_killed(&self) -> Vec<(DeviceId, u64)> {
+        let killed = std::mem::take(&mut *locked(&self.killed));
+        let bounds: Vec<u64> = killed.iter().map(|device| self.bound(device).0.c).collect();
+        killed.into_iter().zip(bounds).collect()
+    }
+
     /// The devices of which something matters.
     pub fn all(&self, now: Now) -> Vec<DeviceId> {
         let rows = reading(&self.rows);
@@ -231,8 +248,11 @@ impl Devices {
             }
         }
         for change in changes {
-            if change.ours && outcome.is_ok() {
-                locked(&self.changed).extend(change.news.iter().map(|(device, _)| device.clone()));
+            if outcome.is_ok() {
+                let noted = |(_, news): &&(DeviceId, Row)| change.ours || news.bound.c > 0;
+                let list = if change.ours { &self.changed } else { &self.killed };
+                let devices = change.news.iter().filter(noted).map(|(device, _)| device.clone());
+                locked(list).extend(devices);
             }
             let _ = change.outcome.set(outcome.clone()); // it is set here only
         }

@@ -246,7 +246,10 @@ impl Provisioner {
                 "token {hash} of {device} killed, {by}"
             );
         }
-        let serials = record.revoke(&device, reason, self.revoked_at(&device))?;
+        // The bound is known to all by now: what cannot be revoked here at once is revoked later.
+        let serials = record
+            .revoke(&device, reason, self.revoked_at(&device))
+            .inspect_err(|_| self.devices.note_killed([device.clone()]))?;
         self.note_revoked(&serials, device.as_str(), reason, &by);
         if edit.is_some() {
             log::info!(

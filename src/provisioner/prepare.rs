@@ -111,6 +111,10 @@ impl Provisioner {
                 |p: &&mut Result<Prepared, _>| p.as_ref().is_ok_and(|p| !p.kills.is_empty());
             prepared.iter_mut().filter(changes).for_each(|p| *p = Err(problem.clone()));
         }
+        // What others have killed, and this instance hears of now; what a job kills it revokes itself.
+        let learning = prepared.iter().flatten().filter(|p| !matches!(p.work, Work::Revoke(_)));
+        let learnt = learning.flat_map(|p| &p.kills).filter(|kill| kill.seen.row.bound.c > 0);
+        self.devices.note_killed(learnt.map(|kill| kill.device.clone()));
         prepared
     }
 

@@ -148,8 +148,7 @@ impl<E: Exchange> Thread<E> {
         }
     }
 
-    /// Makes durable what was read. A bound that was not known here revokes what is, and what comes
-    /// later.
+    /// Makes durable what was read. A bound revokes what is there, and what comes later.
     pub(super) fn enter(&mut self, learnt: Vec<Value>) -> Result<(), StoreError> {
         let (mut certificates, mut revocations, mut rows) = (Vec::new(), Vec::new(), Vec::new());
         for value in learnt {
@@ -160,12 +159,8 @@ impl<E: Exchange> Thread<E> {
             }
         }
         let now = self.now;
-        let bounds = rows.iter().map(|(device, row)| (device.clone(), row.bound.c));
-        let is_news = |(device, c): &(DeviceId, u64)| *c > self.parts.devices.bound(device).0.c;
-        let bounds: Vec<(DeviceId, u64)> = bounds.filter(is_news).collect();
         self.parts.devices.enter(rows, false, now).map_err(not_kept)?;
-        let revoked = self.record().apply_bounds(&bounds).map_err(not_kept)?;
-        self.note_revoked(&revoked);
+        self.revoke_killed()?;
         let Some(issuer) = self.parts.publisher.ca().issuer() else { return Ok(()) };
         if !certificates.is_empty() || !revocations.is_empty() {
             let bound = |device: &DeviceId| self.parts.devices.bound(device).0.c;
@@ -173,6 +168,23 @@ impl<E: Exchange> Thread<E> {
             let judge = Judge { ca: &issuer, bound: &bound, ended_before, now };
             let merged = self.record().merge(certificates, &revocations, &judge);
             self.merged_in(merged.map_err(not_kept)?);
+        }
+        Ok(())
+    }
+
+    /// Revokes what others have killed, by whichever way that was learnt: with a token, too, or when Redis
+    /// was back. What cannot be written now stays noted.
+    pub(super) fn revoke_killed(&mut self) -> Result<(), StoreError> {
+        let killed = self.parts.devices.take_killed();
+        if killed.is_empty() {
+            return Ok(());
+        }
+        match self.record().apply_bounds(&killed) {
+            Ok(revoked) => self.note_revoked(&revoked),
+            Err(error) => {
+                self.parts.devices.note_killed(killed.into_iter().map(|(device, _)| device));
+                return Err(not_kept(error));
+            }
         }
         Ok(())
     }

@@ -392,6 +392,13 @@ impl World {
         self.bounds.insert(device, c);
     }
 
+    /// A token's trip, or a return, brings the row before the stream does.
+    fn learn(&self, at: usize, device: DeviceId) {
+        let other = &self.all[(at + 1) % self.all.len()].thread.parts.devices;
+        let rows = vec![(device.clone(), other.row(&device))];
+        self.all[at].thread.parts.devices.enter(rows, false, clock::now()).unwrap();
+    }
+
     /// Somebody who has no key writes where a value stands, or will.
     fn forge(&mut self) {
         let Some(serial) = self.pick() else { return };
@@ -407,7 +414,7 @@ impl World {
     }
 
     fn step(&mut self, before: &mut Option<Data>) {
-        let (at, what) = (self.below(self.all.len()), self.below(16));
+        let (at, what) = (self.below(self.all.len()), self.below(17));
         match what {
             0..=3 => {
                 let device = self.device();
@@ -426,6 +433,10 @@ impl World {
             }
             9 => self.forge(),
             10 => self.change_server(before),
+            11 => {
+                let device = self.device();
+                self.learn(at, device);
+            }
             _ => self.all[at].attempt(),
         }
         if self.below(3) == 0 {
@@ -543,6 +554,22 @@ fn what_two_tell_of_one_device_at_the_same_time_both_know() {
 
 /// Every step of telling may be the last; the lease goes when the certificate is there, with its
 /// holder, and announced.
+#[test]
+fn what_was_killed_is_revoked_by_whichever_way_that_was_learnt() {
+    let mut world = World::new(2, 4);
+    let device = DeviceId::parse("d").unwrap();
+    let (serial, _) = world.sign(1, device.clone());
+    world.kill(0, device.clone());
+    // As when it was cut off: a token's trip, or the carry-over, brings the row first.
+    world.learn(1, device);
+    for at in [0, 1, 0, 1] {
+        world.all[at].attempt();
+    }
+    for instance in &world.all {
+        assert!(instance.revocations().contains_key(&serial));
+    }
+}
+
 #[test]
 fn a_lease_stays_until_its_certificate_is_shared() {
     let mut world = World::new(1, 1);

@@ -140,7 +140,7 @@ impl<E: Exchange> Thread<E> {
     pub(super) fn attempt(&mut self, now: Now) {
         self.now = now;
         let Some(keys) = self.keys() else { return };
-        let turn = self.turn(&keys);
+        let turn = self.revoke_killed().and_then(|()| self.turn(&keys));
         if std::mem::take(&mut self.progress.crl_is_due) {
             // What went wrong is logged and kept there, and tried again.
             let _ = self.parts.publisher.publish(clock::now());

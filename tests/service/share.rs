@@ -537,6 +537,32 @@ fn without_a_shared_record_a_revocation_still_reaches_everybody() {
 }
 
 /// Row 36 of the model: what is cut off cannot know, and both certificates are told of, once.
+/// Behind a balancer the registration after a revocation comes to another instance, which learns of the
+/// kill by it and not by the stream.
+#[test]
+fn what_is_registered_anew_elsewhere_is_revoked_there_all_the_same() {
+    let redis = Redis::start(&[]);
+    let one = instance::first(&redis.url(), &[("SHARE_RECORD", "false")]);
+    let two = instance::another(&one, &redis.url(), &[("SHARE_RECORD", "false")]);
+    for n in 0..4 {
+        let device = Device::new(&format!("d-{n}"));
+        let register = |service: &Service| {
+            let path = format!("/api/v1/devices/{}", device.name);
+            let bearer = format!("Bearer {ADMIN_KEY}");
+            let fields = [("Authorization", &*bearer), ("Content-Type", "application/json")];
+            let answer = service.http.request("PUT", &path, &fields, br#"{"register":true}"#);
+            assert_eq!(answer.status, 200, "{}", answer.text());
+        };
+        register(&one);
+        let serial = enrol(&two, &device);
+        assert_eq!(revoke(&one, &device).json()["shared"], true);
+        register(&two);
+        soon("it is revoked, and listed", &[&two], |two| {
+            status(two, &device.name).as_deref() == Some("revoked") && listed(two).contains(&serial)
+        });
+    }
+}
+
 #[test]
 fn a_token_that_was_redeemed_twice_is_told_once() {
     let redis = Redis::start(&[]);
