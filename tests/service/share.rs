@@ -391,7 +391,8 @@ fn what_nobody_of_ours_has_written_changes_nothing_and_is_put_right() {
     agree(&every, &[("d", "active"), ("e", "revoked")]);
     for service in &every {
         let warned = "Redis holds values of the record that none of our instances has written";
-        assert_eq!(service.log().matches(warned).count(), 1, "{}", service.log());
+        let log = service.wait_for_log(warned);
+        assert_eq!(log.matches(warned).count(), 1, "{log}");
     }
     // One that knows nothing yet.
     let third = instance::another(&all[0], &redis.url(), &[]);
