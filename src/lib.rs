@@ -18,7 +18,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 0 | [`clock`] [`digits`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`locks`] [`socket`] [`stderr`] | layer 0 |
+//! | 0 | [`clock`] [`digits`] [`device`] [`serial`] [`subscriber`] [`pem`] [`json`] [`jwt`] [`mac`] [`problem`] [`http`] [`metrics`] [`config`] [`files`] [`trial`] [`locks`] [`socket`] [`stderr`] | layer 0 |
 //! | 1 | [`devices`], [`store`], [`ca`] | layer 0, [`devices`] (its plain types); back ends also what `store` itself defines |
 //! | 2 | [`share`] | layers 0 and 1, but no concrete store save in its own back end |
 //! | 2 | [`provisioner`] | layers 0 and 1, [`share`], but no concrete store |
@@ -74,6 +74,7 @@ pub mod files;
 pub mod locks;
 pub mod socket;
 pub mod stderr;
+pub mod trial;
 
 pub mod devices;
 

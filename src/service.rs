@@ -260,7 +260,8 @@ impl<'c> Kept<'c> {
         let retention = Retention::new(config.record_keep_days, is_disputed, clock::now());
         let (ca, metrics) = (Arc::clone(&self.ca), Arc::clone(&self.metrics));
         let publisher = Publisher::new(ca, config.crl_hook.clone(), metrics);
-        let publisher = Arc::new(publisher.forgetting(retention));
+        let publisher = publisher.forgetting(retention).trying(Arc::clone(self.devices.trial()));
+        let publisher = Arc::new(publisher);
         publisher.keep_fresh(clock::now());
         if config.rules.renew_revokes {
             publisher.load_superseded(clock::now());

@@ -3,7 +3,7 @@
 //!
 //! Whoever revokes publishes in its own thread, so that the answer comes after the list. The rest is
 //! done by one thread that sleeps until it is needed; while the hook runs in it, further changes are
-//! noted and make one more run. The same thread tries the record again after it could not be written,
+//! noted and make one more run. The same thread tries again what could not be written,
 //! revokes what was renewed, and has the record forget what ended long ago.
 
 use std::path::PathBuf;
@@ -18,6 +18,7 @@ use crate::clock::{self, DAY_S, Now};
 use crate::locks::locked;
 use crate::metrics::Metrics;
 use crate::serial::Serial;
+use crate::trial::Trial;
 
 /// The longest sleep. The list is renewed daily by the wall clock, which may have gone on while the
 /// machine was suspended, so it is looked at more often than that. Whoever sees that the clock was set
@@ -25,7 +26,7 @@ use crate::serial::Serial;
 const LOOK: Duration = Duration::from_secs(3600);
 /// The pause before a list that could not be written is tried again; doubled, up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// The pause before a record that could not be written is tried again.
+/// The pause before what could not be written is tried again.
 const TRIAL_MS: u64 = 2000;
 
 /// How long after its renewal a certificate is revoked, if the new one was not shown before.
@@ -41,6 +42,8 @@ pub struct Publisher {
     /// Without one the record keeps all.
     retention: Option<Retention>,
     metrics: Arc<Metrics>,
+    /// The record, and what else must be written.
+    trials: Vec<Arc<Trial>>,
     /// Held until it is noted whether the last list was written: in the order of the lists.
     publishing: Mutex<()>,
     state: Mutex<State>,
@@ -55,7 +58,7 @@ struct State {
     woken: bool,
     /// Why the last list could not be published.
     failure: Option<String>,
-    /// When the record is to be tried again, by [`Now::mono_ms`].
+    /// When what could not be written is to be tried again, by [`Now::mono_ms`].
     trial_at: Option<u64>,
     /// Certificates that were renewed and are to be revoked.
     superseded: Vec<Superseded>,
@@ -78,7 +81,14 @@ impl Publisher {
     pub fn new(ca: Arc<Ca>, hook: Option<PathBuf>, metrics: Arc<Metrics>) -> Self {
         let (state, changed) = (Mutex::default(), Condvar::new());
         let publishing = Mutex::default();
-        Publisher { ca, hook, retention: None, metrics, publishing, state, changed }
+        let trials = vec![Arc::clone(ca.record().trial())];
+        Publisher { ca, hook, retention: None, metrics, trials, publishing, state, changed }
+    }
+
+    /// This is tried, too, when it could not be written.
+    pub fn trying(mut self, trial: Arc<Trial>) -> Self {
+        self.trials.push(trial);
+        self
     }
 
     /// What ended long ago is forgotten.
@@ -206,25 +216,29 @@ impl Publisher {
         ca.into_iter().chain(self.ca.record().ending_servers(now)).collect()
     }
 
-    /// Tries the record, at the start; it is tried again until it can be written.
+    /// Tries the record, at the start.
     pub fn try_record(&self, now: Now) {
-        // What went wrong is logged and kept there.
-        let _ = self.ca.record().try_out();
-        self.lock().trial_at = None;
-        self.watch_record(now);
+        self.ca.record().trial().try_out();
+        self.troubles(now);
     }
 
-    /// To be called after requests that had to be recorded: if they could not be, the record is tried
-    /// again until it can be written.
-    pub fn watch_record(&self, now: Now) {
-        if self.ca.record().trouble().is_none() {
-            return;
-        }
+    fn try_again(&self, now: Now) {
+        self.lock().trial_at = None;
+        let failed = self.trials.iter().filter(|trial| trial.trouble().is_some());
+        failed.for_each(|trial| trial.try_out());
+        self.troubles(now);
+    }
+
+    /// What cannot be written, and why. To be called after requests for which something had to be, and
+    /// whenever somebody asks: it is then tried until it can be written.
+    pub fn troubles(&self, now: Now) -> Vec<String> {
+        let troubles: Vec<_> = self.trials.iter().filter_map(|trial| trial.trouble()).collect();
         let mut state = self.lock();
-        if state.trial_at.is_none() {
+        if !troubles.is_empty() && state.trial_at.is_none() {
             state.trial_at = Some(now.mono_ms + TRIAL_MS);
             self.wake(&mut state);
         }
+        troubles
     }
 
     /// Finds the renewals whose old certificate is still to be revoked, at the start.
@@ -322,7 +336,7 @@ impl Publisher {
             }
             let now = clock::now();
             if self.lock().trial_at.is_some_and(|at| at <= now.mono_ms) {
-                self.try_record(now);
+                self.try_again(now);
             }
             self.revoke_superseded(now);
             self.keep_fresh(now);

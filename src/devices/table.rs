@@ -22,6 +22,7 @@ use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::files::FilesError;
 use crate::locks::{locked, reading, writing};
+use crate::trial::Trial;
 
 /// Rows are dropped by a clock that has gone evenly for so long, in milliseconds. One that was set
 /// wrong meanwhile would drop what still matters.
@@ -46,6 +47,7 @@ pub struct Devices {
     /// Changes that wait for the file.
     waiting: Mutex<Vec<Arc<Change>>>,
     writer: Mutex<Writer>,
+    trial: Arc<Trial>,
     /// Devices whose rows were changed here since they were last asked for.
     changed: Mutex<BTreeSet<DeviceId>>,
     /// Devices of which others have killed certificates: the record is still to revoke them.
@@ -86,9 +88,16 @@ impl Devices {
             merge_into(&mut rows, &device, news, writer == Some(own));
         })?;
         let writer = Mutex::new(Writer { file, steady_since: now });
+        let folders = path.parent().map(Path::to_owned).into_iter().collect();
+        let trial = Arc::new(Trial::new("the list of devices", folders, path.to_owned()));
         let (rows, waiting, changed) = (RwLock::new(rows), Mutex::default(), Mutex::default());
         let (killed, heard) = (Mutex::default(), Mutex::default());
-        Ok(Devices { own, rows, waiting, writer, changed, killed, heard })
+        Ok(Devices { own, rows, waiting, writer, trial, changed, killed, heard })
+    }
+
+    /// Whether the rows can be written.
+    pub fn trial(&self) -> &Arc<Trial> {
+        &self.trial
     }
 
     /// The instance whose rows these are.
@@ -238,7 +247,7 @@ impl Devices {
     /// Writes all changes with one sync, and only then lets anybody see them.
     fn write(&self, writer: &mut Writer, changes: Vec<Arc<Change>>, now: Now) -> Written {
         let lines: String = changes.iter().map(|change| change.lines(self.own, now)).collect();
-        let outcome = writer.file.append(&lines).map_err(Arc::new);
+        let outcome = self.trial.note(writer.file.append(&lines)).map_err(Arc::new);
         if outcome.is_ok() {
             let mut rows = writing(&self.rows);
             for change in &changes {

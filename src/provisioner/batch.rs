@@ -58,7 +58,7 @@ impl Provisioner {
         }
         let (mut done, after) = self.record(steps, &mut undo, now);
         self.publish_revoked(&mut done);
-        self.publisher.watch_record(now);
+        self.publisher.troubles(now);
         self.run_ops(&undo, clock::now);
         self.give_again(&mut done, &again, now);
         Batch { done, after }

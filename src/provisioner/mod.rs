@@ -309,8 +309,7 @@ impl Provisioner {
         if let Err(error) = self.issuer(now) {
             reasons.push(error.to_string());
         }
-        let trouble = self.ca().record().trouble();
-        reasons.extend(trouble.map(|why| format!("the record cannot be written: {why}")));
+        reasons.extend(self.publisher.troubles(now));
         reasons.extend(self.publisher.failure());
         let status = self.store.status();
         if status.full {

@@ -24,7 +24,7 @@ use mqtt_publisher_lite::store::memory::Memory;
 use crate::support::clock::now_ms;
 use crate::support::csr::Csr;
 use crate::support::redis::Redis;
-use crate::support::service::{Service, Setup, as_any_user};
+use crate::support::service::{ADMIN_KEY, Service, Setup, as_any_user};
 use crate::support::temp::TempDir;
 use crate::support::{fields, on_both_stores, wait};
 
@@ -158,13 +158,32 @@ fn a_record_that_cannot_be_written_is_a_reason_until_it_can() {
     assert_eq!(reason(&service), (503, true), "at the start: {}", service.log());
     permit(0o755);
     wait::for_true("it is tried again", || service.http.get("/ready").status == 200);
-    let log = service.wait_for_log("the record of certificates can be written again");
-    assert_eq!(
-        log.matches("ERROR the record of certificates cannot be written").count(),
-        2,
-        "{log}"
-    );
+    let log = service.wait_for_log("the record can be written again");
+    assert_eq!(log.matches("ERROR the record cannot be written").count(), 2, "{log}");
     service.enroll("e", &Csr::new("e").make());
+}
+
+/// Nothing can be revoked then, nor blocked, replaced or registered.
+#[test]
+fn rows_that_cannot_be_written_are_a_reason_until_they_can() {
+    let service = Setup::new().env("ADMIN_API_KEY", ADMIN_KEY).start();
+    service.enroll("d", &Csr::new("d").make());
+    let (file, away) = (service.data("devices.txt"), service.data("away"));
+    fs::rename(&file, &away).unwrap();
+    fs::create_dir(&file).unwrap();
+    assert_eq!(service.http.get("/ready").status, 200, "nobody was refused yet");
+    assert_eq!(service.revoke("d").status, 503);
+    let ready = service.http.get("/ready");
+    let reasons = ready.json()["reasons"].to_string();
+    assert_eq!(ready.status, 503);
+    assert!(reasons.contains("the list of devices cannot be written"), "{reasons}");
+    let log = service.wait_for_log("nothing was changed");
+    assert_eq!(log.matches("ERROR the list of devices cannot be written").count(), 1, "{log}");
+    fs::remove_dir(&file).unwrap();
+    fs::rename(&away, &file).unwrap();
+    wait::for_true("it is tried again", || service.http.get("/ready").status == 200);
+    service.wait_for_log("the list of devices can be written again");
+    assert_eq!(service.revoke("d").status, 200, "{}", service.log());
 }
 
 /// One for each lane is tiny_http's, and has the program's name; it keeps others for five seconds.

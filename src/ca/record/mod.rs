@@ -21,7 +21,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
@@ -36,6 +36,7 @@ use crate::locks::{locked, reading, writing};
 use crate::pem;
 use crate::problem::{Code, Problem};
 use crate::serial::Serial;
+use crate::trial::Trial;
 
 mod entries;
 #[cfg(test)]
@@ -49,7 +50,6 @@ mod renewals;
 mod repair;
 mod rows;
 mod servers;
-mod trial;
 
 pub use entries::Entries;
 use index::Change;
@@ -61,7 +61,6 @@ use renewals::Renewals;
 use rows::{Place, Rows, Slot};
 use servers::Servers;
 pub use servers::deposit_server;
-use trial::Trial;
 
 const INDEX: &str = "index.txt";
 /// Its attributes: renewals are several valid certificates of one subject.
@@ -367,7 +366,7 @@ pub struct Record {
     dir: PathBuf,
     rows: RwLock<Rows>,
     writer: Mutex<Writer>,
-    trial: Trial,
+    trial: Arc<Trial>,
     news: News,
     servers: Servers,
 }
@@ -403,17 +402,31 @@ impl Record {
                 index.display()
             );
         }
+        let folders = vec![dir.join(CERTS), dir.to_owned()];
         let record = Record {
             dir: dir.to_owned(),
             rows: RwLock::new(rows),
             writer: Mutex::default(),
-            trial: Trial::default(),
+            trial: Arc::new(Trial::new("the record", folders, dir.join(INDEX))),
             news: News::default(),
             servers: Servers::default(),
         };
         record.put_in_order(tail, is_missing, ca)?;
         record.load_last_day(now.map(|n| n.unix_s()));
         Ok(record)
+    }
+
+    /// Checks that the record in `dir` can be read and written, and changes nothing. Returns whether
+    /// nothing is recorded there.
+    pub fn check(dir: &Path) -> Result<bool, RecordError> {
+        files::try_folder(&dir.join(CERTS)).map_err(RecordError::not_written)?;
+        let index = repair::read_index(&dir.join(INDEX))?;
+        Ok(index.is_none_or(|(rows, _)| rows.list.is_empty()))
+    }
+
+    /// Whether the record can be written.
+    pub fn trial(&self) -> &Arc<Trial> {
+        &self.trial
     }
 
     pub fn is_empty(&self) -> bool {
