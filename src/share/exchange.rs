@@ -68,9 +68,6 @@ pub trait Exchange: Send {
     /// Whether the hash of this name is in reach, as far as is known.
     fn reaches(&self, key: &str) -> bool;
 
-    /// The same for the newest certificate of a device.
-    fn reaches_holder(&self, device: &DeviceId) -> bool;
-
     /// Whether of what is away more is in reach by now; then all is to be connected anew.
     fn can_reach_more(&mut self) -> Result<bool, StoreError>;
 
@@ -90,11 +87,11 @@ pub trait Exchange: Send {
     /// What stands in these places; nothing is the empty value.
     fn values(&mut self, places: &[Place]) -> Result<Vec<Vec<u8>>, StoreError>;
 
-    /// Sets values, then the holders, then announces the names. Returns of each value whether it stands
+    /// Sets values, then the holders that are in reach, then announces the names. Returns of each value whether it stands
     /// there now. After an error part of it may have been done.
     fn tell(&mut self, news: &News) -> Result<Vec<bool>, StoreError>;
 
-    /// The newest certificates of these devices, of those that have signed lately.
+    /// The newest certificates of these devices, if they were signed lately and are in reach.
     fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Serial>, StoreError>;
 
     /// Removes what stands in these places.

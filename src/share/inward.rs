@@ -55,9 +55,14 @@ impl<E: Exchange> Thread<E> {
             return Ok(());
         }
         if self.parts.shares_record {
-            let devices = asked.iter().flat_map(|asked| asked.devices.clone());
-            let mut serials = self.parts.exchange.holders(&devices.collect::<Vec<_>>())?;
-            serials.extend(asked.iter().filter_map(|asked| asked.serial));
+            let (mut devices, mut serials) = (Vec::new(), Vec::new());
+            for name in asked.iter().flat_map(|asked| asked.names.iter().cloned()) {
+                match name {
+                    Name::Row(device) => devices.push(device),
+                    Name::Certificate(serial) | Name::Revocation(serial) => serials.push(serial),
+                }
+            }
+            serials.extend(self.parts.exchange.holders(&devices)?);
             self.take_in_unknown(keys, &serials)?;
         }
         for Asked { answer, .. } in asked {
@@ -68,15 +73,12 @@ impl<E: Exchange> Thread<E> {
     }
 
     /// Who asks for what is out of reach is not kept waiting.
-    fn is_in_reach(&self, keys: &Keys, Asked { devices, serial, .. }: &Asked) -> bool {
-        let rows = devices.iter().cloned().map(Name::Row);
-        let mut names = rows.chain(serial.map(Name::Certificate));
-        let is_of_some = !devices.is_empty() || serial.is_some();
-        let is_in_reach = (is_of_some || self.progress.aside.is_empty())
-            && names.all(|name| self.reaches(&keys.place(&name).key))
-            && devices.iter().all(|device| self.parts.exchange.reaches_holder(device));
-        self.parts.sharing.lock().is_partial |= !is_in_reach;
-        is_in_reach
+    fn is_in_reach(&self, keys: &Keys, Asked { names, .. }: &Asked) -> bool {
+        let reaches = |name: &Name| self.reaches(&keys.place(name).key);
+        match names.is_empty() {
+            true => self.progress.aside.is_empty(),
+            false => names.iter().all(reaches),
+        }
     }
 
     pub(super) fn take_in_unknown(

@@ -23,6 +23,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use self::exchange::Name;
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::jwt::Token;
@@ -99,8 +100,7 @@ struct State {
 /// Somebody waits for what others have of devices, or for a certificate of theirs.
 #[derive(Debug)]
 struct Asked {
-    devices: Vec<DeviceId>,
-    serial: Option<Serial>,
+    names: Vec<Name>,
     answer: SyncSender<()>,
 }
 
@@ -138,22 +138,22 @@ impl Sharing {
     /// Waits until all that was changed here is told, and the record knows the newest certificate of
     /// each of these devices, whoever has signed it. `false` if there is nobody to ask.
     pub fn look_up(&self, devices: &[DeviceId]) -> bool {
-        self.ask(devices, None)
+        self.ask(devices.iter().cloned().map(Name::Row).collect())
     }
 
     /// The same, for one certificate.
     pub fn look_up_one(&self, serial: Serial) -> bool {
-        self.ask(&[], Some(serial))
+        self.ask(vec![Name::Certificate(serial)])
     }
 
-    fn ask(&self, devices: &[DeviceId], serial: Option<Serial>) -> bool {
+    fn ask(&self, names: Vec<Name>) -> bool {
         let (answer, answered) = sync_channel(1);
         {
             let mut state = self.lock();
             if state.mode == Mode::Alone || state.trouble.is_some() {
                 return false;
             }
-            state.asked.push(Asked { devices: devices.to_vec(), serial, answer });
+            state.asked.push(Asked { names, answer });
             state.woken = true;
             self.changed.notify_all();
         }
@@ -199,7 +199,8 @@ impl Sharing {
         let waited = self.changed.wait_while(self.lock(), nobody);
         let asked = waited.unwrap_or_else(PoisonError::into_inner).asked.remove(0);
         let _ = asked.answer.send(()); // he may have given up
-        asked.devices
+        let of_row = |name| if let Name::Row(device) = name { Some(device) } else { None };
+        asked.names.into_iter().filter_map(of_row).collect()
     }
 
     /// Waits until there is something to do, at most so long; whether that cannot wait for the end of
@@ -212,14 +213,12 @@ impl Sharing {
         std::mem::take(&mut state.hurry)
     }
 
-    fn begin(&self) {
+    /// Somebody may wait for the end of an attempt that is begun after he came.
+    fn count(&self, attempt: impl FnOnce()) {
         self.lock().begun += 1;
-    }
-
-    fn end(&self) {
+        attempt();
         let mut state = self.lock();
         state.ended = state.begun;
-        drop(state);
         self.changed.notify_all();
     }
 

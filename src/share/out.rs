@@ -109,9 +109,7 @@ impl<E: Exchange> Thread<E> {
         for (name, seen) in names.iter().zip(seen) {
             let theirs = self.open(keys, name, &seen);
             if let Some(value) = to_put(self.known(name), theirs.as_ref()) {
-                let holder = self.holder(name);
-                let holds = |(device, _): &(_, _)| self.parts.exchange.reaches_holder(device);
-                news.holders.extend(holder.filter(holds));
+                news.holders.extend(self.holder(name));
                 let (place, value) = (keys.place(name), keys.seal(&value));
                 news.swaps.push(Swap { place, seen, value });
             }

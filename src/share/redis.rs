@@ -78,10 +78,6 @@ impl Exchange for RedisExchange {
         self.line.reaches(&self.line.on("HGET", key))
     }
 
-    fn reaches_holder(&self, device: &DeviceId) -> bool {
-        self.line.reaches(&self.line.on_holder("GET", device))
-    }
-
     fn can_reach_more(&mut self) -> Result<bool, StoreError> {
         self.line.can_reach_more()
     }
@@ -158,7 +154,7 @@ impl Exchange for RedisExchange {
         let swaps: Vec<Ask> = news.swaps.iter().map(|s| commands.ask(swap(s))).collect();
         commands.then();
         for held in &news.holders {
-            commands.ask(hold(held));
+            commands.ask_in_reach(hold(held));
         }
         commands.then();
         if !news.names.is_empty() {
@@ -169,8 +165,8 @@ impl Exchange for RedisExchange {
     }
 
     fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Serial>, StoreError> {
-        let get = |device: &DeviceId| self.line.on_holder("GET", device);
-        let replies = self.ask(devices.iter().map(get))?.into_iter();
+        let get = devices.iter().map(|device| self.line.on_holder("GET", device));
+        let replies = self.ask(get.filter(|get| self.line.reaches(get)))?.into_iter();
         let held = replies.map(Reply::text).collect::<Result<Vec<_>, _>>()?;
         Ok(held.iter().flatten().filter_map(|serial| Serial::from_hex(serial)).collect())
     }

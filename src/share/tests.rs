@@ -128,10 +128,6 @@ impl Exchange for Line {
         self.server.lock().unwrap().reaches(key)
     }
 
-    fn reaches_holder(&self, device: &DeviceId) -> bool {
-        self.reaches(device.as_str())
-    }
-
     fn can_reach_more(&mut self) -> Result<bool, StoreError> {
         Ok(!self.server.lock().unwrap().is_part_away)
     }
@@ -192,7 +188,6 @@ impl Exchange for Line {
 
     fn holders(&mut self, devices: &[DeviceId]) -> Result<Vec<Serial>, StoreError> {
         let server = self.step()?;
-        assert!(devices.iter().all(|device| server.reaches(device.as_str())), "it is away");
         Ok(devices.iter().filter_map(|device| server.data.holders.get(device).copied()).collect())
     }
 
@@ -617,7 +612,7 @@ fn what_is_revoked_while_leases_are_freed_is_told_before_it_is_answered() {
         let revoked =
             publisher.ca().record().revoke_these(&[serial], Reason::Unspecified, clock::now());
         assert_eq!(revoked.unwrap(), [serial]);
-        sharing.lock().asked.push(Asked { devices: Vec::new(), serial: None, answer });
+        sharing.lock().asked.push(Asked { names: Vec::new(), answer });
     };
     *world.all[0].freed.1.lock().unwrap() = Some(Box::new(revoke));
     let place = world.all[0].keys().place(&Name::Revocation(serial));
@@ -638,7 +633,7 @@ fn a_certificate_is_known_when_it_was_asked_for() {
     let (answer, answered) = sync_channel(1);
     let other = &mut world.all[1];
     assert_eq!(other.record().by_serial(&serial), None);
-    let asked = Asked { devices: Vec::new(), serial: Some(serial), answer };
+    let asked = Asked { names: vec![Name::Certificate(serial)], answer };
     other.thread.answer(&other.keys(), vec![asked]).unwrap();
     assert!(other.record().by_serial(&serial).is_some() && answered.try_recv().is_ok());
 }

@@ -129,9 +129,8 @@ impl<E: Exchange> Thread<E> {
             let hurry = self.parts.sharing.wait(TURN);
             let now = clock::now();
             if hurry || now.mono_ms >= self.progress.retry_ms {
-                self.parts.sharing.begin();
-                self.attempt(now);
-                self.parts.sharing.end();
+                let sharing = Arc::clone(&self.parts.sharing);
+                sharing.count(|| self.attempt(now));
             }
         }
     }

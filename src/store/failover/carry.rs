@@ -1,7 +1,6 @@
 //! The carry-over: tells Redis what it does not know, and lets it serve when it knows everything.
 
 use std::fmt;
-use std::ops::AddAssign;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -28,7 +27,7 @@ impl Failover {
         let mut back = Return { hello, full: self.make_lists(hello), tally: Tally::default() };
         loop {
             while locked(&self.state).follow_ups.len() > LAST_ROUND {
-                back.tally += self.carry_batch()?;
+                self.carry_batch(&mut back.tally)?;
             }
             if self.last_round(&mut back)? {
                 return Ok(());
@@ -41,7 +40,7 @@ impl Failover {
     pub(super) fn tidy_up(&self) {
         let (epoch, end) = (locked(&self.state).epoch, Instant::now() + self.rules.timeout);
         while !locked(&self.state).follow_ups.is_empty() && Instant::now() < end {
-            if let Err(error) = self.carry_batch() {
+            if let Err(error) = self.carry_batch(&mut Tally::default()) {
                 return self.notice(&mut locked(&self.state), &[Err(error)], epoch);
             }
         }
@@ -73,7 +72,7 @@ impl Failover {
     }
 
     /// Carries the first operations of the list over. What fails stays listed.
-    fn carry_batch(&self) -> Result<Tally, StoreError> {
+    fn carry_batch(&self, tally: &mut Tally) -> Result<(), StoreError> {
         let now = clock::now();
         let tasks = self.take_batch(now);
         let ops: Vec<Op> = tasks.iter().map(|task| task.op.clone()).collect();
@@ -83,7 +82,6 @@ impl Failover {
         };
         self.fit_batches(clock::now().mono_ms - now.mono_ms, &results);
         let mut results = results.into_iter();
-        let mut tally = Tally::default();
         let mut error = None;
         let mut told = Vec::new();
         let mut state = locked(&self.state);
@@ -112,7 +110,7 @@ impl Failover {
         }
         drop(state);
         self.rows.learn(told, now);
-        error.map_or(Ok(tally), Err)
+        error.map_or(Ok(()), Err)
     }
 
     /// A slow line gets smaller batches: one that always takes too long would never be through.
@@ -223,9 +221,8 @@ impl Failover {
             if Instant::now() > deadline {
                 break Ok(false);
             }
-            match self.carry_batch() {
-                Ok(carried) => back.tally += carried,
-                Err(error) => break Err(error),
+            if let Err(error) = self.carry_batch(&mut back.tally) {
+                break Err(error);
             }
         };
         if done != Ok(true) {
@@ -289,7 +286,7 @@ struct Return<'a> {
 }
 
 /// What a return has carried over.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Default)]
 struct Tally {
     tokens: u64,
     marks: u64,
@@ -303,14 +300,6 @@ impl Tally {
             FollowUp::Mark(_) => self.marks += 1,
             FollowUp::Row(_) | FollowUp::Withdraw(..) | FollowUp::Remove(_) => self.others += 1,
         }
-    }
-}
-
-impl AddAssign for Tally {
-    fn add_assign(&mut self, more: Tally) {
-        self.tokens += more.tokens;
-        self.marks += more.marks;
-        self.others += more.others;
     }
 }
 

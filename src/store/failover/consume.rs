@@ -162,7 +162,7 @@ impl Failover {
         }
         state.loss_seen_ms = Some(now.mono_ms);
         state.follow_ups.abandon();
-        self.suspect(state, "Redis has lost a token of this instance");
+        self.doubt(state, Mode::Suspect, "Redis has lost a token of this instance");
     }
 
     /// Dead from now on, and what Redis still has of it (the lease, the count) goes.

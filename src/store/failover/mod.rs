@@ -43,13 +43,12 @@ mod consume;
 mod follow_up;
 mod issue;
 mod kill;
-mod run_file;
 pub mod runs;
 mod supervisor;
 
 use consume::Attempt;
 use follow_up::FollowUps;
-pub use run_file::RunFile;
+pub use runs::RunFile;
 
 /// A store somewhere else, which can be lost and found again.
 pub trait Remote: Send + Sync {
@@ -65,9 +64,6 @@ pub trait Remote: Send + Sync {
     /// Drops all connections, makes new ones (looking the name up again) and proves that the server
     /// can be written to. Enters the CA's fingerprint unless there is one. Blocks; only the supervisor
     /// calls it.
-    ///
-    /// # Errors
-    /// Why the server cannot be used.
     fn connect(&self, ca: Option<&OurCa>) -> Result<Hello, StoreError>;
 
     /// Drops all connections.
@@ -77,9 +73,6 @@ pub trait Remote: Send + Sync {
     fn missing(&self) -> Option<String>;
 
     /// Whether more is in reach than the present connections reach. Blocks, beside those who are served.
-    ///
-    /// # Errors
-    /// When nobody says any more where the keys are.
     fn can_reach_more(&self) -> Result<bool, StoreError>;
 
     /// The server has closed a connection while nobody used it. Waits for nothing.
@@ -87,9 +80,6 @@ pub trait Remote: Send + Sync {
 
     /// Asks on each connection that nobody uses whether it still leads to this run of the server,
     /// which also keeps it from being forgotten on the way.
-    ///
-    /// # Errors
-    /// When it does not, or there is no answer.
     fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError>;
 }
 
@@ -260,7 +250,7 @@ impl Failover {
     pub fn set_ca(&self, ca: OurCa) {
         let mut state = locked(&self.state);
         if state.mode == Mode::Primary && state.ca.is_none() {
-            self.suspect(&mut state, "the CA was made");
+            self.doubt(&mut state, Mode::Suspect, "the CA was made");
         }
         state.ca = Some(ca);
     }
@@ -509,16 +499,12 @@ impl Failover {
         };
         match down.kind {
             DownKind::Refused => self.degrade(state, down),
-            DownKind::Lost | DownKind::ReadOnly => self.suspect(state, &down.why),
+            DownKind::Lost | DownKind::ReadOnly => self.doubt(state, Mode::Suspect, &down.why),
             DownKind::Busy | DownKind::Part => {}
         }
     }
 
     /// A connection was lost: a fresh one decides whether that is an outage.
-    fn suspect(&self, state: &mut State, why: &str) {
-        self.doubt(state, Mode::Suspect, why);
-    }
-
     fn doubt(&self, state: &mut State, mode: Mode, why: &str) {
         self.lose(state);
         state.mode = mode;

@@ -1,5 +1,10 @@
 //! Which servers were told everything: the run id of one, or of all masters of a cluster, joined. By a run
 //! id that is another one, or not known, a server may have lost what it was told (`docs/model`, row 30).
+//! It is kept on this instance's disk, for a process that is started must know this, too (row 30d).
+
+use std::path::PathBuf;
+
+use crate::files::{self, FilesError};
 
 const JOIN: char = '+';
 /// Stands for masters that are away.
@@ -27,6 +32,23 @@ pub(super) fn are_known(known: &str, runs: &str) -> bool {
 /// None is away.
 pub(super) fn is_whole(runs: &str) -> bool {
     !has(runs, AWAY)
+}
+
+/// Where the run id of the server that served last is kept.
+#[derive(Clone, Debug)]
+pub struct RunFile(pub PathBuf);
+
+impl RunFile {
+    /// The run id, if one was kept.
+    pub(super) fn read(&self) -> Option<String> {
+        let read = files::read(&self.0).inspect_err(|error| log::warn!("{error}"));
+        let text = String::from_utf8(read.ok()??).ok()?;
+        Some(text.trim().to_owned()).filter(|run_id| !run_id.is_empty())
+    }
+
+    pub(super) fn write(&self, run_id: &str) -> Result<(), FilesError> {
+        files::write_atomic(&self.0, format!("{run_id}\n").as_bytes(), 0o600)
+    }
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use redis::{ServerError, Value};
 
 use super::cause::Server;
 use super::command::{Asked, Command, Commands};
-use super::connection::Connection;
+use super::connection::{Connection, Target};
 use super::reply::{Replies, Reply, unexpected};
 use crate::clock::Now;
 use crate::config::HostPort;
@@ -49,9 +49,10 @@ pub(super) fn slot_of(key: &[u8]) -> u16 {
 }
 
 /// Which node has which keys.
-#[derive(Debug)]
 pub(super) struct Map {
     nodes: Vec<Arc<Server>>,
+    /// Sent to a node once, after those of a batch that await replicas.
+    wait: Option<Command>,
     state: Mutex<State>,
 }
 
@@ -107,9 +108,14 @@ impl Slots {
 }
 
 impl Map {
-    pub fn new(nodes: Vec<Arc<Server>>, slots: Slots, lost: BTreeMap<usize, Down>) -> Self {
+    pub fn new(
+        nodes: Vec<Arc<Server>>,
+        slots: Slots,
+        lost: BTreeMap<usize, Down>,
+        wait: Option<Command>,
+    ) -> Self {
         let unknown = Vec::new();
-        Map { nodes, state: Mutex::new(State { slots, lost, unknown }) }
+        Map { nodes, wait, state: Mutex::new(State { slots, lost, unknown }) }
     }
 
     /// Its nodes point to each other.
@@ -363,6 +369,16 @@ impl Nodes {
         self.connected().next().is_some()
     }
 
+    /// These, if any of them serves.
+    pub fn checked(self) -> Result<Self, StoreError> {
+        if self.is_connected() { Ok(self) } else { Err(self.map.lost()) }
+    }
+
+    /// Where they lead.
+    pub fn targets(&self) -> impl Iterator<Item = Option<&Target>> {
+        self.connections.iter().map(|connection| Some(&connection.as_ref()?.target))
+    }
+
     /// These runs, and that of a node that is away, as one id, if each may be asked.
     pub fn run_id(&self, of_nodes: Vec<Option<String>>) -> Option<String> {
         let is_whole = of_nodes.len() == self.connections.len();
@@ -383,17 +399,12 @@ impl Nodes {
 
     /// As [`Nodes::run`], of one.
     pub fn ask(&mut self, commands: &Commands, deadline: Instant) -> Replies {
-        self.run(&[commands], None, deadline).pop().unwrap_or_default()
+        self.run(&[commands], deadline).pop().unwrap_or_default()
     }
 
     /// Sends the commands and reads one reply for each; what may not be asked or has no answer is an
-    /// error. There is one `wait` a node for the commands that await replicas.
-    pub fn run<'a>(
-        &mut self,
-        batch: &[&'a Commands],
-        wait: Option<&Command>,
-        deadline: Instant,
-    ) -> Vec<Replies> {
+    /// error.
+    pub fn run<'a>(&mut self, batch: &[&'a Commands], deadline: Instant) -> Vec<Replies> {
         let all = |(owner, commands): (usize, &&'a Commands)| {
             let items = commands.asked().iter().enumerate();
             items.map(move |(at, asked)| Item::new((owner, at), asked))
@@ -403,7 +414,7 @@ impl Nodes {
         while let Some(stage) = rest.iter().map(|item| item.asked.stage).min() {
             let is_next = |item: &Item<'_>| self.map.is_one() || item.asked.stage == stage;
             let (next, later) = rest.into_iter().partition(is_next);
-            self.run_stage(next, wait, deadline, &mut done);
+            self.run_stage(next, deadline, &mut done);
             rest = not_stopped(later, &mut done);
         }
         done.sort_by_key(|item| item.place);
@@ -421,16 +432,10 @@ impl Nodes {
         (0..batch.len()).map(replies).collect()
     }
 
-    fn run_stage<'a>(
-        &mut self,
-        items: Vec<Item<'a>>,
-        wait: Option<&Command>,
-        deadline: Instant,
-        done: &mut Vec<Item<'a>>,
-    ) {
+    fn run_stage<'a>(&mut self, items: Vec<Item<'a>>, deadline: Instant, done: &mut Vec<Item<'a>>) {
         let (mut answered, mut rest) = (Vec::with_capacity(items.len()), items);
         for _ in 0..=REDIRECTIONS {
-            let again = self.exchange(rest, wait, deadline, &mut answered);
+            let again = self.exchange(rest, deadline, &mut answered);
             if again.is_empty() {
                 done.append(&mut answered);
                 return;
@@ -456,7 +461,6 @@ impl Nodes {
     fn exchange<'a>(
         &mut self,
         items: Vec<Item<'a>>,
-        wait: Option<&Command>,
         deadline: Instant,
         answered: &mut Vec<Item<'a>>,
     ) -> Vec<Item<'a>> {
@@ -467,7 +471,7 @@ impl Nodes {
                 Err(down) => answered.push(item.failed(&down)),
             }
         }
-        by_node.retain(|node, items| match self.send(*node, items, wait, deadline) {
+        by_node.retain(|node, items| match self.send(*node, items, deadline) {
             Ok(()) => true,
             Err(down) => {
                 answered.extend(std::mem::take(items).into_iter().map(|item| item.failed(&down)));
@@ -481,25 +485,19 @@ impl Nodes {
             {
                 connection.set_deadline(deadline.max(deadline_in(READ_AT_LEAST)));
             }
-            self.receive(node, items, wait, answered, &mut again);
+            self.receive(node, items, answered, &mut again);
         }
         again
     }
 
-    fn send(
-        &mut self,
-        node: usize,
-        items: &[Item<'_>],
-        wait: Option<&Command>,
-        deadline: Instant,
-    ) -> Result<(), Down> {
+    fn send(&mut self, node: usize, items: &[Item<'_>], deadline: Instant) -> Result<(), Down> {
         let asking = items.iter().any(Item::is_asking).then(|| Command::new("ASKING"));
         let mut commands = Vec::with_capacity(items.len() + 1);
         for item in items {
             commands.extend(asking.as_ref().filter(|_| item.is_asking()));
             commands.push(&item.asked.command);
         }
-        commands.extend(wait.filter(|_| awaits_replicas(items)));
+        commands.extend(self.map.wait.as_ref().filter(|_| awaits_replicas(items)));
         let is_late = time_left(deadline).is_err();
         let sent = match self.connections.get_mut(node).and_then(Option::as_mut) {
             // What others took too long for says nothing of this node.
@@ -519,11 +517,10 @@ impl Nodes {
         &mut self,
         node: usize,
         items: Vec<Item<'a>>,
-        wait: Option<&Command>,
         answered: &mut Vec<Item<'a>>,
         again: &mut Vec<Item<'a>>,
     ) {
-        let waits = wait.is_some() && awaits_replicas(&items);
+        let waits = self.map.wait.is_some() && awaits_replicas(&items);
         let received = items.iter().map(|item| self.receive_one(node, item.is_asking()));
         let received = received.collect::<Result<Vec<_>, Down>>().and_then(|replies| {
             let replicas = waits.then(|| self.receive_one(node, false)).transpose()?;

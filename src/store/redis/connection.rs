@@ -16,20 +16,27 @@ use super::command::{Command, Commands};
 use super::reply::{Replies, Reply};
 use super::stream::Stream;
 use crate::config::Login;
-use crate::socket::time_left;
+use crate::socket::{SockAddr, time_left};
 use crate::store::{Down, StoreError};
+
+/// A server that can be connected to.
+#[derive(Clone)]
+pub(super) struct Target {
+    pub address: SockAddr,
+    pub server: Arc<Server>,
+}
 
 /// One connection to Redis.
 pub(super) struct Connection {
     stream: Stream,
     parser: Parser,
-    server: Arc<Server>,
+    pub target: Target,
     stage: Stage,
 }
 
 impl Connection {
-    pub fn new(stream: Stream, server: Arc<Server>) -> Self {
-        Connection { stream, parser: Parser::new(), server, stage: Stage::Login }
+    pub fn new(stream: Stream, target: Target) -> Self {
+        Connection { stream, parser: Parser::new(), target, stage: Stage::Login }
     }
 
     /// Says who we are, or at least something, so that the server answers: one that allows no more
@@ -37,7 +44,8 @@ impl Connection {
     pub fn log_in(&mut self, login: &Login, db: i64, deadline: Instant) -> Result<(), StoreError> {
         let mut commands = Commands::default();
         let password = login.current_password();
-        let password = password.map_err(|why| StoreError::Down(self.server.unusable(why)))?;
+        let password =
+            password.map_err(|why| StoreError::Down(self.target.server.unusable(why)))?;
         if let Some(password) = password {
             let auth = Command::new("AUTH");
             let auth = login.username.iter().fold(auth, |auth, name| auth.arg(name));
@@ -75,20 +83,24 @@ impl Connection {
         let mut replies = Vec::with_capacity(commands.len());
         for command in commands {
             let reply = self.receive()?;
-            replies.push(Reply(reply.map_err(|error| self.server.refused(&error, command.name()))));
+            replies.push(Reply(
+                reply.map_err(|error| self.target.server.refused(&error, command.name())),
+            ));
         }
         Ok(Replies::new(replies))
     }
 
     /// Until the deadline, replies to these can be received.
     pub fn send(&mut self, commands: &[&Command], deadline: Instant) -> Result<(), Down> {
-        time_left(deadline)
-            .map_err(|late| Down { maybe_done: false, ..self.server.failed(&late, self.stage) })?;
+        time_left(deadline).map_err(|late| Down {
+            maybe_done: false,
+            ..self.target.server.failed(&late, self.stage)
+        })?;
         self.stream.set_deadline(deadline);
         let mut packed = Vec::with_capacity(commands.iter().map(|command| command.size()).sum());
         commands.iter().for_each(|command| command.pack(&mut packed));
         let sent = self.stream.write_all(&packed).and_then(|()| self.stream.flush());
-        sent.map_err(|error| self.server.failed(&error, self.stage))
+        sent.map_err(|error| self.target.server.failed(&error, self.stage))
     }
 
     /// What is received from now on has to come before the deadline.
@@ -102,8 +114,8 @@ impl Connection {
         match (self.parser.parse_value(&mut reader), reader.failure) {
             (Ok(Value::ServerError(error)), _) => Ok(Err(error)),
             (Ok(value), _) => Ok(Ok(value)),
-            (Err(_), Some(error)) => Err(self.server.failed(&error, self.stage)),
-            (Err(_), None) => Err(self.server.misspoke(self.stage)),
+            (Err(_), Some(error)) => Err(self.target.server.failed(&error, self.stage)),
+            (Err(_), None) => Err(self.target.server.misspoke(self.stage)),
         }
     }
 }

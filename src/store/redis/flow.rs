@@ -44,7 +44,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use super::command::{Ask, Commands};
+use super::command::{Ask, Command, Commands};
 use super::issue::Issue;
 use super::layout::{Key, Layout};
 use super::redeem::{Consume, withdraw};
@@ -280,7 +280,7 @@ fn count(context: &Context, now: Now) -> Next {
         .iter()
         .map(|live| commands.ask_in_reach(layout.count_live(live, now_ms)))
         .collect();
-    let time = commands.ask(layout.time());
+    let time = commands.ask(Command::new("TIME"));
     Next::trip(commands, move |context, mut replies| {
         context.clock.set(replies.take(time).time_ms()?, now);
         let in_reach = counts.into_iter().map(|ask| replies.take(ask));

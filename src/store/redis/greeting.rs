@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::cluster::{Nodes, Route};
-use super::command::{Ask, Commands};
+use super::command::{Ask, Command, Commands};
 use super::flow::Context;
 use super::layout::{Key, Layout};
 use super::reply::Info;
@@ -28,7 +28,7 @@ pub(super) fn greet(
     for node in nodes.connected() {
         commands.route = Route::Node(node);
         let info = Info::ask(&mut commands);
-        let time = commands.try_ask(layout.time());
+        let time = commands.try_ask(Command::new("TIME"));
         ask_every_kind(layout, nodes.map.device_at(node).as_ref(), &mut commands);
         asked.push((node, info, time, ask_about_rows(layout, &mut commands)));
     }
@@ -113,7 +113,7 @@ fn ask_every_kind(layout: &Layout, device: Option<&DeviceId>, out: &mut Commands
         layout.count_live(live, u64::MAX / 1000),
         layout.oldest_live(live, 0, 1),
     ];
-    let wait = (layout.wait_replicas > 0).then(|| layout.wait_for(1));
+    let wait = (layout.wait_replicas > 0).then(|| Command::new("WAIT").number(0).number(1));
     for command in asked.into_iter().chain(wait) {
         out.ask(command);
     }

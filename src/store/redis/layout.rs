@@ -34,12 +34,6 @@ pub(crate) enum Key<'a> {
     Named(&'a str),
 }
 
-impl Key<'_> {
-    fn hash(&self) -> String {
-        if let Key::Mark(_, hash) = self { hash.to_string() } else { String::new() }
-    }
-}
-
 /// Names, values and times of the keys of one instance.
 #[derive(Debug)]
 pub(super) struct Layout {
@@ -70,7 +64,8 @@ impl Layout {
 
     /// A command with its key among its words.
     pub fn key(&self, command: Command, key: Key<'_>) -> Command {
-        let (prefix, hash) = (&*self.prefix, key.hash());
+        let prefix = &*self.prefix;
+        let hash = if let Key::Mark(_, hash) = key { hash.to_string() } else { String::new() };
         let (kind, device, name) = match key {
             Key::Token(device, compact) => ("token:", device.as_str(), compact),
             Key::Lease(device) => ("device:", device.as_str(), ""),
@@ -147,16 +142,6 @@ impl Layout {
         all.get(usize::from(first >> 4) % all.len()).copied().unwrap_or_default()
     }
 
-    /// How many replicas have what this connection has written, waiting for enough at most so long.
-    pub fn wait_for(&self, most_ms: u64) -> Command {
-        Command::new("WAIT").number(self.wait_replicas).number(most_ms)
-    }
-
-    /// Seconds since 1970 and microseconds, by the clock that all instances share.
-    pub fn time(&self) -> Command {
-        Command::new("TIME")
-    }
-
     /// With none of them it removes nothing: no token has an empty name.
     pub fn remove_live_members(&self, live: &str, members: &[String]) -> Command {
         let command = self.on("ZREM", Key::Named(live)).arg("");
@@ -174,11 +159,6 @@ impl Layout {
 
     pub fn get_row(&self, device: &DeviceId) -> Command {
         self.on("HGET", Key::Named(&codec::bucket(device))).arg(device.as_str())
-    }
-
-    /// Sets the row of a device if it still stands as it was seen.
-    pub fn merge_row(&self, device: &DeviceId, seen: &[u8], row: &[u8]) -> Command {
-        self.compare_and_set_field(&codec::bucket(device), device.as_str(), seen, row)
     }
 
     /// `<instance> <serial>` or `<instance> killed`.

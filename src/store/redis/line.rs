@@ -32,9 +32,6 @@ impl Line {
     }
 
     /// Connects anew; returns the server's run id, if it may be asked.
-    ///
-    /// # Errors
-    /// Why the server cannot be used.
     pub fn connect(&self) -> Result<Option<String>, StoreError> {
         let greet = |nodes: &mut Nodes, deadline| {
             let runs = ask_each(nodes, deadline).into_iter().map(|info| info.run_id).collect();
@@ -69,19 +66,13 @@ impl Line {
     }
 
     /// Whether more is in reach than by the present connections.
-    ///
-    /// # Errors
-    /// When nobody says any more where the keys are.
     pub fn can_reach_more(&self) -> Result<bool, StoreError> {
         let is_whole = self.pool.missing().is_none();
         if is_whole { Ok(false) } else { self.pool.can_reach_more(&self.layout) }
     }
 
-    /// Sends the commands and reads one reply for each.
-    ///
-    /// # Errors
-    /// When one that must not fail does. Where no server is in reach any more, all connections are
-    /// closed.
+    /// Sends the commands and reads one reply for each. Where no server is in reach any more, all
+    /// connections are closed.
     pub fn ask(&self, commands: &Commands) -> Result<Replies, StoreError> {
         if commands.is_empty() {
             return Ok(Replies::default());
@@ -90,9 +81,6 @@ impl Line {
     }
 
     /// What the servers say of themselves.
-    ///
-    /// # Errors
-    /// When there is no connection.
     pub fn info(&self) -> Result<Vec<Info>, StoreError> {
         self.with(|nodes, deadline| Ok(ask_each(nodes, deadline)))
     }

@@ -16,7 +16,7 @@ use std::time::Instant;
 use super::cause::{Server, Stage};
 use super::cluster::{Map, NODES_MOST, Nodes, Read, Slots};
 use super::command::{Command, Commands};
-use super::connection::Connection;
+use super::connection::{Connection, Target};
 use super::layout::Layout;
 use super::reply::{Reply, is_denied, unexpected};
 use super::stream::{Stream, Tls};
@@ -29,14 +29,7 @@ use crate::store::StoreError;
 const LOOKUP_STACK_BYTES: usize = 256 * 1024;
 /// More sentinels than anybody has, and as many nodes of a cluster as have to be known, so that one
 /// that lies cannot fill the memory.
-const SENTINELS_MOST: usize = 32;
-
-/// A server that can be connected to.
-#[derive(Clone)]
-pub(super) struct Target {
-    address: SockAddr,
-    server: Arc<Server>,
-}
+const KNOWN_MOST: usize = 32;
 
 /// How connections are opened, with the files as they are now.
 pub(super) struct Opener<'a> {
@@ -49,30 +42,32 @@ impl<'a> Opener<'a> {
         Ok(Opener { config, tls: config.tls.as_ref().map(Tls::new).transpose()? })
     }
 
+    /// Half of the time is for what follows.
+    fn wait(&self) -> Option<Command> {
+        let most_ms = u64::try_from(self.config.timeout.as_millis() / 2).unwrap_or(u64::MAX);
+        let replicas = self.config.wait_replicas;
+        (replicas > 0).then(|| Command::new("WAIT").number(replicas).number(most_ms))
+    }
+
     /// Another connection to each of these.
-    pub fn open_again(
-        &self,
-        targets: &[Option<Target>],
-        map: &Arc<Map>,
-        deadline: Instant,
-    ) -> Result<Nodes, StoreError> {
-        let open = |target: &Option<Target>| {
-            target.as_ref().map(|target| self.open(target, deadline)).transpose()
+    pub fn open_again(&self, nodes: &Nodes, deadline: Instant) -> Result<Nodes, StoreError> {
+        let open = |target: Option<&Target>| {
+            target.map(|target| self.open(target.clone(), deadline)).transpose()
         };
-        let connections = targets.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Nodes::new(connections, Arc::clone(map)))
+        let connections = nodes.targets().map(open).collect::<Result<_, _>>()?;
+        Ok(Nodes::new(connections, Arc::clone(&nodes.map)))
     }
 
     /// A connection, TLS and login included.
-    fn open(&self, target: &Target, deadline: Instant) -> Result<Connection, StoreError> {
-        let socket = connect(target, deadline)?;
+    fn open(&self, target: Target, deadline: Instant) -> Result<Connection, StoreError> {
+        let socket = connect(&target, deadline)?;
         self.enter(socket, target, &self.config.login, self.config.db, deadline)
     }
 
     fn enter(
         &self,
         mut socket: TimedSocket,
-        target: &Target,
+        target: Target,
         login: &Login,
         db: i64,
         deadline: Instant,
@@ -83,7 +78,7 @@ impl<'a> Opener<'a> {
             Some(tls) => Stream::secured(socket, tls, &target.server.host),
         };
         let stream = stream.map_err(|error| target.server.down(&error, Stage::Handshake))?;
-        let mut connection = Connection::new(stream, Arc::clone(&target.server));
+        let mut connection = Connection::new(stream, target);
         connection.log_in(login, db, deadline)?;
         Ok(connection)
     }
@@ -108,11 +103,6 @@ enum Way {
     Cluster(Masters),
 }
 
-/// A server that was found, and where it is.
-type Found = (Connection, Target);
-/// Servers that were found; none in the place of one that is not in reach.
-type AllFound = (Nodes, Vec<Option<Target>>);
-
 impl Locator {
     pub fn new(config: &config::Redis) -> Self {
         let tls = config.tls.is_some();
@@ -130,20 +120,19 @@ impl Locator {
 
     /// What it is called as long as nothing was found.
     pub fn server(&self) -> Arc<Server> {
-        match &self.way {
-            Way::Name(name) => Arc::clone(&name.server),
-            Way::Socket(_, server) => Arc::clone(server),
-            Way::Sentinels(watched) => Arc::clone(&watched.server),
-            Way::Cluster(masters) => Arc::clone(&masters.server),
-        }
+        Arc::clone(match &self.way {
+            Way::Name(Name { server, .. }) | Way::Socket(_, server) => server,
+            Way::Sentinels(watched) => &watched.sentinels.server,
+            Way::Cluster(masters) => &masters.seeds.server,
+        })
     }
 
-    /// Connections to the servers that are to be used, and where they lead.
-    pub fn open(&mut self, opener: &Opener<'_>, deadline: Instant) -> Result<AllFound, StoreError> {
-        let one = |(connection, target): Found| {
-            let servers = vec![Arc::clone(&target.server)];
-            let map = Map::new(servers, Slots::default(), BTreeMap::new());
-            (Nodes::new(vec![Some(connection)], Arc::new(map)), vec![Some(target)])
+    /// Connections to the servers that are to be used.
+    pub fn open(&mut self, opener: &Opener<'_>, deadline: Instant) -> Result<Nodes, StoreError> {
+        let one = |connection: Connection| {
+            let servers = vec![Arc::clone(&connection.target.server)];
+            let map = Map::new(servers, Slots::default(), BTreeMap::new(), opener.wait());
+            Nodes::new(vec![Some(connection)], Arc::new(map))
         };
         let opened = match &mut self.way {
             Way::Name(name) => opener.open_by_name(name, self.turn, deadline).map(one),
@@ -182,9 +171,9 @@ impl Opener<'_> {
         name: &mut Name,
         turn: usize,
         deadline: Instant,
-    ) -> Result<Found, StoreError> {
+    ) -> Result<Connection, StoreError> {
         let (socket, target) = name.connect(turn, deadline)?;
-        Ok((self.enter(socket, &target, &self.config.login, self.config.db, deadline)?, target))
+        self.enter(socket, target, &self.config.login, self.config.db, deadline)
     }
 
     fn open_socket(
@@ -192,10 +181,45 @@ impl Opener<'_> {
         path: &Path,
         server: &Arc<Server>,
         deadline: Instant,
-    ) -> Result<Found, StoreError> {
+    ) -> Result<Connection, StoreError> {
         let address = SockAddr::unix(path).map_err(|error| server.down(&error, Stage::Connect))?;
-        let target = Target { address, server: Arc::clone(server) };
-        Ok((self.open(&target, deadline)?, target))
+        self.open(Target { address, server: Arc::clone(server) }, deadline)
+    }
+}
+
+/// Servers that are asked where others are: those that are configured, and those that they told us of.
+struct Known {
+    names: Vec<Name>,
+    /// All of them.
+    server: Arc<Server>,
+    /// What stands before the address of each.
+    what: &'static str,
+}
+
+impl Known {
+    fn new(configured: &[HostPort], name: String, what: &'static str, tls: bool) -> Self {
+        let server = Arc::new(Server { name, host: String::new(), tls });
+        let mut known = Known { names: Vec::new(), server, what };
+        configured.iter().for_each(|at| known.learn(at));
+        known
+    }
+
+    fn learn(&mut self, at: &HostPort) {
+        let is_known = self.names.iter().any(|name| name.at == *at);
+        if !is_known && self.names.len() < KNOWN_MOST {
+            self.names.push(Name::new(at.clone(), self.what, self.server.tls));
+        }
+    }
+
+    /// The first of whom this can be had. None may use more than its share of the time.
+    fn ask<T>(
+        &mut self,
+        turn: usize,
+        deadline: Instant,
+        mut ask: impl FnMut(&mut Self, usize, Instant) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let none = StoreError::Down(self.server.lost("nobody is known to ask", false));
+        first_of(self.names.len(), turn, deadline, none, |index, end| ask(self, index, end))
     }
 }
 
@@ -204,59 +228,45 @@ impl Opener<'_> {
 /// that was cut off names the old one.
 struct Watched {
     settings: Sentinels,
-    /// Those that we were told of, and those that they told us of.
-    sentinels: Vec<Name>,
-    server: Arc<Server>,
-    tls: bool,
+    sentinels: Known,
 }
 
 impl Watched {
     fn new(settings: Sentinels, tls: bool) -> Self {
         let name = format!("{} of the sentinels", settings.master);
-        let server = Arc::new(Server { name, host: String::new(), tls });
-        let mut watched = Watched { sentinels: Vec::new(), server, tls, settings };
-        let known = watched.settings.known.clone();
-        known.into_iter().for_each(|at| watched.learn(at));
-        watched
+        let sentinels = Known::new(&settings.known, name, "sentinel ", tls);
+        Watched { settings, sentinels }
     }
 
-    fn learn(&mut self, at: HostPort) {
-        let is_known = self.sentinels.iter().any(|sentinel| sentinel.at == at);
-        if !is_known && self.sentinels.len() < SENTINELS_MOST {
-            self.sentinels.push(Name::new(at, "sentinel ", self.tls));
-        }
-    }
-
-    /// The master of the first sentinel that knows a true one. None may use more than its share of
-    /// the time, and half of that for its own answer.
+    /// The master of the first sentinel that knows a true one. None may use more than half of its share
+    /// of the time for its own answer.
     fn open(
         &mut self,
         turn: usize,
         opener: &Opener<'_>,
         deadline: Instant,
-    ) -> Result<Found, StoreError> {
-        let none = StoreError::Down(self.server.lost("no sentinel is known", false));
-        first_of(self.sentinels.len(), turn, deadline, none, |index, end| {
+    ) -> Result<Connection, StoreError> {
+        let Watched { settings, sentinels } = self;
+        sentinels.ask(turn, deadline, |sentinels, index, end| {
             let half = time_left(end).unwrap_or_default() / 2;
-            let master = self.ask(index, opener, deadline_in(half))?;
-            self.open_master(master, opener, end)
+            let master = Watched::ask(settings, sentinels, index, opener, deadline_in(half))?;
+            opener.open_master(master, end)
         })
     }
 
     /// Asks a sentinel where the master is, and for the other sentinels.
     fn ask(
-        &mut self,
+        settings: &Sentinels,
+        sentinels: &mut Known,
         index: usize,
         opener: &Opener<'_>,
         deadline: Instant,
     ) -> Result<HostPort, StoreError> {
-        let Some(sentinel) = self.sentinels.get_mut(index) else {
-            return Err(StoreError::Undecided);
-        };
+        let sentinel = sentinels.names.get_mut(index).ok_or(StoreError::Undecided)?;
         let (socket, target) = sentinel.connect(index, deadline)?;
-        let login = &self.settings.login;
-        let mut connection = opener.enter(socket, &target, login, 0, deadline)?;
-        let master = &self.settings.master;
+        let mut connection = opener.enter(socket, target, &settings.login, 0, deadline)?;
+        let server = Arc::clone(&connection.target.server);
+        let master = &settings.master;
         let mut commands = Commands::default();
         let about = |what| Command::new("SENTINEL").arg(what).arg(master);
         let address = commands.ask(about("get-master-addr-by-name"));
@@ -265,44 +275,40 @@ impl Watched {
         let address = replies.take(address).texts().map_err(|error| {
             let is_none = error.to_string().contains("unknown command");
             let why = "it is no sentinel, see REDIS_SENTINELS";
-            if is_none { StoreError::Down(target.server.unusable(why)) } else { error }
+            if is_none { StoreError::Down(server.unusable(why)) } else { error }
         })?;
         let others = replies.take(others).maps().unwrap_or_default();
-        others.iter().filter_map(host_port_of).for_each(|other| self.learn(other));
+        others.iter().filter_map(host_port_of).for_each(|other| sentinels.learn(&other));
         let master = match &*address {
             [host, port] => port.parse().ok().map(|port| HostPort { host: host.clone(), port }),
             _ => None,
         };
         master.ok_or_else(|| {
-            let why = format!(
-                "it watches no servers that it calls {:?}, see REDIS_SENTINEL_MASTER",
-                self.settings.master
-            );
-            StoreError::Down(target.server.unusable(why))
+            let name = &settings.master;
+            let why =
+                format!("it watches no servers that it calls {name:?}, see REDIS_SENTINEL_MASTER");
+            StoreError::Down(server.unusable(why))
         })
     }
+}
 
-    fn open_master(
-        &self,
-        master: HostPort,
-        opener: &Opener<'_>,
-        deadline: Instant,
-    ) -> Result<Found, StoreError> {
-        let mut name = Name::new(master, "", self.tls);
-        let (mut connection, target) = opener.open_by_name(&mut name, 0, deadline)?;
+impl Opener<'_> {
+    fn open_master(&self, master: HostPort, deadline: Instant) -> Result<Connection, StoreError> {
+        let mut name = Name::new(master, "", self.tls.is_some());
+        let mut connection = self.open_by_name(&mut name, 0, deadline)?;
         let mut commands = Commands::default();
         let role = commands.ask(Command::new("ROLE"));
         let mut replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
         let role = replies.take(role).list().map(|role| role.into_iter().next());
         match role.and_then(|first| first.map_or(Ok(None), Reply::text)) {
-            Ok(Some(role)) if role == "master" => Ok((connection, target)),
+            Ok(Some(role)) if role == "master" => Ok(connection),
             Ok(role) => {
                 let role = role.unwrap_or_default();
                 let why = format!("a sentinel calls it the master, but its role is {role:?}");
-                Err(StoreError::Down(target.server.lost(why, false)))
+                Err(StoreError::Down(name.server.lost(why, false)))
             }
             // The greeting writes, which no replica takes.
-            Err(error) if is_denied(&error) => Ok((connection, target)),
+            Err(error) if is_denied(&error) => Ok(connection),
             Err(error) => Err(error),
         }
     }
@@ -336,10 +342,7 @@ fn share(deadline: Instant, of: usize) -> Instant {
 /// The masters of a cluster. A node is asked for each set of connections where they are, and all that
 /// are in reach are connected with.
 struct Masters {
-    /// Those that are asked: as configured, and as found.
-    seeds: Vec<Name>,
-    server: Arc<Server>,
-    tls: bool,
+    seeds: Known,
     /// Where nodes have pointed to. They are masters, be it that they have no slot yet.
     wanted: Vec<HostPort>,
     /// What was not in reach a moment ago: it is left out, for nobody is to wait for it.
@@ -350,10 +353,8 @@ impl Masters {
     fn new(seeds: &[HostPort], tls: bool) -> Self {
         let list: Vec<String> = seeds.iter().map(HostPort::to_string).collect();
         let name = format!("the cluster at {}", list.join(","));
-        let server = Arc::new(Server { name, host: String::new(), tls });
-        let (wanted, unreachable) = (Vec::new(), Vec::new());
-        let seeds = seeds.iter().map(|at| Name::new(at.clone(), "", tls)).collect();
-        Masters { seeds, server, tls, wanted, unreachable }
+        let seeds = Known::new(seeds, name, "", tls);
+        Masters { seeds, wanted: Vec::new(), unreachable: Vec::new() }
     }
 
     /// What the first node says that can be asked.
@@ -363,35 +364,29 @@ impl Masters {
         opener: &Opener<'_>,
         deadline: Instant,
     ) -> Result<Read, StoreError> {
-        let none = StoreError::Down(self.server.lost("no node is known", false));
-        let read = first_of(self.seeds.len(), turn, deadline, none, |index, end| {
-            let seed = self.seeds.get_mut(index).ok_or(StoreError::Undecided)?;
-            let (mut connection, target) = opener.open_by_name(seed, index, end)?;
+        let read = self.seeds.ask(turn, deadline, |seeds, index, end| {
+            let seed = seeds.names.get_mut(index).ok_or(StoreError::Undecided)?;
+            let mut connection = opener.open_by_name(seed, index, end)?;
+            let server = &seed.server;
             let mut commands = Commands::default();
             let slots = commands.try_ask(ask_slots());
             let replies = connection.round_trip(&commands, end);
             let slots = replies.map_err(StoreError::Down)?.take(slots);
-            let read = read_slots(slots, &target.server.host).map_err(|error| {
-                let why = error.to_string();
+            let read = read_slots(slots, &server.host).map_err(|error| {
+                let said = error.to_string();
                 let is_none = ["cluster support disabled", "unknown command"];
-                match is_none.iter().any(|said| why.contains(said)) {
-                    true => StoreError::Down(
-                        target.server.unusable("it is no node of a cluster, see REDIS_CLUSTER"),
-                    ),
+                let why = "it is no node of a cluster, see REDIS_CLUSTER";
+                match is_none.iter().any(|none| said.contains(none)) {
+                    true => StoreError::Down(server.unusable(why)),
                     false => error,
                 }
             })?;
             match read.at.is_empty() {
-                true => Err(StoreError::Down(target.server.lost("no slot has a node", false))),
+                true => Err(StoreError::Down(server.lost("no slot has a node", false))),
                 false => Ok(read),
             }
         })?;
-        for at in &read.at {
-            let is_known = self.seeds.iter().any(|seed| seed.at == *at);
-            if !is_known && self.seeds.len() < SENTINELS_MOST {
-                self.seeds.push(Name::new(at.clone(), "", self.tls));
-            }
-        }
+        read.at.iter().for_each(|at| self.seeds.learn(at));
         Ok(read)
     }
 
@@ -400,27 +395,24 @@ impl Masters {
         turn: usize,
         opener: &Opener<'_>,
         deadline: Instant,
-    ) -> Result<AllFound, StoreError> {
+    ) -> Result<Nodes, StoreError> {
         let Read { mut at, slots } = self.read(turn, opener, share(deadline, 2))?;
         at.extend(std::mem::take(&mut self.wanted));
         let unreachable = std::mem::take(&mut self.unreachable);
-        let (mut servers, mut connections, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut servers, mut connections) = (Vec::new(), Vec::new());
         let mut lost = BTreeMap::new();
         let count = at.len();
         for (node, at) in at.into_iter().enumerate() {
-            let mut name = Name::new(at, "", self.tls);
+            let mut name = Name::new(at, "", self.seeds.server.tls);
             servers.push(Arc::clone(&name.server));
             let opened = match unreachable.contains(&name.at) {
                 true => Err(StoreError::Down(name.server.lost("still not in reach", false))),
                 false => opener.open_by_name(&mut name, turn, share(deadline, count - node)),
             };
-            let (connection, target) =
-                opened.map_err(|error| lost.insert(node, error.into_down())).ok().unzip();
-            connections.push(connection);
-            targets.push(target);
+            connections.push(opened.map_err(|error| lost.insert(node, error.into_down())).ok());
         }
-        let nodes = Nodes::new(connections, Arc::new(Map::new(servers, slots, lost)));
-        if nodes.is_connected() { Ok((nodes, targets)) } else { Err(nodes.map.lost()) }
+        let map = Map::new(servers, slots, lost, opener.wait());
+        Nodes::new(connections, Arc::new(map)).checked()
     }
 
     /// One may be in reach and yet take no writes.
@@ -457,8 +449,8 @@ impl Masters {
         opener: &Opener<'_>,
         deadline: Instant,
     ) -> Result<(), StoreError> {
-        let mut name = Name::new(at.clone(), "", self.tls);
-        let (mut connection, _) = opener.open_by_name(&mut name, 0, deadline)?;
+        let mut name = Name::new(at.clone(), "", self.seeds.server.tls);
+        let mut connection = opener.open_by_name(&mut name, 0, deadline)?;
         let mut commands = Commands::default();
         commands.ask(layout.write_nothing(device.ok_or(StoreError::Undecided)?));
         let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;

@@ -113,9 +113,7 @@ impl RedisStore {
         self.added.store(0, Ordering::Relaxed);
         Some(flow::prune(&self.context, added.max(PRUNE_EVERY) * 2, now))
     }
-}
 
-impl RedisStore {
     /// The latest counts for an eighth. When two workers do this at once, one figure may be lost,
     /// which an average can bear.
     fn note_round_trip(&self, took: Duration) {
@@ -132,17 +130,13 @@ impl RedisStore {
         let deadline = Instant::now() + self.timeout;
         let mut nodes = self.pool.take(line, deadline)?;
         let connected = nodes.connected().count();
-        // Once for the batch; the other half of the time is for what follows.
-        let layout = &self.context.layout;
-        let wait = || layout.wait_for(self.context.patience_ms / 2);
-        let wait = (layout.wait_replicas > 0).then(wait);
         loop {
             let commands: Vec<&Commands> = operations.iter().filter_map(Next::commands).collect();
             if commands.is_empty() {
                 break;
             }
             let sent = Instant::now();
-            let replies = nodes.run(&commands, wait.as_ref(), deadline);
+            let replies = nodes.run(&commands, deadline);
             self.note_round_trip(sent.elapsed());
             let mut replies = replies.into_iter();
             for operation in operations.iter_mut().filter(|next| next.commands().is_some()) {
@@ -154,6 +148,45 @@ impl RedisStore {
             self.metrics.redis_failures.add(1);
         }
         self.pool.put_back(nodes, now);
+        Ok(())
+    }
+
+    fn look_over(
+        &self,
+        nodes: &mut Nodes,
+        run_id: Option<&str>,
+        deadline: Instant,
+        now: Now,
+    ) -> Result<(), StoreError> {
+        let layout = &self.context.layout;
+        let mut commands = Commands::default();
+        let claim = layout.name.as_ref().map(|name| (name, name.ask(layout, &mut commands)));
+        let mut infos = Vec::new();
+        let mut slots = None;
+        for node in nodes.connected() {
+            commands.route = Route::Node(node);
+            infos.push(Info::ask(&mut commands));
+            if layout.is_spread && slots.is_none() {
+                slots = Some((commands.try_ask(locate::ask_slots()), nodes.host(node)));
+            }
+        }
+        let mut replies = nodes.ask(&commands, deadline);
+        if !nodes.is_connected() {
+            return Err(StoreError::Down(self.pool.lost("it does not answer")));
+        }
+        if let Some((name, claimed)) = claim {
+            claimed(name, &mut replies, now)?;
+        }
+        if let Some((slots, host)) = slots
+            && let Ok(read) = locate::read_slots(replies.take(slots), &host)
+        {
+            nodes.map.update(&read);
+        }
+        let mut runs = infos.into_iter().filter_map(|info| info(&mut replies).run_id);
+        if run_id.is_some_and(|known| runs.any(|run| !runs::has(known, &run))) {
+            let why = "it is another server, or was started again";
+            return Err(StoreError::Down(self.pool.lost(why)));
+        }
         Ok(())
     }
 }
@@ -224,46 +257,5 @@ impl Remote for RedisStore {
 
     fn can_reach_more(&self) -> Result<bool, StoreError> {
         self.pool.can_reach_more(&self.context.layout)
-    }
-}
-
-impl RedisStore {
-    fn look_over(
-        &self,
-        nodes: &mut Nodes,
-        run_id: Option<&str>,
-        deadline: Instant,
-        now: Now,
-    ) -> Result<(), StoreError> {
-        let layout = &self.context.layout;
-        let mut commands = Commands::default();
-        let claim = layout.name.as_ref().map(|name| (name, name.ask(layout, &mut commands)));
-        let mut infos = Vec::new();
-        let mut slots = None;
-        for node in nodes.connected() {
-            commands.route = Route::Node(node);
-            infos.push(Info::ask(&mut commands));
-            if layout.is_spread && slots.is_none() {
-                slots = Some((commands.try_ask(locate::ask_slots()), nodes.host(node)));
-            }
-        }
-        let mut replies = nodes.ask(&commands, deadline);
-        if !nodes.is_connected() {
-            return Err(StoreError::Down(self.pool.lost("it does not answer")));
-        }
-        if let Some((name, claimed)) = claim {
-            claimed(name, &mut replies, now)?;
-        }
-        if let Some((slots, host)) = slots
-            && let Ok(read) = locate::read_slots(replies.take(slots), &host)
-        {
-            nodes.map.update(&read);
-        }
-        let mut runs = infos.into_iter().filter_map(|info| info(&mut replies).run_id);
-        if run_id.is_some_and(|known| runs.any(|run| !runs::has(known, &run))) {
-            let why = "it is another server, or was started again";
-            return Err(StoreError::Down(self.pool.lost(why)));
-        }
-        Ok(())
     }
 }

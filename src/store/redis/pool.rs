@@ -191,11 +191,11 @@ impl Pool {
         let begun = Instant::now();
         let deadline = begun + self.connect_timeout;
         let opener = self.opener()?;
-        let (mut last, targets) = locator.open(&opener, deadline)?;
+        let mut last = locator.open(&opener, deadline)?;
         let mut fresh = Vec::with_capacity(self.size);
         let mut refused = None;
         while refused.is_none() && fresh.len() + 1 < self.size {
-            match opener.open_again(&targets, &last.map, deadline - self.connect_timeout / 2) {
+            match opener.open_again(&last, deadline - self.connect_timeout / 2) {
                 Ok(nodes) => fresh.push(std::mem::replace(&mut last, nodes)),
                 Err(error) => refused = Some(error),
             }

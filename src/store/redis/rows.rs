@@ -115,7 +115,8 @@ impl Killing {
         let key = context.mac_key.get().filter(|_| *row != seen.row);
         let merged = key.map(|key| {
             let news = codec::seal(key, device, row);
-            commands.try_ask(layout.merge_row(device, &seen.value, &news))
+            let (key, field) = (codec::bucket(device), device.as_str());
+            commands.try_ask(layout.compare_and_set_field(&key, field, &seen.value, &news))
         });
         // Looked at before the bound is raised, a redemption may come between (`docs/model`, row 29b).
         commands.then();
@@ -226,8 +227,7 @@ enum Was {
     UnderWay,
 }
 
-/// Whether the merged row stands, or cannot for lack of a right, by the reply to
-/// [`Layout::merge_row`](super::layout::Layout::merge_row).
+/// Whether the merged row stands, or cannot for lack of a right, by the reply.
 fn stands(reply: Reply) -> Result<bool, StoreError> {
     match reply.0 {
         Err(error @ StoreError::Down(_)) if !is_denied(&error) => Err(error),
