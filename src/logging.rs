@@ -19,8 +19,6 @@ use crate::stderr;
 /// What the other crates may log if `RUST_LOG` does not ask for more: their debug lines are about
 /// their insides, and nobody has checked what they show.
 const OTHERS: LevelFilter = LevelFilter::Warn;
-/// Bytes of a line, as a rule.
-const USUAL: usize = 256;
 
 /// Starts the log. `journal_stream` is what systemd sets where standard error goes to its journal.
 pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerError> {
@@ -72,7 +70,7 @@ impl Style {
     fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         let unix_ms = clock::now().unix_ms;
         // Made here and written once: a line has many pieces.
-        let mut line = String::with_capacity(USUAL);
+        let mut line = String::with_capacity(256);
         let made = match self {
             Style::Json => json(&mut line, record, unix_ms),
             Style::Journal => journal_text(&mut line, record),

@@ -34,14 +34,9 @@ pub struct Shared {
 
 impl Shared {
     /// One that was signed at this time for this.
-    pub(super) fn new(
-        serial: Serial,
-        origin: Option<Origin>,
-        created_at: u64,
-        der: Vec<u8>,
-    ) -> Self {
+    pub(super) fn new(serial: Serial, origin: Option<Origin>, at: u64, der: Vec<u8>) -> Self {
         let token = origin.and_then(Origin::token).map(|token| (token.hash, token.exp));
-        let paid = origin.and_then(Origin::paid).unwrap_or(created_at);
+        let paid = origin.and_then(Origin::paid).unwrap_or(at);
         Shared { serial, paid, token, der }
     }
 }

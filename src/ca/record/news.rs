@@ -63,9 +63,7 @@ impl News {
             wake();
         }
     }
-}
 
-impl News {
     /// Keeps what was signed just now, if there is anybody who tells.
     pub(super) fn keep(&self, signed: impl Iterator<Item = Shared>) {
         if self.wake.get().is_some() {

@@ -81,11 +81,6 @@ impl Command {
         LOOKING.contains(&self.name())
     }
 
-    /// Of what [`Command::pack`] appends, at most.
-    pub fn size(&self) -> usize {
-        self.packed.len() + 24
-    }
-
     pub fn pack(&self, out: &mut Vec<u8>) {
         push_counted(b'*', self.words as u64, out);
         out.extend_from_slice(&self.packed);

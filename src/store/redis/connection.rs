@@ -97,7 +97,7 @@ impl Connection {
             ..self.target.server.failed(&late, self.stage)
         })?;
         self.stream.set_deadline(deadline);
-        let mut packed = Vec::with_capacity(commands.iter().map(|command| command.size()).sum());
+        let mut packed = Vec::with_capacity(commands.len() * 256);
         commands.iter().for_each(|command| command.pack(&mut packed));
         let sent = self.stream.write_all(&packed).and_then(|()| self.stream.flush());
         sent.map_err(|error| self.target.server.failed(&error, self.stage))
