@@ -201,15 +201,14 @@ impl<'c> Kept<'c> {
         spawn("reaper", move || reaper.reap_forever())?;
         let Some(redis) = &config.redis else {
             log::warn!("⚠️  Provisioning tokens will not be persistent");
-            let tokens: Arc<dyn TokenStore> = Arc::clone(&memory) as _;
-            return Ok(Stores { tokens, memory, failover: None });
+            return Ok(Stores { tokens: memory, failover: None });
         };
         log::info!("💾 Initializing Redis (Token Persistence)...");
         let us = Some((identity, Arc::clone(&self.devices) as _));
         let remote = RedisStore::new(redis, us, self.signer.clone(), Arc::clone(&self.metrics));
         let failover = Arc::new(Failover::new(
             Box::new(remote),
-            Arc::clone(&memory),
+            memory,
             Arc::clone(&self.ledger),
             Arc::clone(&self.devices) as _,
             self.signer.clone(),
@@ -221,7 +220,7 @@ impl<'c> Kept<'c> {
                 timeout: redis.timeout,
             },
         ));
-        Ok(Stores { tokens: Arc::clone(&failover) as _, memory, failover: Some(failover) })
+        Ok(Stores { tokens: Arc::clone(&failover) as _, failover: Some(failover) })
     }
 
     /// A bound is on disk before the record is changed; an older copy of the record may lack it, too.
@@ -363,7 +362,6 @@ fn load_ledger(config: &Config, ca: &Ca) -> Ledger {
 /// The stores and what has to be told to stop.
 struct Stores {
     tokens: Arc<dyn TokenStore>,
-    memory: Arc<Memory>,
     failover: Option<Arc<Failover>>,
 }
 
@@ -636,7 +634,6 @@ impl Running {
         if let Some(failover) = &self.store.failover {
             failover.stop();
         }
-        self.store.memory.stop();
         drop(watchdog);
         log::info!("stopped");
     }

@@ -43,7 +43,6 @@ struct Table {
     only_here: OnlyHere,
     /// When the reaper means to look again, by [`Now::mono_ms`].
     next_reap_ms: Option<u64>,
-    stopped: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -267,7 +266,7 @@ impl Memory {
     }
 
     /// The reaper thread: removes what has ended, also when nobody asks; sleeps while there is
-    /// nothing to wait for. Returns after [`Memory::stop`].
+    /// nothing to wait for.
     pub fn reap_forever(&self) {
         /// Removing in batches of a second keeps a busy store from being scanned all the time.
         const LEAST_MS: u64 = 1000;
@@ -275,23 +274,14 @@ impl Memory {
             let now = clock::now();
             let next = self.reap(now);
             let table = locked(&self.table);
-            if table.stopped {
-                return;
-            }
             let wait = next.map_or(u64::MAX, |at| at.saturating_sub(now.mono_ms).max(LEAST_MS));
             let woken = self.sooner.wait_timeout_while(
                 table,
                 Duration::from_millis(wait.min(3_600_000)),
-                |table| !table.stopped && table.next_reap_ms == next,
+                |table| table.next_reap_ms == next,
             );
             drop(woken);
         }
-    }
-
-    /// Ends the reaper thread.
-    pub fn stop(&self) {
-        locked(&self.table).stopped = true;
-        self.sooner.notify_all();
     }
 
     /// When the device's live token ends, in milliseconds since 1970.
@@ -634,14 +624,5 @@ mod tests {
         one(&memory, issue(t.clone()), at(0)).unwrap();
         let jumped = Now { unix_ms: at(100_000).unix_ms, mono_ms: at(1).mono_ms };
         assert_eq!(memory.live(&t.hash, jumped).map(|copy| copy.left_ms), Some(299_000));
-    }
-
-    #[test]
-    fn the_reaper_ends_when_told() {
-        let memory = Arc::new(memory(10));
-        let reaper = Arc::clone(&memory);
-        let thread = std::thread::spawn(move || reaper.reap_forever());
-        memory.stop();
-        thread.join().unwrap();
     }
 }
