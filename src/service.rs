@@ -262,9 +262,7 @@ impl<'c> Kept<'c> {
         let publisher = publisher.forgetting(retention).trying(Arc::clone(self.devices.trial()));
         let publisher = Arc::new(publisher);
         publisher.keep_fresh(clock::now());
-        if config.rules.renew_revokes {
-            publisher.load_superseded(clock::now());
-        }
+        publisher.load_superseded(config.rules.renew_revokes, clock::now());
         let worker = Arc::clone(&publisher);
         spawn("crl", move || worker.work_forever())?;
         Ok(publisher)

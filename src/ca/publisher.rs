@@ -60,13 +60,13 @@ struct State {
     failure: Option<String>,
     /// When what could not be written is to be tried again, by [`Now::mono_ms`].
     trial_at: Option<u64>,
-    /// Certificates that were renewed and are to be revoked.
+    /// Certificates whose place others have taken and that are to be revoked.
     superseded: Vec<Superseded>,
     /// When the record has last forgotten what ended long ago, by [`Now::mono_ms`].
     forgot_ms: Option<u64>,
 }
 
-/// A certificate that was renewed. It is revoked when the new one is shown, which proves that the device
+/// A certificate whose place another has taken. It is revoked when the new one is shown, which proves that the device
 /// has it; or after a while, in which a device whose answer was lost can ask again.
 #[derive(Clone, Copy, Debug)]
 struct Superseded {
@@ -241,11 +241,12 @@ impl Publisher {
         troubles
     }
 
-    /// Finds the renewals whose old certificate is still to be revoked, at the start.
-    pub fn load_superseded(&self, now: Now) {
+    /// Finds the certificates whose place others have taken and that are still to be revoked, at the
+    /// start; what was renewed is if `renewals` revoke.
+    pub fn load_superseded(&self, renewals: bool, now: Now) {
         let record = self.ca.record();
-        for (old, new, renewed_at) in record.recent_renewals(now) {
-            let waited_s = now.unix_s().saturating_sub(renewed_at).min(SUPERSEDED_AFTER_S);
+        for (old, new, since) in record.take_successors(renewals) {
+            let waited_s = now.unix_s().saturating_sub(since).min(SUPERSEDED_AFTER_S);
             if record.by_serial(&old).is_some_and(|old| old.revoked_at.is_none()) {
                 let due_ms = now.mono_ms + (SUPERSEDED_AFTER_S - waited_s) * 1000;
                 self.lock().superseded.push(Superseded { old, new, due_ms });
@@ -253,7 +254,7 @@ impl Publisher {
         }
     }
 
-    /// `new` renews `old`, which is to be revoked.
+    /// `new` takes the place of `old`, which is to be revoked.
     pub fn supersede(&self, old: Serial, new: Serial, now: Now) {
         let due_ms = now.mono_ms + SUPERSEDED_AFTER_S * 1000;
         let mut state = self.lock();

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use super::{Done, Provisioner, not_issued};
 use crate::ca::csr::Csr;
-use crate::ca::record::Origin;
+use crate::ca::record::{Origin, Redeemed};
 use crate::clock::Now;
 use crate::device::DeviceId;
 use crate::devices::enrol::Shown;
@@ -72,11 +72,11 @@ impl Provisioner {
             Paid::Token(_) => None,
             Paid::Secret(shown) => Some(row.spent_by(shown)?),
         };
-        let was_for = |origin: Origin| match (origin, paid) {
-            (Origin::Token(token), Paid::Token(hash)) => token.hash == *hash,
-            (Origin::Token(token), Paid::Secret(_)) => begun.is_some_and(|s| token.iat > s),
-            _ => false,
+        let is_right = |token: Redeemed| match paid {
+            Paid::Token(hash) => token.hash == *hash,
+            Paid::Secret(_) => begun.is_some_and(|begun| token.iat > begun),
         };
+        let was_for = |origin: Origin| origin.token().is_some_and(is_right);
         let leaf = self.ca().record().signed_for(device, csr.key(), was_for, now)?;
         // What is to be revoked by a bound may not be so yet.
         if self.ca().record().paid(&leaf.serial) <= row.bound.c {

@@ -212,7 +212,9 @@ impl Provisioner {
         self.metrics.tokens_consumed.add(1);
         self.metrics.certificates_issued.add(1);
         if spends.is_some() {
-            self.supersede_older(device, serial, clock::now());
+            // Who has enrolled again by a registration needs the older ones no more.
+            let older = self.ca().record().older(&serial);
+            older.into_iter().for_each(|old| self.publisher.supersede(old, serial, clock::now()));
         }
     }
 
@@ -246,29 +248,18 @@ impl Provisioner {
         after
     }
 
-    /// At the start: what the process that ran before has recorded and not brought to its end. The first
-    /// token of a device after its registration was begun has used that up, and the certificates
-    /// before it are to be revoked.
+    /// At the start: what the process that ran before has recorded and not brought to its end. A token
+    /// of a device that was issued after its registration was begun has used that up.
     pub fn make_up(&self, now: Now) {
-        let mut spent = self.ca().record().spent_tokens();
-        spent.sort_by_key(|spent| spent.token.iat);
-        let mut used = BTreeMap::new();
-        for Spent { token, serial, device } in spent {
+        let mut rows = BTreeMap::new();
+        for Spent { token, device, .. } in self.ca().record().spent_tokens() {
             let row = self.devices.row(&device);
             // Beginning a registration kills all that was before it.
-            if row.registration.is_some() && token.iat > row.bound.t {
-                used.entry(device).or_insert(serial);
+            if token.iat > row.bound.t {
+                rows.extend(row.spend(now.unix_s()).map(|row| (device, row)));
             }
         }
-        let mut rows = Vec::new();
-        for (device, serial) in used {
-            let row = self.devices.row(&device);
-            if [Stage::Open, Stage::Spent].contains(&row.stage(now.unix_s())) {
-                self.supersede_older(&device, serial, now);
-            }
-            rows.extend(row.spend(now.unix_s()).map(|row| (device, row)));
-        }
-        if let Err(error) = self.devices.enter(rows, true, now) {
+        if let Err(error) = self.devices.enter(rows.into_iter().collect(), true, now) {
             log::error!("registrations that were used are not marked so on disk: {error}");
         }
     }
@@ -292,15 +283,6 @@ impl Provisioner {
             }
         }
         sign.refused(problem)
-    }
-
-    /// A device that has enrolled again by a registration needs its older certificates no more.
-    fn supersede_older(&self, device: &DeviceId, new: Serial, now: Now) {
-        let older = self.ca().record().of_device(device);
-        let older = older.iter().skip_while(|newer| newer.serial != new).skip(1);
-        for old in older.filter(|old| old.revoked_at.is_none()) {
-            self.publisher.supersede(old.serial, new, now);
-        }
     }
 }
 
@@ -335,7 +317,11 @@ impl Sign {
         match &self.grant {
             Grant::Token(redeem) => {
                 let Token { hash, claims, .. } = &redeem.token;
-                Origin::Token(Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp })
+                let token = Redeemed { hash: *hash, iat: claims.iat, exp: claims.exp };
+                match redeem.spends {
+                    Some(_) => Origin::Registration(token),
+                    None => Origin::Token(token),
+                }
             }
             Grant::Certificate(old) => Origin::Renewal { old: old.serial, paid: None },
         }

@@ -193,6 +193,25 @@ fn a_new_registration_permits_another_enrolment() {
     check_error(&refused, 401, "CLIENT_CERTIFICATE_REVOKED", "superseded");
 }
 
+/// Also if the process ends before that, whatever was registered meanwhile. Who has enrolled without a
+/// registration keeps all.
+#[test]
+fn what_a_registration_has_replaced_is_not_forgotten() {
+    let mut server = Https(Stage::set(&[("REENROLL", "allow")]));
+    server.enroll("");
+    server.enroll("");
+    let secret = server.register();
+    let new = server.enroll(&secret);
+    server.enroll("");
+    server.register();
+    server.0.service.kill9();
+    server.0.service.restart();
+    let states = || server.0.record().into_iter().map(|(status, _)| status).collect::<String>();
+    assert_eq!(states(), "VVVV");
+    check_error(&server.0.renew(Some(&new), ""), 400, "CSR_REQUIRED", "it is shown");
+    wait::for_true("those before it are revoked", || states() == "RRVV");
+}
+
 #[test]
 fn a_blocked_device_gets_nothing_by_any_way() {
     let mut server = Https(Stage::set(REGISTERED));

@@ -68,6 +68,8 @@ const ATTRIBUTES: (&str, &str) = ("index.txt.attr", "unique_subject = no\n");
 const CERTS: &str = "certs";
 /// What the line before the PEM begins with, if a token was redeemed for the certificate …
 const TOKEN_LINE: &str = "Provisioning-Token: ";
+/// … and how that line ends if a registration was used up by it …
+const REGISTERED: &str = " registered";
 /// … and if it renews another.
 const RENEWAL_LINE: &str = "Renews: ";
 /// … and if only the time is known at which something paid for it.
@@ -272,6 +274,8 @@ impl Stored {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     Token(Redeemed),
+    /// A token by which a registration was used up: the device needs its older certificates no more.
+    Registration(Redeemed),
     /// An earlier certificate of the device.
     Renewal {
         old: Serial,
@@ -284,15 +288,16 @@ pub enum Origin {
 impl Origin {
     fn paid(self) -> Option<u64> {
         match self {
-            Origin::Token(token) => Some(token.iat),
+            Origin::Token(token) | Origin::Registration(token) => Some(token.iat),
             Origin::Renewal { paid, .. } => paid,
             Origin::Paid(paid) => Some(paid),
         }
     }
 
-    fn token(self) -> Option<Redeemed> {
+    /// The token that paid for it.
+    pub fn token(self) -> Option<Redeemed> {
         match self {
-            Origin::Token(token) => Some(token),
+            Origin::Token(token) | Origin::Registration(token) => Some(token),
             Origin::Renewal { .. } | Origin::Paid(_) => None,
         }
     }
@@ -300,8 +305,13 @@ impl Origin {
     fn renews(self) -> Option<Serial> {
         match self {
             Origin::Renewal { old, .. } => Some(old),
-            Origin::Token(_) | Origin::Paid(_) => None,
+            Origin::Token(_) | Origin::Registration(_) | Origin::Paid(_) => None,
         }
+    }
+
+    /// What it was signed for may have others revoked.
+    fn takes_a_place(self) -> bool {
+        matches!(self, Origin::Registration(_) | Origin::Renewal { .. })
     }
 
     /// Reads a line as `Display` writes it.
@@ -316,7 +326,9 @@ impl Origin {
         if let Some(paid) = line.strip_prefix(PAID_LINE) {
             return paid.parse().ok().map(Origin::Paid);
         }
-        read_redeemed(line.strip_prefix(TOKEN_LINE)?).map(Origin::Token)
+        let token = line.strip_prefix(TOKEN_LINE)?;
+        let kind = if token.ends_with(REGISTERED) { Origin::Registration } else { Origin::Token };
+        read_redeemed(token).map(kind)
     }
 }
 
@@ -327,6 +339,7 @@ impl fmt::Display for Origin {
             Origin::Token(Redeemed { hash, iat, exp }) => {
                 write!(f, "{TOKEN_LINE}{hash} iat={iat} exp={exp}")
             }
+            Origin::Registration(token) => write!(f, "{}{REGISTERED}", Origin::Token(*token)),
             Origin::Renewal { old, paid: None } => write!(f, "{RENEWAL_LINE}{old:X}"),
             Origin::Renewal { old, paid: Some(paid) } => {
                 write!(f, "{RENEWAL_LINE}{old:X} paid={paid}")
@@ -369,6 +382,9 @@ pub struct Record {
     trial: Arc<Trial>,
     news: News,
     servers: Servers,
+    /// Certificates of the last day before the start that have taken others' places, what they were
+    /// signed for and when.
+    successors: Mutex<Vec<(Origin, Serial, u64)>>,
 }
 
 /// What the writers know beside the rows.
@@ -410,6 +426,7 @@ impl Record {
             trial: Arc::new(Trial::new("the record", folders, dir.join(INDEX))),
             news: News::default(),
             servers: Servers::default(),
+            successors: Mutex::default(),
         };
         record.put_in_order(tail, is_missing, ca)?;
         record.load_last_day(now.map(|n| n.unix_s()));
@@ -442,6 +459,14 @@ impl Record {
     pub fn of_device(&self, device: &DeviceId) -> Vec<Certificate> {
         let rows = self.read();
         rows.of_device(device).filter_map(|slot| rows.certificate(slot)).collect()
+    }
+
+    /// The certificates of its device that are older than this one and not revoked.
+    pub fn older(&self, new: &Serial) -> Vec<Serial> {
+        let Some(new) = self.by_serial(new) else { return Vec::new() };
+        let all = self.of_device(&new.device).into_iter();
+        let older = all.skip_while(|newer| newer.serial != new.serial).skip(1);
+        older.filter(|old| old.revoked_at.is_none()).map(|old| old.serial).collect()
     }
 
     /// The newest certificate of each device whose name comes behind `after` and begins with `prefix`:
@@ -681,7 +706,7 @@ mod tests {
         entries.add(&first, Some(Origin::Token(live)), now);
         assert!(entries.has_active(&device("device-1"), now) && entries.knows_token(&live.hash));
         assert!(!record.knows_token(&live.hash), "not before the commit");
-        entries.add(&other, Some(Origin::Token(ended)), now);
+        entries.add(&other, Some(Origin::Registration(ended)), now);
         entries.add(&second, None, now);
         assert_eq!(entries.commit(), [Ok(()), Ok(()), Ok(())]);
 
@@ -704,7 +729,9 @@ mod tests {
                 (stored.created_at, stored.origin),
                 (crate::ca::validity(&first.der).unwrap().0 + 300, origin)
             );
-            assert_eq!(record.stored(&second.serial).unwrap().origin, None);
+            let origin = |leaf: &Leaf| record.stored(&leaf.serial).unwrap().origin;
+            assert_eq!(origin(&other), Some(Origin::Registration(ended)));
+            assert_eq!((origin(&second), record.older(&second.serial)), (None, vec![first.serial]));
         };
         check(&record);
         let again = fixture.open();

@@ -22,6 +22,7 @@ use crate::ca::issuer::{BACKDATE_S, Issuer};
 use crate::clock::{DAY_S, Now};
 use crate::files::{self, FilesError};
 use crate::jwt;
+use crate::locks::locked;
 use crate::serial::Serial;
 
 /// Where in the CA's folder goes what is no certificate of this CA.
@@ -284,11 +285,14 @@ impl Record {
     /// far back as a token can live (which of them have ended is judged when they are used, for the
     /// clock may be wrong), and what was recorded here, which other instances may not know yet.
     pub(super) fn load_last_day(&self, now_s: Option<u64>) {
-        let (mut tokens, mut news) = (Vec::new(), Vec::new());
+        let (mut tokens, mut news, mut successors) = (Vec::new(), Vec::new(), Vec::new());
         self.read_newest(is_recent(now_s, |at, slot, stored| {
             tokens.extend(stored.origin.and_then(Origin::token).map(|token| (token, at)));
             news.extend((slot.place == Place::Own).then_some(Untold::Certificate(slot.serial)));
+            let origin = stored.origin.filter(|origin| origin.takes_a_place());
+            successors.extend(origin.map(|origin| (origin, slot.serial, stored.created_at)));
         }));
+        *locked(&self.successors) = successors;
         let since = now_s.unwrap_or(u64::MAX).saturating_sub(DAY_S);
         let mut rows = self.write();
         tokens.iter().for_each(|(token, at)| rows.add_token(token, *at as u32));
@@ -298,14 +302,19 @@ impl Record {
         self.news.add(news.into_iter().rev());
     }
 
-    /// The renewals of the last day: what was renewed, to what, and when. The newest first.
-    pub fn recent_renewals(&self, now: Now) -> Vec<(Serial, Serial, u64)> {
-        let mut renewals = Vec::new();
-        self.read_newest(is_recent(Some(now.unix_s()), |_, slot, stored| {
-            let old = stored.origin.and_then(Origin::renews);
-            renewals.extend(old.map(|old| (old, slot.serial, stored.created_at)));
-        }));
-        renewals
+    /// Whose place certificates of the last day before the start have taken: the old one, the new one,
+    /// and when. Renewals have if `renewals`. Only the first who asks is told.
+    pub fn take_successors(&self, renewals: bool) -> Vec<(Serial, Serial, u64)> {
+        let mut taken = Vec::new();
+        for (origin, new, since) in std::mem::take(&mut *locked(&self.successors)) {
+            let old = match origin {
+                Origin::Registration(_) => self.older(&new),
+                Origin::Renewal { old, .. } if renewals => vec![old],
+                _ => Vec::new(),
+            };
+            taken.extend(old.into_iter().map(|old| (old, new, since)));
+        }
+        taken
     }
 
     /// The certificates that begin in the future: a clock that was ahead has dated them, and nobody
