@@ -6,9 +6,9 @@ use std::ops::ControlFlow;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::codec::{Keys, Value};
+use super::codec::{Keys, SERIAL_BUCKETS, Value};
 use super::exchange::{Changes, Exchange, Name, News, Place, Swap};
-use super::thread::{Parts, Thread};
+use super::thread::{Comparison, Parts, Thread};
 use super::{Asked, Mode, Sharing};
 use crate::ca::Ca;
 use crate::ca::csr::Csr;
@@ -621,6 +621,25 @@ fn what_is_revoked_while_leases_are_freed_is_told_before_it_is_answered() {
         assert_eq!(world.server.lock().unwrap().data.values.contains_key(&place), is_told);
         assert_eq!(answered.try_recv().is_ok(), is_told);
     }
+}
+
+/// The last step of a comparison has nothing to compare.
+#[test]
+fn what_is_revoked_before_the_last_step_of_a_comparison_is_told_before_it_is_answered() {
+    let mut world = World::new(1, 1);
+    world.all[0].attempt();
+    let (serial, _) = world.sign(0, DeviceId::parse("d").unwrap());
+    world.revoke(0, serial);
+    let instance = &mut world.all[0];
+    let (keys, (answer, answered)) = (instance.keys(), sync_channel(1));
+    let asked = Asked { names: Vec::new(), answer };
+    instance.thread.parts.sharing.lock().asked.push(asked);
+    let done = SERIAL_BUCKETS.len() + usize::from(u8::MAX) + 1;
+    let cursor = Some(instance.thread.progress.cursor.clone());
+    instance.thread.compare(&keys, Comparison { cursor, done }).unwrap();
+    let place = keys.place(&Name::Revocation(serial));
+    assert!(world.server.lock().unwrap().data.values.contains_key(&place));
+    assert!(answered.try_recv().is_ok());
 }
 
 /// Also where nothing was read since, and its device has a newer one.

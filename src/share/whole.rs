@@ -49,6 +49,8 @@ impl<E: Exchange> Thread<E> {
                 (progress.cursor, progress.comparison) = (cursor, None);
                 progress.rows.clear();
                 progress.compare_ms = self.now.mono_ms + DAY_S * 1000;
+                // Who is answered below may have changed something since the last step.
+                self.send(keys)?;
                 0
             }
             ([], rows) => {

@@ -92,7 +92,7 @@ impl Failover {
                     told.extend(self.carried(&mut state, task, outcome, now));
                 }
                 Some(Err(StoreError::Failed(why))) => {
-                    log::error!("could not be carried over to Redis: {:?}: {why}", task.follow_up);
+                    log::error!("{task} could not be carried over to Redis: {why}");
                 }
                 Some(Err(StoreError::Down(down))) if down.kind == DownKind::Part => {
                     self.not_sent(&task, &down);
@@ -275,6 +275,21 @@ struct Task {
     op: Op,
     /// A token that Redis has never heard of.
     is_new_there: bool,
+}
+
+/// For the log: what it is about.
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (hash, device) = match &self.op {
+            Op::Mark(hash, _, claims) => (hash, &claims.device_id),
+            Op::GiveBack(token, _) | Op::Finish(token) | Op::Carry(token, _) => {
+                (&token.hash, &token.claims.device_id)
+            }
+            Op::Tell(device, _) => return write!(f, "the row of {device}"),
+            _ => return Ok(()),
+        };
+        write!(f, "token {} of {device}", hash.short())
+    }
 }
 
 /// A return under way.

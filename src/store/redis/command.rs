@@ -4,6 +4,7 @@
 //! a token that was a tenth of what an onboarding costs.
 
 use std::ops::Range;
+use std::sync::Once;
 
 use super::cluster::Route;
 use super::reply::{Replies, Reply, maybe_done};
@@ -112,6 +113,20 @@ impl Asked {
     pub fn must_succeed(&self) -> bool {
         self.need == Need::Must
     }
+
+    /// Whether the trip goes on although this has failed.
+    fn may_fail_with(&self, error: &StoreError) -> bool {
+        static WARNED: Once = Once::new();
+        match (self.need, error) {
+            (Need::Must, _) => false,
+            (Need::May, _) => true,
+            (Need::Count, StoreError::Failed(why)) => {
+                WARNED.call_once(|| log::warn!("live tokens are not counted: {why}"));
+                true
+            }
+            (Need::Count, _) => error.is_part(),
+        }
+    }
 }
 
 /// What it is for a trip that a command fails.
@@ -119,8 +134,8 @@ impl Asked {
 enum Need {
     /// The trip fails.
     Must,
-    /// The trip fails, unless it is a part of the keys that is out of reach.
-    InReach,
+    /// The trip fails, unless a part of the keys is out of reach, or this one of another type.
+    Count,
     /// Nothing: its reply is judged by whoever takes it.
     May,
 }
@@ -135,9 +150,9 @@ impl Commands {
         self.push(command, Need::Must, false)
     }
 
-    /// What must succeed, if it is in reach: what is for the counts only.
+    /// What is for the counts only, and must succeed if it is in reach and of their type.
     pub fn ask_in_reach(&mut self, command: Command) -> Ask {
-        self.push(command, Need::InReach, false)
+        self.push(command, Need::Count, false)
     }
 
     /// What may fail.
@@ -176,11 +191,7 @@ impl Commands {
 
     /// The replies, if what must succeed did; else its error, and whether others have changed anything.
     pub fn judge(&self, replies: Replies) -> Result<Replies, StoreError> {
-        let failed = |asked: &Asked, error: &StoreError| match asked.need {
-            Need::Must => true,
-            Need::InReach => !error.is_part(),
-            Need::May => false,
-        };
+        let failed = |asked: &Asked, error: &StoreError| !asked.may_fail_with(error);
         let Some(error) = self.failure(&replies, failed) else { return Ok(replies) };
         Err(maybe_done(error, self.have_changed(&replies)))
     }
@@ -195,7 +206,7 @@ impl Commands {
 
     /// Why nobody can be served by servers that answer so, be a part of the keys out of reach or not.
     pub fn refusal(&self, replies: &Replies) -> Option<StoreError> {
-        self.failure(replies, |asked, error| asked.need != Need::May && !error.is_part())
+        self.failure(replies, |asked, error| !asked.may_fail_with(error) && !error.is_part())
     }
 
     fn failure(

@@ -108,6 +108,8 @@ fn ask_every_kind(layout: &Layout, device: Option<&DeviceId>, out: &mut Commands
         layout.compare_and_delete(lease, ""),
         layout.on("GET", mark),
         layout.compare_and_delete(mark, ""),
+    ];
+    let counts = [
         layout.on("ZADD", Key::Named(live)).arg("XX").number(0).arg(""),
         layout.on("ZREM", Key::Named(live)).arg(""),
         layout.count_live(live, u64::MAX / 1000),
@@ -116,5 +118,8 @@ fn ask_every_kind(layout: &Layout, device: Option<&DeviceId>, out: &mut Commands
     let wait = (layout.wait_replicas > 0).then(|| Command::new("WAIT").number(0).number(1));
     for command in asked.into_iter().chain(wait) {
         out.ask(command);
+    }
+    for command in counts {
+        out.ask_in_reach(command);
     }
 }
