@@ -35,7 +35,11 @@
 //! - *place*: a connection's number among those that there may be; another has it later, of another
 //!   *generation*.
 //! - *private part*: what the edge tells a worker of a request beside what the client has sent.
-//! - *ticket*: what the edge keeps of a request that it has handed on.
+//! - *ticket*: number and head of a request, which the edge keeps until its reply is sent.
+//! - *answer*, *reply*: a worker answers a request; what the client gets of that is the reply.
+//! - *proof*: a request of the edge's own; its answer shows that the worker of a lane works.
+//! - *class*: what the routes tell the edge of a request: the kind of its lane, the form of its errors.
+//! - *budget*: the bytes that may be held for all clients together.
 //! - *mark*: says in Redis that a token is used or killed, and outlives the token.
 //! - *lease*: says in Redis which token holds a device, of which it is the only one.
 //! - *ledger*: what this process knows as used or killed, and which attempts are under way.

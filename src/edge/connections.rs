@@ -6,7 +6,7 @@ use std::net::{IpAddr, TcpStream};
 use std::sync::Arc;
 
 use super::client::{Client, Tls};
-use super::head::Origin;
+use super::head::Context;
 use super::limits::{Budget, Held, PerAddress};
 use super::poll::{Poll, READ, Watched};
 use super::proxies::is_trusted;
@@ -119,17 +119,17 @@ impl Connections {
     }
 
     /// Tells a connection's session what has happened. A request that is to be dispatched has this
-    /// `number` and is written to `whole`.
-    pub fn tell(
+    /// `number` and is written to `out`.
+    pub fn on_event(
         &mut self,
         at: usize,
         event: Event<'_>,
         number: u64,
-        whole: &mut Vec<u8>,
+        out: &mut Vec<u8>,
         now: Now,
     ) -> Option<Step> {
         let connection = self.places.get_mut(at)?.as_mut()?;
-        let origin = Origin {
+        let context = Context {
             number,
             peer: connection.peer,
             proxies: connection.is_proxy.then_some(&self.http.trusted_proxies),
@@ -137,7 +137,7 @@ impl Connections {
             certificate: connection.client.certificate(),
             classify: self.classify,
         };
-        let step = connection.session.on(event, origin, whole);
+        let step = connection.session.on(event, context, out);
         if let Some(wait) = step.begins {
             self.timers.start(at, wait, now.mono_ms);
         }
@@ -145,7 +145,7 @@ impl Connections {
     }
 
     /// The connection has a request in work.
-    pub fn is_used(&mut self, at: usize) {
+    pub fn note_use(&mut self, at: usize) {
         self.uses += 1;
         if let Some(used) = self.used.get_mut(at) {
             *used = self.uses;
@@ -182,9 +182,9 @@ impl Connections {
             let new = Connection { session, client, peer, is_proxy, generation, counted };
             *place = Some(Box::new(new));
         }
-        self.is_used(at);
+        self.note_use(at);
         self.timers.start(at, wait, now.mono_ms);
-        self.count_held(at);
+        self.update_held(at);
     }
 
     /// A free place, if need be that of a connection that gives way.
@@ -224,7 +224,7 @@ impl Connections {
         let share_of = |at: usize| {
             let connection = self.places.get(at)?.as_ref()?;
             let is_idle = !connection.session.is_at_work() && may_go(connection);
-            is_idle.then(|| self.share(connection))
+            is_idle.then(|| self.connections_of_address(connection))
         };
         // As a rule one of those is idle whose address has the most. Only what is older than what was
         // found before is looked at, since there may be very many.
@@ -243,7 +243,7 @@ impl Connections {
 
     /// How many connections this one's address has. Behind a proxy are many clients: each of its
     /// connections counts for itself.
-    fn share(&self, connection: &Connection) -> usize {
+    fn connections_of_address(&self, connection: &Connection) -> usize {
         if connection.is_proxy { 1 } else { self.per_address.count(connection.peer) }
     }
 
@@ -276,7 +276,7 @@ impl Connections {
     }
 
     /// Brings the budget up to date with what the connection holds. True if that has grown.
-    pub fn count_held(&mut self, at: usize) -> bool {
+    pub fn update_held(&mut self, at: usize) -> bool {
         let Some(connection) = self.places.get_mut(at).and_then(Option::as_mut) else {
             return false;
         };
@@ -288,7 +288,7 @@ impl Connections {
 
     /// Whether the connection, which holds more than before, may keep it; if need be, others are closed
     /// for it.
-    pub fn may_hold(&mut self, at: usize) -> bool {
+    pub fn keep_or_make_room(&mut self, at: usize) -> bool {
         let Some(connection) = self.places.get_mut(at).and_then(Option::as_mut) else {
             return true;
         };
@@ -300,7 +300,7 @@ impl Connections {
         }
         let is_over = self.budget.is_over() || self.budget.replies_are_over();
         if is_over && connection.session.drop_pending() {
-            self.count_held(at);
+            self.update_held(at);
         }
         self.make_room(0);
         true

@@ -58,10 +58,10 @@ impl Driver {
     }
 
     /// A new client came, or could not be let in.
-    pub fn arrived(&mut self, arrival: Arrival, poll: &Poll, first_key: usize) {
+    pub fn arrived(&mut self, arrival: Arrival, poll: &Poll, first_client_key: usize) {
         match arrival {
             Arrival::Client(stream, peer) => {
-                self.connections.enter(stream, peer, poll, first_key, self.now);
+                self.connections.enter(stream, peer, poll, first_client_key, self.now);
             }
             Arrival::Shortage => {
                 self.counters.accept_pauses.add(1);
@@ -77,9 +77,9 @@ impl Driver {
         if ready.writable {
             self.with_client(at, Client::push);
             if self.is_flushed(at) {
-                self.happened(at, Event::Flushed);
+                self.handle(at, Event::Flushed);
             } else {
-                self.connections.count_held(at);
+                self.connections.update_held(at);
             }
         }
         if ready.readable {
@@ -102,18 +102,18 @@ impl Driver {
 
     fn received(&mut self, at: usize, input: io::Result<Input>, plain: &[u8]) {
         match input {
-            Ok(Input::Bytes) => self.happened(at, Event::Bytes(plain)),
-            Ok(Input::End) => self.happened(at, Event::End),
+            Ok(Input::Bytes) => self.handle(at, Event::Bytes(plain)),
+            Ok(Input::End) => self.handle(at, Event::End),
             Ok(Input::TlsFailed) => {
                 let connection = self.connections.get(at);
                 let is_handshake = connection.is_some_and(|c| !c.client.is_secured());
                 self.counters.handshakes_failed.add(is_handshake.into());
-                self.happened(at, Event::TlsFailed);
+                self.handle(at, Event::TlsFailed);
             }
-            Ok(Input::Nothing) => self.account(at),
-            // It is lent only if there is room for what it holds meanwhile.
+            Ok(Input::Nothing) => self.enforce_budget(at),
+            // `enforce_budget` has closed the connection if its TLS does not fit; then nothing is lent.
             Ok(Input::Handshake) => {
-                self.account(at);
+                self.enforce_budget(at);
                 self.connections.lend_tls(at);
             }
             Err(_) => self.connections.close(at),
@@ -126,14 +126,14 @@ impl Driver {
         let Some(connection) = self.connections.get_of(at, generation) else { return };
         let input = connection.client.return_tls(tls, outcome, &plain, &output);
         if connection.client.is_secured() {
-            self.happened(at, Event::Secured);
+            self.handle(at, Event::Secured);
         }
         self.received(at, input, &plain);
     }
 
     pub fn answered(&mut self, number: u64, reply: Reply) {
         match self.lanes.answered(number) {
-            Some(waiting) => self.tell(&waiting, Event::Answered(reply)),
+            Some(waiting) => self.deliver(&waiting, Event::Answered(reply)),
             None => log::debug!("answer {number} came when its lane was lost"),
         }
     }
@@ -157,16 +157,16 @@ impl Driver {
     /// What was in a lane that is lost has no answer.
     fn unanswered(&mut self, lost: Vec<Waiting>) {
         for waiting in lost {
-            self.tell(&waiting, Event::Refused(Code::ServiceUnavailable));
+            self.deliver(&waiting, Event::Refused(Code::ServiceUnavailable));
         }
     }
 
     /// Tells the connection that waits for this answer, if it still does.
-    fn tell(&mut self, waiting: &Waiting, event: Event<'_>) {
+    fn deliver(&mut self, waiting: &Waiting, event: Event<'_>) {
         let Some(at) = waiting.at else { return };
         let waits = |c: &&mut Connection| c.session.works_on() == Some(waiting.number);
         if self.connections.get(at).filter(waits).is_some() {
-            self.happened(at, event);
+            self.handle(at, event);
         }
     }
 
@@ -178,7 +178,7 @@ impl Driver {
             if !matches!(wait, Wait::KeepAlive | Wait::Linger) {
                 self.counters.timed_out.add(1);
             }
-            self.happened(at, Event::Late);
+            self.handle(at, Event::Late);
         }
     }
 
@@ -187,12 +187,12 @@ impl Driver {
     pub fn drain(&mut self) {
         for at in 0..self.connections.places() {
             self.read(at);
-            self.happened(at, Event::Drain);
+            self.handle(at, Event::Drain);
         }
     }
 
     /// Brings the counters of what is there at this moment up to date.
-    pub fn count(&self) {
+    pub fn publish_gauges(&self) {
         self.counters.lanes_lost.set(self.lanes.losses());
         self.counters.lanes_down.set(self.lanes.down());
         self.counters.open.set(self.connections.open() as u64);
@@ -200,31 +200,32 @@ impl Driver {
     }
 
     /// Something happened on a connection: does what follows from it.
-    fn happened(&mut self, at: usize, event: Event<'_>) {
-        self.drive(at, event);
-        self.account(at);
+    fn handle(&mut self, at: usize, event: Event<'_>) {
+        self.run(at, event);
+        self.enforce_budget(at);
     }
 
-    /// Holds what the connection holds against the budget; if there is no room, it is refused.
-    fn account(&mut self, at: usize) {
-        if self.connections.count_held(at) && !self.connections.may_hold(at) {
-            self.drive(at, Event::Refused(Code::ServiceUnavailable));
-            self.connections.count_held(at);
+    /// Updates the budget with what the connection holds; if that has grown and there is no room, the
+    /// connection is refused.
+    fn enforce_budget(&mut self, at: usize) {
+        if self.connections.update_held(at) && !self.connections.keep_or_make_room(at) {
+            self.run(at, Event::Refused(Code::ServiceUnavailable));
+            self.connections.update_held(at);
         }
     }
 
-    fn drive(&mut self, at: usize, event: Event<'_>) {
+    fn run(&mut self, at: usize, event: Event<'_>) {
         let mut next = Some(event);
         while let Some(event) = next {
             let number = self.lanes.next_number();
             let request = &mut self.request_bytes;
-            let step = self.connections.tell(at, event, number, request, self.now);
-            next = step.and_then(|step| self.act(at, step.action));
+            let step = self.connections.on_event(at, event, number, request, self.now);
+            next = step.and_then(|step| self.perform(at, step.action));
         }
     }
 
     /// Does what a session wants; returns what happens by that.
-    fn act(&mut self, at: usize, action: Action) -> Option<Event<'static>> {
+    fn perform(&mut self, at: usize, action: Action) -> Option<Event<'static>> {
         match action {
             Action::Wait => {}
             Action::Continue => self.with_client(at, |client| client.send(GO_ON, 0)),
@@ -254,7 +255,7 @@ impl Driver {
             return Some(Event::Refused(Code::ServiceUnavailable));
         }
         self.counters.requests.add(1);
-        self.connections.is_used(at);
+        self.connections.note_use(at);
         None
     }
 

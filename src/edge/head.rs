@@ -26,7 +26,7 @@ pub struct Head {
     /// Where the request goes.
     pub class: Class,
     /// The answer has no body (RFC 9110, 9.3.2).
-    pub is_head: bool,
+    pub is_method_head: bool,
     /// The client speaks HTTP/1.0.
     pub is_1_0: bool,
     /// The client wants to use the connection again.
@@ -44,9 +44,9 @@ pub enum Framing {
     Chunked,
 }
 
-/// Who sends the request, for the private part.
+/// What the edge knows of a request before its head is read, most of it for the private part.
 #[derive(Clone, Copy)]
-pub struct Origin<'a> {
+pub struct Context<'a> {
     /// The number by which the lane's answer is known again.
     pub number: u64,
     /// The address of the peer.
@@ -77,7 +77,7 @@ pub fn find_end(buf: &[u8], seen: usize) -> Result<Option<usize>, Code> {
             continue;
         }
         let fine = match byte {
-            // What stands before the first byte looked at was judged with it, last time.
+            // The byte before the first one searched is not known here; the last call has judged the pair.
             b'\n' => d == b'\r' || (at == from && from > 0),
             b'\r' | b'\t' => d != b'\r',
             _ => false,
@@ -95,7 +95,7 @@ pub fn find_end(buf: &[u8], seen: usize) -> Result<Option<usize>, Code> {
 /// Reads the whole head `buf` and appends to `out` what goes on to the lane.
 ///
 /// With chunked framing the end of the head is left out, see [`finish`]: the length is not known yet.
-pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, Code> {
+pub fn read(buf: &[u8], context: Context<'_>, out: &mut Vec<u8>) -> Result<Head, Code> {
     let mut space = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let mut request = Request::new(&mut []);
     match request.parse_with_uninit_headers(buf, &mut space) {
@@ -112,14 +112,14 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     check_host(headers, is_1_0)?;
     let framing = framing(headers, is_1_0)?;
     let target = origin_form(method, target)?;
-    let class = (origin.classify)(method, path_of(&target));
-    if class.https_only && !origin.is_encrypted {
+    let class = (context.classify)(method, path_of(&target));
+    if class.https_only && !context.is_encrypted {
         return Err(Code::NotFound);
     }
     let media_type = single(headers, "Content-Type")?;
     let is_json = media_type.is_some_and(|value| value.eq_ignore_ascii_case(JSON.as_bytes()));
-    let sender = sender(origin, class, is_json, headers);
-    push_request_line(method, origin.number, Some(sender), &target, out);
+    let sender = sender(context, class, is_json, headers);
+    push_request_line(method, context.number, Some(sender), &target, out);
     write_allowed(headers, media_type.filter(|_| !is_json), out)?;
     if let Framing::Length(length) = framing {
         finish(length, out);
@@ -128,15 +128,15 @@ pub fn read(buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<Head, C
     Ok(Head {
         framing,
         class,
-        is_head: method == "HEAD",
+        is_method_head: method == "HEAD",
         is_1_0,
         keep_alive: !says("Connection", "close") && (!is_1_0 || says("Connection", "keep-alive")),
         expects_continue: !is_1_0 && expects_continue(headers),
     })
 }
 
-/// What is known of a request of whose head only this has come, or whose head is refused: no more than
-/// how to refuse it. `None` where there is no whole request line.
+/// What the request line alone tells of an incomplete or malformed head: enough to refuse it in the
+/// right form. `None` where there is no whole request line.
 pub fn begun(buf: &[u8], classify: Classify) -> Option<Head> {
     let line = buf.trim_ascii_start().split(|b| *b == b'\r').next()?;
     let (method, rest) = std::str::from_utf8(line).ok()?.split_once(' ')?;
@@ -144,7 +144,7 @@ pub fn begun(buf: &[u8], classify: Classify) -> Option<Head> {
     Some(Head {
         framing: Framing::Length(0),
         class: classify(method, path_of(&target)),
-        is_head: method == "HEAD",
+        is_method_head: method == "HEAD",
         is_1_0: false,
         keep_alive: false,
         expects_continue: false,
@@ -211,7 +211,7 @@ fn write_allowed(
             push_field(name, ascii(value)?, out);
         }
     }
-    // The lines of a list are one list (RFC 9110, 5.2). That anything is accepted says nothing.
+    // Several `Accept` fields are one list (RFC 9110, 5.2). `*/*` is left out: it accepts everything.
     let accept = values(headers, "Accept").filter(|value| *value != b"*/*").map(ascii);
     let accept: Vec<&[u8]> = accept.collect::<Result<_, _>>()?;
     if !accept.is_empty() {
@@ -220,7 +220,7 @@ fn write_allowed(
     Ok(())
 }
 
-/// `tiny_http` closes a connection on which anything else comes, without a word.
+/// Refuses what is not ASCII: `tiny_http` would close the lane's connection without a word.
 fn ascii(value: &[u8]) -> Result<&[u8], Code> {
     if value.is_ascii() { Ok(value) } else { Err(Code::BadRequest) }
 }
@@ -250,7 +250,7 @@ fn has_member(list: &[u8], member: &str) -> bool {
     list.split(|b| *b == b',').any(|m| m.trim_ascii().eq_ignore_ascii_case(member.as_bytes()))
 }
 
-/// The request target in origin form, or `*` (RFC 9112, 3.2).
+/// The request target in context form, or `*` (RFC 9112, 3.2).
 fn origin_form<'a>(method: &str, target: &'a str) -> Result<Cow<'a, str>, Code> {
     if method == "CONNECT" {
         return Err(Code::MethodNotAllowed);
@@ -309,7 +309,7 @@ fn is_literal(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b".:-_~%".contains(&byte)
 }
 
-/// `uri-host [ ":" port ]` (RFC 9110, 7.2). An empty host is no origin that we could be asked for
+/// `uri-host [ ":" port ]` (RFC 9110, 7.2). An empty host is no context that we could be asked for
 /// (RFC 9110, 4.2.1).
 fn is_host(value: &[u8]) -> bool {
     let colon = value.iter().rposition(|b| *b == b':').filter(|_| !value.ends_with(b"]"));
@@ -323,16 +323,16 @@ fn is_host(value: &[u8]) -> bool {
 }
 
 fn sender<'a>(
-    origin: Origin<'a>,
+    context: Context<'a>,
     class: Class,
     is_json: bool,
     headers: &[Header<'_>],
 ) -> Sender<&'a [u8]> {
-    let address = match origin.proxies {
-        Some(proxies) => proxies::client(proxies, origin.peer, values(headers, "X-Forwarded-For")),
-        None => origin.peer,
+    let address = match context.proxies {
+        Some(proxies) => proxies::client(proxies, context.peer, values(headers, "X-Forwarded-For")),
+        None => context.peer,
     };
-    let certificate = origin.certificate.filter(|_| class.client_certificate);
+    let certificate = context.certificate.filter(|_| class.client_certificate);
     Sender { address, is_json, certificate }
 }
 
@@ -351,7 +351,7 @@ mod tests {
         Class { lane, client_certificate, https_only, ..Class::PLAIN }
     }
 
-    const ORIGIN: Origin<'static> = Origin {
+    const ORIGIN: Context<'static> = Context {
         number: 7,
         peer: IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)),
         proxies: None,
@@ -383,7 +383,7 @@ mod tests {
         );
         assert_eq!(head.framing, Framing::Length(5));
         assert_eq!(head.class.lane, LaneKind::Certificate);
-        assert!(head.keep_alive && !head.is_1_0 && !head.is_head);
+        assert!(head.keep_alive && !head.is_1_0 && !head.is_method_head);
     }
 
     #[test]
@@ -392,8 +392,8 @@ mod tests {
         let head = b"GET / HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 1.1.1.1, 2001:db8::9\r\n\r\n";
         let mut out = Vec::new();
         let proxies = Some(networks.as_slice());
-        let origin = Origin { proxies, ..ORIGIN };
-        read(head, origin, &mut out).unwrap();
+        let context = Context { proxies, ..ORIGIN };
+        read(head, context, &mut out).unwrap();
         assert_eq!(out, b"GET 7,2001:db8::9,,/ HTTP/1.1\r\n\r\n");
     }
 
@@ -403,8 +403,8 @@ mod tests {
             let head = format!("POST {target} HTTP/1.1\r\nHost: a\r\n\r\n");
             let mut out = Vec::new();
             let certificate = Some([1, 2, 3, 4].as_slice());
-            let origin = Origin { certificate, ..ORIGIN };
-            read(head.as_bytes(), origin, &mut out).unwrap();
+            let context = Context { certificate, ..ORIGIN };
+            read(head.as_bytes(), context, &mut out).unwrap();
             let text = String::from_utf8(out).unwrap();
             text.split(' ').nth(1).unwrap().to_owned()
         };
@@ -418,7 +418,7 @@ mod tests {
     fn what_is_for_https_only_is_not_read_without() {
         let head = b"POST /secure/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n";
         let read = |is_encrypted| {
-            read(head, Origin { is_encrypted, ..ORIGIN }, &mut Vec::new()).map(|head| head.framing)
+            read(head, Context { is_encrypted, ..ORIGIN }, &mut Vec::new()).map(|head| head.framing)
         };
         assert_eq!(read(false), Err(Code::NotFound));
         assert_eq!(read(true), Ok(Framing::Length(3)));
@@ -426,8 +426,9 @@ mod tests {
 
     #[test]
     fn a_request_line_says_how_to_refuse_the_rest() {
-        let manner =
-            |buf: &[u8]| begun(buf, classify).map(|head| (head.class.https_only, head.is_head));
+        let manner = |buf: &[u8]| {
+            begun(buf, classify).map(|head| (head.class.https_only, head.is_method_head))
+        };
         for (line, expected) in [
             ("GET /secure/x HTTP/1.1\r\nHost", Some((true, false))),
             ("\r\nHEAD https://a/secure/x?y HTTP/1.1", Some((true, true))),

@@ -11,11 +11,11 @@ use crate::locks::locked;
 /// make large replies faster than the edge can count them.
 const BYTES_MAX: usize = 256 * 1024;
 
-pub struct Inbox<T>(Arc<Shared<T>>);
+pub struct Inbox<T>(Arc<InboxState<T>>);
 
-pub struct Sender<T>(Arc<Shared<T>>);
+pub struct Sender<T>(Arc<InboxState<T>>);
 
-struct Shared<T> {
+struct InboxState<T> {
     state: Mutex<Waiting<T>>,
     /// There is room again, or the edge is gone.
     changed: Condvar,
@@ -34,7 +34,7 @@ struct Waiting<T> {
 impl<T> Inbox<T> {
     /// An empty one; `waker` ends the edge's sleep.
     pub fn new(waker: Waker) -> Self {
-        Inbox(Arc::new(Shared {
+        Inbox(Arc::new(InboxState {
             state: Mutex::new(Waiting { mail: Vec::new(), bytes: 0, blocked: 0, closed: false }),
             changed: Condvar::new(),
             asleep: AtomicBool::new(false),
@@ -76,8 +76,8 @@ impl<T> Drop for Inbox<T> {
 }
 
 impl<T> Sender<T> {
-    /// Tells the edge. `bytes` is what this costs until the edge takes it; while more waits than may,
-    /// it waits here.
+    /// Tells the edge. `bytes` is the memory that the messages take; while more than `BYTES_MAX` waits
+    /// for the edge, a sender with bytes waits here.
     pub fn send(&self, mail: impl IntoIterator<Item = T>, bytes: usize) {
         let mut state = locked(&self.0.state);
         while bytes > 0 && state.bytes > BYTES_MAX && !state.closed {

@@ -48,8 +48,8 @@ pub struct Held {
     pub replies: usize,
 }
 
-/// A client that holds less than this, a head for instance, is not refused for what others hold
-/// until everything is taken.
+/// A client that holds at most this, most heads for instance, is refused for what others hold only
+/// when the whole budget is taken.
 const SMALL: usize = 4 * 1024;
 
 impl Budget {
@@ -89,7 +89,7 @@ impl Budget {
         self.held.all <= if Self::is_small(bytes) { self.max } else { self.max - self.max / 4 }
     }
 
-    /// No more than a head and a little holds.
+    /// At most [`SMALL`].
     pub fn is_small(bytes: usize) -> bool {
         bytes <= SMALL
     }

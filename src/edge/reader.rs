@@ -5,7 +5,7 @@
 //! answered.
 
 use super::chunked::Decoder;
-use super::head::{self, Framing, Head, Origin};
+use super::head::{self, Context, Framing, Head};
 use super::settings::BODY_MAX;
 use crate::http::Classify;
 use crate::problem::Code;
@@ -22,8 +22,8 @@ pub struct Reader {
     /// How much of `pending` was searched for the end of the head.
     seen: usize,
     blank_lines: u8,
-    /// The request as the lane will get it, as far as it has come.
-    whole: Vec<u8>,
+    /// The request as the lane will get it, as far as it has come: whole when it is handed on.
+    forwarded: Vec<u8>,
 }
 
 #[derive(Default)]
@@ -36,7 +36,7 @@ enum Next {
     Chunked(Ticket, usize, Decoder),
 }
 
-/// What stays here of a request that was handed on.
+/// Number and head of a request, from when its head is read until its reply is sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Ticket {
     /// Its number in the lane.
@@ -45,7 +45,7 @@ pub struct Ticket {
 }
 
 #[derive(Clone, Copy, Debug)]
-pub enum Taken {
+pub enum Progress {
     /// Part of a request, or nothing.
     Part,
     /// The same, and the client waits to be told to send the body.
@@ -81,7 +81,7 @@ impl Reader {
     }
 
     pub fn held(&self) -> usize {
-        self.pending.capacity() + self.whole.capacity()
+        self.pending.capacity() + self.forwarded.capacity()
     }
 
     /// Whether something waits behind the request that was whole last.
@@ -96,19 +96,19 @@ impl Reader {
     pub fn take(
         &mut self,
         input: &[u8],
-        origin: Origin<'_>,
+        context: Context<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<Taken, Code> {
+    ) -> Result<Progress, Code> {
         out.clear();
         if self.pending.is_empty() {
-            let read = self.read(input, origin, out);
+            let read = self.read(input, context, out);
             let used = read.map_or(0, |(used, _)| used);
             self.pending.extend_from_slice(input.get(used..).unwrap_or_default());
             return read.map(|(_, taken)| taken);
         }
         let mut all = std::mem::take(&mut self.pending);
         all.extend_from_slice(input);
-        let read = self.read(&all, origin, out);
+        let read = self.read(&all, context, out);
         let (used, taken) = read.inspect_err(|_| self.pending = std::mem::take(&mut all))?;
         all.drain(..used);
         // Nothing is kept for a client that has nothing outstanding.
@@ -119,19 +119,19 @@ impl Reader {
     fn read(
         &mut self,
         input: &[u8],
-        origin: Origin<'_>,
+        context: Context<'_>,
         out: &mut Vec<u8>,
-    ) -> Result<(usize, Taken), Code> {
+    ) -> Result<(usize, Progress), Code> {
         let mut used = 0;
         if matches!(self.next, Next::Head) {
             used = self.skip_blank_lines(input)?;
             let rest = input.get(used..).unwrap_or_default();
             let Some(length) = head::find_end(rest, self.seen)? else {
                 self.seen = rest.len();
-                return Ok((used, Taken::Part));
+                return Ok((used, Progress::Part));
             };
             self.seen = 0;
-            self.begin(rest.get(..length).unwrap_or_default(), origin, out)?;
+            self.begin(rest.get(..length).unwrap_or_default(), context, out)?;
             used += length;
         }
         let rest = input.get(used..).unwrap_or_default();
@@ -153,9 +153,9 @@ impl Reader {
     }
 
     /// Writes the head for the lane at the start of `out`.
-    fn begin(&mut self, buf: &[u8], origin: Origin<'_>, out: &mut Vec<u8>) -> Result<(), Code> {
-        let head = head::read(buf, origin, out)?;
-        let request = Ticket { number: origin.number, head };
+    fn begin(&mut self, buf: &[u8], context: Context<'_>, out: &mut Vec<u8>) -> Result<(), Code> {
+        let head = head::read(buf, context, out)?;
+        let request = Ticket { number: context.number, head };
         self.next = match head.framing {
             Framing::Length(length) => Next::Length(request, length),
             Framing::Chunked => Next::Chunked(request, out.len(), Decoder::default()),
@@ -163,10 +163,10 @@ impl Reader {
         Ok(())
     }
 
-    /// Takes what there is of the body. `out` holds the head, or nothing if `whole` does.
-    fn body(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Taken), Code> {
+    /// Takes what there is of the body. `out` holds the head, or nothing if `forwarded` does.
+    fn body(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Progress), Code> {
         let stored = out.is_empty();
-        let target = if stored { &mut self.whole } else { &mut *out };
+        let target = if stored { &mut self.forwarded } else { &mut *out };
         let (used, request, done) = match &mut self.next {
             Next::Length(request, left) => {
                 let part = input.get(..*left).unwrap_or(input);
@@ -181,19 +181,19 @@ impl Reader {
                 }
                 (used, *request, done)
             }
-            Next::Head => return Ok((0, Taken::Part)),
+            Next::Head => return Ok((0, Progress::Part)),
         };
         if done {
-            out.extend_from_slice(&self.whole);
-            (self.next, self.blank_lines, self.whole) = (Next::Head, 0, Vec::new());
-            return Ok((used, Taken::Whole(request)));
+            out.extend_from_slice(&self.forwarded);
+            (self.next, self.blank_lines, self.forwarded) = (Next::Head, 0, Vec::new());
+            return Ok((used, Progress::Whole(request)));
         }
         if !stored {
-            self.whole = out.to_vec();
+            self.forwarded = out.to_vec();
             out.clear();
         }
         let waits = request.head.expects_continue && !stored && input.is_empty();
-        Ok((used, if waits { Taken::Expecting } else { Taken::Part }))
+        Ok((used, if waits { Progress::Expecting } else { Progress::Part }))
     }
 }
 
@@ -210,7 +210,7 @@ mod tests {
     use crate::edge::settings::FIELDS_MAX;
     use std::net::{IpAddr, Ipv4Addr};
 
-    const ORIGIN: Origin<'static> = Origin {
+    const ORIGIN: Context<'static> = Context {
         number: 1,
         peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
         proxies: None,
@@ -243,14 +243,14 @@ mod tests {
             rest = tail;
             loop {
                 match reader.take(piece, ORIGIN, &mut out) {
-                    Ok(Taken::Whole(_)) => {
+                    Ok(Progress::Whole(_)) => {
                         whole.push(out.clone());
                         piece = &[];
                         if reader.has_pending() {
                             continue;
                         }
                     }
-                    Ok(Taken::Part | Taken::Expecting) => {}
+                    Ok(Progress::Part | Progress::Expecting) => {}
                     Err(code) => return (whole, Some(code), most),
                 }
                 most = most.max(reader.held());

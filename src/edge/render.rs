@@ -37,7 +37,7 @@ pub fn write_head(
 }
 
 pub fn body<'a>(reply: &'a Reply, request: Option<&Head>) -> &'a [u8] {
-    let is_head = request.is_some_and(|head| head.is_head);
+    let is_head = request.is_some_and(|head| head.is_method_head);
     if is_head || !has_body(reply.status) { &[] } else { &reply.body }
 }
 
@@ -51,7 +51,7 @@ pub fn refusal(code: Code, request: Option<&Head>, now: Now) -> Reply {
     if code == Code::MethodNotAllowed {
         problem.allow = Some(Method::ALLOW.into());
     }
-    // Of paths the edge knows no more than that.
+    // The edge itself answers `NotFound` only where a path of HTTPS is asked for over plain HTTP.
     if code == Code::NotFound {
         problem = problem.text("Not found: this is served over HTTPS only");
     }
@@ -120,7 +120,7 @@ mod tests {
         let mut head = Head {
             framing: Framing::Length(0),
             class: Class::PLAIN,
-            is_head: true,
+            is_method_head: true,
             is_1_0: false,
             keep_alive: true,
             expects_continue: false,
@@ -131,7 +131,7 @@ mod tests {
             text.ends_with("Length: 3\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\n\r\n"),
             "{text}"
         );
-        (head.is_head, head.is_1_0) = (false, true);
+        (head.is_method_head, head.is_1_0) = (false, true);
         let text = rendered(&reply, Some(&head), true);
         assert!(text.ends_with("\r\nConnection: keep-alive\r\n\r\nabc"), "{text}");
         let mut nothing = reply;

@@ -22,8 +22,10 @@ use super::tls::{Acceptor, Computed, Handshakes, STATE_HELD};
 use crate::clock::{self, Now};
 use crate::http::Reply;
 
-/// Descriptors besides those of clients: files, Redis, lanes and their servers.
+/// Descriptors besides those of clients and lanes: files, Redis.
 const OTHER_FILES: usize = 64;
+/// Descriptors of a lane: its listener and both ends of its connection.
+const LANE_FILES: usize = 3;
 
 /// The edge, before or while it runs.
 pub struct Edge {
@@ -33,8 +35,8 @@ pub struct Edge {
     driver: Driver,
     acceptor: Option<Arc<Acceptor>>,
     local_addr: SocketAddr,
-    /// Lanes have the keys before it, after the listener's.
-    first_client: usize,
+    /// The key of the first place; 0 is the listener's, those between are the lanes'.
+    first_client_key: usize,
     /// All lanes have answered once, and clients are let in.
     is_open: bool,
     /// To be told when all lanes have answered.
@@ -95,7 +97,7 @@ impl Edge {
         if acceptor.is_some() {
             fit_to_budget(&mut settings);
         }
-        fit_to_open_files(&mut settings)?;
+        fit_to_open_files(&mut settings, OTHER_FILES + LANE_FILES * lanes.len())?;
         let http = &settings.http;
         let places = http.max_connections.min(http.max_connections_per_ip);
         let poll = Poll::new()?;
@@ -106,7 +108,7 @@ impl Edge {
         });
         let socket = TcpListener::bind((http.host, http.port))?;
         let local_addr = socket.local_addr()?;
-        let first_client = KEY + 1 + lanes.len();
+        let first_client_key = KEY + 1 + lanes.len();
         let work_ms = settings.deadlines.length_ms(Wait::Work);
         let lanes = Lanes::open(lanes, KEY + 1, work_ms, &poll, clock::now().mono_ms)?;
         let counters = Arc::clone(&settings.counters);
@@ -116,7 +118,7 @@ impl Edge {
             driver: Driver::new(connections, lanes, counters),
             acceptor,
             local_addr,
-            first_client,
+            first_client_key,
             is_open: false,
             proving: None,
             inbox,
@@ -162,7 +164,7 @@ impl Edge {
         self.driver.now = now;
         let mut accept = self.listener.as_ref().is_some_and(|l| l.is_due(now.mono_ms));
         for ready in self.poll.ready() {
-            match ready.key.checked_sub(self.first_client) {
+            match ready.key.checked_sub(self.first_client_key) {
                 Some(at) => self.driver.client_ready(at, ready),
                 None => accept |= ready.key == KEY,
             }
@@ -172,7 +174,7 @@ impl Edge {
             self.read_mail(mail, now);
         }
         // After the answers, or those of a worker that has ended would be lost.
-        for ready in self.poll.ready().filter(|ready| ready.key < self.first_client) {
+        for ready in self.poll.ready().filter(|ready| ready.key < self.first_client_key) {
             if ready.readable {
                 self.driver.lane_readable(ready.key);
             }
@@ -183,7 +185,7 @@ impl Edge {
             self.accept(now);
         }
         self.driver.expire();
-        self.driver.count();
+        self.driver.publish_gauges();
         self.note_proof();
     }
 
@@ -215,8 +217,9 @@ impl Edge {
 
     fn accept(&mut self, now: Now) -> bool {
         let Some(listener) = &mut self.listener else { return false };
-        let (driver, poll, first_key) = (&mut self.driver, &self.poll, self.first_client);
-        listener.accept(now.mono_ms, &mut |arrival| driver.arrived(arrival, poll, first_key))
+        let (driver, poll, first_client_key) =
+            (&mut self.driver, &self.poll, self.first_client_key);
+        listener.accept(now.mono_ms, &mut |arrival| driver.arrived(arrival, poll, first_client_key))
     }
 
     /// Stops accepting. Connections that the system has accepted already are taken over first, or they
@@ -249,16 +252,16 @@ fn fit_to_budget(settings: &mut Settings) {
 }
 
 /// Raises the limit on open files to what is needed, as far as that is allowed.
-fn fit_to_open_files(settings: &mut Settings) -> io::Result<()> {
+fn fit_to_open_files(settings: &mut Settings, others: usize) -> io::Result<()> {
     let max = &mut settings.http.max_connections;
-    let wanted = (*max + OTHER_FILES) as u64;
+    let wanted = (*max + others) as u64;
     let limit = getrlimit(Resource::Nofile);
     let allowed = wanted.min(limit.maximum.unwrap_or(u64::MAX));
     if limit.current.is_some_and(|current| current < allowed) {
         setrlimit(Resource::Nofile, Rlimit { current: Some(allowed), maximum: limit.maximum })?;
     }
     if allowed < wanted {
-        *max = usize::try_from(allowed).unwrap_or(usize::MAX).saturating_sub(OTHER_FILES).max(1);
+        *max = usize::try_from(allowed).unwrap_or(usize::MAX).saturating_sub(others).max(1);
         log::warn!("open files are limited to {allowed}: at most {max} connections");
     }
     Ok(())

@@ -5,8 +5,8 @@
 //! connection is ended: from our side first, so that the client can read the reply to its end even if
 //! it still sends (RFC 9112, 9.6).
 
-use super::head::{Head, Origin};
-use super::reader::{Phase, Reader, Taken, Ticket};
+use super::head::{Context, Head};
+use super::reader::{Phase, Progress, Reader, Ticket};
 use super::settings::Wait;
 use crate::http::{Classify, Reply};
 use crate::problem::Code;
@@ -66,7 +66,8 @@ pub enum Action {
         head: Head,
         keep_alive: bool,
     },
-    /// Send an error, in the way of the request as far as that is known, and say that it is the end.
+    /// Send this error, in the form of the endpoint if the request line is known, with
+    /// `Connection: close`.
     Refuse(Code, Option<Head>),
     /// Read on; there may be something already.
     ReadOn {
@@ -93,14 +94,14 @@ impl Session {
         (Session { reader: Reader::default(), state, wait, is_last: false }, wait)
     }
 
-    /// What `event` means. A request that is to be dispatched is written to `whole`; `origin` says who
+    /// What `event` means. A request that is to be dispatched is written to `out`; `context` says who
     /// sends it.
-    pub fn on(&mut self, event: Event<'_>, origin: Origin<'_>, whole: &mut Vec<u8>) -> Step {
-        let classify = origin.classify;
+    pub fn on(&mut self, event: Event<'_>, context: Context<'_>, out: &mut Vec<u8>) -> Step {
+        let classify = context.classify;
         let action = match event {
             Event::Secured => self.secured(),
             Event::TlsFailed => self.linger(),
-            Event::Bytes(bytes) => self.bytes(bytes, origin, whole),
+            Event::Bytes(bytes) => self.bytes(bytes, context, out),
             Event::End => self.end(classify),
             Event::Answered(reply) => self.answered(reply),
             Event::Flushed => self.flushed(),
@@ -152,7 +153,7 @@ impl Session {
         true
     }
 
-    /// What the client is waited for. A deadline that runs already is not put off by a part more.
+    /// The deadline that applies now. More bytes of the same part do not restart it.
     fn awaited(&self) -> Wait {
         match (&self.state, self.reader.phase()) {
             (State::Handshake, _) => Wait::Handshake,
@@ -177,16 +178,16 @@ impl Session {
         Action::Wait
     }
 
-    fn bytes(&mut self, bytes: &[u8], origin: Origin<'_>, whole: &mut Vec<u8>) -> Action {
+    fn bytes(&mut self, bytes: &[u8], context: Context<'_>, out: &mut Vec<u8>) -> Action {
         match &mut self.state {
-            State::Reading => match self.reader.take(bytes, origin, whole) {
-                Ok(Taken::Part) => Action::Wait,
-                Ok(Taken::Expecting) => Action::Continue,
-                Ok(Taken::Whole(ticket)) => {
+            State::Reading => match self.reader.take(bytes, context, out) {
+                Ok(Progress::Part) => Action::Wait,
+                Ok(Progress::Expecting) => Action::Continue,
+                Ok(Progress::Whole(ticket)) => {
                     self.state = State::Working(ticket);
                     Action::Dispatch(ticket)
                 }
-                Err(code) => self.refuse(code, origin.classify),
+                Err(code) => self.refuse(code, context.classify),
             },
             State::Lingering(thrown) => {
                 *thrown += bytes.len();
@@ -270,7 +271,7 @@ mod tests {
     use super::*;
     use crate::http::Class;
 
-    const ORIGIN: Origin<'static> = Origin {
+    const ORIGIN: Context<'static> = Context {
         number: 7,
         peer: IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
         proxies: None,

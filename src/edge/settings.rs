@@ -1,4 +1,4 @@
-//! What all rooms of the edge use: its settings, its limits, and what a client may be late with.
+//! What all modules of the edge use: its settings, its limits, and what a client may be late with.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -52,7 +52,7 @@ impl Settings {
     }
 }
 
-/// What a client has to do by its deadline.
+/// What a deadline is for: what the client, or its lane, has to do until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     /// Finish the TLS handshake.

@@ -76,7 +76,7 @@ pub struct Class {
     pub lane: LaneKind,
     /// The client's certificate goes with it. Elsewhere it would be bytes for nothing.
     pub client_certificate: bool,
-    /// Over plain HTTP there is nothing.
+    /// Over plain HTTP the answer is 404.
     pub https_only: bool,
     /// How an error is told to who sent it.
     pub refuse: fn(&Problem, Now) -> Reply,

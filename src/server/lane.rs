@@ -1,9 +1,8 @@
 //! Lanes, the workers' side: `tiny_http` on private sockets, one connection and one worker each.
 //!
 //! A worker takes what waits as a [`Batch`] and answers it once, through the edge's inbox. Nothing is
-//! ever written to the socket: each request's writer is taken and dropped unwritten as soon as the
-//! request is read, and what is left of it are its own words. So there is no second way out, on which
-//! an answer could meet those of others. Requests of a batch that is dropped, by a panic for instance,
+//! ever written to the socket: each request's `tiny_http` writer is dropped unused as soon as the
+//! request is read. So no answer can reach the wrong client by the socket. Requests of a batch that is dropped, by a panic for instance,
 //! are answered with 500: every request has its answer.
 //!
 //! A server has the one connection for which it was made: its socket is shut when that waits to be
@@ -101,14 +100,14 @@ impl LaneServer {
         locked(&self.servers).iter().for_each(|server| server.unblock());
     }
 
-    /// Waits for a request, then takes up to `bound` with those that wait behind it, or come before
-    /// nothing has come for `pause`. `None` when [`LaneServer::stop`] was called, or before the edge has
+    /// Waits for a request, then adds those behind it and those that follow with gaps shorter than
+    /// `pause`, up to `bound` in all. `None` when [`LaneServer::stop`] was called, or before the edge has
     /// connected.
     pub fn next_batch(&self, bound: usize, pause: Duration, outbox: &Outbox) -> Option<Batch> {
         let mut batch = Batch::new(Arc::clone(outbox));
         loop {
             let server = self.server()?;
-            // `try_recv` may have swallowed what ends `recv`.
+            // `stop` ends one `recv`; a `try_recv` may have used that up, so this must not wait again.
             let first = match self.stopped.load(Ordering::Acquire) {
                 true => server.try_recv(),
                 false => server.recv().map(Some),

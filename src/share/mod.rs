@@ -31,13 +31,13 @@ use crate::locks::locked;
 use crate::serial::Serial;
 use crate::store::StoreError;
 
-/// An instance that has read nothing for so long may have missed a holder, which lives for twice as
-/// long.
+/// An instance that has read nothing for so long may miss a holder, the name of a device's newest
+/// certificate in Redis: it expires after twice this time.
 const STALE_MS: u64 = 300_000;
-/// Longest that somebody waits for an answer to what was asked; as `REDIS_TIMEOUT_MS` is.
+/// How long a caller waits for the sharing thread: as long as the default of `REDIS_TIMEOUT_MS`.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Longest that serving from Redis waits for what was announced meanwhile. Whoever goes on from memory
-/// instead knows no more of it.
+/// How long a return to Redis is delayed until what was announced meanwhile is merged; an instance that
+/// served from memory instead would not know it either.
 const CATCH_UP: Duration = Duration::from_secs(10);
 
 /// What is exchanged.

@@ -18,9 +18,10 @@ use crate::store::StoreError;
 const TRIES: usize = 4;
 /// With more than this waiting for a part that is away, nothing is taken off the lists of news.
 const ASIDE_MOST: usize = 100_000;
-/// So often, at most, the server is asked how full it is.
+/// The server is asked how full it is at most this often.
 const FULLNESS_MS: u64 = 1_000;
-/// When there is room again, what was not put is, but no more often than this.
+/// When Redis has room again, a full comparison puts there what was left out, but not before this
+/// pause is over.
 const ROOM_AGAIN_MS: u64 = 60_000;
 
 impl<E: Exchange> Thread<E> {

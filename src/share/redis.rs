@@ -14,7 +14,7 @@ const STREAM_ENTRIES: u64 = 10_000;
 const READ_ENTRIES: u64 = 256;
 /// How long a holder lives, in seconds: long enough for every instance to merge what it names.
 const HOLDER_S: u64 = 600;
-/// Of its memory, the part of which no more than this may be used before certificates are put no more.
+/// Certificates are put in Redis only while it uses at most this part of its `maxmemory`.
 const FULL: (u64, u64) = (7, 10);
 
 /// The exchange of one instance.

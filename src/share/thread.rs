@@ -63,7 +63,7 @@ pub(super) struct Progress {
     pub comparison: Option<Comparison>,
     /// The rows that were known here when it was begun, by the hash in which they stand.
     pub rows: BTreeMap<String, Vec<Name>>,
-    /// When all of it is next, by [`Now::mono_ms`].
+    /// When the next full comparison is due, by [`Now::mono_ms`].
     pub compare_ms: u64,
     /// So often was halved what is told or read at once: over a slow line less gets through in time.
     pub halvings: u32,
@@ -77,8 +77,8 @@ pub(super) struct Progress {
     pub look_ms: u64,
     /// What was told and not read again yet: our own words need not be looked up.
     pub told: BTreeSet<Name>,
-    /// Where something stood that none of our instances has written. Each is told of once, so that who
-    /// knows better puts it right, and not for ever where nobody does.
+    /// Names with a value that none of our instances has written. Each is announced once, so that an
+    /// instance with the true value writes it again; not for ever, for there may be none.
     pub doubted: BTreeSet<Name>,
     /// Certificates that were found and have ended too long ago to be kept.
     pub passed: BTreeSet<Serial>,

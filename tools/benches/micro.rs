@@ -25,7 +25,7 @@ use mqtt_publisher_lite::clock::{self, Now};
 use mqtt_publisher_lite::config::Config;
 use mqtt_publisher_lite::device::DeviceId;
 use mqtt_publisher_lite::devices::{Bound, Row};
-use mqtt_publisher_lite::edge::head::{self, Origin};
+use mqtt_publisher_lite::edge::head::{self, Context};
 use mqtt_publisher_lite::jwt::{Claims, Signer, Token};
 use mqtt_publisher_lite::metrics::Metrics;
 use mqtt_publisher_lite::serial::Serial;
@@ -170,7 +170,7 @@ fn head_find_and_rewrite(bencher: Bencher) {
         let end = head::find_end(black_box(HEAD), 0).unwrap().unwrap();
         head::read(
             &HEAD[..end],
-            Origin {
+            Context {
                 number: 42,
                 peer,
                 proxies: None,

@@ -120,7 +120,7 @@ impl<'a> Entries<'a> {
             .map_err(RecordError::not_written)
             .and_then(|()| self.record.append(&mut self.writer, lines));
         let Err(mut error) = outcome else { return results };
-        // A line that may have stayed needs its certificate; without one the latter must go.
+        // If lines may have stayed, their files must stay, too; if none has, the files are removed.
         if let RecordError::NotWritten { left_behind: left @ false, .. } = &mut error {
             let removed: Vec<bool> = written.iter().map(|new| self.remove_pem(new)).collect();
             *left = removed.contains(&false);

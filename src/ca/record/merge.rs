@@ -56,8 +56,8 @@ pub struct Judge<'a> {
 /// What has become of what came.
 #[derive(Debug, Default)]
 pub struct Merged {
-    /// What is revoked since, or earlier than was known, of what is here or is still to come. Whoever
-    /// merges has a new list published then.
+    /// Certificates that are revoked now, or earlier than was known, also those that are not here yet.
+    /// The caller publishes a new list.
     pub revoked: Vec<Serial>,
     /// What this CA has not signed for a device, or is not what its serial number says.
     pub ignored: Vec<Serial>,

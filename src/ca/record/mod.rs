@@ -2,9 +2,8 @@
 //! that was signed here, and `certs/others.pem` for those that other instances have signed.
 //!
 //! The line in `index.txt` makes a certificate a record. It is written after the certificate is on
-//! disk. So a certificate without a line was not answered when that folder was as it is; but a copy
-//! that was taken while certificates were written may have it newer than `index.txt`, so it is entered
-//! at start. A line without a certificate stays a record, all but the download. The whole record but
+//! disk, so a certificate without a line was never answered. But in a copy that was taken meanwhile
+//! its file may be newer than `index.txt`, so it is entered at start. A line without a certificate stays a record, all but the download. The whole record but
 //! for the certificates themselves is held in memory ([`rows`]), in at most 100 bytes each.
 //!
 //! What is recorded here is told to other instances ([`news`]), and what they tell is merged

@@ -60,7 +60,7 @@ impl Record {
         let mut copy = |new: &mut File| {
             let (mut new, mut length) = (BufWriter::new(new), 0_u64);
             for (at, serial) in &kept {
-                // What cannot be read is not there, and its line finds that out.
+                // A text that cannot be read is not copied; reading by its line then finds nothing.
                 let Some(text) = others::read(&old, u64::from(*at))? else { continue };
                 places.insert(*serial, u32::try_from(length).map_err(io::Error::other)?);
                 new.write_all(text.as_bytes())?;

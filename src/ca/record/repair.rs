@@ -113,7 +113,7 @@ impl Record {
         if rows.have_files(&named) {
             return Ok(Vec::new());
         }
-        // Another spelling of the name is nobody's business.
+        // A file whose name spells the serial number differently is not ours and is left alone.
         named.retain(|s| rows.by_serial(s).is_none() && self.pem_path(s).exists());
         Ok(named)
     }
@@ -237,7 +237,7 @@ impl Record {
         cut().map_err(FilesError::io("cannot write", path)).map_err(RecordError::not_written)
     }
 
-    /// What it is to somebody nobody knows, so it is not deleted.
+    /// Moved, not deleted: somebody may need the file.
     fn move_aside(&self, serial: &Serial) -> Result<(), RecordError> {
         let path = self.pem_path(serial);
         let aside = files::move_into(&path, &self.dir.join(ASIDE))?;

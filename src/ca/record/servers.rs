@@ -26,8 +26,8 @@ const SERVER_LINE: &str = "Use: server\n";
 #[derive(Debug, Default)]
 pub(super) struct Servers {
     list: Mutex<Vec<Server>>,
-    /// When `certs/` was changed, as the last look but one and the last have seen it: a file that comes
-    /// right behind a look may leave the time as it was.
+    /// When `certs/` was changed, as the last two looks have seen it. A file that comes in the same tick
+    /// as a look may not change that time, so only two looks that agree count.
     seen: Mutex<[Option<(i64, i64)>; 2]>,
 }
 
@@ -58,7 +58,7 @@ impl Record {
         let at =
             |strays: Vec<Serial>| strays.iter().filter_map(|s| self.server_at(s, ca)).collect();
         let entered = self.strays().map(at).and_then(|found| self.enter_these_servers(found));
-        // That there was nothing to write does not say that it could be written.
+        // Only a failure is noted: where nothing had to be written, success proves nothing.
         entered.or_else(|error| {
             self.servers.look_again();
             self.trial.note(Err(error))

@@ -1,8 +1,8 @@
 //! Our end of the lanes: requests go down Unix connections, answers come back through the inbox.
 //!
-//! A lane is a queue of what waits beside the socket that it goes through. Only requests go through it:
-//! if a byte comes back the lane is given up, as it is when the connection ends or the worker takes too
-//! long. One that was lost is opened again, and used only when it has answered a request of ours.
+//! A lane is a Unix connection and a queue of the requests that wait for their answers. The worker never
+//! writes to the connection: a byte from it, its end, or an answer that takes too long closes the lane.
+//! It is opened again, and used when it has answered a request of the edge's own (a proof).
 
 mod queue;
 

@@ -56,7 +56,7 @@ impl Stream {
 
     /// The server's key has signed, as far as it will: what is left of the handshake is cheap.
     pub fn has_signed(&self) -> bool {
-        // After a retry it signs when the second ClientHello comes, which this does not tell.
+        // After a HelloRetryRequest this never tells whether it has signed: that counts as not signed.
         matches!(
             self.connection.handshake_kind(),
             Some(HandshakeKind::Full | HandshakeKind::Resumed)
