@@ -262,7 +262,8 @@ impl Provisioner {
             return Ok(Done::Revoked { of: device.as_str().to_owned(), serial: None, shared });
         }
         let status = self.store.status();
-        if status.redis_enabled && !status.redis_serves {
+        let is_away = !status.redis_serves || (!shared && self.sharing.is_partial());
+        if status.redis_enabled && is_away {
             // If there is a token, it dies when Redis is back; whether there is, nobody knows.
             let why = format!("device {device}: its token is looked for when Redis is back");
             return Err(Problem::from(Code::ServiceUnavailable).log(why));

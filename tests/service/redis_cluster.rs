@@ -397,6 +397,17 @@ fn the_record_is_shared_while_a_shard_is_away() {
     assert!(wait::until(SOON, || is_revoked().then_some(())).is_some(), "{}", b.log());
     assert!(!aside.iter().any(knows), "they lie on the lost shard");
     assert!(!are_shared(), "it is said");
+    // What nobody can know is not denied.
+    for (is_there, status) in [(true, 404), (false, 503)] {
+        let names = (0..60).map(|n| Device::new(&format!("unknown{n}")));
+        let is_it = |device: &Device| {
+            let keys = [&device.name, &row_key(device)];
+            keys.iter().all(|key| lives(&cluster, key) == is_there)
+        };
+        let device = names.into_iter().find(is_it).unwrap();
+        let answer = revoke(&b, &device);
+        assert_eq!(answer.status, status, "{}", answer.text());
+    }
     assert_eq!(calls(&cluster.servers[home], "hkeys"), compared, "nothing is compared anew");
     cluster.servers[lost].start_again();
     wait::for_true("all is shared again", || are_shared() && aside.iter().all(knows));
