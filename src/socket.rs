@@ -6,6 +6,7 @@
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 pub use socket2::SockAddr;
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 
@@ -56,20 +57,20 @@ impl TimedSocket {
     }
 
     /// Whether what finds nothing to read, or no room, waits for it, or fails with `WouldBlock`.
-    pub fn set_waiting(&mut self, waits: bool) -> io::Result<()> {
+    pub fn set_waiting(&mut self, waits: bool) {
         self.waits = waits;
-        self.socket.set_nonblocking(!waits)
     }
 }
 
 impl Read for TimedSocket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.waits {
-            let left = time_left(self.deadline)?;
-            if self.read_timeout.abs_diff(left) > GRAIN {
-                self.socket.set_read_timeout(Some(left))?;
-                self.read_timeout = left;
-            }
+        if !self.waits {
+            return Ok(recv(&self.socket, buffer, RecvFlags::DONTWAIT)?.0);
+        }
+        let left = time_left(self.deadline)?;
+        if self.read_timeout.abs_diff(left) > GRAIN {
+            self.socket.set_read_timeout(Some(left))?;
+            self.read_timeout = left;
         }
         self.socket.read(buffer)
     }
@@ -77,12 +78,13 @@ impl Read for TimedSocket {
 
 impl Write for TimedSocket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.waits {
-            let left = time_left(self.deadline)?;
-            if self.write_timeout.abs_diff(left) > GRAIN {
-                self.socket.set_write_timeout(Some(left))?;
-                self.write_timeout = left;
-            }
+        if !self.waits {
+            return Ok(send(&self.socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?);
+        }
+        let left = time_left(self.deadline)?;
+        if self.write_timeout.abs_diff(left) > GRAIN {
+            self.socket.set_write_timeout(Some(left))?;
+            self.write_timeout = left;
         }
         self.socket.write(bytes)
     }

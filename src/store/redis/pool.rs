@@ -15,7 +15,7 @@ use crate::socket::time_left;
 use crate::store::{Down, DownKind, StoreError, locked};
 
 /// A connection that was neither used nor looked at for longer may have been closed by the other side;
-/// looking costs five system calls.
+/// looking costs a system call.
 const IDLE_MS: u64 = 20;
 /// One that was idle for longer is asked whether it still leads to the same server.
 const LONG_IDLE_MS: u64 = 4000;

@@ -44,9 +44,10 @@ impl Stream {
 
     /// The other side has closed it, or has sent what nobody asked for. Waits for nothing.
     pub fn has_ended(&mut self) -> bool {
-        let nothing_to_read = self.socket().set_waiting(false).is_ok()
-            && matches!(self.read(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock);
-        self.socket().set_waiting(true).is_err() || !nothing_to_read
+        self.socket().set_waiting(false);
+        let found = self.read(&mut [0]);
+        self.socket().set_waiting(true);
+        !found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 }
 
