@@ -5,7 +5,7 @@ use crate::device::DeviceId;
 use crate::serial::Serial;
 use crate::store::StoreError;
 
-/// What stands in Redis under a place of its own.
+/// What stands in the server under a place of its own.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Name {
     Certificate(Serial),
@@ -57,6 +57,9 @@ pub struct Changes {
 /// trip, and fails when the server does not answer, or not what was asked. Of a cluster a part may be
 /// away ([`StoreError::is_part`]): what is there is not to be asked for.
 pub trait Exchange: Send {
+    /// What the log calls the server.
+    const NAME: &'static str;
+
     /// Connects anew, to share with instances of the CA with this fingerprint. Returns the server's run
     /// id, if it may be asked, and whether the record is shared, as the first instance has entered it.
     fn connect(

@@ -145,7 +145,10 @@ impl<E: Exchange> Thread<E> {
         let now_ms = clock::now().mono_ms;
         let lately = |warned: u64| now_ms.saturating_sub(warned) < HOUR_MS;
         if !self.progress.warned_ms.is_some_and(lately) {
-            log::warn!("Redis holds values of the record that none of our instances has written");
+            log::warn!(
+                "{} holds values of the record that none of our instances has written",
+                E::NAME
+            );
             self.progress.warned_ms = Some(now_ms);
         }
     }

@@ -20,7 +20,7 @@ const TRIES: usize = 4;
 const ASIDE_MOST: usize = 100_000;
 /// The server is asked how full it is at most this often.
 const FULLNESS_MS: u64 = 1_000;
-/// When Redis has room again, a full comparison puts there what was left out, but not before this
+/// When the server has room again, a full comparison puts there what was left out, but not before this
 /// pause is over.
 const ROOM_AGAIN_MS: u64 = 60_000;
 
@@ -156,7 +156,8 @@ impl<E: Exchange> Thread<E> {
         let filling = self.parts.exchange.is_filling()?;
         if filling && !progress.filling {
             log::warn!(
-                "Redis is filling up: certificates are not shared any more, revocations are"
+                "{} is filling up: certificates are not shared any more, revocations are",
+                E::NAME
             );
         }
         if progress.filling && !filling {

@@ -57,6 +57,8 @@ impl RedisExchange {
 }
 
 impl Exchange for RedisExchange {
+    const NAME: &'static str = "Redis";
+
     fn connect(
         &mut self,
         fp: &str,

@@ -27,6 +27,27 @@ use crate::serial::Serial;
 use crate::store::ledger::Ledger;
 use crate::store::{Answer, Down, DownKind, Op, Outcome, Status, StoreError, TokenStore};
 
+/// How many steps an instance may still take on its line.
+type Steps = Arc<Mutex<usize>>;
+
+/// What the world must know of the exchange between its instances, whichever that is.
+trait Medium {
+    type Line: Exchange;
+
+    /// A line of one instance, of which each step may be the last.
+    fn line(this: &Arc<Mutex<Self>>, steps: &Steps) -> Self::Line;
+
+    /// One of its misfortunes, by two numbers below seven and eight.
+    fn suffer(&mut self, what: usize, at: usize);
+
+    /// It has room again, and all of it is in reach.
+    fn recover(&mut self);
+
+    /// Somebody who has no key puts a value there, or a copy of the one with this number, and
+    /// announces it.
+    fn forge(&mut self, place: Place, name: Name, copied: usize);
+}
+
 /// What stands in the server.
 #[derive(Clone, Default)]
 struct Data {
@@ -38,6 +59,8 @@ struct Data {
 #[derive(Default)]
 struct Server {
     data: Data,
+    /// With this, or with nothing, it starts again.
+    saved: Data,
     /// Of the stream; never goes back, as time does not.
     last_id: u64,
     run: u64,
@@ -69,13 +92,54 @@ impl Server {
     }
 }
 
+impl Medium for Server {
+    type Line = Line;
+
+    fn line(this: &Arc<Mutex<Self>>, steps: &Steps) -> Line {
+        Line { server: Arc::clone(this), run: 0, steps: Arc::clone(steps) }
+    }
+
+    fn suffer(&mut self, what: usize, at: usize) {
+        match what {
+            // A part of the stream is lost, or told again.
+            0 => {
+                let most = self.data.stream.len();
+                self.data.stream.drain(..at.min(most));
+            }
+            1 => {
+                let entry = self.data.stream.get(at).map(|(_, names)| names.clone());
+                self.append(entry.unwrap_or_default());
+            }
+            2 => self.saved = self.data.clone(),
+            // It starts again with older data or none, or is emptied.
+            3 => {
+                self.data = self.saved.clone();
+                self.run += 1;
+            }
+            4 => self.data = Data::default(),
+            5 => self.is_part_away = !self.is_part_away,
+            _ => self.is_full = !self.is_full,
+        }
+    }
+
+    fn recover(&mut self) {
+        (self.is_full, self.is_part_away) = (false, false);
+    }
+
+    fn forge(&mut self, place: Place, name: Name, copied: usize) {
+        let copied = self.data.values.values().nth(copied).cloned();
+        self.data.values.insert(place, copied.unwrap_or_else(|| b"forged".to_vec()));
+        self.append(vec![name]);
+    }
+}
+
 /// The exchange of one instance. Each step on the server may be the last one before the line is cut,
 /// and a server that starts again cuts all.
 struct Line {
     server: Arc<Mutex<Server>>,
     /// The run of the server to which it is connected.
     run: u64,
-    steps: Arc<Mutex<usize>>,
+    steps: Steps,
 }
 
 /// How long what has ended is kept.
@@ -119,6 +183,8 @@ impl Line {
 }
 
 impl Exchange for Line {
+    const NAME: &'static str = "the server";
+
     fn connect(&mut self, _: &str, shares: bool) -> Result<(Option<String>, bool), StoreError> {
         self.run = self.server.lock().unwrap().run;
         Ok((Some(self.step()?.run.to_string()), shares))
@@ -224,16 +290,16 @@ impl TokenStore for Freed {
     }
 }
 
-struct Instance {
-    thread: Thread<Line>,
-    steps: Arc<Mutex<usize>>,
+struct Instance<E> {
+    thread: Thread<E>,
+    steps: Steps,
     freed: Arc<Freed>,
     /// What it once knew as revoked.
     revoked: BTreeSet<Serial>,
     dir: TestDir,
 }
 
-impl Instance {
+impl<E: Exchange> Instance<E> {
     fn record(&self) -> &Record {
         self.thread.record()
     }
@@ -269,9 +335,9 @@ impl Instance {
 }
 
 /// Instances of one CA, and what was done at any of them.
-struct World {
-    server: Arc<Mutex<Server>>,
-    all: Vec<Instance>,
+struct World<M: Medium> {
+    server: Arc<Mutex<M>>,
+    all: Vec<Instance<M::Line>>,
     signed: BTreeMap<Serial, (DeviceId, u64)>,
     revoked: BTreeSet<Serial>,
     bounds: BTreeMap<DeviceId, u64>,
@@ -280,10 +346,17 @@ struct World {
     time: u64,
 }
 
-impl World {
+impl World<Server> {
+    /// Over a server in memory.
     fn new(instances: usize, seed: u64) -> Self {
+        World::over(Server::default(), instances, seed)
+    }
+}
+
+impl<M: Medium> World<M> {
+    fn over(server: M, instances: usize, seed: u64) -> Self {
         let mut world = World {
-            server: Arc::default(),
+            server: Arc::new(Mutex::new(server)),
             all: Vec::new(),
             signed: BTreeMap::new(),
             revoked: BTreeSet::new(),
@@ -314,7 +387,7 @@ impl World {
         let (steps, freed) = (Arc::new(Mutex::new(FOR_EVER)), Arc::new(Freed::default()));
         let retention = Retention::new(KEEP_DAYS, || false, now);
         let thread = Thread::new(Parts {
-            exchange: Line { server: Arc::clone(&self.server), run: 0, steps: Arc::clone(&steps) },
+            exchange: M::line(&self.server, &steps),
             sharing: Arc::new(Sharing::new(Mode::Record)),
             publisher: Arc::new(Publisher::new(ca, None, metrics).forgetting(retention)),
             devices: Arc::new(devices),
@@ -400,15 +473,11 @@ impl World {
         let (device, _) = self.signed[&serial].clone();
         let names = [Name::Certificate(serial), Name::Revocation(serial), Name::Row(device)];
         let name = names[self.below(3)].clone();
-        let other = self.below(self.signed.len());
-        let mut server = self.server.lock().unwrap();
-        let copied = server.data.values.values().nth(other).cloned();
-        let value = copied.unwrap_or_else(|| b"forged".to_vec());
-        server.data.values.insert(self.all[0].keys().place(&name), value);
-        server.append(vec![name]);
+        let (place, copied) = (self.all[0].keys().place(&name), self.below(self.signed.len()));
+        self.server.lock().unwrap().forge(place, name, copied);
     }
 
-    fn step(&mut self, before: &mut Option<Data>) {
+    fn step(&mut self) {
         let (at, what) = (self.below(self.all.len()), self.below(17));
         match what {
             0..=3 => {
@@ -427,7 +496,10 @@ impl World {
                 self.all[at].cut_after(steps);
             }
             9 => self.forge(),
-            10 => self.change_server(before),
+            10 => {
+                let (what, at) = (self.below(7), self.below(8));
+                self.server.lock().unwrap().suffer(what, at);
+            }
             11 => {
                 let device = self.device();
                 self.learn(at, device);
@@ -444,35 +516,9 @@ impl World {
         }
     }
 
-    fn change_server(&mut self, before: &mut Option<Data>) {
-        let (what, at) = (self.below(7), self.below(8));
-        let mut server = self.server.lock().unwrap();
-        match what {
-            // A part of the stream is lost, or told again.
-            0 => {
-                let most = server.data.stream.len();
-                server.data.stream.drain(..at.min(most));
-            }
-            1 => {
-                let entry = server.data.stream.get(at).map(|(_, names)| names.clone());
-                server.append(entry.unwrap_or_default());
-            }
-            2 => *before = Some(server.data.clone()),
-            // It starts again with older data or none, or is emptied.
-            3 => {
-                server.data = before.clone().unwrap_or_default();
-                server.run += 1;
-            }
-            4 => server.data = Data::default(),
-            5 => server.is_part_away = !server.is_part_away,
-            _ => server.is_full = !server.is_full,
-        }
-    }
-
     /// Everybody reaches the server again, for long enough.
     fn heal(&mut self) {
-        self.server.lock().unwrap().is_full = false;
-        self.server.lock().unwrap().is_part_away = false;
+        self.server.lock().unwrap().recover();
         for instance in &mut self.all {
             instance.thread.progress.look_ms = 0;
         }
@@ -518,8 +564,7 @@ fn csr(device: &DeviceId) -> Csr {
 fn records_converge_whatever_happens_between_instances() {
     for seed in [1_u64, 2, 9] {
         let mut world = World::new(2 + seed as usize % 2, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let mut before = None;
-        (0..60).for_each(|_| world.step(&mut before));
+        (0..60).for_each(|_| world.step());
         world.heal();
         world.check(&format!("seed {seed}"));
         // Whoever comes now learns all of it, also where something was forged.

@@ -219,7 +219,7 @@ impl<E: Exchange> Thread<E> {
     fn succeeded(&mut self) {
         (self.progress.failures, self.progress.halvings) = (0, 0);
         if self.parts.sharing.lock().trouble.take().is_some_and(|trouble| !is_lost(&trouble)) {
-            log::info!("the record is shared through Redis again");
+            log::info!("the record is shared through {} again", E::NAME);
         }
     }
 
@@ -236,7 +236,7 @@ impl<E: Exchange> Thread<E> {
             progress.halvings = (progress.halvings + 1).min(BATCH.ilog2());
             pause_ms = (RETRY_MS.0 << progress.failures.min(6)).min(RETRY_MS.1);
         } else if state.trouble.as_ref().is_none_or(is_lost) {
-            log::warn!("the record is not shared through Redis, tokens are: {error}");
+            log::warn!("the record is not shared through {}, tokens are: {error}", E::NAME);
         }
         progress.failures += 1;
         progress.retry_ms = clock::now().mono_ms + pause_ms;

@@ -129,6 +129,21 @@ fn concrete_stores_are_named_by_the_stores_and_by_the_service_only() {
     }
 }
 
+/// With another back end one file comes, and the service names it.
+#[test]
+fn what_is_between_instances_is_known_to_its_back_end_and_to_the_service_only() {
+    let back_end = "src/share/redis.rs";
+    for source in sources().iter().filter(|source| source.name != back_end) {
+        let named = source.paths().iter().any(|path| is_within(path, "crate::share::redis"));
+        assert!(!named || source.name == "src/service.rs", "{} names {back_end}", source.name);
+        if source.room() == "share" {
+            let is_code = |line: &&str| !line.trim_start().starts_with("//");
+            let line = source.text.lines().filter(is_code).find(|line| line.contains("Redis"));
+            assert_eq!(line, None, "{}", source.name);
+        }
+    }
+}
+
 /// The order stands once, in the documentation of `src/edge/mod.rs`, and is read from there.
 #[test]
 fn the_rooms_of_the_edge_know_only_those_that_stand_before_them() {
