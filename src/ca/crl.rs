@@ -169,7 +169,7 @@ fn der_of(Revocation { serial, at, reason }: &Revocation, made_at: u64) -> Vec<u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::openssl::{must, run};
+    use crate::ca::tests::{must, run};
     use crate::clock;
     use crate::files::test_dir::TestDir;
 

@@ -277,7 +277,7 @@ fn wide<'a, const N: usize>(
 mod tests {
     use super::*;
     use crate::ca::der;
-    use crate::ca::openssl::must;
+    use crate::ca::tests::must;
     use crate::files::test_dir::TestDir;
     use base64::Engine as _;
     use std::fs;

@@ -552,7 +552,7 @@ fn key_identifier(certificate: &X509Certificate<'_>) -> Result<KeyIdMethod, &'st
 mod tests {
     use super::*;
     use crate::ca::crl::Crl;
-    use crate::ca::openssl::{must, run, run_program};
+    use crate::ca::tests::{must, run, run_program};
     use crate::clock;
     use crate::files::test_dir::TestDir;
     use std::fs;

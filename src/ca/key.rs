@@ -284,7 +284,7 @@ fn wrap(algorithm: &[u8], key: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::openssl::must;
+    use crate::ca::tests::must;
     use crate::files::test_dir::TestDir;
 
     #[test]

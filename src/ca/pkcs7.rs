@@ -31,7 +31,7 @@ pub fn certs_only(certificates: &[Vec<u8>]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::openssl::must;
+    use crate::ca::tests::must;
     use crate::files::test_dir::TestDir;
     use crate::pem;
     use std::fs;

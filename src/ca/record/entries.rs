@@ -204,9 +204,9 @@ fn is_rest(file: &mut File, at: u64, lines: &str) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::openssl::run_program;
     use crate::ca::record::Reason;
-    use crate::ca::record::fixture::{Fixture, device, enter, token};
+    use crate::ca::record::tests::{Fixture, device, enter, token};
+    use crate::ca::tests::run_program;
     use crate::clock;
     use crate::files::test_dir::TestDir;
     use crate::serial::Serial;

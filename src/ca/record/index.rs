@@ -219,7 +219,7 @@ fn changed_line(line: &[u8], changes: &mut HashMap<Serial, Change>) -> Option<St
 mod tests {
     use super::*;
     use crate::ca::record::Revocation;
-    use crate::ca::record::fixture::device;
+    use crate::ca::record::tests::device;
     use crate::clock::Now;
 
     fn read_row(line: &str) -> Result<Row, &'static str> {

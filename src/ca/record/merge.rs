@@ -417,8 +417,8 @@ pub fn bucket(serial: &Serial) -> u8 {
 mod tests {
     use super::*;
     use crate::ca::issuer::Leaf;
-    use crate::ca::openssl::{must, run};
-    use crate::ca::record::fixture::{Fixture, device, enter, token};
+    use crate::ca::record::tests::{Fixture, device, enter, token};
+    use crate::ca::tests::{must, run};
     use crate::clock;
     use crate::files::test_dir::TestDir;
     use std::collections::BTreeSet;

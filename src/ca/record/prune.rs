@@ -102,7 +102,7 @@ impl Rows {
 mod tests {
     use super::*;
     use crate::ca::issuer::Leaf;
-    use crate::ca::record::fixture::{Fixture, device, enter, token};
+    use crate::ca::record::tests::{Fixture, device, enter, token};
     use crate::ca::record::{Reason, Revocation};
     use crate::clock;
     use crate::files::test_dir::TestDir;

@@ -117,9 +117,9 @@ impl Renewals {
 mod tests {
     use super::*;
     use crate::ca::csr::Csr;
-    use crate::ca::openssl::must;
     use crate::ca::record::Reason;
-    use crate::ca::record::fixture::{Fixture, device, enter};
+    use crate::ca::record::tests::{Fixture, device, enter};
+    use crate::ca::tests::must;
     use crate::clock;
     use std::fs;
 

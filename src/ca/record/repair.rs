@@ -375,9 +375,9 @@ mod tests {
     use super::*;
     use crate::ca::crl::Crl;
     use crate::ca::issuer::Leaf;
-    use crate::ca::openssl::{must, run_program};
-    use crate::ca::record::fixture::{Fixture, device, enter, token};
     use crate::ca::record::rows::Row;
+    use crate::ca::record::tests::{Fixture, device, enter, token};
+    use crate::ca::tests::{must, run_program};
     use crate::clock;
     use crate::files::test_dir::TestDir;
     use crate::jwt::TokenHash;

@@ -431,7 +431,7 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::record::fixture::{device, token};
+    use crate::ca::record::tests::{device, token};
 
     #[test]
     fn tokens_that_have_ended_are_dropped() {

@@ -168,9 +168,9 @@ fn name(server: &Server) -> &str {
 mod tests {
     use super::*;
     use crate::ca::crl::Crl;
-    use crate::ca::openssl::run;
-    use crate::ca::record::fixture::{Fixture, device, enter};
+    use crate::ca::record::tests::{Fixture, device, enter};
     use crate::ca::record::{INDEX, Reason};
+    use crate::ca::tests::run;
     use crate::clock::{self, DAY_S};
 
     fn later(days: u64) -> Now {
