@@ -84,11 +84,8 @@ fn is_torn(line: &[u8]) -> bool {
 impl Row {
     /// Status, end, revocation, serial, place and subject, as OpenSSL's `ca` writes them.
     pub(super) fn line(&self) -> String {
-        self.line_of(self.device.as_ref().map_or("", DeviceId::as_str))
-    }
-
-    /// The same for what is no device's, by its common name.
-    pub(super) fn line_of(&self, name: &str) -> String {
+        let device = self.device.as_ref().map(DeviceId::as_str);
+        let name = device.or(self.server.as_deref()).unwrap_or_default();
         let (status, revocation) = match self.revoked {
             Some(revoked) => ('R', revocation(revoked)),
             None => ('V', String::new()),
@@ -154,7 +151,7 @@ fn read_line(line: &[u8]) -> Result<Line, &'static str> {
     let (place, newer) = read_place(place);
     let name = subject.strip_prefix("/CN=").filter(|_| place != Place::Server);
     let device = name.and_then(DeviceId::parse);
-    Ok(Line::Row(Row { serial, device, expires_at, revoked, place, newer }))
+    Ok(Line::Row(Row { serial, device, server: None, expires_at, revoked, place, newer }))
 }
 
 fn fields(line: &str) -> Result<[&str; 6], &'static str> {

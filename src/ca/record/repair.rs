@@ -80,7 +80,7 @@ impl Record {
             strays.push(stray);
         }
         self.enter_strays(strays, &revoked, ca)?;
-        self.enter_these_servers(servers)
+        self.enter_these_servers(servers, ca)
     }
 
     fn begin_index(&self, ca: Option<&Issuer>) -> Result<(), RecordError> {

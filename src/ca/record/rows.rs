@@ -50,6 +50,8 @@ pub(super) struct Row {
     pub(super) serial: Serial,
     /// `None` for what is no device's: it counts for the list only.
     pub(super) device: Option<DeviceId>,
+    /// The name of a server that is entered just now.
+    pub(super) server: Option<String>,
     pub(super) expires_at: u64,
     pub(super) revoked: Option<Revoked>,
     pub(super) place: Place,
@@ -89,7 +91,7 @@ impl Row {
         expires_at: u64,
     ) -> Self {
         let device = device.into();
-        Row { serial, device, expires_at, revoked: None, place: Place::Own, newer: 0 }
+        Row { serial, device, server: None, expires_at, revoked: None, place: Place::Own, newer: 0 }
     }
 
     pub(super) fn is_of(&self, device: &DeviceId) -> bool {

@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
 use std::sync::Mutex;
 
-use super::index::Change;
+use super::merge::Incoming;
 use super::rows::{Place, Row};
 use super::{CERTS, Record, RecordError};
 use crate::ca::issuer::{Issuer, ServerCertificate};
@@ -57,7 +57,7 @@ impl Record {
         }
         let at =
             |strays: Vec<Serial>| strays.iter().filter_map(|s| self.server_at(s, ca)).collect();
-        let entered = self.strays().map(at).and_then(|found| self.enter_these_servers(found));
+        let entered = self.strays().map(at).and_then(|found| self.enter_these_servers(found, ca));
         // Only a failure is noted: where nothing had to be written, success proves nothing.
         entered.or_else(|error| {
             self.servers.look_again();
@@ -65,35 +65,24 @@ impl Record {
         })
     }
 
-    pub(super) fn enter_these_servers(&self, mut found: Vec<Server>) -> Result<(), RecordError> {
+    /// Enters those that have no line yet.
+    pub(super) fn enter_these_servers(
+        &self,
+        mut found: Vec<Server>,
+        ca: &Issuer,
+    ) -> Result<(), RecordError> {
         if found.is_empty() {
             return Ok(());
         }
         let mut writer = self.lock_writer();
         found.retain(|server| self.read().by_serial(&server.serial).is_none());
-        let rows = self.read();
-        let row = |server: &Server| Row {
-            place: Place::Server,
-            // A copy of the folder may know of the revocation before the certificate is entered.
-            revoked: rows.is_foretold(&server.serial),
-            ..Row::new(server.serial, None, server.not_after)
-        };
-        let new: Vec<Row> = found.iter().map(row).collect();
-        drop(rows);
-        let lines = new.iter().zip(&found).map(|(row, server)| row.line_of(name(server)));
-        let foretold = new.iter().filter(|row| row.revoked.is_some());
-        let gone = foretold.map(|row| (row.serial, Change::Gone)).collect();
-        self.write_index(&mut writer, lines.collect(), gone)?;
-        let mut rows = self.write();
-        for row in &new {
-            rows.insert(row);
-        }
-        drop(rows);
-        locked(&self.servers.list).extend(found.iter().cloned());
+        let mut plan = self.plan(found.iter().map(Incoming::of_server).collect(), &[], &|_| 0);
+        self.enter(&mut writer, &mut plan, ca)?;
         for server in &found {
             let (serial, server) = (server.serial, name(server));
             log::info!(serial:%; "certificate {serial} of the server {server} is entered");
         }
+        locked(&self.servers.list).extend(found);
         Ok(())
     }
 
@@ -141,6 +130,14 @@ impl Record {
             Some(format!("certificate {} of the server {} {soon}", s.serial, name(s)))
         });
         said.collect()
+    }
+}
+
+impl Incoming {
+    fn of_server(server: &Server) -> Self {
+        let row = Row::new(server.serial, None, server.not_after);
+        let row = Row { server: Some(name(server).to_owned()), place: Place::Server, ..row };
+        Incoming { row, created_at: server.not_before, origin: None, text: None }
     }
 }
 
