@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Each lane is for one kind of work, so that what signs and waits for the disk delays nothing else:
-//! [`http::LaneKind`] is the table of kinds.
+//! [`http::lanes`] is the table of kinds.
 //!
 //! The modules below stand in reading order, and each imports only what stands in its row or above:
 //!

@@ -15,6 +15,7 @@ use crate::config::Enrolment;
 use crate::device::DeviceId;
 use crate::devices::enrol::Shown;
 use crate::devices::{SecretHash, Text};
+use crate::http::lanes::{BULK, CERTIFICATE, PLAIN};
 use crate::http::{Class, LaneKind, Method, Reply};
 use crate::jwt::Token;
 use crate::problem::{Code, Problem};
@@ -89,12 +90,12 @@ pub(super) struct Asked<'a> {
 }
 
 macro_rules! routes {
-    ($($method:ident $path:literal $plan:path, $lane:ident, $asks:ident, $fields:expr, $what:literal;)*) => {
+    ($($method:ident $path:literal $plan:path, $lane:path, $asks:ident, $fields:expr, $what:literal;)*) => {
         &[$(Route {
             method: Method::$method,
             path: $path,
             what: $what,
-            lane: LaneKind::$lane,
+            lane: $lane,
             credentials: Credentials::$asks,
             fields: $fields,
             plan: $plan,
@@ -104,43 +105,43 @@ macro_rules! routes {
 
 /// All endpoints; `HEAD` and `OPTIONS` come with them.
 pub(super) const ROUTES: &[Route] = routes! {
-    Post "/api/v1/onboarding" onboarding::plan, Plain, Onboarding, &["device_id", "replace"],
+    Post "/api/v1/onboarding" onboarding::plan, PLAIN, Onboarding, &["device_id", "replace"],
         "issue a provisioning token";
-    Post "/api/v1/sign-csr" sign_csr::plan, Certificate, Token,
+    Post "/api/v1/sign-csr" sign_csr::plan, CERTIFICATE, Token,
         &["csr", "device_id", "provisioning_token", "user_id"], "redeem a token for a certificate";
-    Get "/api/v1/certificates/{device_id}/status" certificates::status, Plain, None, &[],
+    Get "/api/v1/certificates/{device_id}/status" certificates::status, PLAIN, None, &[],
         "a device's newest certificate";
-    Get "/api/v1/certificates/{id}/download" certificates::download, Plain, None, &[],
+    Get "/api/v1/certificates/{id}/download" certificates::download, PLAIN, None, &[],
         "a certificate and its CA";
-    Delete "/api/v1/certificates/{device_id}" certificates::revoke, Plain, AdminKey, &["reason"],
+    Delete "/api/v1/certificates/{device_id}" certificates::revoke, PLAIN, AdminKey, &["reason"],
         "revoke a device (admin)";
     Delete "/api/v1/devices/{device_id}/certificates/{serial}" certificates::revoke_one,
-        Certificate, AdminKey, &["reason"], "revoke one certificate (admin)";
-    Post "/api/v1/renew" sign_csr::renew, Certificate, ClientCertificate, &["csr"],
+        CERTIFICATE, AdminKey, &["reason"], "revoke one certificate (admin)";
+    Post "/api/v1/renew" sign_csr::renew, CERTIFICATE, ClientCertificate, &["csr"],
         "another certificate, by the present one";
-    Get "/api/v1/ca" certificates::ca, Plain, None, &[], "the CA certificate";
-    Get "/api/v1/devices/{device_id}" devices::show, Plain, AdminKey, &[],
+    Get "/api/v1/ca" certificates::ca, PLAIN, None, &[], "the CA certificate";
+    Get "/api/v1/devices/{device_id}" devices::show, PLAIN, AdminKey, &[],
         "a device and its certificates (admin)";
-    Put "/api/v1/devices/{device_id}" devices::change, Plain, AdminKey, devices::FIELDS,
+    Put "/api/v1/devices/{device_id}" devices::change, PLAIN, AdminKey, devices::FIELDS,
         "register, block or unblock a device (admin)";
-    Delete "/api/v1/devices/{device_id}" devices::forget, Plain, AdminKey, &[],
+    Delete "/api/v1/devices/{device_id}" devices::forget, PLAIN, AdminKey, &[],
         "forget a device's registration (admin)";
-    Post "/api/v1/devices" devices::register, Bulk, AdminKey, &[], "register devices (admin)";
-    Get "/api/v1/devices" devices::list, Bulk, AdminKey, &[], "all devices (admin)";
-    Get "/api/v1/crl" certificates::crl, Bulk, None, &[], "the list of revoked certificates";
-    Get "/.well-known/est/cacerts" est::cacerts, Plain, None, &[],
+    Post "/api/v1/devices" devices::register, BULK, AdminKey, &[], "register devices (admin)";
+    Get "/api/v1/devices" devices::list, BULK, AdminKey, &[], "all devices (admin)";
+    Get "/api/v1/crl" certificates::crl, BULK, None, &[], "the list of revoked certificates";
+    Get "/.well-known/est/cacerts" est::cacerts, PLAIN, None, &[],
         "EST, over HTTPS: the CA certificates";
-    Get "/.well-known/est/csrattrs" est::csrattrs, Plain, None, &[],
+    Get "/.well-known/est/csrattrs" est::csrattrs, PLAIN, None, &[],
         "EST, over HTTPS: nothing is asked of a CSR";
-    Post "/.well-known/est/simpleenroll" est::enrol, Certificate, Login, &[],
+    Post "/.well-known/est/simpleenroll" est::enrol, CERTIFICATE, Login, &[],
         "EST, over HTTPS: a certificate";
-    Post "/.well-known/est/simplereenroll" est::enrol, Certificate, ClientCertificate, &[],
+    Post "/.well-known/est/simplereenroll" est::enrol, CERTIFICATE, ClientCertificate, &[],
         "EST, over HTTPS: another certificate, by the present one";
-    Get "/" page::page, Plain, None, &[], "the page for a browser";
-    Get "/health" operations::health, Plain, None, &[], "how the service is";
-    Get "/ready" operations::ready, Plain, None, &[], "whether it can issue and sign";
-    Get "/metrics" operations::metrics, Plain, None, &[], "what was counted, for Prometheus";
-    Get "/api" operations::list, Plain, None, &[], "this list";
+    Get "/" page::page, PLAIN, None, &[], "the page for a browser";
+    Get "/health" operations::health, PLAIN, None, &[], "how the service is";
+    Get "/ready" operations::ready, PLAIN, None, &[], "whether it can issue and sign";
+    Get "/metrics" operations::metrics, PLAIN, None, &[], "what was counted, for Prometheus";
+    Get "/api" operations::list, PLAIN, None, &[], "this list";
 };
 
 /// The kinds of lanes that the endpoints need.
@@ -411,17 +412,17 @@ mod tests {
     #[test]
     fn what_is_slow_or_large_has_lanes_of_its_own() {
         for (method, path, lane) in [
-            ("POST", "/api/v1/sign-csr", LaneKind::Certificate),
-            ("POST", "/api/v1/renew", LaneKind::Certificate),
-            ("GET", "/api/v1/crl", LaneKind::Bulk),
-            ("HEAD", "/api/v1/crl", LaneKind::Bulk),
-            ("POST", "/api/v1/crl", LaneKind::Plain),
-            ("GET", "/api/v1/crl/", LaneKind::Plain),
-            ("POST", "/.well-known/est/simpleenroll", LaneKind::Certificate),
-            ("POST", "/.well-known/est/simplereenroll/", LaneKind::Certificate),
-            ("GET", "/.well-known/est/cacerts", LaneKind::Plain),
-            ("DELETE", "/api/v1/certificates/d", LaneKind::Plain),
-            ("GET", "/health", LaneKind::Plain),
+            ("POST", "/api/v1/sign-csr", CERTIFICATE),
+            ("POST", "/api/v1/renew", CERTIFICATE),
+            ("GET", "/api/v1/crl", BULK),
+            ("HEAD", "/api/v1/crl", BULK),
+            ("POST", "/api/v1/crl", PLAIN),
+            ("GET", "/api/v1/crl/", PLAIN),
+            ("POST", "/.well-known/est/simpleenroll", CERTIFICATE),
+            ("POST", "/.well-known/est/simplereenroll/", CERTIFICATE),
+            ("GET", "/.well-known/est/cacerts", PLAIN),
+            ("DELETE", "/api/v1/certificates/d", PLAIN),
+            ("GET", "/health", PLAIN),
         ] {
             assert_eq!(classify(method, path).lane, lane, "{method} {path}");
         }

@@ -339,13 +339,13 @@ fn sender<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::LaneKind;
+    use crate::http::lanes::{CERTIFICATE, PLAIN};
 
     fn classify(method: &str, path: &str) -> Class {
         let (lane, client_certificate) = match (method, path) {
-            ("POST", "/sign") => (LaneKind::Certificate, false),
-            ("POST", "/renew") => (LaneKind::Certificate, true),
-            _ => (LaneKind::Plain, false),
+            ("POST", "/sign") => (CERTIFICATE, false),
+            ("POST", "/renew") => (CERTIFICATE, true),
+            _ => (PLAIN, false),
         };
         let https_only = path.starts_with("/secure/");
         Class { lane, client_certificate, https_only, ..Class::PLAIN }
@@ -382,7 +382,7 @@ mod tests {
              Accept: a, b\r\nContent-Length: 5\r\n\r\n"
         );
         assert_eq!(head.framing, Framing::Length(5));
-        assert_eq!(head.class.lane, LaneKind::Certificate);
+        assert_eq!(head.class.lane, CERTIFICATE);
         assert!(head.keep_alive && !head.is_1_0 && !head.is_method_head);
     }
 

@@ -1,13 +1,13 @@
 //! What the edge and the API both speak of: which way a request goes, and what a reply is.
 
 mod json;
-mod lanes;
+pub mod lanes;
 mod reply;
 
 use std::fmt;
 
 pub(crate) use json::Json;
-pub use lanes::{LaneKind, LaneRules};
+pub use lanes::LaneKind;
 pub use reply::Reply;
 
 use crate::clock::Now;
@@ -85,7 +85,7 @@ pub struct Class {
 impl Class {
     /// The class of most requests, and of those to no endpoint.
     pub const PLAIN: Class = Class {
-        lane: LaneKind::Plain,
+        lane: lanes::PLAIN,
         client_certificate: false,
         https_only: false,
         refuse: Reply::problem,

@@ -25,7 +25,7 @@ use tiny_http::Server;
 use crate::api::{Request, classify};
 use crate::clock;
 use crate::edge::{self, LaneAddress, Outbox, Sender};
-use crate::http::{LaneKind, LaneRules, Method, Reply};
+use crate::http::{LaneKind, Method, Reply};
 use crate::locks::locked;
 use crate::problem::Code;
 
@@ -46,11 +46,10 @@ pub fn open_lanes(
     workers: usize,
 ) -> io::Result<Vec<Arc<LaneServer>>> {
     make_private(dir)?;
-    let each = kinds.iter().map(|kind| (*kind, kind.rules(workers)));
-    let lanes = each.flat_map(|(kind, rules)| std::iter::repeat_n((kind, rules), rules.lanes));
-    let lane = |(i, (kind, rules))| {
+    let lanes = kinds.iter().flat_map(|kind| std::iter::repeat_n(*kind, kind.lanes.of(workers)));
+    let lane = |(i, kind)| {
         let (path, servers) = (dir.join(format!("lane-{i}.sock")), Mutex::default());
-        Arc::new(LaneServer { kind, rules, path, servers, stopped: AtomicBool::new(false) })
+        Arc::new(LaneServer { kind, path, servers, stopped: AtomicBool::new(false) })
     };
     Ok(lanes.enumerate().map(lane).collect())
 }
@@ -64,7 +63,6 @@ fn make_private(dir: &Path) -> io::Result<()> {
 /// The worker's end of a lane.
 pub struct LaneServer {
     kind: LaneKind,
-    rules: LaneRules,
     /// The private socket, which is there while it is connected to.
     path: PathBuf,
     /// The present server, and before it the one that the worker has not left yet.
@@ -77,7 +75,7 @@ impl LaneServer {
     pub fn address(self: &Arc<Self>) -> LaneAddress {
         let lane = Arc::clone(self);
         let connect = Box::new(move || lane.connect());
-        LaneAddress { kind: self.kind, connect, max_waiting: self.rules.max_waiting }
+        LaneAddress { kind: self.kind, connect, max_waiting: self.kind.max_waiting }
     }
 
     /// Puts a new server in the place of the present one, if any, and connects to it.
@@ -117,7 +115,7 @@ impl LaneServer {
                 // There is another server; or this one tells that it accepts no more.
                 Err(_) => continue,
             }
-            gather(&server, bound.min(self.rules.max_batch), pause, &mut batch);
+            gather(&server, bound.min(self.kind.max_batch), pause, &mut batch);
             return Some(batch);
         }
     }
@@ -282,6 +280,7 @@ fn taken(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::lanes::PLAIN;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
     use std::path::PathBuf;
@@ -304,7 +303,7 @@ mod tests {
     impl Staged {
         fn open(name: &str) -> Self {
             let dir = folder(name);
-            let lane = open_lanes(&dir, &[LaneKind::Plain], 1).unwrap().remove(0);
+            let lane = open_lanes(&dir, &[PLAIN], 1).unwrap().remove(0);
             let (sender, answered) = mpsc::channel();
             let outbox: Outbox = Arc::new(move |answers| {
                 answers.into_iter().for_each(|answer| sender.send(answer).unwrap());
@@ -451,7 +450,7 @@ mod tests {
     #[test]
     fn a_path_that_does_not_fit_is_named() {
         let long = folder(&"x".repeat(100));
-        let lane = open_lanes(&long, &[LaneKind::Plain], 1).unwrap().remove(0);
+        let lane = open_lanes(&long, &[PLAIN], 1).unwrap().remove(0);
         let error = lane.connect().unwrap_err();
         assert!(error.to_string().contains("/lane-0.sock: "), "{error}");
         fs::remove_dir(long).unwrap();

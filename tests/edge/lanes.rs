@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::common::{one_response, settings, statuses, to_end, until, until_open};
 use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Wait};
-use mqtt_publisher_lite::http::{LaneKind, Reply};
+use mqtt_publisher_lite::http::{Reply, lanes};
 use mqtt_publisher_lite::metrics::EdgeCounters;
 
 /// An edge whose lanes' other ends are played.
@@ -56,7 +56,7 @@ fn stage_all(workers: Vec<Worker>) -> Staged {
     };
     let (listeners, paths): (Vec<_>, Vec<_>) = workers.iter().map(listen).unzip();
     let address = |path| LaneAddress {
-        kind: LaneKind::Plain,
+        kind: lanes::PLAIN,
         connect: Box::new(move || UnixStream::connect(&path)),
         max_waiting: 1024,
     };

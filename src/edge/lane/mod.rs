@@ -198,7 +198,7 @@ impl Lane {
         let waiting = self.queue.answered(number)?;
         self.is_unproven &= waiting.at.is_some();
         if !self.is_up {
-            log::debug!("lane {} ({:?}) is open", self.key, self.address.kind);
+            log::debug!("lane {} ({}) is open", self.key, self.address.kind.name);
             (self.is_up, self.retry_ms) = (true, RETRY_MS.0);
         }
         Some(waiting)
@@ -232,7 +232,7 @@ impl Lane {
     }
 
     fn lose(&mut self, why: &str, now_ms: u64) -> VecDeque<Waiting> {
-        log::warn!("lane {} ({:?}) lost: {why}", self.key, self.address.kind);
+        log::warn!("lane {} ({}) lost: {why}", self.key, self.address.kind.name);
         (self.socket, self.is_up) = (None, false);
         self.retry_at_ms = now_ms + self.retry_ms;
         self.retry_ms = (self.retry_ms * 2).min(RETRY_MS.1);
