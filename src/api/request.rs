@@ -124,15 +124,14 @@ pub(super) fn optional<T>(
     given.map(|v| read(v).ok_or_else(|| bad_value(format!("{name} must be {must}")))).transpose()
 }
 
-/// The pairs of a query, decoded; what is not UTF-8 then is left out.
+/// The pairs of a query, decoded. What is not UTF-8 then stays as what no value may hold: left out, it
+/// would count as not asked for.
 fn form_urlencoded(query: &str) -> impl Iterator<Item = (String, String)> {
-    let decode = |text: &str| {
-        let text = text.replace('+', " ");
-        percent_decode_str(&text).decode_utf8().ok().map(|text| text.into_owned())
-    };
-    query.split('&').filter_map(move |pair| {
+    let decode =
+        |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
+    query.split('&').map(move |pair| {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        Some((decode(name)?, decode(value)?))
+        (decode(name), decode(value))
     })
 }
 
@@ -168,6 +167,15 @@ mod tests {
         for bad in ["[]", "null", "{", "{\"a\":1,\"a\":2}", "\u{feff}{}"] {
             assert_eq!(code(Some("application/json"), bad), Err(Code::InvalidJson), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_read_is_there_all_the_same() {
+        let asked = |query: &str| Request { query: query.to_owned(), ..request(None, "") };
+        assert_eq!(asked("block=%ff").flag("block").map_err(|p| p.code), Err(Code::BadRequest));
+        assert_eq!(asked("q=%ff&block=t%72ue").flag("block"), Ok(true));
+        assert!(asked("q=%ff").query("q").is_some_and(|q| !q.is_empty()), "it filters");
+        assert_eq!(asked("q=a+b").query("q").as_deref(), Some("a b"));
     }
 
     #[test]
