@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::request::optional;
 use super::{Api, Asked, Caller, Plan};
 use crate::clock::Now;
 use crate::device::DeviceId;
@@ -15,19 +16,13 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     let device = body.get("device_id").and_then(Value::as_str).map(str::trim);
     let device = device.filter(|id| !id.is_empty()).ok_or(Code::DeviceIdRequired)?;
     let device = DeviceId::parse(device).ok_or(Code::DeviceIdInvalid)?;
-    let replace = match body.get("replace") {
-        None | Some(Value::Null | Value::Bool(false)) => false,
-        Some(Value::Bool(true)) if matches!(asked.caller, Caller::Onboarding(_, Shown::Key)) => {
-            true
-        }
-        Some(Value::Bool(true)) => return Err(Code::ReplaceForbidden.into()),
-        Some(_) => {
-            return Err(Problem::from(Code::InvalidJson).text("replace must be true or false"));
-        }
-    };
+    let replace = optional(body, "replace", "true or false", Value::as_bool)?.unwrap_or(false);
     let Caller::Onboarding(rule, shown) = asked.caller else {
         return Err(Code::InternalError.into());
     };
+    if replace && shown != Shown::Key {
+        return Err(Code::ReplaceForbidden.into());
+    }
     let client = asked.request.client;
     let onboarding = Onboarding { device, replace, rule, shown, client, csr: None };
     let job = api.provisioner.plan_issue(onboarding, now)?;

@@ -164,6 +164,12 @@ fn replacing_needs_the_key() {
     let answer =
         service.http.post("/api/v1/onboarding", &json!({"device_id": "e", "replace": false}));
     assert_eq!(answer.status, 200, "not replacing needs no key");
+    for odd in [json!("true"), json!(1), json!([])] {
+        let body = json!({"device_id": "f", "replace": odd});
+        let answer = service.http.post("/api/v1/onboarding", &body);
+        check_error(&answer, 400, "BAD_REQUEST", "a value that is not allowed");
+        assert_eq!(answer.field("error"), "replace must be true or false");
+    }
 }
 
 #[test]
