@@ -290,10 +290,12 @@ impl Publisher {
         match revoked {
             Ok(revoked) => {
                 self.metrics.certificates_revoked.add(revoked.len() as u64);
-                for serial in &revoked {
+                let record = self.ca.record();
+                for old in revoked.iter().filter_map(|serial| record.by_serial(serial)) {
+                    let (serial, device) = (old.serial, old.device);
                     log::info!(
-                        event = "certificate_revoked", serial:%;
-                        "certificate {serial} revoked: renewed"
+                        event = "certificate_revoked", device:%, serial:%;
+                        "certificate {serial} of {device} revoked: superseded"
                     );
                 }
                 if !revoked.is_empty() {
@@ -302,7 +304,7 @@ impl Publisher {
                 }
             }
             Err(error) => {
-                log::error!("what was renewed could not be revoked yet: {error}");
+                log::error!("what is superseded could not be revoked yet: {error}");
                 let due_ms = now.mono_ms + RETRY.1.as_millis() as u64;
                 let later = due.into_iter().map(|superseded| Superseded { due_ms, ..superseded });
                 self.lock().superseded.extend(later);

@@ -191,6 +191,8 @@ fn a_new_registration_permits_another_enrolment() {
     });
     let refused = server.0.renew(Some(&old), &csr);
     check_error(&refused, 401, "CLIENT_CERTIFICATE_REVOKED", "superseded");
+    let serial = server.0.serial(&old).to_lowercase();
+    server.0.service.wait_for_log(&format!("certificate {serial} of d revoked: superseded"));
 }
 
 /// Also if the process ends before that, whatever was registered meanwhile. Who has enrolled without a
