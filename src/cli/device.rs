@@ -123,15 +123,16 @@ fn columns(table: &str) -> String {
     rows.iter().map(line).collect()
 }
 
-/// The same for each device; what was done before a failure stays done, and is printed.
+/// The same for each device; what was done before a failure stays done, and is printed. The failure names
+/// its device, from which on nothing is done.
 fn each(ids: &[String], ask: impl Fn(&str) -> Result<Value, Failure>) -> Result<String, Failure> {
     let mut text = String::new();
     for id in ids {
         match ask(id) {
             Ok(answer) => text += &(shown(&answer) + not_shared(&answer)),
-            Err(error) => {
+            Err(Failure(code, why)) => {
                 print(&text)?;
-                return Err(error);
+                return Err(Failure(code, format!("{id}: {why}")));
             }
         }
     }

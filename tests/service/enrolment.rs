@@ -693,6 +693,13 @@ fn the_command_line_does_the_same() {
     assert!(device(&["remove", "e"]).1.contains("state: unknown"));
     let (code, _, err) = device(&["show", "nobody"]);
     assert_eq!((code, err.contains("DEVICE_NOT_FOUND")), (Some(1), true), "{err}");
+    // Of several it says which it was: those behind it were not asked for.
+    let (code, out, err) = device(&["show", "f", "nobody", "d"]);
+    assert_eq!(
+        (code, out.contains("device_id: f"), out.contains("device_id: d")),
+        (Some(1), true, false)
+    );
+    assert!(err.contains("nobody: Nothing is known of this device (DEVICE_NOT_FOUND)"), "{err}");
     for wrong in [
         &["add"][..],
         &["list", "d"],
