@@ -10,7 +10,7 @@ pub const CSV: &str = "text/csv";
 /// was there is told from one that was added.
 const RISKY: [char; 7] = ['=', '+', '-', '@', '\t', '\r', '\''];
 
-/// Reads the lines of a table, which may end with LF or CRLF, and of which empty ones are left out.
+/// Reads the lines of a table, which may end with LF or CRLF.
 /// `None` if a quote is not closed or stands within a cell.
 pub fn read(text: &str) -> Option<Vec<Vec<String>>> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text).replace("\r\n", "\n");
@@ -26,7 +26,6 @@ pub fn read(text: &str) -> Option<Vec<Vec<String>>> {
             Some(_) => return None,
         }
         if behind.is_empty() {
-            lines.retain(|line| line.iter().any(|cell| !cell.is_empty()));
             return Some(lines);
         }
         rest = chars.as_str();
@@ -81,13 +80,13 @@ mod tests {
 
     #[test]
     fn tables_as_people_and_spreadsheets_write_them() {
-        check("", &[]);
+        check("", &[&[""]]);
         check("a", &[&["a"]]);
-        check("a,b\nc,d\n", &[&["a", "b"], &["c", "d"]]);
-        check("\u{feff}a,b\r\nc,\r\n\r\n", &[&["a", "b"], &["c", ""]]);
+        check("a,b\n\nc,d\n", &[&["a", "b"], &[""], &["c", "d"], &[""]]);
+        check("\u{feff}a,b\r\nc,\r\n", &[&["a", "b"], &["c", ""], &[""]]);
         check("a,b\nc,", &[&["a", "b"], &["c", ""]]);
         check("\"a,\"\"b\"\"\nc\",d", &[&["a,\"b\"\nc", "d"]]);
-        check(",\n,x", &[&["", "x"]]);
+        check(",\n,x", &[&["", ""], &["", "x"]]);
         check("'=1+1,'x,''=,'", &[&["=1+1", "'x", "'=", "'"]]);
         for bad in ["\"", "\"a", "a\"b", "\"a\"b", "a,\"b\"c\n"] {
             assert_eq!(read(bad), None, "{bad:?}");
@@ -116,7 +115,7 @@ mod tests {
             let shown = cell.trim_start_matches('"');
             assert!(!shown.starts_with(['=', '+', '-', '@', '\t', '\r']), "{cell:?}");
         }
-        let back = read(&text).unwrap();
+        let back = read(text.trim_end()).unwrap();
         assert_eq!(back, [cells.map(str::to_owned)]);
     }
 }

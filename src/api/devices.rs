@@ -250,12 +250,19 @@ fn read_list(body: &[u8]) -> Result<Entries, Problem> {
 
 fn read_table(body: &[u8]) -> Result<Entries, Problem> {
     let text = std::str::from_utf8(body).map_err(|_| bad("the table is not UTF-8".to_owned()))?;
-    let lines = csv::read(text).ok_or_else(|| bad("a quote in the table has no end".to_owned()))?;
-    let mut lines = (1..).zip(lines);
+    let quote = "a quote in the table has no end or stands within a cell";
+    let lines = csv::read(text).ok_or_else(|| bad(quote.to_owned()))?;
+    let is_empty = |cells: &[String]| cells.iter().all(String::is_empty);
+    let mut lines = (1..).zip(lines).filter(|(_, cells)| !is_empty(cells));
     let (_, head) = lines.next().ok_or_else(|| bad("the table has no header".to_owned()))?;
     let head: Vec<&str> = head.iter().map(|name| name.trim()).collect();
     if let Some(unknown) = head.iter().find(|name| !COLUMNS.contains(name)) {
         return Err(bad(format!("no column is called {unknown:?}: {}", COLUMNS.join(", "))));
+    }
+    if let Some((_, twice)) =
+        head.iter().enumerate().find(|(n, a)| head.iter().take(*n).any(|b| b == *a))
+    {
+        return Err(bad(format!("column {twice} stands twice")));
     }
     let entry = |(n, cells): (usize, Vec<String>)| {
         let place = format!("line {n}");
