@@ -226,11 +226,17 @@ impl<E: Exchange> Thread<E> {
         }
         let both_active = both_active.into_iter().filter(|_| !self.parts.reenroll);
         for (device, serials) in both_active {
-            let serials: Vec<String> = serials.iter().map(Serial::to_string).collect();
-            let (serial, serials) = (serials.join(","), serials.join(", "));
+            let serial: Vec<String> = serials.iter().map(|(s, _)| s.to_string()).collect();
+            let own = self.parts.devices.own();
+            let signed = |(serial, here): &(Serial, bool)| match here {
+                true => format!("{serial}, signed here ({own})"),
+                false => format!("{serial}, signed at another instance"),
+            };
+            let signed: Vec<String> = serials.iter().map(signed).collect();
+            let (serial, signed) = (serial.join(","), signed.join("; "));
             log::warn!(
                 device:%, serial;
-                "device {device} has several active certificates: {serials}"
+                "device {device} has several active certificates: {signed}"
             );
         }
     }

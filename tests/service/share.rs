@@ -477,6 +477,31 @@ fn share_record_must_be_the_same_everywhere() {
     assert_eq!(record(&two)["shared"], false);
 }
 
+/// Two instances that are cut off from each other: each certificate stays valid, and the warning says
+/// where each was signed.
+#[test]
+fn who_has_signed_twice_for_a_device_is_said() {
+    let (redis, d) = (Redis::start(&[]), Device::new("d"));
+    let proxies: [Proxy; 2] = std::array::from_fn(|_| Proxy::start(redis.port()));
+    let deny = [("REENROLL", "deny")];
+    let one = instance::first(&proxies[0].url(), &deny);
+    let two = instance::another(&one, &proxies[1].url(), &deny);
+    let all = [one, two];
+    all.iter().for_each(wait_until_shared);
+    all.iter().zip(&proxies).for_each(|(service, proxy)| cut_off(service, proxy));
+    let serials = [0, 1].map(|n| enrol(&all[n], &d).to_lowercase());
+    all.iter().zip(&proxies).for_each(|(service, proxy)| reconnect(service, proxy));
+    for (n, service) in all.iter().enumerate() {
+        let log = service.wait_for_log("device d has several active certificates: ");
+        let id = std::fs::read_to_string(service.data("instance-id")).unwrap();
+        let id = id.lines().next().unwrap();
+        let here = format!("{}, signed here ({id})", serials[n]);
+        assert!(log.contains(&here), "{here}: {log}");
+        let there = format!("{}, signed at another instance", serials[1 - n]);
+        assert!(log.contains(&there), "{there}: {log}");
+    }
+}
+
 /// What is signed while an instance is cut off is not there for it only when Redis has said so.
 #[test]
 fn a_certificate_that_only_others_know_is_asked_for_before_it_is_not_found() {

@@ -67,8 +67,9 @@ pub struct Merged {
     pub spent: Vec<Spent>,
     /// Tokens that paid for two certificates, the one that was known first.
     pub twice: Vec<(TokenHash, [Serial; 2])>,
-    /// Devices with more than one active certificate, the newest of which a token has paid for.
-    pub both_active: Vec<(DeviceId, Vec<Serial>)>,
+    /// Devices with more than one active certificate, the newest of which a token has paid for; and
+    /// whether each was signed here.
+    pub both_active: Vec<(DeviceId, Vec<(Serial, bool)>)>,
 }
 
 /// A certificate that is to be entered.
@@ -357,7 +358,8 @@ impl Record {
             let Some(token) = new.token() else { continue };
             merged.spent.push(Spent { token, serial: slot.serial, device: device.clone() });
             let active = rows.of_device(device).filter(|slot| slot.is_active(now));
-            let active: Vec<Serial> = active.map(|slot| slot.serial).collect();
+            let active: Vec<_> =
+                active.map(|slot| (slot.serial, slot.place == Place::Own)).collect();
             let is_told = merged.both_active.iter().any(|(told, _)| told == device);
             if active.len() > 1 && slot.is_active(now) && !is_told {
                 merged.both_active.push((device.clone(), active));
@@ -708,9 +710,9 @@ mod tests {
         assert_eq!(second.twice, [(spent.hash, serials)]);
         let [(device, mut active)] = <[_; 1]>::try_from(second.both_active).unwrap();
         active.sort();
-        let mut expected = serials.to_vec();
+        let mut expected = serials.map(|serial| (serial, false));
         expected.sort();
-        assert_eq!((device.as_str(), active), ("device-1", expected));
+        assert_eq!((device.as_str(), active), ("device-1", expected.to_vec()));
         assert!(merge(&leaves[2]).both_active.is_empty(), "a renewal may stand beside its old one");
         let old = Judge { ended_before: u64::MAX, ..fixture.judge() };
         let late = fixture.leaf("device-2");
