@@ -66,7 +66,7 @@ pub(super) fn read_index(bytes: &[u8]) -> Result<(Rows, Tail), (usize, &'static 
                 rows.insert(&row).map(drop).ok_or(twice)?;
             }
             Line::Foretold(serial, revoked) if rows.by_serial(&serial).is_none() => {
-                rows.foretell(serial, revoked);
+                rows.revoke(serial, revoked);
             }
             Line::Foretold(..) => {}
         }

@@ -86,14 +86,14 @@ pub(super) struct Incoming {
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     pub(super) added: Vec<Incoming>,
+    /// Also what is not here yet.
     pub(super) revoked: BTreeMap<Serial, Revoked>,
-    pub(super) foretold: BTreeMap<Serial, Revoked>,
     pub(super) twice: Vec<(TokenHash, [Serial; 2])>,
 }
 
 impl Plan {
     pub(super) fn is_empty(&self) -> bool {
-        self.added.is_empty() && self.revoked.is_empty() && self.foretold.is_empty()
+        self.added.is_empty() && self.revoked.is_empty()
     }
 }
 
@@ -172,14 +172,8 @@ impl Rows {
             plan.twice.extend(self.other_of_token(&new, &plan));
             plan.added.push(new);
         }
-        for (serial, told) in named {
-            let is_earlier = |known: Option<Revoked>| known.is_none_or(|known| told < known);
-            match self.by_serial(&serial) {
-                Some(slot) if is_earlier(slot.revoked()) => plan.revoked.insert(serial, told),
-                None if is_earlier(self.is_foretold(&serial)) => plan.foretold.insert(serial, told),
-                _ => None,
-            };
-        }
+        named.retain(|serial, told| self.revoked(serial).is_none_or(|known| *told < known));
+        plan.revoked = named;
         plan
     }
 
@@ -203,8 +197,7 @@ impl Rows {
             let at = self.insert(&new.row);
             at.zip(new.token()).iter().for_each(|(at, token)| self.add_token(token, *at));
         }
-        plan.revoked.iter().for_each(|(serial, revoked)| self.set_revoked(serial, *revoked));
-        plan.foretold.iter().for_each(|(serial, revoked)| self.foretell(*serial, *revoked));
+        plan.revoked.iter().for_each(|(serial, revoked)| self.revoke(*serial, *revoked));
     }
 }
 
@@ -235,9 +228,7 @@ impl Record {
 
     /// The revocation of this certificate, which need not be here.
     pub fn revocation(&self, serial: &Serial) -> Option<Revocation> {
-        let rows = self.read();
-        let known = rows.by_serial(serial).and_then(Slot::revoked);
-        let (at, reason) = known.or_else(|| rows.is_foretold(serial))?;
+        let (at, reason) = self.read().revoked(serial)?;
         Some(Revocation { serial: *serial, at, reason })
     }
 
@@ -325,13 +316,16 @@ impl Record {
     ) -> Result<(), RecordError> {
         self.append_others(plan)?;
         let mut lines: String = plan.added.iter().map(|new| new.row.line()).collect();
-        let foretold = plan.foretold.iter();
-        lines.extend(foretold.map(|(serial, at)| index::foretold_line(serial, *at, ca.not_after)));
         let rows = self.read();
-        let coming = plan.added.iter().map(|new| &new.row.serial).chain(plan.foretold.keys());
-        let gone = coming.filter(|serial| rows.is_foretold(serial).is_some());
-        let mut changes: HashMap<Serial, Change> = gone.map(|s| (*s, Change::Gone)).collect();
-        changes.extend(plan.revoked.iter().map(|(serial, at)| (*serial, Change::Revoked(*at))));
+        let added = plan.added.iter().map(|new| new.row.serial);
+        let come = added.filter(|serial| rows.is_foretold(serial).is_some());
+        let mut changes: HashMap<Serial, Change> = come.map(|s| (s, Change::Gone)).collect();
+        for (serial, revoked) in &plan.revoked {
+            match rows.by_serial(serial).is_some() || rows.is_foretold(serial).is_some() {
+                true => drop(changes.insert(*serial, Change::Revoked(*revoked))),
+                false => lines += &index::foretold_line(serial, *revoked, ca.not_after),
+            }
+        }
         drop(rows);
         self.write_index(writer, lines, changes)
     }
@@ -367,7 +361,7 @@ impl Record {
         }
         let revoked = plan.added.iter().filter(|new| new.row.revoked.is_some());
         merged.revoked = revoked.map(|new| new.row.serial).collect();
-        merged.revoked.extend(plan.revoked.into_keys().chain(plan.foretold.into_keys()));
+        merged.revoked.extend(plan.revoked.into_keys());
         merged.twice = plan.twice;
     }
 
@@ -516,6 +510,22 @@ mod tests {
             }
             // Nobody holds a certificate that its bound kills and has it valid.
             State::default().merge(&state)
+        }
+    }
+
+    /// As one that was revoked at two other instances is told of before its certificate is.
+    #[test]
+    fn of_two_revocations_of_what_is_not_here_the_earlier_one_is_kept() {
+        let fixture = Fixture::new();
+        let record = fixture.open();
+        let serial = Serial::from([0x42; 16]);
+        for at in [9, 5, 7] {
+            let revocation = Revocation { serial, at, reason: Reason::KeyCompromise };
+            record.merge(vec![], &[revocation], &fixture.judge()).unwrap();
+            assert_eq!(fixture.index().lines().count(), 1);
+        }
+        for record in [record, fixture.open()] {
+            assert_eq!(record.revocation(&serial).map(|known| known.at), Some(5));
         }
     }
 

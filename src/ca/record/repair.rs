@@ -259,8 +259,8 @@ impl Record {
         let mut plan = self.plan(strays, listed, &|_| 0);
         // A revocation is never taken back, but dated as the record has it.
         let rows = self.read();
-        plan.revoked
-            .retain(|serial, _| rows.by_serial(serial).is_some_and(|s| s.revoked().is_none()));
+        plan.revoked.retain(|serial, _| rows.revoked(serial).is_none());
+        let count = plan.revoked.keys().filter(|serial| rows.by_serial(serial).is_some()).count();
         drop(rows);
         if !plan.added.is_empty() {
             let names: Vec<String> =
@@ -274,8 +274,7 @@ impl Record {
                 if plan.added.len() > NAMED { " …" } else { "" }
             );
         }
-        if !plan.revoked.is_empty() {
-            let count = plan.revoked.len();
+        if count > 0 {
             log::warn!("{count} certificates that crl.pem lists were not revoked in {INDEX}");
         }
         self.enter(&mut self.lock_writer(), &mut plan, ca)

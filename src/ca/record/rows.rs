@@ -121,10 +121,6 @@ impl Slot {
         let [length, rest @ ..] = names.get(self.name as usize..)? else { return None };
         rest.get(..usize::from(*length))
     }
-
-    fn revocation(&self) -> Option<Revocation> {
-        self.revoked().map(|(at, reason)| Revocation { serial: self.serial, at, reason })
-    }
 }
 
 impl Rows {
@@ -206,26 +202,19 @@ impl Rows {
     /// What is revoked and has not ended before this second, and what is foretold.
     pub(super) fn revocations(&self, ended_before: u64) -> impl Iterator<Item = Revocation> {
         let live = self.list.iter().filter(move |slot| slot.expires_at >= ended_before);
-        live.filter_map(Slot::revocation).chain(self.foretold())
+        let live = live.filter_map(|slot| Some((slot.serial, slot.revoked()?)));
+        let foretold = self.foretold.iter().map(|(serial, revoked)| (*serial, *revoked));
+        live.chain(foretold).map(|(serial, (at, reason))| Revocation { serial, at, reason })
     }
 
-    fn foretold(&self) -> impl Iterator<Item = Revocation> {
-        let revocation = |(serial, (at, reason)): (&Serial, &Revoked)| Revocation {
-            serial: *serial,
-            at: *at,
-            reason: *reason,
-        };
-        self.foretold.iter().map(revocation)
+    /// When a certificate was revoked, which need not be here.
+    pub(super) fn revoked(&self, serial: &Serial) -> Option<Revoked> {
+        self.by_serial(serial).map_or_else(|| self.is_foretold(serial), Slot::revoked)
     }
 
     /// When a certificate that is not here was revoked.
     pub(super) fn is_foretold(&self, serial: &Serial) -> Option<Revoked> {
         self.foretold.get(serial).copied()
-    }
-
-    /// Of a certificate that is not here yet.
-    pub(super) fn foretell(&mut self, serial: Serial, revoked: Revoked) {
-        self.foretold.insert(serial, revoked);
     }
 
     pub(super) fn knows_token(&self, token: &TokenHash) -> bool {
@@ -321,10 +310,11 @@ impl Rows {
         self.hasher.hash_one(value)
     }
 
-    /// Revokes a certificate that is here; of two revocations the caller knows the earlier.
-    pub(super) fn set_revoked(&mut self, serial: &Serial, (at, reason): Revoked) {
-        if let Some(slot) = self.slot_mut(serial) {
-            (slot.revoked_at, slot.reason) = (at, reason);
+    /// Revokes a certificate, which may be yet to come; of two revocations the caller knows the earlier.
+    pub(super) fn revoke(&mut self, serial: Serial, revoked: Revoked) {
+        match self.slot_mut(&serial) {
+            Some(slot) => (slot.revoked_at, slot.reason) = revoked,
+            None => drop(self.foretold.insert(serial, revoked)),
         }
     }
 
