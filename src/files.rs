@@ -190,7 +190,7 @@ pub fn try_writing(dir: &Path, synced: bool) -> Result<(), FilesError> {
 /// Removes a file, if it is there.
 pub fn remove_if_there(path: &Path) -> Result<(), FilesError> {
     match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+        Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             Err(FilesError::io("cannot remove", path)(e))
         }
         _ => Ok(()),

@@ -142,7 +142,9 @@ impl<'a> Entries<'a> {
 
     /// Whether the certificate's file is gone.
     fn remove_pem(&self, new: &Incoming) -> bool {
-        files::remove_if_there(&self.record.pem_path(&new.row.serial)).is_ok()
+        let path = self.record.pem_path(&new.row.serial);
+        // Where all is read-only nothing can be removed, and perhaps nothing was made.
+        files::remove_if_there(&path).is_ok() || path.try_exists().is_ok_and(|there| !there)
     }
 }
 
@@ -239,6 +241,15 @@ mod tests {
         let index = fixture.dir.join(INDEX);
         let (before, aside) = (fixture.index(), fixture.dir.join("aside"));
 
+        // No folder for certificates.
+        let certs = fixture.dir.join(CERTS);
+        fs::rename(&certs, &aside).unwrap();
+        fs::write(&certs, "").unwrap();
+        let error = enter(&record, &fixture.leaf("device-2"), None).unwrap_err();
+        assert!(!error.left_behind() && error.to_string().contains("Not a dir"), "{error}");
+        fs::remove_file(&certs).unwrap();
+        fs::rename(&aside, &certs).unwrap();
+
         // No file: nothing could be written.
         fs::rename(&index, &aside).unwrap();
         let leaf = fixture.leaf("device-2");
@@ -314,6 +325,13 @@ mod tests {
             let full = file.metadata().unwrap().len();
             file.set_len(full - room * 4096).unwrap();
         };
+        let remount = |how: &str| {
+            run_program(&dir, "mount", &format!("-o remount,{how} {}", dir.display())).unwrap()
+        };
+        remount("ro");
+        let error = enter(&record, &fixture.leaf("device-2"), None).unwrap_err();
+        assert!(!error.left_behind() && error.to_string().contains("Read-only"), "{error}");
+        remount("rw");
         let leaves = [(); 3].map(|()| fixture.leaf("device-2"));
         for room in 0..4 {
             fill(room);
