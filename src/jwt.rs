@@ -227,8 +227,10 @@ fn read_claims(claims: &Map<String, Value>) -> Result<Claims, JwtError> {
     let device_id = text("device_id").and_then(DeviceId::parse).ok_or(JwtError::InvalidFormat)?;
     let seconds = |name| claims.get(name).and_then(numeric_date).ok_or(JwtError::InvalidFormat);
     let (iat, exp) = (seconds("iat")?, seconds("exp")?);
-    if exp < iat || exp - iat > MAX_LIFETIME_S {
-        return Err(JwtError::InvalidFormat);
+    match exp.checked_sub(iat) {
+        None => return Err(JwtError::Expired), // before it began
+        Some(lifetime) if lifetime > MAX_LIFETIME_S => return Err(JwtError::InvalidFormat),
+        Some(_) => {}
     }
     let jti = text("jti").and_then(|t| BASE64URL.decode(t).ok()?.try_into().ok());
     Ok(Claims { device_id, iat, exp, jti })
@@ -409,7 +411,7 @@ mod tests {
             ),
             (
                 format!(r#"{{"device_id":"d","type":"provisioning","iat":{exp},"exp":{NOW}}}"#),
-                Err(JwtError::InvalidFormat),
+                Err(JwtError::Expired),
             ),
             (
                 format!(
