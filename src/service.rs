@@ -110,7 +110,8 @@ pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
         rehearsal.warnings.push(why.to_owned());
     }
     if let Some(hook) = &config.crl_hook {
-        rehearsal.check("CRL_HOOK", ca::hook::find(hook).map(drop).map_err(failed));
+        rehearsal
+            .check(&format!("CRL_HOOK={hook:?}"), ca::hook::find(hook).map(drop).map_err(failed));
     }
     if let Some(redis) = config.redis.as_ref().filter(|_| !offline) {
         rehearsal.ask(redis);

@@ -141,26 +141,31 @@ impl Redis {
     /// What does not go together. A cluster has no numbered databases; and braces in the prefix would be
     /// taken for a hash tag, which is to be the device's.
     fn check(&self, is_cluster: bool) -> Result<(), ConfigError> {
-        let (variable, reason) = match &self.at {
-            Place::Socket(_) if self.tls.is_some() => {
-                (&var::REDIS_TLS, "must be false for a Unix socket, over which Redis speaks no TLS")
-            }
+        let db = self.db.to_string();
+        let (variable, value, reason) = match &self.at {
+            Place::Socket(_) if self.tls.is_some() => (
+                &var::REDIS_TLS,
+                "true",
+                "must be false for a Unix socket, over which Redis speaks no TLS",
+            ),
             Place::Socket(_) if is_cluster => (
                 &var::REDIS_CLUSTER,
+                "true",
                 "must be false for a Unix socket, since its nodes are at TCP ports",
             ),
             Place::Cluster(_) if self.db != 0 => {
-                (&var::REDIS_DB, "must be 0 when REDIS_CLUSTER is set")
+                (&var::REDIS_DB, &*db, "must be 0 when REDIS_CLUSTER is set")
             }
             Place::Cluster(_) if self.key_prefix.contains(['{', '}']) => {
-                (&var::REDIS_KEY_PREFIX, "must have no braces when REDIS_CLUSTER is set")
+                let reason = "must have no braces when REDIS_CLUSTER is set";
+                (&var::REDIS_KEY_PREFIX, &*self.key_prefix, reason)
             }
             // Another kind of place has to say what these mean for it.
             Place::Host(_) | Place::Socket(_) | Place::Sentinels(_) | Place::Cluster(_) => {
                 return Ok(());
             }
         };
-        Err(ConfigError::bare(variable.name, reason))
+        Err(ConfigError::new(variable, value, reason))
     }
 
     /// Whoever sets one of these means to have a Redis; how it is used, the rest may say for the day that
@@ -303,8 +308,8 @@ impl Server {
             None => (&var::REDIS_HOST, Server::from_parts(vars, is_cluster)?),
         };
         match (&server.at, sentinels) {
-            (Some(_), Some(_)) => Err(beside_sentinels(variable)),
-            (None, Some(_)) if is_cluster => Err(beside_sentinels(&var::REDIS_CLUSTER)),
+            (Some(_), Some(_)) => Err(beside_sentinels(vars, variable)),
+            (None, Some(_)) if is_cluster => Err(beside_sentinels(vars, &var::REDIS_CLUSTER)),
             (None, Some(sentinels)) => {
                 Ok(Server { at: Some(Place::Sentinels(sentinels)), ..server })
             }
@@ -348,9 +353,10 @@ fn nodes(text: &str, default_port: u16) -> Option<Vec<HostPort>> {
     text.split(',').map(|item| HostPort::parse(item.trim(), default_port)).collect()
 }
 
-fn beside_sentinels(variable: &Variable) -> ConfigError {
+fn beside_sentinels(vars: &Vars<'_>, variable: &Variable) -> ConfigError {
+    let given = vars.given(var::REDIS_SENTINELS.name).ok().flatten().unwrap_or_default();
     let reason = format!("must be unset when {} is set", variable.name);
-    ConfigError::bare(var::REDIS_SENTINELS.name, reason)
+    ConfigError::new(&var::REDIS_SENTINELS, &given, reason)
 }
 
 /// The parts are not even looked into: Kubernetes puts a `REDIS_PORT=tcp://…` of its own beside a

@@ -442,7 +442,7 @@ fn redis_from_its_parts() {
     let socket = ("REDIS_HOST", "/run/redis.sock");
     assert_eq!(server(&[socket, password]).0, "/run/redis.sock");
     let reason = "must be false for a Unix socket, over which Redis speaks no TLS";
-    check(&[socket, ("REDIS_TLS", "true")], &format!("REDIS_TLS: {reason}"));
+    check(&[socket, ("REDIS_TLS", "true")], &format!("REDIS_TLS=\"true\": {reason}"));
     for (written, expected) in [("::1", "::1"), ("[::1]", "::1"), ("a-b_c.d.", "a-b_c.d.")] {
         assert_eq!(server(&[("REDIS_HOST", written)]).0, expected);
     }
@@ -477,7 +477,7 @@ fn sentinels_say_where_redis_is() {
     {
         check(
             &[list, (name, value)],
-            &format!("REDIS_SENTINELS: must be unset when {name} is set"),
+            &format!("REDIS_SENTINELS={:?}: must be unset when {name} is set", list.1),
         );
     }
 }
@@ -499,16 +499,19 @@ fn a_cluster_has_several_nodes() {
     let host = ("REDIS_HOST", "a");
     let wrong: [(&[(&str, &str)], &str); 8] = [
         (&[], "REDIS_CLUSTER"),
-        (&[host, ("REDIS_DB", "1")], "REDIS_DB: must be 0 when REDIS_CLUSTER is set"),
-        (&[("REDIS_URL", "redis://a/1")], "REDIS_DB: must be 0 when REDIS_CLUSTER is set"),
-        (&[("REDIS_SENTINELS", "a")], "REDIS_SENTINELS: must be unset when REDIS_CLUSTER is set"),
+        (&[host, ("REDIS_DB", "1")], r#"REDIS_DB="1": must be 0 when REDIS_CLUSTER is set"#),
+        (&[("REDIS_URL", "redis://a/1")], r#"REDIS_DB="1": must be 0 when REDIS_CLUSTER is set"#),
+        (
+            &[("REDIS_SENTINELS", "a")],
+            r#"REDIS_SENTINELS="a": must be unset when REDIS_CLUSTER is set"#,
+        ),
         (
             &[("REDIS_HOST", "/s")],
-            "REDIS_CLUSTER: must be false for a Unix socket, since its nodes are at TCP ports",
+            r#"REDIS_CLUSTER="true": must be false for a Unix socket, since its nodes are at TCP ports"#,
         ),
         (
             &[host, ("REDIS_KEY_PREFIX", "{x}")],
-            "REDIS_KEY_PREFIX: must have no braces when REDIS_CLUSTER is set",
+            r#"REDIS_KEY_PREFIX="{x}": must have no braces when REDIS_CLUSTER is set"#,
         ),
         (&[("REDIS_HOST", "a,,b")], "REDIS_HOST"),
         (&[("REDIS_URL", "redis://:hunter@a,b:x")], "REDIS_URL"),

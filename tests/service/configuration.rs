@@ -410,10 +410,14 @@ const START_FAULTS: &[(&str, &[Variable], &str)] = &[
     ),
     ("echo nonsense >>ca/index.txt", &[], "index.txt line 1: "),
     ("echo 0123 >jwt-secret", &[], "jwt-secret should hold 64 lower-case hexadecimal digits"),
-    ("", &[("CRL_HOOK", "/no/such/hook")], "CRL_HOOK: No such file or directory"),
-    ("", &[("CRL_HOOK", "no-such-hook")], "CRL_HOOK: no such program in /usr/local/sbin:"),
+    ("", &[("CRL_HOOK", "/no/such/hook")], "CRL_HOOK=\"/no/such/hook\": No such file or directory"),
+    (
+        "",
+        &[("CRL_HOOK", "no-such-hook")],
+        "CRL_HOOK=\"no-such-hook\": no such program in /usr/local/sbin:",
+    ),
     ("", &[("CRL_HOOK", "true")], ""),
-    ("", &[("CRL_HOOK", "data/ca")], "CRL_HOOK: is no file"),
+    ("", &[("CRL_HOOK", "data/ca")], "CRL_HOOK=\"data/ca\": is no file"),
     (
         "printf '#!/bin/sh\n' >h",
         &[("CRL_HOOK", "data/h")],
