@@ -48,7 +48,7 @@ pub(super) fn download(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, P
     let stored = ca.record().stored(&certificate.serial)?;
     let issuer = api.issuer()?;
     let ca_pem = issuer.chain_pem();
-    if asked.request.wants("pem") || asked.request.accepts(PEM) {
+    if asked.request.says("format", "pem", "json")? || asked.request.accepts(PEM) {
         return Ok(Plan::Reply(Reply::of_type(PEM, stored.pem + ca_pem)));
     }
     let content = Json::new()
@@ -76,7 +76,7 @@ pub(super) fn crl(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Proble
         false => Code::ClockNotSet,
     };
     let list = ca.crl().ok_or(none)?;
-    Ok(Plan::Reply(match asked.request.wants("der") {
+    Ok(Plan::Reply(match asked.request.says("format", "der", "pem")? {
         true => Reply::of_type(PKIX_CRL, list.der.clone()),
         false => Reply::of_type(PEM, list.pem.clone()),
     }))

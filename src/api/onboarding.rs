@@ -9,7 +9,7 @@ use crate::device::DeviceId;
 use crate::devices::enrol::Shown;
 use crate::http::{Json, Reply};
 use crate::problem::{Code, Problem};
-use crate::provisioner::{Done, Onboarding};
+use crate::provisioner::{Done, Onboarding, not_issued};
 
 pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Problem> {
     let body = &asked.body;
@@ -21,7 +21,7 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
         return Err(Code::InternalError.into());
     };
     if replace && shown != Shown::Key {
-        return Err(Code::ReplaceForbidden.into());
+        return Err(not_issued(Code::ReplaceForbidden, &device));
     }
     let client = asked.request.client;
     let onboarding = Onboarding { device, replace, rule, shown, client, csr: None };

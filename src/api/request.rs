@@ -79,11 +79,6 @@ impl Request {
         self.bearer().is_some_and(|given| key.matches(given.as_bytes()))
     }
 
-    /// Whether the query says `format=<format>`.
-    pub fn wants(&self, format: &str) -> bool {
-        self.query("format").is_some_and(|wanted| wanted == format)
-    }
-
     /// What the query says of `name`, the first time.
     pub fn query(&self, name: &str) -> Option<String> {
         let mut pairs = form_urlencoded(&self.query);
@@ -92,10 +87,17 @@ impl Request {
 
     /// Whether the query says `<name>=true`; it may say `false`.
     pub fn flag(&self, name: &str) -> Result<bool, Problem> {
-        match self.query(name).as_deref() {
-            None | Some("false") => Ok(false),
-            Some("true") => Ok(true),
-            Some(_) => Err(bad_value(format!("{name} must be true or false"))),
+        self.says(name, "true", "false")
+    }
+
+    /// Whether the query says `<name>=<value>`; it may say what `usual` is.
+    pub fn says(&self, name: &str, value: &str, usual: &str) -> Result<bool, Problem> {
+        match self.query(name) {
+            Some(given) if given == value => Ok(true),
+            Some(given) if given != usual => {
+                Err(bad_value(format!("{name} must be {value} or {usual}")))
+            }
+            _ => Ok(false),
         }
     }
 

@@ -18,8 +18,8 @@ pub(super) fn plan(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     let csr = text(body, "csr").ok_or(Code::CsrRequired)?;
     let device = match body.get("device_id") {
         None | Some(Value::Null) => None,
-        Some(Value::String(device)) => Some(device.as_str()),
-        Some(_) => return Err(Code::TokenDeviceMismatch.into()),
+        // What is no text is no device's name, but the CSR is judged first.
+        Some(device) => Some(device.as_str().unwrap_or_default()),
     };
     let user_id = text(body, "user_id").map(for_the_log);
     let asked = Redemption { csr, device, user_id, client: request.client, again: false };

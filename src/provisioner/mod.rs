@@ -358,6 +358,7 @@ pub fn no_certificate() -> Problem {
     Problem::from(Code::CertificateNotFound).text("No certificate found for this device")
 }
 
-fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
+/// What was refused to a device that is named to the log.
+pub fn not_issued(problem: impl Into<Problem>, device: &DeviceId) -> Problem {
     problem.into().of(device).log_more(format!("device {device}"))
 }

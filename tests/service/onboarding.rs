@@ -161,6 +161,7 @@ fn replacing_needs_the_key() {
     let answer =
         service.http.post("/api/v1/onboarding", &json!({"device_id": "d", "replace": true}));
     check_error(&answer, 403, "REPLACE_FORBIDDEN", "no key configured");
+    service.wait_for_log("refused: REPLACE_FORBIDDEN: device d, from 127.0.0.1");
     let answer =
         service.http.post("/api/v1/onboarding", &json!({"device_id": "e", "replace": false}));
     assert_eq!(answer.status, 200, "not replacing needs no key");

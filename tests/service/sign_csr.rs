@@ -113,7 +113,10 @@ fn what_is_missing_or_wrong_leaves_the_token_usable() {
             check(missing, 400, "CSR_REQUIRED");
         }
         check(json!({"csr": "garbage"}), 400, "INVALID_CSR");
-        check(json!({"csr": request, "device_id": "e"}), 401, "TOKEN_DEVICE_MISMATCH");
+        for other in [json!("e"), json!(7)] {
+            check(json!({"csr": request, "device_id": other}), 401, "TOKEN_DEVICE_MISMATCH");
+            check(json!({"csr": "garbage", "device_id": other}), 400, "INVALID_CSR");
+        }
         check(json!({"csr": Csr::new("e").make(), "device_id": "d"}), 400, "CSR_DEVICE_MISMATCH");
         let text = service.sign(&compact, "").field("error");
         assert_eq!(text, "csr is required and must be a Base64-encoded PEM string");
@@ -234,6 +237,13 @@ fn status_and_download() {
     for pem in [by_accept.text(), by_query.text()] {
         assert_eq!(pem.matches("-----BEGIN CERTIFICATE-----").count(), 2, "leaf and CA: {pem}");
         assert_eq!(token::pem_to_der(&pem), token::pem_to_der(&signed.field("certificate")));
+    }
+    assert_eq!(service.http.get(&format!("{path}?format=json")).field("device_id"), "device-9");
+    assert!(service.http.get("/api/v1/crl?format=pem").text().contains("BEGIN X509 CRL"));
+    for (path, formats) in [(&*path, "pem or json"), ("/api/v1/crl", "der or pem")] {
+        let answer = service.http.get(&format!("{path}?format=txt"));
+        check_error(&answer, 400, "BAD_REQUEST", path);
+        assert_eq!(answer.field("error"), format!("format must be {formats}"));
     }
     for id in ["nobody", "..", "4a4a4a4a4a4a4a4a4a4a4a4a4a4a4a4a"] {
         let answer = service.http.get(&format!("/api/v1/certificates/{id}/download"));
