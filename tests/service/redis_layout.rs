@@ -480,5 +480,18 @@ fn a_key_of_another_type_costs_its_own_request_only() {
     let path = "/api/v1/certificates/e";
     let answer = service.http.request("DELETE", path, &[("Authorization", &key)], b"");
     check_error(&answer, 503, "SERVICE_UNAVAILABLE", "whether it has a token is not known");
+    let put = |blocked| {
+        let headers = [("Authorization", &*key), ("Content-Type", "application/json")];
+        let body = json!({"blocked": blocked}).to_string();
+        let path = "/api/v1/devices/b";
+        let answer = service.http.request("PUT", path, &headers, body.as_bytes());
+        (answer.status, answer.json()["shared"].clone())
+    };
+    assert_eq!(put(true), (200, json!(true)));
+    for rows in redis.keys().iter().filter(|key| key.starts_with("mqtt-lite:devices:")) {
+        redis.cli(&["DEL", rows]);
+        redis.cli(&["LPUSH", rows, "x"]);
+    }
+    assert_eq!(put(false), (200, json!(false)), "nobody else can read of it");
     assert_eq!(service.health()["storage"], "redis", "one bad key is no outage");
 }

@@ -126,7 +126,7 @@ impl Killing {
         let read = move |context: &Context, mut replies: Replies| {
             if let Some(merged) = merged {
                 let reply = replies.take(merged);
-                self.told = !reply.error().is_some_and(is_denied);
+                self.told = reply.error().is_none();
                 if !stands(reply)? {
                     self.tries = self.tries.checked_sub(1).ok_or(StoreError::Undecided)?;
                     return Ok(self.look_again(context));
