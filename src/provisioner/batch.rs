@@ -261,11 +261,10 @@ impl Provisioner {
         if is_known || self.devices.row(&device).is_listed() {
             return Ok(Done::Revoked { of: device.as_str().to_owned(), serial: None, shared });
         }
-        let status = self.store.status();
-        let is_away = !status.redis_serves || (!shared && self.sharing.is_partial());
-        if status.redis_enabled && is_away {
-            // If there is a token, it dies when Redis is back; whether there is, nobody knows.
-            let why = format!("device {device}: its token is looked for when Redis is back");
+        if !shared {
+            // If there is a token, or a certificate of another instance, it dies when that is told;
+            // whether there is, nobody knows.
+            let why = format!("device {device}: what Redis knows of it is looked for later");
             return Err(Problem::from(Code::ServiceUnavailable).log(why));
         }
         Err(no_certificate())

@@ -110,11 +110,6 @@ impl Sharing {
         self.lock().mode == Mode::Alone
     }
 
-    /// Returns whether something was left out that lies where a part of the server is away.
-    pub fn is_partial(&self) -> bool {
-        self.lock().is_partial
-    }
-
     /// Before anything was exchanged.
     pub fn new(mode: Mode) -> Self {
         let state = Mutex::new(State { mode, woken: true, ..State::default() });

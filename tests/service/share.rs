@@ -446,6 +446,10 @@ fn a_user_without_the_rights_for_the_record_serves_tokens() {
     }
     let answer = revoke(&one, &d);
     assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(false)));
+    let e = Device::new("e");
+    enrol(&one, &e);
+    check_error(&revoke(&two, &e), 503, "SERVICE_UNAVAILABLE", "what one has is not denied");
+    assert_eq!(status(&one, "e").as_deref(), Some("active"));
 }
 
 /// The lease is free at once where nothing is shared, and soon where it is.
