@@ -76,6 +76,8 @@ fn notes(api: &Api, now: Now) -> Notes {
     if store.redis_enabled && !store.redis_serves {
         warnings.push("Redis is away: a token that only it knows is answered 503".to_owned());
     }
+    let part = |why| format!("a part of Redis is away: a token that it has is answered 503: {why}");
+    warnings.extend(store.missing.map(part));
     warnings.extend(api.settings().config.warnings.iter().cloned());
     Notes { reasons, warnings }
 }

@@ -299,6 +299,8 @@ pub struct Status {
     pub redis_required: bool,
     /// Why Redis does not serve.
     pub away: Option<Away>,
+    /// Why a part of Redis is out of reach, while the rest serves.
+    pub missing: Option<String>,
     /// Another CA than ours is entered in Redis.
     pub foreign_ca: bool,
     /// The store that serves has no room for another token.

@@ -327,6 +327,9 @@ fn what_does_not_touch_a_lost_shard_goes_on() {
     cluster.servers[lost].kill9();
     service.health();
     service.wait_for_log("a part of Redis is lost");
+    let ready = service.http.get("/ready");
+    assert_eq!(ready.status, 200);
+    assert!(ready.text().contains("a part of Redis is away"), "{}", ready.text());
     others_go_on(&cluster, &service, lost);
     check_error(&redeem(&service, &before, &there), 503, "SERVICE_UNAVAILABLE", "it is away");
     let mut names = (0..).map(|n: u32| format!("same{n}"));

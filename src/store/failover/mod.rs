@@ -327,6 +327,7 @@ impl TokenStore for Failover {
             redis_serves,
             redis_required: self.rules.required,
             away: state.away.clone(),
+            missing: self.remote.missing().filter(|_| redis_serves),
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
             lacks_replicas: redis_serves && remote.lacks_replicas,
