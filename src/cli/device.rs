@@ -162,7 +162,7 @@ fn shown(answer: &Value) -> String {
 
 fn not_shared(answer: &Value) -> &'static str {
     match answer.get("shared").and_then(Value::as_bool) {
-        Some(false) => "Redis is away: other instances know of it when it is back\n",
+        Some(false) => "Redis could not be told yet: other instances know of it when it is\n",
         _ => "",
     }
 }

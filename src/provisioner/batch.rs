@@ -80,9 +80,9 @@ impl Provisioner {
         let prepared = self.prepare(works, now).into_iter();
         let asked: Vec<_> = prepared.map(|prepared| prepared.and_then(&mut into_ops)).collect();
         let mut answers = self.run_ops(&ops, || now).into_iter();
-        let killed: Vec<DeviceId> =
-            asked.iter().flatten().filter_map(Work::kills).cloned().collect();
-        let shared = killed.is_empty() || self.share_kills(&killed);
+        let changed: Vec<DeviceId> =
+            asked.iter().flatten().flat_map(Work::tells_of).cloned().collect();
+        let shared = changed.is_empty() || self.share_changes(&changed);
         let decide = |asked| match asked {
             Ok(work) => self.decide(work, &mut answers, shared, undo, now),
             Err(problem) => Step::Done(Err(problem)),
@@ -140,7 +140,8 @@ impl Provisioner {
             Work::RevokeOne(revoke) => self.revoke_one(revoke, now),
             Work::Rewrite(rewrite) => {
                 let asked = rewrite.changes.len();
-                Ok(self.rewritten(rewrite, std::iter::repeat_with(answer).take(asked), now))
+                let answers = std::iter::repeat_with(answer).take(asked);
+                Ok(self.rewritten(rewrite, answers, shared, now))
             }
             Work::Count => match answer() {
                 Ok(Outcome::Counted(count)) => Ok(Done::Counted(count)),
@@ -214,9 +215,9 @@ impl Provisioner {
         }
     }
 
-    /// Tells the other instances of these kills, and learns of certificates that only they know. Where
+    /// Tells the other instances of these changes, and learns of certificates that only they know. Where
     /// nothing is shared nobody is left to be told.
-    fn share_kills(&self, devices: &[DeviceId]) -> bool {
+    fn share_changes(&self, devices: &[DeviceId]) -> bool {
         self.sharing.look_up(devices) || self.sharing.is_alone()
     }
 
@@ -317,9 +318,14 @@ impl Provisioner {
     }
 
     /// The rows are on disk; has Redis been told of all?
-    fn rewritten(&self, rewrite: Rewrite, answers: impl Iterator<Item = Answer>, now: Now) -> Done {
+    fn rewritten(
+        &self,
+        rewrite: Rewrite,
+        answers: impl Iterator<Item = Answer>,
+        mut shared: bool,
+        now: Now,
+    ) -> Done {
         let Rewrite { changes, by } = rewrite;
-        let mut shared = true;
         for answer in answers {
             match answer {
                 Ok(Outcome::Killed { dead, told }) => {
@@ -330,7 +336,6 @@ impl Provisioner {
                 _ => shared = false,
             }
         }
-        self.sharing.wake();
         log_rewritten(&changes, &by, now);
         Done::Rewritten { changes, shared }
     }

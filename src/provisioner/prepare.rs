@@ -55,12 +55,11 @@ impl Prepared {
 }
 
 impl Work {
-    /// The device whose past it kills, if it does.
-    pub(super) fn kills(&self) -> Option<&DeviceId> {
+    /// The devices of which others are to know before it is answered.
+    pub(super) fn tells_of(&self) -> Vec<&DeviceId> {
         match self {
-            Work::Issue(issue) => issue.asked.replace.then_some(&issue.asked.device),
-            Work::Revoke(revoke) => Some(&revoke.device),
-            _ => None,
+            Work::Issue(issue) if !issue.asked.replace => Vec::new(),
+            work => work.looks_at(),
         }
     }
 

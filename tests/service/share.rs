@@ -452,6 +452,31 @@ fn a_user_without_the_rights_for_the_record_serves_tokens() {
     assert_eq!(status(&one, "e").as_deref(), Some("active"));
 }
 
+/// The row stands in Redis, but a renewal elsewhere does not ask for it.
+#[test]
+fn a_block_that_cannot_be_announced_is_not_called_shared() {
+    let redis = Redis::with_acl("mute", "p4ssw0rd", "~mqtt-lite:* +@all -xadd");
+    let port = redis.port().to_string();
+    let env = [
+        ("REDIS_URL", ""),
+        ("REDIS_HOST", "127.0.0.1"),
+        ("REDIS_PORT", &*port),
+        ("REDIS_USERNAME", "mute"),
+        ("REDIS_PASSWORD", "p4ssw0rd"),
+    ];
+    let one = instance::first("", &env);
+    let block = || {
+        let key = format!("Bearer {ADMIN_KEY}");
+        let headers = [("Authorization", &*key), ("Content-Type", "application/json")];
+        let answer = one.http.request("PUT", "/api/v1/devices/d", &headers, br#"{"blocked":true}"#);
+        (answer.status, answer.json()["shared"].as_bool())
+    };
+    assert_eq!(block(), (200, Some(false)));
+    redis.cli(&["ACL", "SETUSER", "mute", "+xadd"]);
+    wait_until_shared(&one);
+    assert_eq!(block(), (200, Some(true)));
+}
+
 /// The lease is free at once where nothing is shared, and soon where it is.
 #[test]
 fn a_device_may_enrol_again_soon() {
