@@ -335,7 +335,8 @@ fn last_change(row: &Row) -> (Option<u64>, Option<String>) {
     let registered = row.registration.as_ref();
     let version = registered.map_or(0, |latest| latest.version);
     let block = row.block.blocked.max(row.block.changed);
-    let by = registered.filter(|_| version > block).and_then(|r| r.made_by.as_ref());
+    // One request may have changed both.
+    let by = registered.filter(|_| version >= block).and_then(|r| r.made_by.as_ref());
     let at = version.max(block);
     ((at > 0).then_some(at), by.map(|by| by.as_str().to_owned()))
 }

@@ -444,7 +444,9 @@ fn admin_keys_are_read_again_on_sighup() {
 fn the_last_change_is_also_that_of_a_block() {
     let service = Service::start(REGISTERED);
     let mut last = String::new();
-    for body in [json!({"register": true}), json!({"blocked": true}), json!({"blocked": false})] {
+    let both = json!({"register": true, "blocked": false});
+    let block = |blocked| json!({ "blocked": blocked });
+    for body in [both, json!({"register": true}), block(true), block(false)] {
         put(&service, "d", body.clone());
         let shown = admin(&service, "GET", "/api/v1/devices/d", &Value::Null);
         let changed_at = shown.field("changed_at");
