@@ -5,8 +5,8 @@ use super::exchange::{Changes, Exchange, Name, News, Place, Swap};
 use crate::config;
 use crate::device::DeviceId;
 use crate::serial::Serial;
-use crate::store::StoreError;
-use crate::store::redis::{Ask, Command, Commands, Info, Line, Reply};
+use crate::store::redis::{Ask, Command, Commands, Info, Line, Reply, is_denied};
+use crate::store::{Down, DownKind, StoreError};
 
 /// Entries that the stream keeps at least. Who has missed more compares everything.
 const STREAM_ENTRIES: u64 = 10_000;
@@ -49,6 +49,24 @@ impl RedisExchange {
         Ok(items)
     }
 
+    /// Connects, and enters whether the record is shared, or reads what another has entered.
+    fn greet(
+        &mut self,
+        fp: &str,
+        shares_record: bool,
+    ) -> Result<(Option<String>, bool), StoreError> {
+        self.stream = format!("changes:{fp}");
+        let run_id = self.line.connect()?;
+        let key = format!("share:{fp}");
+        let mode = if shares_record { "true" } else { "false" };
+        let set = self.line.on("SET", &key).arg(mode).arg("NX");
+        let mut commands = Commands::default();
+        commands.ask_in_reach(set);
+        let mode = commands.ask_in_reach(self.line.on("GET", &key));
+        let mode = self.line.ask(&commands)?.take(mode).text().ok().flatten();
+        Ok((run_id, mode.map_or(shares_record, |mode| mode == "true")))
+    }
+
     /// An entry without its names.
     fn entry(&self) -> Command {
         let entry = self.line.on("XADD", &self.stream).arg("MAXLEN").arg("~");
@@ -64,16 +82,14 @@ impl Exchange for RedisExchange {
         fp: &str,
         shares_record: bool,
     ) -> Result<(Option<String>, bool), StoreError> {
-        self.stream = format!("changes:{fp}");
-        let run_id = self.line.connect()?;
-        let key = format!("share:{fp}");
-        let mode = if shares_record { "true" } else { "false" };
-        let set = self.line.on("SET", &key).arg(mode).arg("NX");
-        let mut commands = Commands::default();
-        commands.ask_in_reach(set);
-        let mode = commands.ask_in_reach(self.line.on("GET", &key));
-        let mode = self.line.ask(&commands)?.take(mode).text().ok().flatten();
-        Ok((run_id, mode.map_or(shares_record, |mode| mode == "true")))
+        self.greet(fp, shares_record).map_err(|error| match error {
+            error if is_denied(&error) => error,
+            // Who refuses everybody from the start is away for tokens, too: the store tells of it.
+            StoreError::Down(down) if down.kind == DownKind::Refused => {
+                StoreError::Down(Down { kind: DownKind::Lost, ..down })
+            }
+            error => error,
+        })
     }
 
     fn reaches(&self, key: &str) -> bool {

@@ -70,7 +70,10 @@ fn a_master_that_is_demoted() {
 #[test]
 fn what_is_wrong_is_said() {
     let check = |env: &[(&str, &str)], said: &str| {
-        Setup::new().envs(env).start().wait_for_log(said);
+        let service = Setup::new().envs(env).start();
+        service.wait_for_log(said);
+        let log = service.log();
+        assert!(!log.contains("the record is not shared"), "it is said once: {log}");
     };
     let plain = Redis::start(&[]);
     let sentinel = Sentinel::start(MASTER, plain.port(), 1);

@@ -53,7 +53,7 @@ use layout::Layout;
 pub(crate) use line::Line;
 use name::Name;
 use pool::Pool;
-pub(crate) use reply::{Info, Reply};
+pub(crate) use reply::{Info, Reply, is_denied};
 
 /// The set of live tokens is pruned with every so many additions, of twice as many entries at most …
 const PRUNE_EVERY: u64 = 64;

@@ -164,7 +164,7 @@ fn info(text: &str, name: &str) -> Option<String> {
 }
 
 /// The user lacks a right, for a command, a key, or within a script.
-pub(super) fn is_denied(error: &StoreError) -> bool {
+pub(crate) fn is_denied(error: &StoreError) -> bool {
     let why = error.to_string();
     ["NOPERM", "ACL failure in script", "can't run this command"].iter().any(|s| why.contains(s))
 }
