@@ -158,16 +158,19 @@ impl Provisioner {
         }
         *row = self.devices.row(&asked.device).merge(seen.row.clone());
         let judged = self.judge(asked, row, now);
-        if row.spent_by(&asked.shown).is_some() {
+        let is_spent = row.spent_by(&asked.shown).is_some();
+        if is_spent {
             self.learn(&asked.device, seen.row.clone(), now);
         }
-        judged.map_err(|code| match code {
-            // Elsewhere it may be registered, and nobody can be asked.
-            Code::SecretInvalid | Code::DeviceNotRegistered if *look && !seen.by_redis => {
-                not_issued(Code::ServiceUnavailable, &asked.device)
+        let is_unknown = *look && !seen.by_redis && !self.sharing.is_alone() && !is_spent;
+        let judged = match judged {
+            // Elsewhere it may be registered, with the secret that was shown, and nobody can be asked.
+            Ok(()) | Err(Code::SecretInvalid | Code::DeviceNotRegistered) if is_unknown => {
+                Err(Code::ServiceUnavailable)
             }
-            code => not_issued(code, &asked.device),
-        })?;
+            judged => judged,
+        };
+        judged.map_err(|code| not_issued(code, &asked.device))?;
         if !asked.replace {
             return Ok(Prepared { work: Work::Issue(issue), kills: Vec::new() });
         }

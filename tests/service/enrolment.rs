@@ -303,9 +303,15 @@ fn without_redis_a_secret_that_is_not_known_here_is_not_judged() {
     let proxy = Proxy::start(redis.port());
     let a = first(&redis.url(), REGISTERED);
     let b = another(&a, &proxy.url(), REGISTERED);
+    let open = another(&a, &proxy.url(), &[("ENROLMENT", "open")]);
     let (known, unknown) = (register(&b, "known"), register(&a, "unknown"));
-    cut_off(&b, &proxy);
+    for service in [&b, &open] {
+        cut_off(service, &proxy);
+    }
     check_error(&onboard_with(&b, "unknown", &unknown), 503, "SERVICE_UNAVAILABLE", "elsewhere");
+    let answer = onboard_with(&open, "unknown", &unknown);
+    check_error(&answer, 503, "SERVICE_UNAVAILABLE", "its registration is to be spent");
+    assert_eq!(open.onboard("unknown").status, 200, "who shows none is onboarded, as ever");
     let compact = token(&b, "known", &known);
     assert_eq!(b.sign(&compact, &Csr::new("known").make()).status, 200);
     let answer = put(&b, "later", json!({"secret": true}));
