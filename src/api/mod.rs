@@ -105,7 +105,13 @@ impl Api {
 
     /// From the next request on, the keys are those of `config`, and its certificate is watched.
     pub fn reload(&self, config: &Config) {
-        let settings = Settings::of(config, self.settings().config.rules.enrolment);
+        let before = self.settings();
+        let settings = Settings::of(config, before.config.rules.enrolment);
+        if settings.config.enrolment() == Enrolment::Open
+            && before.config.enrolment() != Enrolment::Open
+        {
+            log::warn!("ONBOARDING_API_KEY is gone: whoever reaches the port can onboard");
+        }
         *writing(&self.settings) = settings;
     }
 

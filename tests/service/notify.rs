@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::support::check_error;
 use crate::support::http::Connection;
 use crate::support::redis::Redis;
 use crate::support::service::{Service, Setup};
@@ -235,5 +236,20 @@ fn api_keys_are_read_again_and_both_or_none_change() {
     assert!(!onboards(&service, "first-onboarding-key"));
     assert!(revokes(&service, "second-administrator-key"));
     assert!(!revokes(&service, "first-administrator-key"));
+    assert!(!service.log().contains("ONBOARDING_API_KEY is gone"));
     assert_eq!(service.terminate().code, Some(0));
+}
+
+/// Who may onboard is then another question, also where nobody but a proxy reaches the port.
+#[test]
+fn a_key_that_is_gone_is_told() {
+    let dir = TempDir::new();
+    let path = dir.path().join("environment");
+    fs::write(&path, "ONBOARDING_API_KEY=first-onboarding-key\n").unwrap();
+    let service = Setup::new().args(&["--env-file", path.to_str().unwrap()]).start();
+    check_error(&service.onboard("d"), 401, "API_KEY_REQUIRED", "with a key");
+    fs::write(&path, "ONBOARDING_API_KEY=\n").unwrap();
+    service.signal("HUP");
+    service.wait_for_log("ONBOARDING_API_KEY is gone: whoever reaches the port can onboard");
+    assert_eq!(service.onboard("d").status, 200);
 }
