@@ -196,9 +196,13 @@ impl<E: Exchange> Thread<E> {
 
     fn note_revoked(&mut self, serials: &[Serial]) {
         for serial in serials {
+            // What is foretold is not here yet.
+            let known = self.record().by_serial(serial);
+            let device = known.as_ref().map_or("", |certificate| certificate.device.as_str());
+            let of = if device.is_empty() { "" } else { " of " };
             log::info!(
-                event = "certificate_revoked", serial:%;
-                "certificate {serial} revoked, at another instance"
+                event = "certificate_revoked", device, serial:%;
+                "certificate {serial}{of}{device} revoked, at another instance"
             );
         }
         self.progress.crl_is_due |= !serials.is_empty();

@@ -529,6 +529,8 @@ fn who_has_signed_twice_for_a_device_is_said() {
         let there = format!("{}, signed at another instance", serials[1 - n]);
         assert!(log.contains(&there), "{there}: {log}");
     }
+    assert_eq!(revoke(&all[0], &d).status, 200);
+    all[1].wait_for_log(&format!("certificate {} of d revoked, at another inst", serials[0]));
 }
 
 /// What is signed while an instance is cut off is not there for it only when Redis has said so.
