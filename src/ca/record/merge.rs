@@ -67,8 +67,8 @@ pub struct Merged {
     pub spent: Vec<Spent>,
     /// Tokens that paid for two certificates, the one that was known first.
     pub twice: Vec<(TokenHash, [Serial; 2])>,
-    /// Devices with more than one active certificate, the newest of which a token has paid for; and
-    /// whether each was signed here.
+    /// Devices with more than one active certificate of which none renews another, with the news that a
+    /// token has paid for one of them; and whether each was signed here.
     pub both_active: Vec<(DeviceId, Vec<(Serial, bool)>)>,
 }
 
@@ -352,17 +352,32 @@ impl Record {
             let Some(token) = new.token() else { continue };
             merged.spent.push(Spent { token, serial: slot.serial, device: device.clone() });
             let active = rows.of_device(device).filter(|slot| slot.is_active(now));
-            let active: Vec<_> =
-                active.map(|slot| (slot.serial, slot.place == Place::Own)).collect();
+            let active: Vec<Slot> = active.copied().collect();
             let is_told = merged.both_active.iter().any(|(told, _)| told == device);
-            if active.len() > 1 && slot.is_active(now) && !is_told {
-                merged.both_active.push((device.clone(), active));
+            if slot.is_active(now) && !is_told && self.are_apart(&active) {
+                let whose = |slot: &Slot| (slot.serial, slot.place == Place::Own);
+                merged.both_active.push((device.clone(), active.iter().map(whose).collect()));
             }
         }
         let revoked = plan.added.iter().filter(|new| new.row.revoked.is_some());
         merged.revoked = revoked.map(|new| new.row.serial).collect();
         merged.revoked.extend(plan.revoked.into_keys());
         merged.twice = plan.twice;
+    }
+
+    /// Whether these are several, where a renewal, which inherits when it was paid for, and what it renews
+    /// count as one.
+    fn are_apart(&self, active: &[Slot]) -> bool {
+        if active.len() < 2 {
+            return false;
+        }
+        let stored = active.iter().filter_map(|slot| self.stored_at(slot).ok());
+        let paid_by = |stored: Stored| (stored.paid(), stored.origin.and_then(Origin::token));
+        let paid_by: Vec<(u64, Option<Redeemed>)> = stored.map(paid_by).collect();
+        let is_first = |(paid, token): &&(u64, Option<Redeemed>)| {
+            token.is_some() || paid_by.iter().filter(|(other, _)| other == paid).count() < 2
+        };
+        paid_by.iter().filter(is_first).count() > 1
     }
 
     /// Revokes what the bounds of these devices kill: each with the `c` of its row. To be called when a
@@ -689,6 +704,30 @@ mod tests {
         assert_eq!(fixture.open().revoked(now).len(), 2);
         let newest = one.newest(&device("device-1")).map(|newest| newest.serial);
         assert_eq!(newest, Some(renewed.serial));
+    }
+
+    /// In whichever order they are learnt of, be it at once.
+    #[test]
+    fn a_renewal_and_what_it_renews_are_no_two_certificates() {
+        let (fixture, now) = (Fixture::new(), clock::now());
+        let one = fixture.open();
+        let [first, renewed, another] = [(); 3].map(|()| fixture.leaf("device-1"));
+        let [early, late] = [1_000, 2_000].map(|iat| token(&format!("{iat}"), iat + 300));
+        enter(&one, &first, Some(early)).unwrap();
+        let mut entries = one.begin();
+        entries.add(&renewed, Some(Origin::Renewal { old: first.serial, paid: None }), now);
+        assert_eq!(entries.commit(), [Ok(())]);
+        enter(&one, &another, Some(late)).unwrap();
+        for turns in [vec![vec![&first, &renewed]], vec![vec![&renewed], vec![&first]]] {
+            let dir = TestDir::new();
+            let other = fixture.open_other(&dir);
+            let merge = |leaves: &[&Leaf]| {
+                let all = leaves.iter().map(|leaf| shared(&one, leaf)).collect();
+                other.merge(all, &[], &fixture.judge()).unwrap().both_active.len()
+            };
+            turns.iter().for_each(|leaves| assert_eq!(merge(leaves), 0));
+            assert_eq!(merge(&[&another]), 1);
+        }
     }
 
     #[test]
