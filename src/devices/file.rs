@@ -111,7 +111,11 @@ pub(super) fn load(
     path: &Path,
     enter: impl FnMut(DeviceId, Row, Option<Instance>),
 ) -> Result<(usize, Rest), FilesError> {
-    let bytes = files::read(path)?.unwrap_or_default();
+    let found = files::read(path)?;
+    if found.as_ref().is_some_and(|bytes| bytes.len() < HEAD.len()) {
+        log::warn!("{}: it is empty: what it said of devices is lost here", path.display());
+    }
+    let bytes = found.unwrap_or_default();
     let rest = read(&bytes, enter).ok_or_else(|| {
         let why = "not a list of devices that this version can read";
         let source = io::Error::new(io::ErrorKind::InvalidData, why);

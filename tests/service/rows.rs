@@ -110,7 +110,10 @@ fn a_file_of_rows_that_is_torn_anywhere_serves_what_is_whole() {
         ends.windows(2).flat_map(|w| [w[0] + 2, (w[0] + w[1]) / 2, w[1] - 1, w[1], w[1] + 1]);
     for cut in [0, 5].into_iter().chain(lines) {
         fs::write(&path, &whole[..cut]).unwrap();
+        let from = service.log().len();
         service.restart();
+        let log = service.log().get(from..).map(str::to_owned).unwrap_or_default();
+        assert_eq!(log.contains("it is empty"), cut < ends[0], "{log}");
         let kept = String::from_utf8_lossy(&whole[..cut]).into_owned();
         let has = |kind: &str, device: &str| {
             let begin = format!("{kind}\t{device}\t");
