@@ -5,12 +5,11 @@
 
 use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
-use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt as _;
 
-use env_logger::{Builder, Target};
+use env_filter::{Builder, Filter};
 use log::kv::{self, Key, Value, VisitSource};
-use log::{Level, LevelFilter, Record, SetLoggerError};
+use log::{Level, LevelFilter, Metadata, Record, SetLoggerError};
 
 use crate::clock;
 use crate::config::{Log, LogFormat};
@@ -27,7 +26,7 @@ pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerEr
     // says, it also returns.
     builder.filter_module("tiny_http", LevelFilter::Off);
     match &log.filter {
-        Some(filter) => builder.parse_filters(filter),
+        Some(filter) => builder.parse(filter),
         None => builder
             .filter_level(OTHERS.min(log.level))
             .filter_module(env!("CARGO_CRATE_NAME"), log.level),
@@ -38,24 +37,28 @@ pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerEr
         (LogFormat::Text, false) => Style::Text,
     };
     stderr::init(move |lost| style.lost(lost));
-    builder
-        .format(move |out, record| style.write(out, record))
-        .target(Target::Pipe(Box::new(Lines)))
-        .try_init()
+    let filter = builder.build();
+    log::set_max_level(filter.filter());
+    log::set_boxed_logger(Box::new(Logger { filter, style }))
 }
 
-/// What the crate writes to: it makes each record one write, and `stderr` sees to the rest.
-struct Lines;
+struct Logger {
+    filter: Filter,
+    style: Style,
+}
 
-impl Write for Lines {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        stderr::write_line(line);
-        Ok(line.len())
+impl log::Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.filter.enabled(metadata)
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn log(&self, record: &Record<'_>) {
+        if self.filter.matches(record) {
+            stderr::write_line(self.style.line(record).as_bytes());
+        }
     }
+
+    fn flush(&self) {}
 }
 
 /// How a line looks.
@@ -67,30 +70,25 @@ enum Style {
 }
 
 impl Style {
-    fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+    fn line(self, record: &Record<'_>) -> String {
         let unix_ms = clock::now().unix_ms;
-        // Made here and written once: a line has many pieces.
         let mut line = String::with_capacity(256);
-        let made = match self {
+        // A text takes everything.
+        let _ = match self {
             Style::Json => json(&mut line, record, unix_ms),
             Style::Journal => journal_text(&mut line, record),
             Style::Text => text(&mut line, record, unix_ms),
         };
-        made.map_err(io::Error::other)?;
-        out.write_all(line.as_bytes())
+        line
     }
 
     /// That lines were lost, as a line.
     fn lost(self, lost: u64) -> Vec<u8> {
-        let mut line = Vec::new();
-        let mut say = |message| {
+        let say = |message| {
             let mut record = Record::builder();
-            let record = record.level(Level::Warn).target(module_path!()).args(message).build();
-            self.write(&mut line, &record)
+            self.line(&record.level(Level::Warn).target(module_path!()).args(message).build())
         };
-        // A vector takes everything.
-        let _ = say(format_args!("{lost} lines of the log were lost: nobody took them in time"));
-        line
+        say(format_args!("{lost} lines of the log were lost: nobody took them in time")).into()
     }
 }
 
