@@ -20,59 +20,36 @@ const LOCK_NAME: &str = ".lock";
 /// What [`try_writing`] writes: more than a certificate, so that a disk which takes it takes one too.
 const TRIAL_BYTES: usize = 4096;
 
-/// What went wrong with which file.
+/// What went wrong with which file, for the operator.
 #[derive(Debug)]
-pub enum FilesError {
-    /// The operating system refused.
-    Io {
-        /// `cannot write`, `cannot read` …
-        what: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// Another process holds the folder's lock.
-    Locked(PathBuf),
-    /// A secret's file does not hold what was once written into it.
-    Garbled {
-        /// The file.
-        path: PathBuf,
-        /// The hexadecimal digits it should hold.
-        digits: usize,
-    },
+pub struct FilesError {
+    /// As the operating system has it.
+    pub kind: io::ErrorKind,
+    text: String,
 }
 
 impl FilesError {
-    /// The operating system refused `what`.
+    /// The operating system refused `what`: `cannot write`, `cannot read` …
     pub fn io(what: &'static str, path: &Path) -> impl Fn(io::Error) -> Self {
-        move |source| FilesError::Io { what, path: path.to_owned(), source }
+        move |source| FilesError {
+            kind: source.kind(),
+            text: format!("{what} {}: {source}", path.display()),
+        }
     }
 
-    /// What kind of refusal it was, if it was one of the operating system.
-    pub fn kind(&self) -> Option<io::ErrorKind> {
-        match self {
-            FilesError::Io { source, .. } => Some(source.kind()),
-            _ => None,
-        }
+    /// A file does not hold the digits that were once written into it.
+    pub fn garbled(path: &Path, digits: usize) -> Self {
+        let path = path.display();
+        let text = format!(
+            "{path} should hold {digits} lower-case hexadecimal digits; remove it to have a new one made"
+        );
+        FilesError { kind: io::ErrorKind::InvalidData, text }
     }
 }
 
 impl fmt::Display for FilesError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            FilesError::Io { what, path, source } => {
-                write!(f, "{what} {}: {source}", path.display())
-            }
-            FilesError::Locked(dir) => {
-                write!(f, "folder {} is owned by another running process", dir.display())
-            }
-            FilesError::Garbled { path, digits } => write!(
-                f,
-                "{} should hold {digits} lower-case hexadecimal digits; remove it to have a new one made",
-                path.display()
-            ),
-        }
+        f.write_str(&self.text)
     }
 }
 
@@ -130,10 +107,8 @@ pub fn write_atomic_by(
     written
 }
 
-/// Gives a file that is on disk another name in its folder, which is on disk then, too.
-///
-/// # Errors
-/// When that cannot be done; either name may be there then.
+/// Gives a file that is on disk another name in its folder, which is on disk then, too. After an error
+/// either name may be there.
 pub fn rename_synced(from: &Path, to: &Path) -> Result<(), FilesError> {
     fs::rename(from, to).map_err(FilesError::io("cannot write", to))?;
     sync_dir(folder_of(to))
@@ -187,7 +162,6 @@ pub fn try_writing(dir: &Path, synced: bool) -> Result<(), FilesError> {
     written.and(removed)
 }
 
-/// Removes a file, if it is there.
 pub fn remove_if_there(path: &Path) -> Result<(), FilesError> {
     match fs::remove_file(path) {
         Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
@@ -241,7 +215,6 @@ impl<'a> Synced<'a> {
         (is_told && TELL_OF_ERRORS.contains(&(kind as u32))).then_some(Synced { dir, opened })
     }
 
-    /// Puts all that was written there on disk.
     pub fn sync(&self) -> Result<(), FilesError> {
         let sync = || Ok(rustix::fs::syncfs(&self.opened)?);
         sync().map_err(FilesError::io("cannot sync the file system of", self.dir))
@@ -284,7 +257,7 @@ pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesErr
 pub fn read_secret(path: &Path, len: usize) -> Result<Option<String>, FilesError> {
     let Some(bytes) = read(path)? else { return Ok(None) };
     let text = secret_text(&bytes, len);
-    text.map(Some).ok_or_else(|| FilesError::Garbled { path: path.to_owned(), digits: 2 * len })
+    text.map(Some).ok_or_else(|| FilesError::garbled(path, 2 * len))
 }
 
 fn secret_text(bytes: &[u8], len: usize) -> Option<String> {
@@ -302,29 +275,24 @@ pub fn warn_if_others_may_read(path: &Path) {
     }
 }
 
-/// The sign that this process owns a folder; given up when dropped, or when the process ends in
-/// whatever way.
-#[derive(Debug)]
-pub struct FolderLock {
-    _file: File,
-}
-
-impl FolderLock {
-    /// Takes the lock of an existing folder. A process cannot take the same folder twice either.
-    pub fn take(dir: &Path) -> Result<Self, FilesError> {
-        let path = dir.join(LOCK_NAME);
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(FilesError::io("cannot open", &path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(FolderLock { _file: file }),
-            Err(TryLockError::WouldBlock) => Err(FilesError::Locked(dir.to_owned())),
-            Err(TryLockError::Error(e)) => Err(FilesError::io("cannot lock", &path)(e)),
+/// The sign that this process owns an existing folder; given up when it is dropped, or when the process
+/// ends in whatever way. A process cannot take the same folder twice either.
+pub fn lock_folder(dir: &Path) -> Result<File, FilesError> {
+    let path = dir.join(LOCK_NAME);
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(FilesError::io("cannot open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            let text = format!("folder {} is owned by another running process", dir.display());
+            Err(FilesError { kind: io::ErrorKind::WouldBlock, text })
         }
+        Err(TryLockError::Error(e)) => Err(FilesError::io("cannot lock", &path)(e)),
     }
 }
 
@@ -392,7 +360,7 @@ mod tests {
         let dir = TestDir::new();
         create_new(&dir.join("f"), b"one", 0o640, true).unwrap();
         let error = create_new(&dir.join("f"), b"two", 0o640, true).unwrap_err();
-        assert_eq!(error.kind(), Some(io::ErrorKind::AlreadyExists));
+        assert_eq!(error.kind, io::ErrorKind::AlreadyExists);
         assert_eq!(read(&dir.join("f")).unwrap(), Some(b"one".to_vec()));
         assert_eq!(read(&dir.join("g")).unwrap(), None);
         sync_dir(&dir).unwrap();
@@ -407,7 +375,7 @@ mod tests {
             (Some(b"one".to_vec()), 0o640)
         );
         let error = create_new(&dir.join("f"), b"two", 0o640, false).unwrap_err();
-        assert_eq!(error.kind(), Some(io::ErrorKind::AlreadyExists));
+        assert_eq!(error.kind, io::ErrorKind::AlreadyExists);
         if let Some(synced) = Synced::of(&dir) {
             synced.sync().unwrap();
         }
@@ -456,11 +424,11 @@ mod tests {
     #[test]
     fn one_owner_a_folder() {
         let dir = TestDir::new();
-        let lock = FolderLock::take(&dir).unwrap();
-        let error = FolderLock::take(&dir).unwrap_err().to_string();
+        let lock = lock_folder(&dir).unwrap();
+        let error = lock_folder(&dir).unwrap_err().to_string();
         assert!(error.contains(dir.to_str().unwrap()) && error.contains("another"), "{error}");
         drop(lock);
-        FolderLock::take(&dir).unwrap();
+        lock_folder(&dir).unwrap();
     }
 
     #[test]

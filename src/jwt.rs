@@ -15,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 use crate::device::DeviceId;
 use crate::digits::{self, decimal, hex};
 use crate::json;
+use crate::problem::Code;
 
 /// Longest token that is looked at, in bytes.
 pub const MAX_TOKEN_BYTES: usize = 4096;
@@ -96,32 +97,6 @@ impl fmt::Debug for Token {
     }
 }
 
-/// Why a token was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum JwtError {
-    /// Not three parts of canonical base64url, not the JSON expected, too long.
-    InvalidFormat,
-    /// Not signed with HS256 and our secret.
-    InvalidSignature,
-    /// The claim `type` is not `provisioning`.
-    InvalidType,
-    /// `exp` has passed.
-    Expired,
-}
-
-impl fmt::Display for JwtError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            JwtError::InvalidFormat => "token is malformed",
-            JwtError::InvalidSignature => "token signature is invalid",
-            JwtError::InvalidType => "token is not a provisioning token",
-            JwtError::Expired => "token has expired",
-        })
-    }
-}
-
-impl std::error::Error for JwtError {}
-
 /// Signs and verifies tokens under one secret.
 #[derive(Clone)]
 pub struct Signer {
@@ -166,16 +141,16 @@ impl Signer {
     }
 
     /// Checks shape, header, signature, type and expiry, in this order, and reads the claims.
-    pub fn verify(&self, compact: &str, now_s: u64) -> Result<Token, JwtError> {
+    pub fn verify(&self, compact: &str, now_s: u64) -> Result<Token, Code> {
         let claims = self.verify_signature(compact)?;
         if claims.exp <= now_s {
-            return Err(JwtError::Expired);
+            return Err(Code::TokenExpired);
         }
         Ok(Token { compact: compact.into(), hash: TokenHash::of(compact), claims })
     }
 
     /// As [`Signer::verify`], but whenever the token ends: for tokens found in our own store.
-    pub fn verify_signature(&self, compact: &str) -> Result<Claims, JwtError> {
+    pub fn verify_signature(&self, compact: &str) -> Result<Claims, Code> {
         let (signed, header, payload, tag) = split(compact)?;
         check_header(header)?;
         let (payload, tag) = (decode(payload)?, decode(tag)?);
@@ -184,52 +159,52 @@ impl Signer {
             .chain_update(signed.as_bytes())
             // SECURITY: constant-time; claims are parsed only after it
             .verify_slice(&tag)
-            .map_err(|_| JwtError::InvalidSignature)?;
+            .map_err(|_| Code::TokenInvalidSignature)?;
         read_claims(&object(&payload, &CLAIMS)?)
     }
 }
 
 /// Cuts `header.claims.signature` into (what is signed, header, claims, signature).
-fn split(compact: &str) -> Result<(&str, &str, &str, &str), JwtError> {
+fn split(compact: &str) -> Result<(&str, &str, &str, &str), Code> {
     if compact.len() > MAX_TOKEN_BYTES {
-        return Err(JwtError::InvalidFormat);
+        return Err(Code::TokenInvalidFormat);
     }
-    let (signed, tag) = compact.rsplit_once('.').ok_or(JwtError::InvalidFormat)?;
-    let (header, payload) = signed.split_once('.').ok_or(JwtError::InvalidFormat)?;
+    let (signed, tag) = compact.rsplit_once('.').ok_or(Code::TokenInvalidFormat)?;
+    let (header, payload) = signed.split_once('.').ok_or(Code::TokenInvalidFormat)?;
     if payload.contains('.') {
-        return Err(JwtError::InvalidFormat);
+        return Err(Code::TokenInvalidFormat);
     }
     Ok((signed, header, payload, tag))
 }
 
-fn check_header(header: &str) -> Result<(), JwtError> {
+fn check_header(header: &str) -> Result<(), Code> {
     if header == HEADER {
         return Ok(());
     }
     let header = object(&decode(header)?, &["alg", "crit"])?;
     if header.contains_key("crit") {
-        return Err(JwtError::InvalidFormat); // RFC 7515, 4.1.11: we understand no extension
+        return Err(Code::TokenInvalidFormat); // RFC 7515, 4.1.11: we understand no extension
     }
     match header.get("alg") {
         Some(Value::String(alg)) if alg == "HS256" => Ok(()),
-        _ => Err(JwtError::InvalidSignature),
+        _ => Err(Code::TokenInvalidSignature),
     }
 }
 
 /// The claims that are read.
 const CLAIMS: [&str; 5] = ["device_id", "type", "iat", "exp", "jti"];
 
-fn read_claims(claims: &Map<String, Value>) -> Result<Claims, JwtError> {
+fn read_claims(claims: &Map<String, Value>) -> Result<Claims, Code> {
     if claims.get("type").and_then(Value::as_str) != Some(TYPE) {
-        return Err(JwtError::InvalidType);
+        return Err(Code::TokenInvalidType);
     }
     let text = |name| claims.get(name).and_then(Value::as_str);
-    let device_id = text("device_id").and_then(DeviceId::parse).ok_or(JwtError::InvalidFormat)?;
-    let seconds = |name| claims.get(name).and_then(numeric_date).ok_or(JwtError::InvalidFormat);
+    let device_id = text("device_id").and_then(DeviceId::parse).ok_or(Code::TokenInvalidFormat)?;
+    let seconds = |name| claims.get(name).and_then(numeric_date).ok_or(Code::TokenInvalidFormat);
     let (iat, exp) = (seconds("iat")?, seconds("exp")?);
     match exp.checked_sub(iat) {
-        None => return Err(JwtError::Expired), // before it began
-        Some(lifetime) if lifetime > MAX_LIFETIME_S => return Err(JwtError::InvalidFormat),
+        None => return Err(Code::TokenExpired), // before it began
+        Some(lifetime) if lifetime > MAX_LIFETIME_S => return Err(Code::TokenInvalidFormat),
         Some(_) => {}
     }
     let jti = text("jti").and_then(|t| BASE64URL.decode(t).ok()?.try_into().ok());
@@ -243,13 +218,13 @@ fn numeric_date(value: &Value) -> Option<u64> {
     Some(seconds as u64)
 }
 
-fn object(bytes: &[u8], names: &[&str]) -> Result<Map<String, Value>, JwtError> {
-    json::object(bytes, names).map_err(|_| JwtError::InvalidFormat)
+fn object(bytes: &[u8], names: &[&str]) -> Result<Map<String, Value>, Code> {
+    json::object(bytes, names).map_err(|_| Code::TokenInvalidFormat)
 }
 
 /// Unpadded, canonical base64url (RFC 7515, section 2): stray bits at the end are refused.
-fn decode(part: &str) -> Result<Vec<u8>, JwtError> {
-    BASE64URL.decode(part).map_err(|_| JwtError::InvalidFormat)
+fn decode(part: &str) -> Result<Vec<u8>, Code> {
+    BASE64URL.decode(part).map_err(|_| Code::TokenInvalidFormat)
 }
 
 #[cfg(test)]
@@ -274,7 +249,7 @@ mod tests {
         format!("{signed}.{}", BASE64URL.encode(tag))
     }
 
-    fn check(token: &str, expected: Result<(), JwtError>) {
+    fn check(token: &str, expected: Result<(), Code>) {
         let shown: String = token.chars().take(80).collect();
         assert_eq!(signer().verify(token, NOW).map(|_| ()), expected, "{shown}");
     }
@@ -287,8 +262,8 @@ mod tests {
         let signed = "eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ";
         let a1 = format!("{signed}.dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk");
         // The signature holds, so the refusal comes from the claims, which are not ours.
-        assert_eq!(Signer::new(&key).verify(&a1, 0), Err(JwtError::InvalidType));
-        assert_eq!(signer().verify(&a1, 0), Err(JwtError::InvalidSignature));
+        assert_eq!(Signer::new(&key).verify(&a1, 0), Err(Code::TokenInvalidType));
+        assert_eq!(signer().verify(&a1, 0), Err(Code::TokenInvalidSignature));
 
         let long_key = [0xaa; 131];
         let vectors: [(&[u8], &[u8], &str); 3] = [
@@ -327,9 +302,9 @@ mod tests {
                 NOW + 290
             )
         );
-        assert_eq!(signer().verify(&token.compact, NOW + 290), Err(JwtError::Expired));
+        assert_eq!(signer().verify(&token.compact, NOW + 290), Err(Code::TokenExpired));
         let other = Signer::new(b"another secret of at least 32 bytes");
-        assert_eq!(other.verify(&token.compact, NOW), Err(JwtError::InvalidSignature));
+        assert_eq!(other.verify(&token.compact, NOW), Err(Code::TokenInvalidSignature));
     }
 
     #[test]
@@ -354,17 +329,17 @@ mod tests {
         check(&header(r#"{"alg":"HS256","typ":"JWT"}"#), Ok(()));
         check(&header(r#"{"typ":"JWT","alg":"HS256","kid":"1"}"#), Ok(()));
         for alg in ["none", "None", "NONE", "HS384", "HS512", "RS256", "hs256", ""] {
-            check(&header(&format!(r#"{{"alg":"{alg}"}}"#)), Err(JwtError::InvalidSignature));
+            check(&header(&format!(r#"{{"alg":"{alg}"}}"#)), Err(Code::TokenInvalidSignature));
         }
         for bad in [r#"{"alg":["HS256"]}"#, "{}"] {
-            check(&header(bad), Err(JwtError::InvalidSignature));
+            check(&header(bad), Err(Code::TokenInvalidSignature));
         }
         for bad in [r#"{"alg":"HS256","crit":["x"]}"#, r#"{"alg":"none","alg":"HS256"}"#, "[]", ""]
         {
-            check(&header(bad), Err(JwtError::InvalidFormat));
+            check(&header(bad), Err(Code::TokenInvalidFormat));
         }
         let none = BASE64URL.encode(r#"{"alg":"none"}"#);
-        check(&format!("{none}.{}.", BASE64URL.encode(&good)), Err(JwtError::InvalidSignature));
+        check(&format!("{none}.{}.", BASE64URL.encode(&good)), Err(Code::TokenInvalidSignature));
     }
 
     #[test]
@@ -382,57 +357,60 @@ mod tests {
             ),
             (
                 format!(r#"{{"device_id":"d","type":"access","iat":{NOW},"exp":{exp}}}"#),
-                Err(JwtError::InvalidType),
+                Err(Code::TokenInvalidType),
             ),
-            (format!(r#"{{"device_id":"d","iat":{NOW},"exp":{exp}}}"#), Err(JwtError::InvalidType)),
+            (
+                format!(r#"{{"device_id":"d","iat":{NOW},"exp":{exp}}}"#),
+                Err(Code::TokenInvalidType),
+            ),
             (
                 format!(r#"{{"device_id":"a/b","type":"provisioning","iat":{NOW},"exp":{exp}}}"#),
-                Err(JwtError::InvalidFormat),
+                Err(Code::TokenInvalidFormat),
             ),
             (
                 format!(r#"{{"device_id":7,"type":"provisioning","iat":{NOW},"exp":{exp}}}"#),
-                Err(JwtError::InvalidFormat),
+                Err(Code::TokenInvalidFormat),
             ),
             (
                 format!(r#"{{"device_id":"d","type":"provisioning","iat":{NOW},"exp":"{exp}"}}"#),
-                Err(JwtError::InvalidFormat),
+                Err(Code::TokenInvalidFormat),
             ),
             (
                 format!(r#"{{"device_id":"d","type":"provisioning","iat":{NOW}}}"#),
-                Err(JwtError::InvalidFormat),
+                Err(Code::TokenInvalidFormat),
             ),
             (
                 format!(r#"{{"device_id":"d","type":"provisioning","iat":{NOW},"exp":1e300}}"#),
-                Err(JwtError::InvalidFormat),
+                Err(Code::TokenInvalidFormat),
             ),
             (
                 format!(r#"{{"device_id":"d","type":"provisioning","iat":0,"exp":{exp}}}"#),
-                Err(JwtError::InvalidFormat),
+                Err(Code::TokenInvalidFormat),
             ),
             (
                 format!(r#"{{"device_id":"d","type":"provisioning","iat":{exp},"exp":{NOW}}}"#),
-                Err(JwtError::Expired),
+                Err(Code::TokenExpired),
             ),
             (
                 format!(
                     r#"{{"device_id":"d","type":"provisioning","iat":1,"exp":{NOW},"exp":{exp}}}"#
                 ),
-                Err(JwtError::InvalidFormat),
+                Err(Code::TokenInvalidFormat),
             ),
             (
                 format!(
                     r#"{{"device_id":"d","type":"provisioning","iat":{},"exp":{NOW}}}"#,
                     NOW - 9
                 ),
-                Err(JwtError::Expired),
+                Err(Code::TokenExpired),
             ),
-            ("not json".to_owned(), Err(JwtError::InvalidFormat)),
+            ("not json".to_owned(), Err(Code::TokenInvalidFormat)),
         ] {
             check(&with(&payload), expected);
         }
         check(
             &with(&format!(r#"{{"x":"{}"}}"#, "x".repeat(100_000))),
-            Err(JwtError::InvalidFormat),
+            Err(Code::TokenInvalidFormat),
         );
     }
 
@@ -440,9 +418,9 @@ mod tests {
     fn other_shapes_are_refused() {
         let token = signer().sign(claims()).compact;
         let (signed, tag) = token.rsplit_once('.').unwrap();
-        check(&format!("{signed}."), Err(JwtError::InvalidSignature));
-        check(&format!("{signed}.{tag}="), Err(JwtError::InvalidFormat));
-        check(signed, Err(JwtError::InvalidFormat));
+        check(&format!("{signed}."), Err(Code::TokenInvalidSignature));
+        check(&format!("{signed}.{tag}="), Err(Code::TokenInvalidFormat));
+        check(signed, Err(Code::TokenInvalidFormat));
         for bad in
             [format!("{token}.{tag}"), format!(".{token}"), format!("{token} "), String::new()]
         {
@@ -453,7 +431,7 @@ mod tests {
         let alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
         let next = alphabet.chars().nth(alphabet.find(last).unwrap() + 1).unwrap();
         let stray = format!("{signed}.{}{next}", &tag[..tag.len() - 1]);
-        check(&stray, Err(JwtError::InvalidFormat));
+        check(&stray, Err(Code::TokenInvalidFormat));
     }
 
     #[test]

@@ -9,7 +9,6 @@ use std::fmt;
 use serde_json::Value;
 
 use crate::device::DeviceId;
-use crate::jwt::JwtError;
 
 macro_rules! codes {
     ($($variant:ident $status:literal $code:literal $text:literal;)*) => {
@@ -81,11 +80,9 @@ codes! {
 /// An error on its way to the client.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
-    /// The row of the table.
     pub code: Code,
     /// For the client, instead of the table's text; a client may match on the latter.
     pub text: Option<Cow<'static, str>>,
-    /// Further fields of the JSON body.
     pub fields: Vec<(&'static str, Value)>,
     /// Whom it concerns, for the log only.
     pub device: Option<Box<DeviceId>>,
@@ -104,19 +101,16 @@ impl Problem {
         self
     }
 
-    /// Adds a field to the JSON body.
     pub fn field(mut self, name: &'static str, value: impl Into<Value>) -> Self {
         self.fields.push((name, value.into()));
         self
     }
 
-    /// Names the device to the log.
     pub fn of(mut self, device: &DeviceId) -> Self {
         self.device = Some(Box::new(device.clone()));
         self
     }
 
-    /// Says `why` to the log.
     pub fn log(mut self, why: impl fmt::Display) -> Self {
         self.log = Some(why.to_string());
         self
@@ -131,12 +125,10 @@ impl Problem {
         self
     }
 
-    /// The HTTP status.
     pub fn status(&self) -> u16 {
         self.code.row().0
     }
 
-    /// What the client reads.
     pub fn message(&self) -> &str {
         self.text.as_deref().unwrap_or(self.code.row().2)
     }
@@ -147,17 +139,6 @@ impl From<Code> for Problem {
         let retry_after_s = matches!(code.row().0, 429 | 503).then_some(1);
         let (text, device, log, allow) = (None, None, None, None);
         Problem { code, text, fields: Vec::new(), device, log, retry_after_s, allow }
-    }
-}
-
-impl From<JwtError> for Problem {
-    fn from(error: JwtError) -> Self {
-        Problem::from(match error {
-            JwtError::InvalidFormat => Code::TokenInvalidFormat,
-            JwtError::InvalidSignature => Code::TokenInvalidSignature,
-            JwtError::InvalidType => Code::TokenInvalidType,
-            JwtError::Expired => Code::TokenExpired,
-        })
     }
 }
 

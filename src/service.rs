@@ -2,6 +2,7 @@
 //! Only here are concrete stores named.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -26,7 +27,7 @@ use crate::device::DeviceId;
 use crate::devices::identity::{self, Identity};
 use crate::devices::table::Devices;
 use crate::devices::{self, Bound, Row};
-use crate::files::{self, FolderLock};
+use crate::files;
 use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
@@ -63,9 +64,6 @@ fn failed(error: impl fmt::Display) -> String {
 }
 
 /// Serves until SIGTERM or SIGINT. `reread` reads the configuration again, for SIGHUP.
-///
-/// # Errors
-/// What kept the server from starting.
 pub fn run(
     config: &Config,
     reread: impl Fn() -> Result<Config, ConfigError>,
@@ -122,9 +120,7 @@ pub fn rehearse(config: &Config, offline: bool) -> Rehearsal {
 /// What [`rehearse`] has found.
 #[derive(Debug, Default)]
 pub struct Rehearsal {
-    /// What has to be mended.
     pub faults: Vec<String>,
-    /// What should be known.
     pub warnings: Vec<String>,
 }
 
@@ -167,7 +163,7 @@ struct Kept<'c> {
     ledger: Arc<Ledger>,
     devices: Arc<Devices>,
     metrics: Arc<Metrics>,
-    _locks: Vec<FolderLock>,
+    _locks: Vec<File>,
 }
 
 impl<'c> Kept<'c> {
@@ -259,9 +255,8 @@ impl<'c> Kept<'c> {
             move || tokens.status().clock_is_ahead_ms.unsigned_abs() > CLOCK_IS_FAR_OFF_MS;
         let retention = Retention::new(config.record_keep_days, is_disputed, clock::now());
         let (ca, metrics) = (Arc::clone(&self.ca), Arc::clone(&self.metrics));
-        let publisher = Publisher::new(ca, config.crl_hook.clone(), metrics);
-        let publisher = publisher.forgetting(retention).trying(Arc::clone(self.devices.trial()));
-        let publisher = Arc::new(publisher);
+        let (hook, trial) = (config.crl_hook.clone(), Some(Arc::clone(self.devices.trial())));
+        let publisher = Arc::new(Publisher::new(ca, hook, Some(retention), trial, metrics));
         publisher.keep_fresh(clock::now());
         publisher.load_superseded(config.rules.renew_revokes, clock::now());
         let worker = Arc::clone(&publisher);
@@ -311,11 +306,11 @@ impl<'c> Kept<'c> {
     }
 }
 
-fn lock_folders(config: &Config) -> Result<Vec<FolderLock>, String> {
+fn lock_folders(config: &Config) -> Result<Vec<File>, String> {
     let (data, ca) = (&config.data_dir, &config.ca.dir);
     let same = std::fs::canonicalize(data).ok() == std::fs::canonicalize(ca).ok();
     let folders = [Some(data), (!same).then_some(ca)];
-    folders.into_iter().flatten().map(|dir| FolderLock::take(dir).map_err(failed)).collect()
+    folders.into_iter().flatten().map(|dir| files::lock_folder(dir).map_err(failed)).collect()
 }
 
 fn open_ca(config: &Config) -> Result<Ca, String> {
@@ -487,7 +482,7 @@ struct Running {
     answering: mpsc::Sender<Event>,
     ca: Arc<Ca>,
     https: Https,
-    _locks: Vec<FolderLock>,
+    _locks: Vec<File>,
 }
 
 impl Running {

@@ -21,68 +21,6 @@ use crate::device::DeviceId;
 use crate::pem;
 use crate::problem::{Code, Problem};
 
-/// Why a request was refused, and what exactly is wrong with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CsrError {
-    /// Not PEM or base64 of one PKCS#10 request.
-    Invalid(&'static str),
-    /// A key that is not certified here.
-    UnsupportedKey(KeyError),
-    /// A signature algorithm that is not taken here.
-    UnsupportedSignature,
-    /// The signature does not prove possession of the key.
-    BadSignature,
-    /// Not exactly one common name, or not the device's.
-    CommonName(&'static str),
-}
-
-impl fmt::Display for CsrError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let table = self.code().row().2;
-        match self {
-            CsrError::Invalid(why) => write!(f, "{table}: {why}"),
-            CsrError::UnsupportedKey(key) => write!(f, "{table}; its {key}"),
-            CsrError::UnsupportedSignature => {
-                write!(f, "{table}; its signature is of another kind")
-            }
-            CsrError::BadSignature => f.write_str(table),
-            CsrError::CommonName(found) => write!(f, "{table}; it has {found}"),
-        }
-    }
-}
-
-impl std::error::Error for CsrError {}
-
-impl CsrError {
-    fn code(self) -> Code {
-        match self {
-            CsrError::Invalid(_) => Code::InvalidCsr,
-            CsrError::UnsupportedKey(_) | CsrError::UnsupportedSignature => {
-                Code::UnsupportedCsrKeyType
-            }
-            CsrError::BadSignature => Code::CsrSignatureInvalid,
-            CsrError::CommonName(_) => Code::CsrDeviceMismatch,
-        }
-    }
-}
-
-impl From<CsrError> for Problem {
-    fn from(error: CsrError) -> Self {
-        Problem::from(error.code()).text(error.to_string())
-    }
-}
-
-impl From<KeyError> for CsrError {
-    fn from(error: KeyError) -> Self {
-        match error {
-            KeyError::Malformed | KeyError::Encrypted => {
-                CsrError::Invalid("its key cannot be read")
-            }
-            other => CsrError::UnsupportedKey(other),
-        }
-    }
-}
-
 /// A request whose sender holds the private key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Csr {
@@ -93,36 +31,57 @@ pub struct Csr {
 impl Csr {
     /// Reads PEM, PEM with literal `\n`, base64 of PEM, or base64 of DER, and checks syntax, key and
     /// signature algorithm, and signature, in this order.
-    pub fn parse(text: &str) -> Result<Self, CsrError> {
-        let der = der_of(text).map_err(CsrError::Invalid)?;
-        let request = Request::read(&der).map_err(CsrError::Invalid)?;
-        let key = PublicKey::from_spki(&request.key)?;
+    pub fn parse(text: &str) -> Result<Self, Problem> {
+        let der = der_of(text).map_err(invalid)?;
+        let request = Request::read(&der).map_err(invalid)?;
+        let key = PublicKey::from_spki(&request.key).map_err(unsupported)?;
         if !goes_with(&request.algorithm, key.kind) {
-            return Err(CsrError::UnsupportedSignature);
+            let what = "; its signature is of another kind";
+            return Err(refused(Code::UnsupportedCsrKeyType, what));
         }
         verify_signature(&request.key, &request.algorithm, &request.signature, request.signed)
-            .map_err(|_| CsrError::BadSignature)?;
+            .map_err(|_| Code::CsrSignatureInvalid)?;
         Ok(Csr { key, common_name: request.common_name })
     }
 
     /// Whether the request has exactly one common name and it is the device's, to the letter.
-    pub fn belongs_to(&self, device: &DeviceId) -> Result<(), CsrError> {
+    pub fn belongs_to(&self, device: &DeviceId) -> Result<(), Problem> {
         match &self.common_name {
             Ok(name) if name == device.as_str() => Ok(()),
-            Ok(_) => Err(CsrError::CommonName("another")),
-            Err(found) => Err(CsrError::CommonName(found)),
+            Ok(_) => Err(another_name("another")),
+            Err(found) => Err(another_name(found)),
         }
     }
 
     /// The device that it is for.
-    pub fn device(&self) -> Result<DeviceId, CsrError> {
-        let name = self.common_name.as_ref().map_err(|found| CsrError::CommonName(found))?;
-        DeviceId::parse(name).ok_or(CsrError::CommonName("one that is no device id"))
+    pub fn device(&self) -> Result<DeviceId, Problem> {
+        let name = self.common_name.as_ref().map_err(|found| another_name(found))?;
+        DeviceId::parse(name).ok_or_else(|| another_name("one that is no device id"))
     }
 
     /// Whose possession it proves.
     pub fn key(&self) -> &PublicKey {
         &self.key
+    }
+}
+
+/// What exactly is wrong with a request, behind what the table says.
+fn refused(code: Code, what: impl fmt::Display) -> Problem {
+    Problem::from(code).text(format!("{}{what}", code.row().2))
+}
+
+fn invalid(why: &str) -> Problem {
+    refused(Code::InvalidCsr, format_args!(": {why}"))
+}
+
+fn another_name(found: &str) -> Problem {
+    refused(Code::CsrDeviceMismatch, format_args!("; it has {found}"))
+}
+
+fn unsupported(key: KeyError) -> Problem {
+    match key {
+        KeyError::Malformed | KeyError::Encrypted => invalid("its key cannot be read"),
+        other => refused(Code::UnsupportedCsrKeyType, format_args!("; its {other}")),
     }
 }
 
@@ -293,7 +252,7 @@ mod tests {
     const RSA: &str = "genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048";
 
     fn check(text: &str, expected: Result<(), Code>) {
-        assert_eq!(Csr::parse(text).map(drop).map_err(CsrError::code), expected, "{text}");
+        assert_eq!(Csr::parse(text).map(drop).map_err(|problem| problem.code), expected, "{text}");
     }
 
     #[test]
@@ -438,7 +397,7 @@ mod tests {
             ("/CN=device-1/CN=device-2", "several"),
             ("/CN=device-2+CN=device-1", "several"),
         ] {
-            try_out(subject, Err(CsrError::CommonName(found)));
+            try_out(subject, Err(another_name(found)));
         }
     }
 

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PublicKeyData,
-    SanType, SerialNumber, SignatureAlgorithm, SigningKey,
+    DnType, ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, SanType,
+    SerialNumber,
 };
 use sha2::{Digest as _, Sha256};
 use time::{Duration, OffsetDateTime};
@@ -26,7 +26,7 @@ use x509_parser::verify::verify_signature;
 use super::CaError;
 use super::csr::Csr;
 use super::der::{self, Reader, tlv};
-use super::key::{self, Kind, PublicKey};
+use super::key::{Kind, PrivateKey, PublicKey};
 use crate::clock::{self, DAY_S, Now};
 use crate::config;
 use crate::device::DeviceId;
@@ -86,8 +86,9 @@ pub struct ServerCertificate {
 
 /// A CA that can sign.
 pub struct Issuer {
-    layout: rcgen::Issuer<'static, Unsigned>,
-    key: KeyPair,
+    /// Lays out what [`Issuer::complete`] signs.
+    layout: rcgen::Issuer<'static, PublicKey>,
+    key: PrivateKey,
     key_identifier: KeyIdMethod,
     /// A Name (RFC 5280, 4.1.2.6) in DER, as it stands in the CA's certificate.
     subject: Vec<u8>,
@@ -130,9 +131,7 @@ impl Issuer {
                 files::warn_if_others_may_read(&key);
                 let chain = certificates(&certificate_text)
                     .ok_or_else(|| CaError::refused(&certificate, "not PEM certificates"))?;
-                let key_pair = key::private_key(&key_text)
-                    .map_err(|e| CaError::refused(&key, e.and_what_is_needed()))?;
-                Issuer::new(dir, chain, key_pair, validity_days).map(Some)
+                Issuer::new(dir, chain, &key_text, validity_days).map(Some)
             }
         }
     }
@@ -147,7 +146,7 @@ impl Issuer {
         let certificate = ca_params(years, now)?.self_signed(&key).map_err(CaError::signing)?;
         let key_pem = key.serialize_pem();
         let chain = vec![certificate.der().to_vec()];
-        let issuer = Issuer::new(dir, chain, key, validity_days)?;
+        let issuer = Issuer::new(dir, chain, &key_pem, validity_days)?;
         let (begun, pem) = (dir.join(CERTIFICATE_BEGUN), issuer.chain_pem());
         files::write_atomic(&begun, pem.as_bytes(), 0o644)?;
         files::write_atomic(&dir.join(KEY), key_pem.as_bytes(), 0o600)?;
@@ -169,34 +168,33 @@ impl Issuer {
     fn new(
         dir: &Path,
         chain: Vec<Vec<u8>>,
-        key: KeyPair,
+        key_pem: &str,
         validity_days: u32,
     ) -> Result<Self, CaError> {
         let certificate = dir.join(CERTIFICATE);
         let refused = |why: String| CaError::refused(&certificate, why);
+        let key_refused = |why: String| CaError::refused(&dir.join(KEY), why);
+        let key = PrivateKey::read(key_pem).map_err(|e| key_refused(e.and_what_is_needed()))?;
         let parsed = parse_all(&chain).ok_or_else(|| refused("not X.509 certificates".into()))?;
         let ours = parsed.first().ok_or_else(|| refused("not PEM certificates".into()))?;
         let public = PublicKey::from_spki(ours.public_key());
         public.map_err(|e| refused(e.and_what_is_needed()))?;
-        let key_refused = |why: String| CaError::refused(&dir.join(KEY), why);
-        check_is_key_of(&key, &parsed).map_err(key_refused)?;
+        check_is_key_of(&key.public, &parsed).map_err(key_refused)?;
         check_chain(&parsed).map_err(refused)?;
         let key_identifier = key_identifier(ours).map_err(|why| refused(why.into()))?;
-        let number = key::private_number(&key).map_err(|e| key_refused(e.to_string()))?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.key_identifier_method = key_identifier.clone();
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let (not_before, not_after) = super::validity_of(ours);
-        let unsigned = Unsigned { public: key.der_bytes().to_vec(), algorithm: key.algorithm() };
         Ok(Issuer {
-            layout: rcgen::Issuer::new(params, unsigned),
+            layout: rcgen::Issuer::new(params, key.public.clone()),
+            mac_key: MacKey::derive(&key.number),
             key,
             key_identifier,
             subject: ours.subject().as_raw().to_vec(),
             fingerprint: fingerprint(chain.first().map_or(&[], Vec::as_slice)),
             validity_days,
-            mac_key: MacKey::derive(&number),
             not_before,
             not_after,
             certificate: certificate.clone(),
@@ -251,8 +249,9 @@ impl Issuer {
     pub fn check_dates(&self, now: Now) -> Result<(), CaError> {
         super::check_clock(Some(self), now)?;
         if now.unix_s() > self.not_after {
-            let path = self.certificate.clone();
-            return Err(CaError::Expired { path, not_after: self.not_after });
+            let date = clock::rfc3339(self.not_after.saturating_mul(1000));
+            let why = format!("the CA expired at {date}");
+            return Err(CaError::refused(&self.certificate, why));
         }
         Ok(())
     }
@@ -262,8 +261,9 @@ impl Issuer {
         if now.unix_s() >= self.not_before {
             return Ok(());
         }
-        let path = self.certificate.clone();
-        Err(CaError::ClockBeforeCa { path, not_before: self.not_before })
+        let date = clock::rfc3339(self.not_before.saturating_mul(1000));
+        let ca = format!("{}, which begins at {date}", self.certificate.display());
+        Err(CaError::ClockBeforeCa(ca))
     }
 
     /// Signs a device's certificate, for so many days or as many as are set. Of the request only the
@@ -277,7 +277,7 @@ impl Issuer {
         now: Now,
     ) -> Result<Leaf, CaError> {
         self.check_dates(now)?;
-        csr.belongs_to(device).map_err(CaError::signing)?;
+        csr.belongs_to(device).map_err(|problem| CaError::signing(problem.message()))?;
         let days = u64::from(days.unwrap_or(self.validity_days));
         let (not_before, not_after) = self.validity(days * DAY_S, now);
         let mut params = leaf_params(not_before, not_after, serial);
@@ -302,7 +302,7 @@ impl Issuer {
     ) -> Result<ServerCertificate, CaError> {
         self.check_dates(now)?;
         let sans = names.iter().map(|n| server_name(n)).collect::<Result<Vec<_>, _>>()?;
-        let first = names.first().ok_or_else(|| CaError::BadName(String::new()))?.as_str();
+        let first = names.first().ok_or_else(|| bad_name(""))?.as_str();
         let serial = Serial::random().map_err(CaError::signing)?;
         let (not_before, not_after) = self.validity(life_s, now);
         let mut params = leaf_params(not_before, not_after, serial);
@@ -366,28 +366,6 @@ impl Issuer {
     }
 }
 
-/// A key that cannot sign: what rcgen lays out with it is signed by [`Issuer::complete`].
-struct Unsigned {
-    public: Vec<u8>,
-    algorithm: &'static SignatureAlgorithm,
-}
-
-impl PublicKeyData for Unsigned {
-    fn der_bytes(&self) -> &[u8] {
-        &self.public
-    }
-
-    fn algorithm(&self) -> &'static SignatureAlgorithm {
-        self.algorithm
-    }
-}
-
-impl SigningKey for Unsigned {
-    fn sign(&self, _: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
-        Ok(Vec::new())
-    }
-}
-
 /// SHA-256 in lower-case hexadecimal.
 pub fn fingerprint(der: &[u8]) -> String {
     hex(&Sha256::digest(der))
@@ -429,11 +407,12 @@ fn server_name(name: &str) -> Result<SanType, CaError> {
     if let Ok(address) = name.parse::<IpAddr>() {
         return Ok(SanType::IpAddress(address));
     }
-    let bad = || CaError::BadName(name.to_owned());
-    if !config::is_dns_name(name) {
-        return Err(bad());
-    }
-    name.try_into().map(SanType::DnsName).map_err(|_| bad())
+    let dns_name = name.try_into().ok().filter(|_| config::is_dns_name(name));
+    dns_name.map(SanType::DnsName).ok_or_else(|| bad_name(name))
+}
+
+fn bad_name(name: &str) -> CaError {
+    CaError::Failed(format!("{name:?} is neither a DNS name nor an IP address"))
 }
 
 pub(super) fn certificate_pem(der: &[u8]) -> String {
@@ -486,11 +465,9 @@ fn check_chain(chain: &[X509Certificate<'_>]) -> Result<(), String> {
 }
 
 /// Whether the key is that of the first.
-fn check_is_key_of(key: &KeyPair, chain: &[X509Certificate<'_>]) -> Result<(), String> {
-    let is_key_of = |ca: &X509Certificate<'_>| {
-        let public = PublicKey::from_spki(ca.public_key());
-        public.is_ok_and(|public| public.der_bytes() == key.public_key_raw())
-    };
+fn check_is_key_of(key: &PublicKey, chain: &[X509Certificate<'_>]) -> Result<(), String> {
+    let is_key_of =
+        |ca: &X509Certificate<'_>| PublicKey::from_spki(ca.public_key()).as_ref() == Ok(key);
     match chain.iter().position(is_key_of) {
         Some(0) => Ok(()),
         Some(_) => {
@@ -843,7 +820,6 @@ mod tests {
         let sign =
             |now| issuer.sign(&csr, &device(), Serial::from([0x40; 16]), None, now).unwrap_err();
         let error = sign(clock::now());
-        assert!(matches!(error, CaError::Expired { .. }));
         assert!(
             error.to_string().contains("root-ca.crt: the CA expired at 2020-01-31T00:00:"),
             "{error}"
@@ -853,7 +829,7 @@ mod tests {
 
         run_program(&dir, "faketime", &format!("2090-01-01~00:00:00 openssl {req}")).unwrap();
         let error = load(&dir).unwrap().check_dates(clock::now()).unwrap_err();
-        assert!(matches!(error, CaError::ClockBeforeCa { .. }));
+        assert!(matches!(error, CaError::ClockBeforeCa(_)));
         assert!(error.to_string().contains("root-ca.crt, which begins at 2090-01-01T"), "{error}");
     }
 
@@ -950,7 +926,7 @@ mod tests {
             let error = issuer
                 .server_certificate(&[bad.to_owned()], &PublicKey::of(&key), 1, clock::now())
                 .unwrap_err();
-            assert!(matches!(error, CaError::BadName(_)), "{bad}");
+            assert!(error.to_string().contains("neither a DNS name nor an IP address"), "{bad}");
         }
         assert!(issuer.server_certificate(&[], &PublicKey::of(&key), 1, clock::now()).is_err());
     }

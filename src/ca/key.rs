@@ -5,14 +5,18 @@
 use std::fmt;
 
 use rcgen::{KeyPair, SignatureAlgorithm};
-use x509_parser::asn1_rs::{Any, FromDer as _, Oid, Tag};
+use rustls::SignatureScheme;
+use rustls::crypto::ring::sign::any_supported_type;
+use rustls::sign::Signer;
+use x509_parser::asn1_rs::{Any, FromDer as _, Tag};
 use x509_parser::oid_registry::{
     OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_NIST_EC_P384, OID_PKCS1_RSAENCRYPTION,
     OID_SIG_ED25519,
 };
 use x509_parser::x509::SubjectPublicKeyInfo;
 
-use super::der::{Reader, tlv, whole};
+use super::der::{Reader, whole};
+use crate::config;
 use crate::pem;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +144,13 @@ const fn ends(first: u8, last: u8, others: u8) -> [u8; 32] {
     bytes
 }
 
+/// Signs nothing: a private key does, when rcgen has laid out what is to be signed.
+impl rcgen::SigningKey for PublicKey {
+    fn sign(&self, _: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        Ok(Vec::new())
+    }
+}
+
 impl rcgen::PublicKeyData for PublicKey {
     fn der_bytes(&self) -> &[u8] {
         &self.bytes
@@ -169,14 +180,10 @@ fn kind_of(spki: &SubjectPublicKeyInfo<'_>) -> Result<Kind, KeyError> {
     }
     // Explicit curve parameters are no name, hence no supported curve.
     let curve = spki.algorithm.parameters.as_ref().and_then(|p| p.as_oid().ok());
-    named_curve(curve.as_ref()).ok_or(KeyError::OtherCurve)
-}
-
-fn named_curve(oid: Option<&Oid<'_>>) -> Option<Kind> {
-    match oid {
-        Some(oid) if *oid == OID_EC_P256 => Some(Kind::P256),
-        Some(oid) if *oid == OID_NIST_EC_P384 => Some(Kind::P384),
-        _ => None,
+    match curve {
+        Some(curve) if curve == OID_EC_P256 => Ok(Kind::P256),
+        Some(curve) if curve == OID_NIST_EC_P384 => Ok(Kind::P384),
+        _ => Err(KeyError::OtherCurve),
     }
 }
 
@@ -205,40 +212,61 @@ fn bits(bytes: &[u8]) -> usize {
     (bytes.len() * 8).saturating_sub(spare)
 }
 
-/// Reads the one private key of a PEM text. The RSA signature algorithm is SHA-256's.
-pub fn private_key(text: &str) -> Result<KeyPair, KeyError> {
-    if text.contains("ENCRYPTED") {
-        return Err(KeyError::Encrypted);
-    }
-    let blocks = pem::blocks(text).ok_or(KeyError::Malformed)?;
-    let mut keys = blocks.iter().filter(|b| b.label.ends_with("PRIVATE KEY"));
-    let (Some(key), None) = (keys.next(), keys.next()) else { return Err(KeyError::Malformed) };
-    let pkcs8 = match key.label {
-        "PRIVATE KEY" => key.der.clone(),
-        "RSA PRIVATE KEY" => wrap(RSA, &key.der),
-        "EC PRIVATE KEY" => wrap(sec1_algorithm(&key.der)?, &key.der),
-        _ => return Err(KeyError::Malformed),
-    };
-    whole(&pkcs8, Tag::Sequence).ok_or(KeyError::Malformed)?;
-    KeyPair::try_from(pkcs8.as_slice()).map_err(|_| KeyError::NotLoaded)
+/// A CA's private key.
+pub struct PrivateKey {
+    signer: Box<dyn Signer>,
+    pub public: PublicKey,
+    /// The number that only who has the key knows: the scalar of an elliptic curve, the seed of Ed25519,
+    /// the exponent `d` of RSA. Without leading zeros, so that it is the same number however the key's
+    /// file was written.
+    pub number: Vec<u8>,
 }
 
-/// The number that only who has the private key knows: the scalar of an elliptic curve, the seed of
-/// Ed25519, the exponent `d` of RSA. Without leading zeros, so that it is the same number however the
-/// key's file was written.
-pub fn private_number(key: &KeyPair) -> Result<Vec<u8>, KeyError> {
-    let pkcs8 = key.serialize_der();
-    let read = || {
-        let wrapped = element(whole(&pkcs8, Tag::Sequence)?, 2, Tag::OctetString)?;
-        let number = match Any::from_der(wrapped).ok()?.1 {
-            seed if seed.tag() == Tag::OctetString => seed.data, // RFC 8410, 7
-            // RFC 5915, 3 and RFC 8017, A.1.2
-            numbers => element(numbers.data, 1, Tag::OctetString)
-                .or_else(|| element(numbers.data, 3, Tag::Integer))?,
-        };
-        Some(number.iter().copied().skip_while(|byte| *byte == 0).collect())
+impl PrivateKey {
+    /// Reads the one private key of a PEM text.
+    pub fn read(text: &str) -> Result<Self, KeyError> {
+        if text.contains("ENCRYPTED") {
+            return Err(KeyError::Encrypted);
+        }
+        let blocks = pem::blocks(text).ok_or(KeyError::Malformed)?;
+        let mut keys = blocks.iter().filter(|b| b.label.ends_with("PRIVATE KEY"));
+        let (Some(key), None) = (keys.next(), keys.next()) else { return Err(KeyError::Malformed) };
+        whole(&key.der, Tag::Sequence).ok_or(KeyError::Malformed)?;
+        let der = config::private_key(key).ok_or(KeyError::Malformed)?;
+        let loaded = any_supported_type(&der).map_err(|_| KeyError::NotLoaded)?;
+        let public = loaded.public_key().ok_or(KeyError::NotLoaded)?;
+        let (_, public) =
+            SubjectPublicKeyInfo::from_der(&public).map_err(|_| KeyError::NotLoaded)?;
+        let number = private_number(key).ok_or(KeyError::Malformed)?;
+        let signer = loaded.choose_scheme(&SCHEMES).ok_or(KeyError::NotLoaded)?;
+        Ok(PrivateKey { signer, public: PublicKey::from_spki(&public)?, number })
+    }
+
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rustls::Error> {
+        self.signer.sign(message)
+    }
+}
+
+/// As [`rcgen::PublicKeyData::algorithm`] of [`PublicKey`] names them.
+const SCHEMES: [SignatureScheme; 4] = [
+    SignatureScheme::ECDSA_NISTP256_SHA256,
+    SignatureScheme::ECDSA_NISTP384_SHA384,
+    SignatureScheme::ED25519,
+    SignatureScheme::RSA_PKCS1_SHA256,
+];
+
+fn private_number(key: &pem::Block<'_>) -> Option<Vec<u8>> {
+    let key = match key.label {
+        "PRIVATE KEY" => element(whole(&key.der, Tag::Sequence)?, 2, Tag::OctetString)?, // PKCS#8
+        _ => &key.der,
     };
-    read().ok_or(KeyError::Malformed)
+    let number = match Any::from_der(key).ok()?.1 {
+        seed if seed.tag() == Tag::OctetString => seed.data, // RFC 8410, 7
+        // RFC 5915, 3 and RFC 8017, A.1.2
+        numbers => element(numbers.data, 1, Tag::OctetString)
+            .or_else(|| element(numbers.data, 3, Tag::Integer))?,
+    };
+    Some(number.iter().copied().skip_while(|byte| *byte == 0).collect())
 }
 
 /// The content of the element at this place, if it is of this kind.
@@ -246,44 +274,10 @@ fn element(der: &[u8], at: usize, tag: Tag) -> Option<&[u8]> {
     whole(Reader(der).elements()?.get(at)?, tag)
 }
 
-/// AlgorithmIdentifier of rsaEncryption, with its NULL.
-const RSA: &[u8] = b"\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00";
-/// AlgorithmIdentifier of id-ecPublicKey on prime256v1.
-const EC_P256: &[u8] =
-    b"\x30\x13\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07";
-/// AlgorithmIdentifier of id-ecPublicKey on secp384r1.
-const EC_P384: &[u8] = b"\x30\x10\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x05\x2b\x81\x04\x00\x22";
-
-/// The curve of an ECPrivateKey (RFC 5915, 3): named in `[0]`, else told by the key's length.
-fn sec1_algorithm(der: &[u8]) -> Result<&'static [u8], KeyError> {
-    let read = || {
-        let mut key = Reader(whole(der, Tag::Sequence)?);
-        let (_version, secret) = (key.any()?, key.any()?);
-        Some((secret.data.len(), key.next(Tag(0))))
-    };
-    let kind = match read().ok_or(KeyError::Malformed)? {
-        (_, Some(named)) => named_curve(Oid::from_der(named).ok().map(|(_, oid)| oid).as_ref()),
-        (32, None) => Some(Kind::P256),
-        (48, None) => Some(Kind::P384),
-        _ => None,
-    };
-    match kind {
-        Some(Kind::P256) => Ok(EC_P256),
-        Some(Kind::P384) => Ok(EC_P384),
-        _ => Err(KeyError::OtherCurve),
-    }
-}
-
-/// Makes a PKCS#1 or SEC1 key a PKCS#8 one, the only form that ring reads:
-/// `PrivateKeyInfo ::= SEQUENCE { INTEGER 0, AlgorithmIdentifier, OCTET STRING key }` (RFC 5208, 5).
-fn wrap(algorithm: &[u8], key: &[u8]) -> Vec<u8> {
-    const VERSION_0: &[u8] = &[0x02, 0x01, 0x00];
-    tlv(0x30, &[VERSION_0, algorithm, &tlv(0x04, key)].concat())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ca::der::tlv;
     use crate::ca::tests::must;
     use crate::files::test_dir::TestDir;
 
@@ -338,14 +332,15 @@ mod tests {
             let expected = hex.trim_start_matches("00");
             must(&dir, &format!("pkey -in key {older} -out old"));
             for name in ["key", "old"] {
-                let key = private_key(&std::fs::read_to_string(dir.join(name)).unwrap()).unwrap();
-                let number = private_number(&key).unwrap();
+                let text = std::fs::read_to_string(dir.join(name)).unwrap();
+                let number = PrivateKey::read(&text).unwrap().number;
                 let number: String = number.iter().map(|b| format!("{b:02x}")).collect();
                 assert!(number.len() > 60 && number == expected, "{make}, {name}");
             }
         }
         let made = KeyPair::generate().unwrap();
-        assert!(private_number(&made).is_ok_and(|number| number.len() > 28));
+        let read = PrivateKey::read(&made.serialize_pem());
+        assert!(read.is_ok_and(|key| key.number.len() > 28));
     }
 
     #[test]
@@ -355,13 +350,13 @@ mod tests {
             ("-----BEGIN PRIVATE KEY-----\nAQI=\n-----END PRIVATE KEY-----", KeyError::Malformed),
             (
                 "-----BEGIN EC PRIVATE KEY-----\nMAA=\n-----END EC PRIVATE KEY-----",
-                KeyError::Malformed,
+                KeyError::NotLoaded,
             ),
             ("-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----", KeyError::NotLoaded),
             ("-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n", KeyError::Encrypted),
             ("-----BEGIN ENCRYPTED PRIVATE KEY-----\nMAA=\n", KeyError::Encrypted),
         ] {
-            assert_eq!(private_key(text).map(|_| ()), Err(expected), "{text}");
+            assert_eq!(PrivateKey::read(text).map(|_| ()), Err(expected), "{text}");
         }
     }
 }

@@ -20,14 +20,14 @@ pub(crate) mod retention;
 pub(crate) mod server;
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use x509_parser::asn1_rs::FromDer as _;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::time::ASN1Time;
 
-use crate::clock::{self, Now};
+use crate::clock::Now;
 use crate::config;
 use crate::files::{self, FilesError};
 use crate::locks::{locked, reading, writing};
@@ -39,78 +39,32 @@ use record::{Record, RecordError};
 /// Why the CA cannot start or sign.
 #[derive(Debug)]
 pub enum CaError {
-    /// A file could not be read or written.
-    Files(FilesError),
-    /// A file is not what a CA needs.
-    Refused {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// The CA's certificate has expired.
-    Expired {
-        /// The certificate.
-        path: PathBuf,
-        /// Its last second, since 1970.
-        not_after: u64,
-    },
-    /// There is no CA in this folder.
-    Missing(PathBuf),
     /// The clock of this machine is not set.
     ClockNotSet,
-    /// The clock is not set, or the one that made the CA was ahead.
-    ClockBeforeCa {
-        /// The CA's certificate.
-        path: PathBuf,
-        /// Its first second, since 1970.
-        not_before: u64,
-    },
-    /// A server's name is neither a DNS name nor an IP address.
-    BadName(String),
-    /// The record of certificates could not be read or written.
-    Record(RecordError),
-    /// The library that signs refused.
-    Signing(String),
+    /// The clock is not set, or the one that made the CA was ahead; which CA that is.
+    ClockBeforeCa(String),
+    /// All else, for the operator.
+    Failed(String),
 }
 
 impl CaError {
     pub(crate) fn refused(path: &Path, why: impl fmt::Display) -> Self {
-        CaError::Refused { path: path.to_owned(), why: why.to_string() }
+        CaError::Failed(format!("{}: {why}", path.display()))
     }
 
     fn signing(why: impl fmt::Display) -> Self {
-        CaError::Signing(why.to_string())
+        CaError::Failed(format!("cannot sign: {why}"))
     }
 }
 
 impl fmt::Display for CaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            CaError::Files(e) => e.fmt(f),
-            CaError::Refused { path, why } => write!(f, "{}: {why}", path.display()),
-            CaError::Expired { path, not_after } => {
-                let date = clock::rfc3339(not_after.saturating_mul(1000));
-                write!(f, "{}: the CA expired at {date}", path.display())
-            }
-            CaError::Missing(dir) => {
-                write!(f, "there is no CA in {}; is DATA_DIR that of the service?", dir.display())
-            }
             CaError::ClockNotSet => f.write_str("the clock is not set"),
-            CaError::ClockBeforeCa { path, not_before } => {
-                let (path, date) =
-                    (path.display(), clock::rfc3339(not_before.saturating_mul(1000)));
-                write!(
-                    f,
-                    "the clock is not set, or the one that made {path}, which begins at {date}, was \
-                     ahead"
-                )
+            CaError::ClockBeforeCa(ca) => {
+                write!(f, "the clock is not set, or the one that made {ca}, was ahead")
             }
-            CaError::BadName(name) => {
-                write!(f, "{name:?} is neither a DNS name nor an IP address")
-            }
-            CaError::Record(e) => e.fmt(f),
-            CaError::Signing(why) => write!(f, "cannot sign: {why}"),
+            CaError::Failed(why) => f.write_str(why),
         }
     }
 }
@@ -119,13 +73,13 @@ impl std::error::Error for CaError {}
 
 impl From<FilesError> for CaError {
     fn from(error: FilesError) -> Self {
-        CaError::Files(error)
+        CaError::Failed(error.to_string())
     }
 }
 
 impl From<RecordError> for CaError {
     fn from(error: RecordError) -> Self {
-        CaError::Record(error)
+        CaError::Failed(error.to_string())
     }
 }
 
@@ -133,14 +87,14 @@ impl From<CaError> for Problem {
     fn from(error: CaError) -> Self {
         match error {
             CaError::ClockNotSet => Code::ClockNotSet.into(),
-            CaError::ClockBeforeCa { .. } => Problem::from(Code::ClockNotSet).log(error),
+            CaError::ClockBeforeCa(_) => Problem::from(Code::ClockNotSet).log(error),
             other => Problem::from(Code::ServiceUnavailable).log(other),
         }
     }
 }
 
 /// The CA of one folder, which this process owns: the caller holds its
-/// [`FolderLock`](files::FolderLock) for as long as this lives.
+/// [lock](files::lock_folder) for as long as this lives.
 #[derive(Debug)]
 pub struct Ca {
     settings: config::Ca,

@@ -5,6 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use super::*;
+use crate::clock;
 use crate::files::test_dir::TestDir;
 
 /// Runs `openssl` in a folder, by the words of `line`, and gives what it says on both channels.
@@ -76,7 +77,8 @@ fn an_expired_ca_is_judged_by_a_right_clock_only() {
     let error = open(&dir, clock::now()).unwrap_err();
     assert!(error.contains("root-ca.crt: the CA expired at 2020-01-31"), "{error}");
     let ca = open(&dir, NO_CLOCK).unwrap();
-    assert!(matches!(ca.settle(clock::now()), Err(CaError::Expired { .. })));
+    let error = ca.settle(clock::now()).unwrap_err().to_string();
+    assert!(error.contains("root-ca.crt: the CA expired at 2020-01-31"), "{error}");
     let problem = Problem::from(ca.settle(clock::now()).unwrap_err());
     assert_eq!(problem.code, Code::ServiceUnavailable);
 }

@@ -22,7 +22,9 @@ pub(super) fn run(given: &Given, request: &ServerCertificate) -> Result<ExitCode
 /// Takes no lock: the service finds what is signed here, and enters it into the record.
 fn make_or_renew(ca: &Ca, request: &ServerCertificate) -> Result<(), CaError> {
     let issuer = Issuer::load(&ca.dir, ca.device_validity_days)?;
-    let issuer = issuer.ok_or_else(|| CaError::Missing(ca.dir.clone()))?;
+    let missing =
+        || format!("there is no CA in {}; is DATA_DIR that of the service?", ca.dir.display());
+    let issuer = issuer.ok_or_else(|| CaError::Failed(missing()))?;
     if !clock::now().is_plausible() {
         return Err(CaError::ClockNotSet);
     }

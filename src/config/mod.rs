@@ -28,12 +28,13 @@ use log::LevelFilter;
 use rustls::sign::CertifiedKey;
 
 pub use self::cidr::Cidr;
-pub use self::environment::Environment;
-pub use self::redis::{HostPort, Login, Place, Redis, RedisTls, Sentinels};
-pub use self::secret::Secret;
-pub use self::supervision::Supervision;
-pub use self::tls::{TlsFault, certificates, certified_key, is_dns_name};
-pub use self::vars::ConfigError;
+pub(crate) use self::environment::Environment;
+pub(crate) use self::redis::{HostPort, Login, Place, Redis, RedisTls, Sentinels};
+pub(crate) use self::secret::Secret;
+pub(crate) use self::supervision::Supervision;
+pub use self::tls::certified_key;
+pub(crate) use self::tls::{TlsFault, certificates, is_dns_name, private_key};
+pub(crate) use self::vars::ConfigError;
 
 use self::variables as var;
 use self::variables::Variable;

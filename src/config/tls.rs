@@ -22,9 +22,7 @@ use crate::pem::{self, Block};
 /// Which of the two files is at fault, and why.
 #[derive(Debug, PartialEq, Eq)]
 pub enum TlsFault {
-    /// The file with the certificates.
     Certificate(String),
-    /// The file with the key.
     Key(String),
 }
 
@@ -75,7 +73,6 @@ pub(super) fn files(
     }
 }
 
-/// Reads them.
 pub(super) fn read(
     vars: &Vars<'_>,
     cert: &Variable,
@@ -144,7 +141,8 @@ fn signing_key(file: &[u8]) -> Result<Arc<dyn SigningKey>, String> {
     })
 }
 
-fn private_key(block: &Block<'_>) -> Option<PrivateKeyDer<'static>> {
+/// The private key of a block, if its label says so.
+pub fn private_key(block: &Block<'_>) -> Option<PrivateKeyDer<'static>> {
     let der = block.der.clone();
     match block.label {
         "PRIVATE KEY" => Some(PrivatePkcs8KeyDer::from(der).into()),

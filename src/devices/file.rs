@@ -32,7 +32,6 @@ const HEAD: &str = "mqtt-publisher-lite devices 1\n";
 /// A file smaller than this is not worth rewriting, in bytes.
 const LEAST_REWRITTEN: u64 = 64 * 1024;
 
-/// The file.
 #[derive(Debug)]
 pub(super) struct DevicesFile {
     path: PathBuf,
@@ -76,9 +75,7 @@ impl DevicesFile {
             written?;
             Ok(file.metadata()?.len())
         };
-        let path = self.path.clone();
-        self.is =
-            append().map_err(|source| FilesError::Io { what: "cannot write", path, source })?;
+        self.is = append().map_err(FilesError::io("cannot write", &self.path))?;
         Ok(())
     }
 
@@ -118,8 +115,7 @@ pub(super) fn load(
     let bytes = found.unwrap_or_default();
     let rest = read(&bytes, enter).ok_or_else(|| {
         let why = "not a list of devices that this version can read";
-        let source = io::Error::new(io::ErrorKind::InvalidData, why);
-        FilesError::Io { what: "cannot read", path: path.to_owned(), source }
+        FilesError::io("cannot read", path)(io::Error::other(why))
     })?;
     Ok((bytes.len(), rest))
 }
@@ -451,7 +447,7 @@ mod tests {
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
         let error = DevicesFile::open(&dir.join("no/devices.txt"), |_, _, _| ()).unwrap_err();
-        assert_eq!(error.kind(), Some(io::ErrorKind::NotFound));
+        assert_eq!(error.kind, io::ErrorKind::NotFound);
     }
 
     #[test]

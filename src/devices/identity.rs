@@ -99,12 +99,12 @@ pub fn check(path: &Path) -> Result<(), FilesError> {
 fn read(path: &Path) -> Result<Option<Kept>, FilesError> {
     let Some(bytes) = files::read(path)? else { return Ok(None) };
     files::warn_if_others_may_read(path);
-    let cannot_read = |source| FilesError::Io { what: "cannot read", path: path.into(), source };
-    let (place, run) = File::open(path).and_then(|file| signs_of(&file)).map_err(cannot_read)?;
+    let signs = File::open(path).and_then(|file| signs_of(&file));
+    let (place, run) = signs.map_err(FilesError::io("cannot read", path))?;
     let text = String::from_utf8_lossy(&bytes);
     let mut lines = text.lines();
     let id = lines.next().and_then(Instance::from_hex);
-    let id = id.ok_or_else(|| FilesError::Garbled { path: path.to_owned(), digits: 32 })?;
+    let id = id.ok_or_else(|| FilesError::garbled(path, 32))?;
     let is_copy = lines.next().is_some_and(|kept| kept != place);
     let process = lines.next().and_then(|line| line.split_once(' '));
     let before = process.filter(|(_, kept)| *kept == run).and_then(|(p, _)| Instance::from_hex(p));
@@ -121,11 +121,7 @@ fn signs_of(file: &File) -> io::Result<(String, String)> {
 fn draw(path: &Path) -> Result<Instance, FilesError> {
     let mut random = [0; 16];
     let drawn = getrandom::fill(&mut random).map(|()| Instance(random));
-    drawn.map_err(|error| FilesError::Io {
-        what: "no random bytes for",
-        path: path.to_owned(),
-        source: io::Error::other(error),
-    })
+    drawn.map_err(|error| FilesError::io("no random bytes for", path)(io::Error::other(error)))
 }
 
 #[cfg(test)]
