@@ -43,7 +43,6 @@ struct Trouble {
 type Work = (Option<Server>, Vec<String>, u64);
 
 impl Https {
-    /// What is there.
     pub fn of(config: &Config) -> Self {
         let mut https = Https { files: None, auto: None, shown: None, trouble: None };
         https.take_up(config);
@@ -63,7 +62,6 @@ impl Https {
         }
     }
 
-    /// What is to be shown.
     pub fn shown(&self) -> Option<Arc<CertifiedKey>> {
         self.shown.clone()
     }

@@ -59,26 +59,26 @@
 
 pub mod clock;
 pub mod device;
-pub mod digits;
-pub mod pem;
+mod digits;
+mod pem;
 pub mod serial;
 pub mod subscriber;
 
-pub mod json;
+mod json;
 pub mod jwt;
-pub mod mac;
-pub mod problem;
+mod mac;
+mod problem;
 
 pub mod http;
 
-pub mod metrics;
+mod metrics;
 
 pub mod config;
-pub mod files;
-pub mod locks;
-pub mod socket;
-pub mod stderr;
-pub mod trial;
+mod files;
+mod locks;
+mod socket;
+mod stderr;
+mod trial;
 
 pub mod devices;
 
@@ -88,7 +88,7 @@ pub mod ca;
 
 pub mod share;
 
-pub mod provisioner;
+mod provisioner;
 
 pub mod api;
 pub mod edge;
@@ -96,9 +96,14 @@ pub mod edge;
 pub mod server;
 
 pub mod logging;
-pub mod notify;
+mod notify;
 
-pub mod https;
-pub mod service;
+mod https;
+mod service;
 
 pub mod cli;
+
+// What tests and tools name beside the modules that are theirs to see.
+pub use metrics::{EdgeCounters, Metrics};
+pub use problem::Code;
+pub use provisioner::{Provisioner, Spending};

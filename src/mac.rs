@@ -14,7 +14,6 @@ const CODE_BYTES: usize = 16;
 /// Keeps this key apart from any other that may be derived from the same secret.
 const PURPOSE: &[u8] = b"mqtt-publisher-lite: values shared through Redis, 1";
 
-/// The key of the seal.
 #[derive(Clone)]
 pub struct MacKey(Hmac<Sha256>);
 

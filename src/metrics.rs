@@ -104,28 +104,23 @@ impl Endpoint {
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Nothing counted yet.
     pub const fn new() -> Self {
         Counter(AtomicU64::new(0))
     }
 
-    /// Counts `n` more.
     pub fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
     }
 
-    /// It is `n` now.
     pub fn set(&self, n: u64) {
         self.0.store(n, Ordering::Relaxed);
     }
 
-    /// The number now.
     pub fn value(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// How long things took.
 #[derive(Debug, Default)]
 pub struct Histogram {
     /// Each counts its own bucket only; the last is of what was longer than all bounds.
@@ -331,7 +326,6 @@ impl Page {
         self.sample(name, &[], value);
     }
 
-    /// The text.
     pub fn into_text(self) -> String {
         self.0
     }

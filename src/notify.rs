@@ -37,7 +37,6 @@ struct Link {
 }
 
 impl Manager {
-    /// The manager that started us.
     pub fn new(supervision: &Supervision, now: Now) -> Self {
         let link = supervision.notify_socket.as_deref().and_then(|name| {
             let opened = Link::open(name);
@@ -100,7 +99,6 @@ impl Manager {
         }
     }
 
-    /// The service is about to end.
     pub fn stopping(&mut self) {
         self.send("STOPPING=1\nSTATUS=Finishing what was begun");
     }

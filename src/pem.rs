@@ -21,7 +21,6 @@ pub const BEGIN: &str = "-----BEGIN ";
 pub struct Block<'a> {
     /// `CERTIFICATE`, `PRIVATE KEY` …
     pub label: &'a str,
-    /// The decoded bytes.
     pub der: Vec<u8>,
 }
 

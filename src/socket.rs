@@ -94,7 +94,6 @@ impl Write for TimedSocket {
     }
 }
 
-/// The moment that is `limit` from now.
 pub fn deadline_in(limit: Duration) -> Instant {
     Instant::now() + limit
 }

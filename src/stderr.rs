@@ -62,7 +62,6 @@ pub fn together<T>(work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Lines that nobody took.
 pub fn lost() -> u64 {
     LOST.value()
 }

@@ -32,7 +32,7 @@ pub(super) fn status(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Pro
     let revoked_at = certificate.revoked_at.map(|at| clock::rfc3339(at * 1000));
     let json = Json::success()
         .field("device_id", certificate.device.as_str())
-        .field("status", certificate.status(now).as_str())
+        .field("status", certificate.status(now))
         .field("serial_number", certificate.serial.to_string())
         .field("fingerprint", stored.map(|s| fingerprint(&s.der)))
         .field("created_at", created_at)

@@ -3,7 +3,6 @@
 //! A spreadsheet runs a cell that begins with `=`, `+`, `-`, `@`, a tab or a carriage return, whoever has
 //! written it. Such a cell is written with an apostrophe before it, which reading takes off again.
 
-/// The media type.
 pub const CSV: &str = "text/csv";
 
 /// What a spreadsheet takes for the beginning of a formula; and the apostrophe itself, so that one that
@@ -53,7 +52,6 @@ fn without_apostrophe(cell: &str) -> String {
     plain.unwrap_or(cell).to_owned()
 }
 
-/// A line of a table.
 pub fn line(cells: &[&str]) -> String {
     let cells: Vec<String> = cells.iter().map(|cell| written(cell)).collect();
     cells.join(",") + "\r\n"

@@ -14,7 +14,7 @@ use crate::device::DeviceId;
 use crate::devices::enrol::{Edit, Stage};
 use crate::devices::secret::NewSecret;
 use crate::devices::table::ROWS_LOOKED_AT;
-use crate::devices::{Row, SecretHash, Text};
+use crate::devices::{LONGEST_REGISTRATION_S, Row, SecretHash, Text};
 use crate::http::{Json, Reply};
 use crate::json;
 use crate::problem::{Code, Problem};
@@ -172,7 +172,7 @@ fn state(row: &Row, newest: Option<&Certificate>, now: Now) -> &'static str {
     match newest {
         _ if row.block.stands() => "blocked",
         _ if row.living(now.unix_s()).is_some() => "registered",
-        Some(certificate) => certificate.status(now).as_str(),
+        Some(certificate) => certificate.status(now),
         None => "unknown",
     }
 }
@@ -200,7 +200,7 @@ fn changed(
     let begins = register || secret.is_some();
     let edit = Edit {
         register: begins.then(|| given.or(secret.as_ref().map(NewSecret::hash))),
-        expires_in_s: number(fields, "expires_in", Edit::LONGEST_S)?,
+        expires_in_s: number(fields, "expires_in", LONGEST_REGISTRATION_S)?,
         cert_days: number(fields, "cert_days", MOST_CERT_DAYS)?.map(|days| days as u32),
         note: note(fields)?,
         blocked: flag(fields, "blocked")?,
@@ -325,7 +325,7 @@ fn note_of(row: &Row) -> Cell {
 fn of_certificate(certificate: &Certificate, now: Now) -> [Cell; 3] {
     [
         ("serial_number", Some(certificate.serial.to_string())),
-        ("status", Some(certificate.status(now).as_str().to_owned())),
+        ("status", Some(certificate.status(now).to_owned())),
         ("expires_at", Some(clock::rfc3339(certificate.expires_at * 1000))),
     ]
 }
@@ -359,7 +359,7 @@ impl Filter {
     fn passes(&self, listed: &Listed, now: Now) -> bool {
         let newest = listed.newest.as_ref();
         let is = |wanted: &String| *wanted == state(&listed.row, newest, now);
-        let active = newest.filter(|certificate| certificate.status(now).as_str() == "active");
+        let active = newest.filter(|certificate| certificate.status(now) == "active");
         let ends = |before: u64| active.is_some_and(|active| active.expires_at < before);
         self.state.as_ref().is_none_or(is) && self.ends_before.is_none_or(ends)
     }

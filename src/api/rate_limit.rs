@@ -16,7 +16,6 @@ use crate::subscriber::Subscriber;
 const MOST_CLIENTS: usize = 8192;
 const MINUTE_MS: u64 = 60_000;
 
-/// The buckets of all clients.
 #[derive(Debug)]
 pub struct RateLimit {
     per_minute: u64,

@@ -36,18 +36,13 @@ struct Kind {
 /// Lines that were left out.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Sum {
-    /// Of requests that were refused with this code.
     pub code: Code,
-    /// How many.
     pub count: u64,
-    /// In this time.
     pub seconds: u64,
-    /// As the lines would have been.
     pub level: Level,
 }
 
 impl Refusals {
-    /// Nothing was refused yet.
     pub fn new() -> Self {
         let unused =
             Kind { allowed: BURST * 1000, at_ms: 0, left_out: 0, since_ms: 0, level: Level::Info };

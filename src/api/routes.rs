@@ -22,7 +22,6 @@ use crate::problem::{Code, Problem};
 use crate::provisioner::By;
 use crate::serial::Serial;
 
-/// One row.
 pub(super) struct Route {
     pub method: Method,
     pub path: &'static str,
@@ -41,7 +40,6 @@ pub(super) type Handler = fn(&Api, &Asked<'_>, Now) -> Result<Plan, Problem>;
 /// What a caller must show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Credentials {
-    /// Nothing.
     None,
     /// What `ENROLMENT` asks for; and not more often than the limits allow.
     Onboarding,
@@ -57,13 +55,11 @@ pub(super) enum Credentials {
 
 /// What a caller has shown.
 pub(super) enum Caller {
-    /// Nothing that was asked for here.
     Anyone,
     /// This, where this is the rule. Whether it fits the device is not judged yet.
     Onboarding(Enrolment, Shown),
     /// The admin key of this name.
     Admin(Text),
-    /// This certificate.
     Certified(Certificate),
     /// A device's name, which may be empty, and this.
     Login(String, Pass),
@@ -178,7 +174,6 @@ pub(super) fn manner(path: &str) -> Class {
     }
 }
 
-/// Where a request goes.
 #[derive(Clone, Copy)]
 pub(super) struct Endpoint<'a> {
     /// Of [`ROUTES`].
@@ -221,7 +216,6 @@ impl Asked<'_> {
 }
 
 impl Api {
-    /// The first half of what is done for a request.
     pub(super) fn plan(
         &self,
         request: &Request,

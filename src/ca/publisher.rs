@@ -77,23 +77,18 @@ struct Superseded {
 }
 
 impl Publisher {
-    /// A publisher that runs `hook` after each new list.
-    pub fn new(ca: Arc<Ca>, hook: Option<PathBuf>, metrics: Arc<Metrics>) -> Self {
-        let (state, changed) = (Mutex::default(), Condvar::new());
-        let publishing = Mutex::default();
-        let trials = vec![Arc::clone(ca.record().trial())];
-        Publisher { ca, hook, retention: None, metrics, trials, publishing, state, changed }
-    }
-
-    /// This is tried, too, when it could not be written.
-    pub fn trying(mut self, trial: Arc<Trial>) -> Self {
-        self.trials.push(trial);
-        self
-    }
-
-    /// What ended long ago is forgotten.
-    pub fn forgetting(self, retention: Retention) -> Self {
-        Publisher { retention: Some(retention), ..self }
+    /// A publisher that runs `hook` after each new list. Beside the record this is tried, too, when it
+    /// could not be written.
+    pub fn new(
+        ca: Arc<Ca>,
+        hook: Option<PathBuf>,
+        retention: Option<Retention>,
+        trial: Option<Arc<Trial>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let trials = [Arc::clone(ca.record().trial())].into_iter().chain(trial).collect();
+        let (publishing, state, changed) = (Mutex::default(), Mutex::default(), Condvar::new());
+        Publisher { ca, hook, retention, metrics, trials, publishing, state, changed }
     }
 
     /// What ended before this second is kept no more, here and wherever instances share it; 0 if all is.
@@ -403,7 +398,7 @@ mod tests {
     fn publisher(dir: &TestDir, years: u32, now: Now) -> Publisher {
         let settings =
             config::Ca { dir: dir.join("ca"), root_validity_years: years, device_validity_days: 9 };
-        Publisher::new(Arc::new(Ca::open(&settings, now).unwrap()), None, metrics())
+        Publisher::new(Arc::new(Ca::open(&settings, now).unwrap()), None, None, None, metrics())
     }
 
     fn metrics() -> Arc<Metrics> {
@@ -454,8 +449,8 @@ mod tests {
         let end = |day: u64| der::time_text(now.unix_s() + day * DAY_S);
         let line = |day: u64| format!("V\t{}\t\t4{day}\tunknown\t/CN=d{day}\n", end(day));
         std::fs::write(&index, [1, 2, 9].map(line).concat()).unwrap();
-        let retention = Retention::new(5, || false, now);
-        let publisher = publisher(&dir, 1, now).forgetting(retention);
+        let retention = Some(Retention::new(5, || false, now));
+        let publisher = Publisher { retention, ..publisher(&dir, 1, now) };
         let left = |hours: u64| {
             let ms = hours * 3_600_000;
             publisher.forget(Now { unix_ms: now.unix_ms + ms, mono_ms: now.mono_ms + ms });

@@ -12,38 +12,24 @@ use super::{Failure, usage};
 use crate::ca::server::DAYS;
 use crate::config::variables::{self, Allowed, Variable};
 
-/// The command line as it is understood.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arguments {
-    /// What is asked for.
     pub command: Command,
     /// Files of variables; of two that name the same one the later counts.
     pub env_files: Vec<PathBuf>,
 }
 
-/// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Run the server.
     Serve,
-    /// Show [`help`].
     Help,
-    /// Show [`version`].
     Version,
-    /// Check the configuration and show it.
-    CheckConfig {
-        /// Without asking Redis.
-        offline: bool,
-    },
-    /// Ask the running server whether it is well.
+    CheckConfig { offline: bool },
     Healthcheck,
-    /// Sign a server's certificate with the CA.
     ServerCertificate(ServerCertificate),
-    /// Ask the running server for something about devices.
     Device(Device),
 }
 
-/// The arguments of `device`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
     /// What is to be done: a name of [`ACTIONS`].
@@ -66,7 +52,6 @@ const ACTIONS: [(&str, &[&str]); 7] = [
 /// Options that have no value.
 const FLAGS: [&str; 3] = ["--csv", "--block", "--force"];
 
-/// What stands behind a command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// The last value of each option; of a flag an empty one.
@@ -100,17 +85,14 @@ impl Options {
         Ok(options)
     }
 
-    /// Whether the flag was given.
     pub fn has(&self, option: &str) -> bool {
         self.given.contains_key(option)
     }
 
-    /// The value of an option.
     pub fn text(&self, option: &str) -> Option<&str> {
         self.given.get(option).map(String::as_str)
     }
 
-    /// The value as a number of days.
     pub fn days(&self, option: &str) -> Result<Option<u32>, Failure> {
         let read = |text: &str| {
             text.parse().ok().filter(|days| (1..=MAX_DAYS).contains(days)).ok_or_else(|| {
@@ -123,14 +105,12 @@ impl Options {
     }
 }
 
-/// The arguments of `server-certificate`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServerCertificate {
     /// DNS names and IP addresses of the server, not checked yet; none if it is to be renewed.
     pub names: Vec<String>,
     /// Lifetime of the certificate, if it is not to be the usual one, or that of the old one.
     pub days: Option<u32>,
-    /// Folder of the certificate and its key.
     pub out: PathBuf,
     /// Renew what is there, if it is time.
     pub renew: bool,
@@ -247,7 +227,6 @@ pub fn version() -> &'static str {
     concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"))
 }
 
-/// The text of `--help`.
 pub fn help() -> String {
     let (version, description) = (version(), env!("CARGO_PKG_DESCRIPTION"));
     let usage = USAGE.replace("{DAYS}", &DAYS.to_string());

@@ -24,7 +24,6 @@ use crate::socket::{TimedSocket, deadline_in, is_late};
 /// The largest answer: a page of the list of devices is a quarter of it.
 const MAX_ANSWER_BYTES: u64 = 4 << 20;
 
-/// What is asked.
 pub(super) struct Client {
     pub address: SocketAddr,
     /// Whose certificates are trusted, and the name that is looked for in one.
@@ -83,7 +82,6 @@ fn reachable(host: IpAddr) -> IpAddr {
     }
 }
 
-/// A field of the head.
 pub(super) fn field<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     let fields = head.lines().filter_map(|line| line.split_once(':'));
     let mut named = fields.filter(|(field, _)| field.eq_ignore_ascii_case(name));

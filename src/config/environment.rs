@@ -21,7 +21,6 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// The environment of this process.
     pub fn new(own: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
         // None of our names is anything else than UTF-8.
         let named = |(name, value): (OsString, _)| Some((name.into_string().ok()?, value));
@@ -51,7 +50,6 @@ impl Environment {
         Ok(())
     }
 
-    /// A variable.
     pub fn get(&self, name: &str) -> Option<OsString> {
         self.own.get(name).or_else(|| self.files.get(name)).cloned()
     }

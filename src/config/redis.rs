@@ -24,16 +24,12 @@ const SENTINEL_PORT: u16 = 26379;
 /// Longest path of a Unix socket: `sun_path` holds 107 bytes and an end.
 const MAX_SOCKET_BYTES: usize = 107;
 
-/// Where Redis is and how it is used.
 #[derive(Clone, Debug)]
 pub struct Redis {
-    /// Where it is.
     pub at: Place,
     /// Who we are there.
     pub login: Login,
-    /// Number of the database.
     pub db: i64,
-    /// Speak TLS.
     pub tls: Option<RedisTls>,
     /// No memory: while Redis is away nothing is issued or redeemed.
     pub required: bool,
@@ -41,7 +37,6 @@ pub struct Redis {
     pub wait_replicas: u64,
     /// What all our keys start with.
     pub key_prefix: String,
-    /// Longest wait for an answer.
     pub timeout: Duration,
     /// Longest wait for a connection, name resolution included.
     pub connect_timeout: Duration,
@@ -51,25 +46,19 @@ pub struct Redis {
     pub share_record: bool,
 }
 
-/// Where Redis is.
 #[derive(Clone, Debug)]
 pub enum Place {
-    /// At a TCP port.
     Host(HostPort),
-    /// At a Unix socket.
     Socket(PathBuf),
-    /// Where sentinels say that it is.
     Sentinels(Sentinels),
     /// Where the nodes of a cluster say that its masters are; these are asked first.
     Cluster(Vec<HostPort>),
 }
 
-/// A host and a TCP port there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostPort {
     /// Name or IP address, without brackets.
     pub host: String,
-    /// Port.
     pub port: u16,
 }
 
@@ -80,7 +69,6 @@ pub struct Sentinels {
     pub known: Vec<HostPort>,
     /// What they call the servers that they watch for us.
     pub master: String,
-    /// Who we are to them.
     pub login: Login,
 }
 
@@ -100,7 +88,6 @@ pub struct Login {
 pub struct RedisTls {
     /// The only roots to trust; `None`: the built-in public ones.
     pub ca: Option<PathBuf>,
-    /// What we show of ourselves.
     pub own: Option<TlsFiles>,
     /// The name that the server's certificate must bear, if it is not the host.
     pub server_name: Option<String>,
@@ -225,7 +212,6 @@ impl Login {
         Ok(Login { username, password, password_file })
     }
 
-    /// The password as it is now.
     pub fn current_password(&self) -> Result<Option<Secret>, String> {
         let Some(path) = &self.password_file else { return Ok(self.password.clone()) };
         let password = String::from_utf8(secret::of_file(read(path)?));
@@ -235,13 +221,11 @@ impl Login {
 }
 
 impl RedisTls {
-    /// The roots to trust, if they are not the public ones.
     pub fn read_roots(&self) -> Result<Option<RootCertStore>, String> {
         let Some(path) = &self.ca else { return Ok(None) };
         roots(&read(path)?).map(Some).map_err(|why| format!("REDIS_TLS_CA={path:?}: {why}"))
     }
 
-    /// What we show of ourselves.
     pub fn read_certificate(&self) -> Result<Option<Arc<CertifiedKey>>, String> {
         let Some(TlsFiles { cert, key }) = &self.own else { return Ok(None) };
         let own = certified_key(&read(cert)?, &read(key)?).map_err(|fault| match fault {

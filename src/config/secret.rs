@@ -12,7 +12,6 @@ use super::vars::BYTE_ORDER_MARK;
 pub struct Secret<T = String>(T);
 
 impl<T: AsRef<[u8]>> Secret<T> {
-    /// Hides `value`.
     pub fn new(value: T) -> Self {
         Secret(value)
     }

@@ -125,7 +125,6 @@ impl<'a> Vars<'a> {
         self.warnings.borrow_mut().push(warning);
     }
 
-    /// What was warned of.
     pub fn warnings(&self) -> Vec<String> {
         self.warnings.take()
     }
@@ -182,7 +181,6 @@ impl<'a> Vars<'a> {
         self.parsed(variable, parse).map(Some)
     }
 
-    /// A whole number in the variable's range.
     pub fn number<T: TryFrom<u64>>(&self, variable: &Variable) -> Result<T, ConfigError> {
         self.parsed(variable, |text| {
             let digits = text.bytes().all(|b| b.is_ascii_digit());
@@ -192,7 +190,6 @@ impl<'a> Vars<'a> {
         })
     }
 
-    /// A yes or no.
     pub fn flag(&self, variable: &Variable) -> Result<bool, ConfigError> {
         let flag = self.parsed(variable, |text| match text.to_ascii_lowercase().as_str() {
             "true" | "1" | "yes" | "on" => Some(true),
@@ -214,12 +211,10 @@ impl<'a> Vars<'a> {
         Ok(*meaning)
     }
 
-    /// A path with a default.
     pub fn path(&self, variable: &Variable) -> Result<PathBuf, ConfigError> {
         self.parsed(variable, |text| Some(PathBuf::from(text)))
     }
 
-    /// A path without one.
     pub fn optional_path(&self, variable: &Variable) -> Result<Option<PathBuf>, ConfigError> {
         self.optional(variable, |text| Some(PathBuf::from(text)))
     }
@@ -240,7 +235,6 @@ impl<'a> Vars<'a> {
         Ok(found)
     }
 
-    /// The first of these that is set.
     pub fn first_secret<const N: usize>(
         &self,
         variables: [&'static Variable; N],
@@ -253,7 +247,6 @@ impl<'a> Vars<'a> {
         Ok(None)
     }
 
-    /// A secret that is text.
     pub fn secret_text(&self, variable: &Variable) -> Result<Option<Secret>, ConfigError> {
         self.secret(variable)?.map(|secret| text_of(variable, secret)).transpose()
     }
@@ -279,7 +272,6 @@ impl<'a> Vars<'a> {
     }
 }
 
-/// A secret as text.
 pub(super) fn text_of(variable: &Variable, secret: Secret<Vec<u8>>) -> Result<Secret, ConfigError> {
     let text = String::from_utf8(secret.reveal().clone());
     text.map(Secret::new).map_err(|_| ConfigError::bare(variable.name, "must be UTF-8"))

@@ -26,7 +26,6 @@ pub fn bucket(device: &DeviceId) -> String {
     bucket_key(first)
 }
 
-/// One of these keys.
 pub fn bucket_key(of: u8) -> String {
     format!("devices:{of:02x}")
 }

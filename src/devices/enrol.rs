@@ -6,7 +6,7 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Block, Instance, LONGEST_REGISTRATION_S, Registration, Row, SecretHash, Terms, Text};
+use super::{Block, Instance, Registration, Row, SecretHash, Terms, Text};
 use crate::clock::{DAY_S, Now};
 use crate::config::Enrolment;
 use crate::problem::Code;
@@ -17,31 +17,24 @@ const REGISTERED_FOR_S: u64 = 90 * DAY_S;
 /// What somebody who wants to enrol a device has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shown {
-    /// Nothing.
     Nothing,
     /// `ONBOARDING_API_KEY`.
     Key,
-    /// A secret.
     Secret(SecretHash),
-    /// Something else.
     Wrong,
 }
 
 /// How it is with the registration of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// There is none.
     None,
     /// It permits to enrol.
     Open,
-    /// It was used.
     Spent,
-    /// Its time is over.
     Ended,
 }
 
 impl Stage {
-    /// Its name in answers.
     pub fn as_str(self) -> &'static str {
         match self {
             Stage::None => "none",
@@ -59,11 +52,9 @@ pub struct Edit {
     pub register: Option<Option<SecretHash>>,
     /// It ends so many seconds from now.
     pub expires_in_s: Option<u64>,
-    /// Lifetime of the certificate.
     pub cert_days: Option<u32>,
     /// The note, or that there is none any more.
     pub note: Option<Option<Text>>,
-    /// Whether the device is blocked.
     pub blocked: Option<bool>,
 }
 
@@ -72,16 +63,11 @@ pub struct Edit {
 pub struct Maker {
     /// The name of the key that was shown.
     pub name: Option<Text>,
-    /// This instance.
     pub instance: Instance,
-    /// When.
     pub now: Now,
 }
 
 impl Edit {
-    /// The longest life of a registration, in seconds.
-    pub const LONGEST_S: u64 = LONGEST_REGISTRATION_S;
-
     fn concerns_registration(&self) -> bool {
         self.expires_in_s.is_some() || self.cert_days.is_some() || self.note.is_some()
     }

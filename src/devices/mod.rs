@@ -7,12 +7,12 @@
 //! change on disk ([`mod@file`]) before it counts; [`codec`] is a row as bytes, in memory and in Redis.
 //! Who may enrol by a row, and how rows are changed, is in [`enrol`]; a device's secret in [`secret`].
 
-pub mod codec;
-pub mod enrol;
+pub(crate) mod codec;
+pub(crate) mod enrol;
 mod file;
-pub mod identity;
+pub(crate) mod identity;
 mod merge;
-pub mod secret;
+pub(crate) mod secret;
 pub mod table;
 
 use std::cmp::Ordering;
@@ -34,7 +34,7 @@ const REPLACE_AHEAD_S: u64 = 60;
 /// two minutes for clocks and marks.
 const BOUND_LASTS_S: u64 = MAX_LIFETIME_S + 120;
 /// Longest life of a registration, in seconds: ten years.
-const LONGEST_REGISTRATION_S: u64 = 3_653 * 86_400;
+pub const LONGEST_REGISTRATION_S: u64 = 3_653 * 86_400;
 /// How long a registration that has ended can still be seen, in seconds.
 const ENDED_IS_SHOWN_S: u64 = 90 * 86_400;
 

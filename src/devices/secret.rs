@@ -21,7 +21,6 @@ const BYTES: usize = 17;
 pub struct NewSecret(String);
 
 impl NewSecret {
-    /// Draws one.
     pub fn random() -> Result<Self, getrandom::Error> {
         let mut random = [0; BYTES];
         getrandom::fill(&mut random)?;
@@ -33,7 +32,6 @@ impl NewSecret {
         &self.0
     }
 
-    /// What is kept of it.
     pub fn hash(&self) -> SecretHash {
         hash_of(&self.0)
     }

@@ -8,7 +8,6 @@ use crate::clock::{self, Now};
 pub(crate) struct Json(String);
 
 impl Json {
-    /// `{`
     pub fn new() -> Self {
         let mut text = String::with_capacity(512);
         text.push('{');
@@ -20,7 +19,6 @@ impl Json {
         Json::new().field("success", true)
     }
 
-    /// Adds a field.
     pub fn field(self, name: &str, value: impl Into<Value>) -> Self {
         match value.into() {
             Value::String(text) => self.text(name, &text),
@@ -38,7 +36,6 @@ impl Json {
         }
     }
 
-    /// Adds a text.
     pub fn text(mut self, name: &str, text: &str) -> Self {
         // Tokens, dates and names: most of what there is. A search that goes to the end in any case
         // looks at many at once.
@@ -52,12 +49,10 @@ impl Json {
         self.written(name, &serde_json::to_string(text).unwrap_or_default())
     }
 
-    /// Adds an object.
     pub fn object(self, name: &str, fields: Json) -> Self {
         self.written(name, &fields.end())
     }
 
-    /// Adds a list of objects.
     pub fn array(self, name: &str, values: impl Iterator<Item = Json>) -> Self {
         let values: Vec<String> = values.map(Json::end).collect();
         self.written(name, &format!("[{}]", values.join(",")))
@@ -83,7 +78,6 @@ impl Json {
         self.text("timestamp", &clock::rfc3339(now.unix_ms))
     }
 
-    /// `}`
     pub fn end(mut self) -> String {
         self.0.push('}');
         self.0

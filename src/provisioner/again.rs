@@ -22,7 +22,6 @@ pub(super) struct Again {
     pub client: IpAddr,
 }
 
-/// What the device has shown.
 #[derive(Debug)]
 pub(super) enum Paid {
     Token(TokenHash),

@@ -29,7 +29,6 @@ pub(super) type Planned = Result<Work, Problem>;
 
 /// Work on its way through the phases.
 pub(super) enum Step {
-    /// Nothing is left to do.
     Done(Result<Done, Problem>),
     /// The store is to be asked for this, first or further.
     Next(Work),
@@ -105,7 +104,6 @@ impl Provisioner {
         steps.into_iter().filter_map(|step| step.or_else(|| next.next())).collect()
     }
 
-    /// Asks the store, if there is anything to ask.
     pub(super) fn run_ops(&self, ops: &[Op], now: impl FnOnce() -> Now) -> Vec<Answer> {
         if ops.is_empty() { Vec::new() } else { self.store.run(ops, now()) }
     }
@@ -494,7 +492,7 @@ mod tests {
             store,
             ledger: Arc::new(Ledger::new(10)),
             devices: Arc::new(devices),
-            publisher: Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
+            publisher: Arc::new(Publisher::new(ca, None, None, None, Arc::clone(&metrics))),
             sharing: Arc::new(Sharing::new(Mode::Alone)),
             signer: Signer::new(b"a secret of the test"),
             rules,

@@ -67,7 +67,6 @@ pub struct Provisioner {
 #[derive(Debug, Default)]
 pub struct Spending(Mutex<BTreeMap<DeviceId, Option<Row>>>);
 
-/// What was asked for, after all checks that need no store.
 #[derive(Debug)]
 pub struct Job {
     /// What is to be done, or why that is refused already.
@@ -77,7 +76,6 @@ pub struct Job {
 }
 
 impl Job {
-    /// Counts the live tokens.
     pub const COUNT: Job = Job { work: Ok(Work::Count), again: None };
 }
 
@@ -87,36 +85,25 @@ impl From<Work> for Job {
     }
 }
 
-/// A piece of work.
 #[derive(Debug)]
 enum Work {
-    /// Issue a token.
     Issue(Box<Issue>),
-    /// Sign a certificate, for a token or for an earlier certificate.
     Sign(Box<Sign>),
-    /// Revoke a device's certificates and kill its token.
     Revoke(Revoke),
     /// Revoke one certificate: a device's, whose others go on to count, or a server's, which no other
     /// way of revoking finds.
     RevokeOne(RevokeOne),
-    /// Change what is kept of devices.
     Rewrite(Rewrite),
-    /// Count the live tokens.
     Count,
 }
 
-/// An onboarding, as it is asked for.
 #[derive(Clone, Debug)]
 pub struct Onboarding {
-    /// Who is to have a token.
     pub device: DeviceId,
     /// In place of the one that the device may have.
     pub replace: bool,
-    /// Who may onboard.
     pub rule: Enrolment,
-    /// What was shown.
     pub shown: Shown,
-    /// Who asks.
     pub client: IpAddr,
     /// Redeem the token at once, for the key in this.
     pub csr: Option<Csr>,
@@ -125,13 +112,11 @@ pub struct Onboarding {
 /// How a token is to be redeemed.
 #[derive(Clone, Debug)]
 pub struct Redemption<'a> {
-    /// For the key in this.
     pub csr: &'a str,
     /// The device that the request names, if it names one.
     pub device: Option<&'a str>,
     /// For the log.
     pub user_id: Option<String>,
-    /// Who asks.
     pub client: IpAddr,
     /// A token that was used for the same key gives the same certificate again.
     pub again: bool,
@@ -159,9 +144,7 @@ struct Sign {
 /// What entitles to a certificate.
 #[derive(Debug)]
 enum Grant {
-    /// A token, which is to be this attempt's.
     Token(Box<Redeem>),
-    /// An earlier certificate, which the device has shown.
     Certificate(Certificate),
 }
 
@@ -203,7 +186,6 @@ struct Rewrite {
 /// What is to change of a device, and then what has changed.
 #[derive(Debug)]
 pub struct Changed {
-    /// The device.
     pub device: DeviceId,
     /// The change; [`Change::Keep`] afterwards where nothing was to change.
     pub change: Change,
@@ -216,21 +198,16 @@ pub struct Changed {
 /// What is to be done to a device's row.
 #[derive(Debug)]
 pub enum Change {
-    /// Nothing.
     Keep,
     /// Change it so; not if `unless_living` and a registration lives.
     Edit {
-        /// How.
         edit: Edit,
-        /// A registration that lives stays.
         unless_living: bool,
     },
-    /// Forget the registration.
     Forget,
 }
 
 impl Changed {
-    /// A change to be made.
     pub fn new(device: DeviceId, change: Change, secret: Option<NewSecret>) -> Self {
         Changed { device, change, secret, row: Row::default() }
     }
@@ -241,7 +218,6 @@ impl Changed {
 pub struct By {
     /// The name of the key that was shown.
     pub name: Option<Text>,
-    /// From where.
     pub client: IpAddr,
 }
 
@@ -264,7 +240,6 @@ impl fmt::Display for By {
 /// What became of a [`Job`].
 #[derive(Debug)]
 pub enum Done {
-    /// A token was issued.
     Issued(Token),
     /// A certificate was signed and recorded, now or when the device asked for it before.
     Signed(Box<Leaf>),
@@ -279,16 +254,12 @@ pub enum Done {
     },
     /// What is kept of devices is as was asked.
     Rewritten {
-        /// One for each device.
         changes: Vec<Changed>,
-        /// As above.
         shared: bool,
     },
-    /// So many tokens are live.
     Counted(u64),
 }
 
-/// A finished batch.
 #[derive(Debug)]
 pub struct Batch {
     /// One for each job, in their order.

@@ -103,12 +103,13 @@ impl Provisioner {
         if token.claims.exp <= now.unix_s() {
             return Err(Code::TokenExpired);
         }
-        let look = self.ca().record().look(&token.hash, &token.claims.device_id, now);
-        if look.recorded_token || self.ledger.knows_as_spent(&token.hash) || self.is_dead(token) {
+        let record = self.ca().record();
+        let (is_recorded, has_active) = record.look(&token.hash, &token.claims.device_id, now);
+        if is_recorded || self.ledger.knows_as_spent(&token.hash) || self.is_dead(token) {
             return Err(Code::TokenAlreadyUsed);
         }
         let excused = self.rules.reenroll || row.living(now.unix_s()).is_some();
-        if look.active_certificate && !excused {
+        if has_active && !excused {
             return Err(Code::DeviceHasActiveCertificate);
         }
         Ok(())
@@ -153,7 +154,6 @@ impl Job {
         Work::RevokeOne(RevokeOne { of, serial, reason, by }).into()
     }
 
-    /// Changes what is kept of devices.
     pub fn rewrite(changes: Vec<Changed>, by: By) -> Job {
         Work::Rewrite(Rewrite { changes, by }).into()
     }

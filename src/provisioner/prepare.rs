@@ -22,7 +22,6 @@ const CLOCK_IS_OFF_MS: u64 = 2000;
 /// By one that is further off nothing is killed, nor forgotten.
 pub const CLOCK_IS_FAR_OFF_MS: u64 = 3_600_000;
 
-/// Work that can go on.
 pub(super) struct Prepared {
     work: Work,
     /// The rows that it changes.

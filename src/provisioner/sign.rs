@@ -9,7 +9,7 @@ use super::batch::{Step, unexpected};
 use super::{Done, Grant, Provisioner, Redeem, Sign, not_issued, refused};
 use crate::ca::identity;
 use crate::ca::issuer::Leaf;
-use crate::ca::record::{Certificate, Entries, Origin, RecordError, Redeemed, Renewal, Spent};
+use crate::ca::record::{Certificate, Entries, Origin, RecordError, Redeemed, Spent};
 use crate::clock::{self, Now};
 use crate::config::Enrolment;
 use crate::device::DeviceId;
@@ -87,8 +87,7 @@ impl Provisioner {
             Grant::Certificate(old) => {
                 self.check_block(&old.device)?;
                 self.judge_again(old, now)?;
-                let renewal = entries.judge_renewal(old, sign.csr.key(), now);
-                if let Some(leaf) = given_before(renewal)? {
+                if let Some(leaf) = entries.judge_renewal(old, sign.csr.key(), now)? {
                     let Certificate { serial: old, device, .. } = old;
                     let (serial, client) = (leaf.serial, sign.client);
                     log::info!(
@@ -287,7 +286,6 @@ impl Provisioner {
 }
 
 impl Grant {
-    /// Whose it is.
     fn device(&self) -> &DeviceId {
         match self {
             Grant::Token(redeem) => &redeem.token.claims.device_id,
@@ -332,18 +330,6 @@ impl Sign {
         match &self.grant {
             Grant::Token(redeem) => refused(problem, &redeem.token.hash, self.grant.device()),
             Grant::Certificate(old) => not_issued(problem, &old.device),
-        }
-    }
-}
-
-/// The certificate that a device has got for the same key before, if it asks again.
-fn given_before(renewal: Renewal) -> Result<Option<Leaf>, Problem> {
-    match renewal {
-        Renewal::New => Ok(None),
-        Renewal::Again(leaf) => Ok(Some(*leaf)),
-        Renewal::UnderWay => Err(Code::ServiceUnavailable.into()),
-        Renewal::TooMany(wait_s) => {
-            Err(Problem { retry_after_s: Some(wait_s), ..Code::RateLimited.into() })
         }
     }
 }

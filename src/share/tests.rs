@@ -389,7 +389,7 @@ impl<M: Medium> World<M> {
         let thread = Thread::new(Parts {
             exchange: M::line(&self.server, &steps),
             sharing: Arc::new(Sharing::new(Mode::Record)),
-            publisher: Arc::new(Publisher::new(ca, None, metrics).forgetting(retention)),
+            publisher: Arc::new(Publisher::new(ca, None, Some(retention), None, metrics)),
             devices: Arc::new(devices),
             store: Arc::clone(&freed) as _,
             ledger: Arc::new(Ledger::new(100)),

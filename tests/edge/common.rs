@@ -9,11 +9,11 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use mqtt_publisher_lite::EdgeCounters;
 use mqtt_publisher_lite::api::{self, Request};
 use mqtt_publisher_lite::config::Http;
 use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Settings};
 use mqtt_publisher_lite::http::Reply;
-use mqtt_publisher_lite::metrics::EdgeCounters;
 use mqtt_publisher_lite::server::{LaneServer, open_lanes};
 
 use crate::support::temp::TempDir;

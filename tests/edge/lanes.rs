@@ -9,9 +9,9 @@ use std::thread;
 use std::time::Duration;
 
 use crate::common::{one_response, settings, statuses, to_end, until, until_open};
+use mqtt_publisher_lite::EdgeCounters;
 use mqtt_publisher_lite::edge::{Edge, Handle, LaneAddress, Outbox, Wait};
 use mqtt_publisher_lite::http::{Reply, lanes};
-use mqtt_publisher_lite::metrics::EdgeCounters;
 
 /// An edge whose lanes' other ends are played.
 struct Staged {

@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::architecture::files;
+use mqtt_publisher_lite::Code;
 use mqtt_publisher_lite::api::endpoints;
 use mqtt_publisher_lite::config::variables;
-use mqtt_publisher_lite::problem::Code;
 
 /// Variables of the older service that docs/upgrade.md explains.
 const OLDER: &[&str] = &[

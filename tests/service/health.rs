@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mqtt_publisher_lite::Metrics;
 use mqtt_publisher_lite::api::{self, Api, Request};
 use mqtt_publisher_lite::ca::Ca;
 use mqtt_publisher_lite::ca::publisher::Publisher;
@@ -15,11 +16,10 @@ use mqtt_publisher_lite::devices::Instance;
 use mqtt_publisher_lite::devices::table::Devices;
 use mqtt_publisher_lite::http::Method;
 use mqtt_publisher_lite::jwt::Signer;
-use mqtt_publisher_lite::metrics::Metrics;
-use mqtt_publisher_lite::provisioner::{Provisioner, Spending};
 use mqtt_publisher_lite::share::{Mode, Sharing};
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
+use mqtt_publisher_lite::{Provisioner, Spending};
 
 use crate::support::clock::now_ms;
 use crate::support::csr::Csr;
@@ -235,7 +235,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
         )),
         ledger,
         devices,
-        publisher: Arc::new(Publisher::new(ca, None, Arc::clone(&metrics))),
+        publisher: Arc::new(Publisher::new(ca, None, None, None, Arc::clone(&metrics))),
         sharing: Arc::new(Sharing::new(Mode::Alone)),
         signer,
         rules: config.rules.clone(),

@@ -19,6 +19,7 @@ use std::thread;
 use std::time::Duration;
 
 use divan::{Bencher, black_box};
+use mqtt_publisher_lite::Metrics;
 use mqtt_publisher_lite::ca::csr::Csr;
 use mqtt_publisher_lite::ca::issuer::Issuer;
 use mqtt_publisher_lite::clock::{self, Now};
@@ -27,7 +28,6 @@ use mqtt_publisher_lite::device::DeviceId;
 use mqtt_publisher_lite::devices::{Bound, Row};
 use mqtt_publisher_lite::edge::head::{self, Context};
 use mqtt_publisher_lite::jwt::{Claims, Signer, Token};
-use mqtt_publisher_lite::metrics::Metrics;
 use mqtt_publisher_lite::serial::Serial;
 use mqtt_publisher_lite::store::failover::Remote;
 use mqtt_publisher_lite::store::ledger::Ledger;

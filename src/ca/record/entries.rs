@@ -134,7 +134,7 @@ impl<'a> Entries<'a> {
         let path = self.record.pem_path(&new.row.serial);
         let text = new.text.as_deref().unwrap_or_default();
         files::create_new(&path, text.as_bytes(), 0o644, !together).map_err(|e| {
-            let taken = e.kind() == Some(io::ErrorKind::AlreadyExists); // another's, let it be
+            let taken = e.kind == io::ErrorKind::AlreadyExists; // another's, let it be
             let left_behind = !taken && !self.remove_pem(new);
             RecordError::NotWritten { why: e.to_string(), left_behind }
         })
@@ -347,9 +347,7 @@ mod tests {
                 (index(), fs::read_dir(dir.join(CERTS)).unwrap().count()),
                 (seed.clone(), 0)
             );
-            assert!(
-                !record.look(&TokenHash::of("t"), &device("device-2"), clock::now()).recorded_token
-            );
+            assert!(!record.look(&TokenHash::of("t"), &device("device-2"), clock::now()).0);
             fs::remove_file(dir.join("filler")).unwrap();
         }
         // Room again: the same process goes on. With room for the lines and two of them, two are.

@@ -53,7 +53,6 @@ use index::Change;
 use merge::Incoming;
 use news::News;
 pub use news::Untold;
-pub use renewals::Renewal;
 use renewals::Renewals;
 use rows::{Place, Rows, Slot};
 use servers::Servers;
@@ -193,26 +192,6 @@ impl From<RecordError> for Problem {
     }
 }
 
-/// Of what use a certificate is at some time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Neither of the others.
-    Active,
-    Expired,
-    /// It was revoked, whether or not its time is over too.
-    Revoked,
-}
-
-impl Status {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Status::Active => "active",
-            Status::Expired => "expired",
-            Status::Revoked => "revoked",
-        }
-    }
-}
-
 /// What memory holds of a certificate. Times are in seconds since 1970.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Certificate {
@@ -223,11 +202,12 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    pub fn status(&self, now: Now) -> Status {
+    /// Of what use it is, as answers say it. What is revoked is that also when its time is over.
+    pub fn status(&self, now: Now) -> &'static str {
         match self.revoked_at {
-            Some(_) => Status::Revoked,
-            None if now.unix_s() > self.expires_at => Status::Expired,
-            None => Status::Active,
+            Some(_) => "revoked",
+            None if now.unix_s() > self.expires_at => "expired",
+            None => "active",
         }
     }
 }
@@ -362,14 +342,6 @@ pub struct Spent {
     pub device: DeviceId,
 }
 
-/// What [`Record::look`] saw, all at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Look {
-    pub recorded_token: bool,
-    /// The device has a certificate that is neither expired nor revoked.
-    pub active_certificate: bool,
-}
-
 /// The record of one CA. Every method may be called from any thread.
 #[derive(Debug)]
 pub struct Record {
@@ -490,12 +462,9 @@ impl Record {
     }
 
     /// [`Record::knows_token`] and [`Record::has_active`] of one moment.
-    pub fn look(&self, token: &TokenHash, device: &DeviceId, now: Now) -> Look {
+    pub fn look(&self, token: &TokenHash, device: &DeviceId, now: Now) -> (bool, bool) {
         let rows = self.read();
-        Look {
-            recorded_token: rows.knows_token(token),
-            active_certificate: rows.has_active(device, now),
-        }
+        (rows.knows_token(token), rows.has_active(device, now))
     }
 
     /// The tokens that certificates are recorded for and that may not have ended.

@@ -14,6 +14,7 @@ use crate::ca::issuer::Leaf;
 use crate::ca::key::PublicKey;
 use crate::clock::Now;
 use crate::device::DeviceId;
+use crate::problem::{Code, Problem};
 
 /// Certificates of one device that are neither expired nor revoked, at which it gets no further one.
 const MOST_ACTIVE: usize = 16;
@@ -24,35 +25,30 @@ const HOUR_MS: u64 = 3_600_000;
 /// With so many devices, those that have not renewed of late are forgotten.
 const CROWDED: usize = 1024;
 
-/// What a device that asks for a renewal gets.
-#[derive(Debug)]
-pub enum Renewal {
-    New,
-    /// The one that was signed for the same key when it last asked.
-    Again(Box<Leaf>),
-    /// None before so many seconds have passed.
-    TooMany(u64),
-    /// None yet: one for it is being recorded.
-    UnderWay,
-}
-
 impl Entries<'_> {
-    pub fn judge_renewal(&self, old: &Certificate, key: &PublicKey, now: Now) -> Renewal {
+    /// Whether a device may have a renewal; or the one that was signed for the same key when it last
+    /// asked. While one for it is being recorded there is none yet.
+    pub fn judge_renewal(
+        &self,
+        old: &Certificate,
+        key: &PublicKey,
+        now: Now,
+    ) -> Result<Option<Leaf>, Problem> {
         if self.added.iter().any(|new| new.renews() == Some(old.serial)) {
-            return Renewal::UnderWay;
+            return Err(Code::ServiceUnavailable.into());
         }
         if let Some(leaf) = self.successor(old, key, now) {
-            return Renewal::Again(Box::new(leaf));
-        }
-        if self.count_active(&old.device, now) >= MOST_ACTIVE {
-            return Renewal::TooMany(HOUR_MS / 1000);
+            return Ok(Some(leaf));
         }
         let of_device = |new: &&Incoming| new.renews().is_some() && new.row.is_of(&old.device);
         let here = self.added.iter().filter(of_device).count();
-        match self.writer.renewals.wait_ms(&old.device, here, now) {
-            0 => Renewal::New,
-            wait_ms => Renewal::TooMany(wait_ms.div_ceil(1000)),
-        }
+        let wait_ms = match self.count_active(&old.device, now) >= MOST_ACTIVE {
+            true => HOUR_MS,
+            false => self.writer.renewals.wait_ms(&old.device, here, now),
+        };
+        let retry_after_s = Some(wait_ms.div_ceil(1000));
+        let too_many = Problem { retry_after_s, ..Code::RateLimited.into() };
+        if wait_ms == 0 { Ok(None) } else { Err(too_many) }
     }
 
     /// The certificate that `old` was renewed to, for the same key, if it still counts.
@@ -166,10 +162,11 @@ mod tests {
         let (same, other) = (fixture.csr("d"), key("genpkey -algorithm ED25519"));
         let judge =
             |entries: &Entries<'_>, csr: &Csr| match entries.judge_renewal(&old, csr.key(), now) {
-                Renewal::New => "new".to_owned(),
-                Renewal::Again(leaf) => leaf.serial.to_string(),
-                Renewal::TooMany(_) => "too many".to_owned(),
-                Renewal::UnderWay => "under way".to_owned(),
+                Ok(None) => "new".to_owned(),
+                Ok(Some(leaf)) => leaf.serial.to_string(),
+                Err(problem) if problem.code == Code::RateLimited => "too many".to_owned(),
+                Err(problem) if problem.code == Code::ServiceUnavailable => "under way".to_owned(),
+                Err(problem) => problem.to_string(),
             };
         let mut entries = record.begin();
         assert_eq!(judge(&entries, &same), "new");
@@ -183,7 +180,7 @@ mod tests {
             let entries = record.begin();
             assert_eq!(judge(&entries, &same), new.serial.to_string());
             assert_eq!(judge(&entries, &other), "new");
-            assert!(matches!(entries.judge_renewal(&newest, same.key(), now), Renewal::New));
+            assert_eq!(entries.judge_renewal(&newest, same.key(), now), Ok(None));
         }
         record.revoke_these(&[new.serial], Reason::Superseded, now).unwrap();
         assert_eq!(judge(&record.begin(), &same), "new", "it does not count any more");
