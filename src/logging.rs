@@ -5,11 +5,12 @@
 
 use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt as _;
 
-use env_filter::{Builder, Filter};
+use env_logger::{Builder, Target};
 use log::kv::{self, Key, Value, VisitSource};
-use log::{Level, LevelFilter, Metadata, Record, SetLoggerError};
+use log::{Level, LevelFilter, Record, SetLoggerError};
 
 use crate::clock;
 use crate::config::{Log, LogFormat};
@@ -26,7 +27,7 @@ pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerEr
     // says, it also returns.
     builder.filter_module("tiny_http", LevelFilter::Off);
     match &log.filter {
-        Some(filter) => builder.parse(filter),
+        Some(filter) => builder.parse_filters(filter),
         None => builder
             .filter_level(OTHERS.min(log.level))
             .filter_module(env!("CARGO_CRATE_NAME"), log.level),
@@ -37,28 +38,24 @@ pub fn init(log: &Log, journal_stream: Option<&OsStr>) -> Result<(), SetLoggerEr
         (LogFormat::Text, false) => Style::Text,
     };
     stderr::init(move |lost| style.lost(lost));
-    let filter = builder.build();
-    log::set_max_level(filter.filter());
-    log::set_boxed_logger(Box::new(Logger { filter, style }))
+    builder
+        .format(move |out, record| style.write(out, record))
+        .target(Target::Pipe(Box::new(Lines)))
+        .try_init()
 }
 
-struct Logger {
-    filter: Filter,
-    style: Style,
-}
+/// What the crate writes to: it makes each record one write, and `stderr` sees to the rest.
+struct Lines;
 
-impl log::Log for Logger {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        self.filter.enabled(metadata)
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        stderr::write_line(line);
+        Ok(line.len())
     }
 
-    fn log(&self, record: &Record<'_>) {
-        if self.filter.matches(record) {
-            stderr::write_line(self.style.line(record).as_bytes());
-        }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
-
-    fn flush(&self) {}
 }
 
 /// How a line looks.
@@ -70,25 +67,30 @@ enum Style {
 }
 
 impl Style {
-    fn line(self, record: &Record<'_>) -> String {
+    fn write(self, out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         let unix_ms = clock::now().unix_ms;
+        // Made here and written once: a line has many pieces.
         let mut line = String::with_capacity(256);
-        // A text takes everything.
-        let _ = match self {
+        let made = match self {
             Style::Json => json(&mut line, record, unix_ms),
             Style::Journal => journal_text(&mut line, record),
             Style::Text => text(&mut line, record, unix_ms),
         };
-        line
+        made.map_err(io::Error::other)?;
+        out.write_all(line.as_bytes())
     }
 
     /// That lines were lost, as a line.
     fn lost(self, lost: u64) -> Vec<u8> {
-        let say = |message| {
+        let mut line = Vec::new();
+        let mut say = |message| {
             let mut record = Record::builder();
-            self.line(&record.level(Level::Warn).target(module_path!()).args(message).build())
+            let record = record.level(Level::Warn).target(module_path!()).args(message).build();
+            self.write(&mut line, &record)
         };
-        say(format_args!("{lost} lines of the log were lost: nobody took them in time")).into()
+        // A vector takes everything.
+        let _ = say(format_args!("{lost} lines of the log were lost: nobody took them in time"));
+        line
     }
 }
 
