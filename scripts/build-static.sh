@@ -31,8 +31,8 @@ esac
 has file || debian file
 
 # --- The linker, in a virtual environment of its own; the versions with which the size was measured.
-# Zig 0.17 has an allocator of its own in the place of musl's, and by that the service grows as long as it
-# serves: 16 bytes a request. scripts/soak.sh tells.
+# Not Zig 0.17: its C library has an allocator that keeps 16 bytes of what each request took, as
+# scripts/soak.sh tells, and what C code allocates still comes from there.
 linker="ziglang==0.15.2 cargo-zigbuild==0.24.1"
 venv=$build/static-venv
 if [ "$(cat "$venv/linker" 2>/dev/null)" != "$linker" ]; then

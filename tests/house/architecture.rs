@@ -39,6 +39,7 @@ const LIBRARIES: &[(&str, &[&str], &str)] = &[
     ("socket2", &["src/socket.rs"], "connections that we open are all opened there"),
     ("x509_parser", &["src/ca"], "the rest handles certificates as bytes"),
     ("rcgen", &["src/ca"], "only the CA signs"),
+    ("dlmalloc", &["src/main.rs"], "a program chooses its allocator, not a library"),
     ("env_logger", &["src/logging.rs"], "everyone else uses `log`"),
     ("env_filter", &["src/config/mod.rs"], "it checks RUST_LOG, once"),
     ("signal_hook", &["src/service.rs"], "only the process as a whole is signalled"),
