@@ -375,11 +375,11 @@ def once(bench, series, times):
     series.add("size_mb", os.path.getsize(bench.options.program) / 1e6)
     series.add("peer size_mb", os.path.getsize(f"{bench.options.peers}/peer") / 1e6)
     for tokens in TOKENS:
-        # One address may have no more than three quarters of the memory.
-        limit = {"MEMORY_MAX_TOKENS": str(2 * tokens)} if tokens else {}
+        # One address may have no more than three quarters of the memory: so no more than these.
+        limit = {"MEMORY_MAX_TOKENS": str(tokens * 4 // 3)} if tokens else {}
         with bench.ours(**limit) as (port, process):
             time.sleep(0.5)
-            while tokens and bench.health(port)["redis"]["tokenCount"] < tokens:
+            while bench.health(port)["redis"]["tokenCount"] < tokens - 1:
                 wrk(port, 32, 1)
             series.add(f"tokens {tokens}", rss_mib(process))
     with bench.redis():
