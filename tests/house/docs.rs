@@ -46,6 +46,46 @@ fn every_log_line_of_the_failure_table_is_in_the_source() {
     assert!(lines > 25, "{lines}");
 }
 
+/// Whoever finds a warning in the log finds in the table what to do about it.
+#[test]
+fn every_warning_of_the_source_is_in_the_failure_table() {
+    let page = squeezed(&read("docs/failures.md"));
+    let source = squeezed(&read_all(&root().join("src"), "rs"));
+    let mut warnings = 0;
+    for call in ["log::warn!(", "log::error!("].iter().flat_map(|name| source.split(name).skip(1)) {
+        let message = literals(call).into_iter().max_by_key(|literal| literal.len());
+        let message = message.unwrap_or_default();
+        let pieces = message.split(['{', '}']).step_by(2).map(str::trim);
+        let pieces: Vec<&str> = pieces.filter(|piece| piece.len() > 8).collect();
+        let begins = |piece: &&str| piece.chars().take(24).collect::<String>();
+        let is_there = pieces.iter().any(|piece| page.contains(begins(piece).trim_end()));
+        // Without a piece it passes on what another part of the program says.
+        assert!(pieces.is_empty() || is_there, "no row has {message:?}");
+        warnings += usize::from(is_there);
+    }
+    assert!(warnings > 40, "{warnings}");
+}
+
+/// The string literals up to the end of the call whose arguments `text` begins with.
+fn literals(text: &str) -> Vec<&str> {
+    let (mut found, mut rest, mut open) = (Vec::new(), text, 1);
+    while let Some(at) = rest.find(['(', ')', '"']) {
+        let (what, behind) = rest[at..].split_at(1);
+        rest = behind;
+        match what {
+            "(" => open += 1,
+            ")" if open == 1 => break,
+            ")" => open -= 1,
+            _ => {
+                let end = behind.find('"').unwrap();
+                found.push(&behind[..end]);
+                rest = &behind[end + 1..];
+            }
+        }
+    }
+    found
+}
+
 /// Others are names: of variables, codes, paths and commands.
 fn is_log_line(quoted: &str) -> bool {
     quoted.contains(' ') && quoted.len() > 12 && !quoted.starts_with("ulimit")
