@@ -86,6 +86,11 @@ fn the_table_names_every_module_once() {
     for source in sources().iter().filter(|source| source.name != "src/lib.rs") {
         assert!(listed.contains(&source.room()), "{} is in no layer", source.name);
     }
+    let map = fs::read_to_string(root().join("CONTRIBUTING.md")).unwrap();
+    let mapped: BTreeSet<&str> = quoted(&map).map(|name| name.trim_end_matches('/')).collect();
+    for name in &listed {
+        assert!(mapped.contains(&**name), "the map in CONTRIBUTING.md lacks {name}");
+    }
 }
 
 #[test]
