@@ -68,6 +68,7 @@ number() { sed -n "s/^mqtt-lite:[^:]*:\([0-9]*\):.*/\1/p" "$sysroot/etc/\$1"; }
 for word; do
     shift
     case \$word in
+        /dev/*) ;;
         /*) word=$sysroot\$word ;;
         mqtt-lite) case \$last in -g) word=\$(number group) ;; -o) word=\$(number passwd) ;; esac ;;
     esac
@@ -94,7 +95,7 @@ chmod 755 "$work/shims"/*
 blocks_of() { awk '/^ *```sh by \.ci\/check-contrib\.sh/ { on = 1; next } /^ *```/ { on = 0 } on' "$root/$1"; }
 installed() { [ "$(stat -c '%a %g' "$sysroot$1")" = "$2" ] || fail "$1 has $(stat -c '%a %g' "$sysroot$1"), not $2"; }
 blocks_of docs/operations.md >"$work/install.sh"
-[ "$(grep -c ^install "$work/install.sh")" -ge 5 ] || fail "docs/operations.md does not say how to install"
+[ "$(grep -c '^ *install' "$work/install.sh")" -ge 5 ] || fail "docs/operations.md does not say how to install"
 (cd "$work/source" && PATH=$work/shims:$PATH sh -eu "$work/install.sh" >"$work/installed" 2>&1) ||
     fail "the page's installation: $(cat "$work/installed")"
 id=$(sed -n 's/^mqtt-lite:[^:]*:\([0-9]*\):.*/\1/p' "$sysroot/etc/group")
@@ -103,6 +104,8 @@ grep -q '^mqtt-lite:' "$sysroot/etc/passwd" || fail "sysusers made no user"
 installed /usr/local/bin/mqtt-publisher-lite "755 0"
 installed /etc/mqtt-publisher-lite "750 $id"
 installed /etc/mqtt-publisher-lite/environment "640 $id"
+grep -q '^DATA_DIR=/var/lib/mqtt-publisher-lite$' "$sysroot/etc/mqtt-publisher-lite/environment" ||
+    fail "commands that are given the settings would look for the data elsewhere"
 for unit in multi-user.target.wants/mqtt-publisher-lite.service multi-user.target.wants/mosquitto-crl.path \
     timers.target.wants/mosquitto-certificate.timer; do
     [ -L "$sysroot/etc/systemd/system/$unit" ] || fail "$unit is not enabled"
@@ -257,9 +260,9 @@ done
 sed "s|^PROG=.*|PROG=$work/prog|" "$work/run.sh" | sed '$d' >"$work/check.sh"
 echo check >>"$work/check.sh"
 # shellcheck disable=SC2016 # to be expanded when it runs
-printf '#!/bin/sh\necho "$1 $PORT $REDIS_PASSWORD"\n' >"$work/prog"
+printf '#!/bin/sh\necho "$1 $PORT $REDIS_PASSWORD $DATA_DIR"\n' >"$work/prog"
 chmod +x "$work/prog"
-[ "$(MPL_CONF=$work/etc sh -eu "$work/check.sh")" = "healthcheck 4444 a b" ] || fail "the script's check"
+[ "$(MPL_CONF=$work/etc sh -eu "$work/check.sh")" = "healthcheck 4444 a b $work/etc/data" ] || fail "the script's check"
 ok "the init script's check"
 
 # Installed as docs/openwrt.md says, into a folder instead of /, and upgraded twice: what sysupgrade
