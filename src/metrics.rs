@@ -1,8 +1,7 @@
 //! What is counted, and how `GET /metrics` shows it: Prometheus text format 0.0.4.
 //!
-//! To count is one atomic addition: no lock, no allocation. The number of series is fixed when the
-//! program starts, since a label is one of our own words: an endpoint's pattern, never the path that
-//! a client chose. Nothing here is about a single device or token.
+//! To count is one atomic addition: no lock, no allocation. The number of series is bounded, since a
+//! label is one of our own words: an endpoint's pattern, never the path that a client chose. Nothing here is about a single device or token.
 
 use std::fmt::{self, Display, Write as _};
 use std::fs;
