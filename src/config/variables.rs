@@ -94,10 +94,10 @@ variables! {
     TLS = "", Text("auto"), "auto: serve HTTPS with a certificate of our own CA, made and renewed";
     TLS_NAMES = "", Text("DNS names and IP addresses, separated by commas"),
         "what it is for; unset: the machine's names and addresses";
-    /// Each worker costs a lane: its own thread, a tiny_http server with six, one Redis connection.
+    /// Each worker costs a lane: its own thread, one of a tiny_http server, one Redis connection.
     /// Two for all else and one that signs: on two processors a whole flow takes 230 µs of CPU so,
     /// and 270 with four, where a second that signs only splits the batches. One more, besides
-    /// these, serves the CRL.
+    /// these, serves the CRL and lists of devices.
     WORKERS = "3", Number(1, 64), "threads that answer requests";
     /// A connection costs a descriptor and a few hundred bytes while it is idle.
     MAX_CONNECTIONS = "1024", Number(1, 65_536), "most connections of clients";
