@@ -2,13 +2,15 @@
 //!
 //! A device asks for a provisioning token, presents it with a certificate signing request, and gets
 //! the certificate with which it connects to the MQTT broker. Tokens live in Redis; while Redis is
-//! away the service goes on from memory and loses nothing that it can keep.
+//! away the service goes on from memory. Several instances on one Redis keep one record of certificates.
 //!
 //! ```text
 //!  device ──TCP/TLS──▶ edge ──whole, bounded requests──▶ lanes: tiny_http and a worker each (server)
 //!                                                                   │
 //!                      store (Redis ⇄ memory) ◀── provisioner ◀── api (routes, handlers)
 //!                                  devices (rows) ◀──┘   └──▶ ca (CSR, sign, record, CRL)
+//!                                        ▲                    ▲
+//!                       (other instances) └────── share ──────┘
 //! ```
 //!
 //! Each lane is for one kind of work, so that what signs and waits for the disk delays nothing else:
@@ -45,15 +47,20 @@
 //! - *ledger*: what this process knows as used or killed, and which attempts are under way.
 //! - *carry-over*: telling Redis, when it returns, what it does not know.
 //! - *follow-up*: one thing of that, and what Redis has not confirmed.
-//! - *era*: the time from one full carry-over to the next.
+//! - *row*: what is kept of a device beside its certificates.
+//! - *bound*: a time in the row; what the device got up to then is dead, its tokens or its certificates.
+//! - *record*: all certificates that exist, whoever has signed them.
+//! - *holder*: names in Redis the newest certificate of a device.
 //!
 //! Invariants:
 //! - [`provisioner`] knows no HTTP, no Redis, no environment. Only `main` reads the environment;
-//!   only [`clock`] reads the time, everyone else is given `now`.
-//! - No lock is held across network I/O; only the record's writer lock is held across its own append
-//!   and `fsync`. No secret type has a revealing `Debug`.
+//!   only [`clock`] reads the time, but for the deadlines of sockets.
+//! - No lock that a request may need is held across network I/O. Who writes the record, the rows or the
+//!   CRL holds a lock across that and its `fsync`, for which no reader of memory waits.
+//! - No secret type has a revealing `Debug`.
 //! - A token consumed while degraded never becomes redeemable again. A certificate is on disk before
-//!   it is answered; so is a kill.
+//!   it is answered; so is a kill, a block, a revocation.
+//! - No answer says more than was done: a 200 is true of every instance, or says of which.
 //! - Nothing that a client sends can grow memory, threads, file descriptors or waiting time without
 //!   a bound, but the record of certificates, which is meant to grow.
 

@@ -3,17 +3,18 @@
 //!
 //! The line in `index.txt` makes a certificate a record. It is written after the certificate is on
 //! disk, so a certificate without a line was never answered. But in a copy that was taken meanwhile
-//! its file may be newer than `index.txt`, so it is entered at start. A line without a certificate stays a record, all but the download. The whole record but
-//! for the certificates themselves is held in memory ([`rows`]), in at most 100 bytes each.
+//! its file may be newer than `index.txt`, so it is entered at start. Of a line without a certificate
+//! only the download is missing. All but the certificates themselves is held in memory ([`rows`]), in
+//! at most 100 bytes each.
 //!
 //! What is recorded here is told to other instances ([`news`]), and what they tell is merged
 //! ([`merge`]): each instance holds the whole record of the CA. How they reach each other is not known
 //! here.
 //!
-//! Readers never wait for a disk: the lock that is held while files are written is the writers' own.
-//! Once the record is open, only `begin`, and revoking what there is to revoke, take it, and never
-//! for nothing: whoever has nothing to write must not wait until another's certificates are synced.
-//! (What a device has is looked for under the lock: what is just being written must be revoked too.)
+//! Who reads what is in memory never waits for a disk: the lock that is held while files are written is
+//! the writers' own, and whoever has nothing to write must not wait until another's certificates are
+//! synced. (Who revokes looks for what there is under that lock: what is just being written must be
+//! revoked too.)
 
 use std::collections::HashMap;
 use std::fmt;

@@ -10,7 +10,7 @@
 //! | `ca` | SHA-256 of the CA certificate | for good |
 //! | `instance:<id>` | the process that runs under this id | 30 s, renewed |
 //!
-//! What else instances exchange, `share::redis` has; of that `holder:<id>` is read here.
+//! The keys of the shared record are those of `share::redis`; of them `holder:<id>` is read here.
 //!
 //! Decisions are read from values, never from the reply of `NX`: a reply may be lost, a value stays.
 //! What changes a key that another instance may have changed is compare-and-set, one `EVAL` with one
