@@ -77,7 +77,9 @@ package() {
     done
     sed 's/^#DATA_DIR=/DATA_DIR=/' contrib/environment.example >"$tree/etc/$name/environment"
     chmod 640 "$tree/etc/$name/environment"
-    install -m 644 README.md docs/*.md docs/*.svg "$doc/"
+    install -m 644 docs/*.md docs/*.svg "$doc/"
+    # All pages are in one folder there.
+    sed 's|](docs/|](|g' README.md >"$doc/README.md"
     cat contrib/debian/copyright LICENSE-MIT >"$doc/copyright"
     gzip -9n <CHANGELOG.md >"$doc/changelog.gz"
     install -m 755 contrib/debian/postinst contrib/debian/prerm contrib/debian/postrm "$tree/DEBIAN/"
