@@ -37,10 +37,10 @@ use crate::server::Server;
 use crate::share::redis::RedisExchange;
 use crate::share::thread::{Parts, Thread};
 use crate::share::{self, Sharing};
-use crate::store::failover::{self, Failover, OurCa, Remote as _};
+use crate::store::failover::{Failover, Rules};
 use crate::store::ledger::Ledger;
 use crate::store::memory::Memory;
-use crate::store::redis::RedisStore;
+use crate::store::redis::{OurCa, RedisStore, RunFile};
 use crate::store::{Rows, TokenStore};
 
 /// The file below `DATA_DIR` that holds the secret by which tokens are signed, and its random bytes.
@@ -203,20 +203,14 @@ impl<'c> Kept<'c> {
         log::info!("💾 Initializing Redis (Token Persistence)...");
         let us = Some((identity, Arc::clone(&self.devices) as _));
         let remote = RedisStore::new(redis, us, self.signer.clone(), Arc::clone(&self.metrics));
-        let failover = Arc::new(Failover::new(
-            Box::new(remote),
-            memory,
-            Arc::clone(&self.ledger),
-            Arc::clone(&self.devices) as _,
-            self.signer.clone(),
-            failover::Rules {
-                run_file: failover::RunFile(config.data_dir.join(REDIS_RUN)),
-                redeem: config.outage_redeem,
-                required: redis.required,
-                is_spread: matches!(redis.at, config::Place::Cluster(_)),
-                timeout: redis.timeout,
-            },
-        ));
+        let rules = Rules {
+            run_file: RunFile(config.data_dir.join(REDIS_RUN)),
+            redeem: config.outage_redeem,
+            required: redis.required,
+            is_spread: matches!(redis.at, config::Place::Cluster(_)),
+            timeout: redis.timeout,
+        };
+        let failover = Arc::new(Failover::new(remote, memory, rules));
         Ok(Stores { tokens: Arc::clone(&failover) as _, failover: Some(failover) })
     }
 
@@ -285,7 +279,6 @@ impl<'c> Kept<'c> {
             devices: Arc::clone(&self.devices),
             store: Arc::clone(&stores.tokens),
             ledger: Arc::clone(&self.ledger),
-            shares_record: redis.share_record,
             reenroll: self.config.rules.reenroll,
         });
         spawn("sharing", move || thread.run())?;

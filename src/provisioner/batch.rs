@@ -165,7 +165,7 @@ impl Provisioner {
         let row = match self.judge_found(&issue.asked, found, now) {
             Ok(known) => known,
             Err(code) => {
-                undo.push(Op::TakeBack(token));
+                undo.push(Op::Remove(token));
                 return Step::Done(Err(not_issued(code, device)));
             }
         };

@@ -242,7 +242,7 @@ impl Provisioner {
             let token = self.sharing.free_when_shared(serial, token);
             let told_here = spends.filter(|_| token.is_some() || entered.is_err());
             after.extend(told_here.map(|row| Op::Tell(device, row)));
-            after.extend(token.map(Op::Finish));
+            after.extend(token.map(Op::Remove));
         }
         after
     }

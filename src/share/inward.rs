@@ -4,10 +4,10 @@
 use std::collections::BTreeSet;
 
 use super::Asked;
-use super::codec::{Keys, Value};
+use super::codec::Value;
 use super::exchange::{Exchange, Name, Place};
 use super::out::to_put;
-use super::thread::{BATCH, Progress, Thread};
+use super::thread::{BATCH, Progress, Turn};
 use crate::ca::record::Spent;
 use crate::ca::record::merge::{Judge, Merged};
 use crate::clock;
@@ -21,9 +21,9 @@ const HOUR_MS: u64 = 3_600_000;
 /// A token that has ended by our clock may be alive by another's, in seconds.
 const ENDED_LATELY_S: u64 = 120;
 
-impl<E: Exchange> Thread<E> {
+impl<E: Exchange> Turn<'_, E> {
     /// Reads what was announced, until there is nothing more.
-    pub(super) fn read(&mut self, keys: &Keys) -> Result<(), StoreError> {
+    pub(super) fn read(&mut self) -> Result<(), StoreError> {
         loop {
             let begun = clock::now();
             let changes = self.parts.exchange.changes(&self.progress.cursor)?;
@@ -32,7 +32,7 @@ impl<E: Exchange> Thread<E> {
                 self.parts.sharing.wake();
                 return Ok(());
             }
-            self.take_in(keys, changes.names)?;
+            self.take_in(changes.names)?;
             self.progress.cursor = changes.cursor;
             if !changes.more {
                 self.parts.sharing.lock().read_ms = Some(begun.mono_ms);
@@ -48,13 +48,13 @@ impl<E: Exchange> Thread<E> {
     }
 
     /// These wait for what others have of a device.
-    pub(super) fn answer(&mut self, keys: &Keys, asked: Vec<Asked>) -> Result<(), StoreError> {
-        let in_reach = asked.into_iter().filter(|asked| self.is_in_reach(keys, asked));
+    pub(super) fn answer(&mut self, asked: Vec<Asked>) -> Result<(), StoreError> {
+        let in_reach = asked.into_iter().filter(|asked| self.is_in_reach(asked));
         let asked: Vec<Asked> = in_reach.collect();
         if asked.is_empty() {
             return Ok(());
         }
-        if self.parts.shares_record {
+        if self.shares_record {
             let (mut devices, mut serials) = (Vec::new(), Vec::new());
             for name in asked.iter().flat_map(|asked| asked.names.iter().cloned()) {
                 match name {
@@ -63,7 +63,7 @@ impl<E: Exchange> Thread<E> {
                 }
             }
             serials.extend(self.parts.exchange.holders(&devices)?);
-            self.take_in_unknown(keys, &serials)?;
+            self.take_in_unknown(&serials)?;
         }
         for Asked { answer, .. } in asked {
             // Who has waited too long does not listen any more.
@@ -73,44 +73,34 @@ impl<E: Exchange> Thread<E> {
     }
 
     /// Who asks for what is out of reach is not kept waiting.
-    fn is_in_reach(&self, keys: &Keys, Asked { names, .. }: &Asked) -> bool {
-        let reaches = |name: &Name| self.reaches(&keys.place(name).key);
+    fn is_in_reach(&self, Asked { names, .. }: &Asked) -> bool {
         match names.is_empty() {
             true => self.progress.aside.is_empty(),
-            false => names.iter().all(reaches),
+            false => names.iter().all(|name| self.reaches(name)),
         }
     }
 
-    pub(super) fn take_in_unknown(
-        &mut self,
-        keys: &Keys,
-        serials: &[Serial],
-    ) -> Result<(), StoreError> {
+    pub(super) fn take_in_unknown(&mut self, serials: &[Serial]) -> Result<(), StoreError> {
         let unknown = self.record().unknown(serials);
-        self.take_in(keys, unknown.into_iter().map(Name::Certificate))
+        self.take_in(unknown.into_iter().map(Name::Certificate))
     }
 
     /// Reads the values of these names and enters them. What stands there is put right where none of our
     /// instances has written it, or it says less than is known here: a bound revokes earlier than the
     /// revocation by name that another has told, say.
-    fn take_in(
-        &mut self,
-        keys: &Keys,
-        names: impl IntoIterator<Item = Name>,
-    ) -> Result<(), StoreError> {
-        let counts = |name: &Name| self.parts.shares_record || matches!(name, Name::Row(_));
+    fn take_in(&mut self, names: impl IntoIterator<Item = Name>) -> Result<(), StoreError> {
+        let counts = |name: &Name| self.shares_record || matches!(name, Name::Row(_));
         // One entry of ours is passed over: a second one of the same name may be another's.
         let names: BTreeSet<Name> = names
             .into_iter()
             .filter(|name| !self.progress.told.remove(name) && counts(name))
             .collect();
-        let in_reach = names.into_iter().filter(|name| self.reaches(&keys.place(name).key));
+        let in_reach = names.into_iter().filter(|name| self.reaches(name));
         let names: Vec<Name> = in_reach.collect();
         for names in names.chunks(self.progress.at_once(BATCH)) {
-            let places: Vec<Place> = names.iter().map(|name| keys.place(name)).collect();
+            let places: Vec<Place> = names.iter().map(|name| self.keys.place(name)).collect();
             let values = self.parts.exchange.values(&places)?;
-            let opened =
-                names.iter().zip(&values).map(|(name, value)| self.open(keys, name, value));
+            let opened = names.iter().zip(&values).map(|(name, value)| self.open(name, value));
             let opened: Vec<Option<Value>> = opened.collect();
             self.enter(opened.iter().flatten().cloned().collect())?;
             for ((name, value), opened) in names.iter().zip(values).zip(opened) {
@@ -129,8 +119,8 @@ impl<E: Exchange> Thread<E> {
     }
 
     /// The value, if one of our instances has written it.
-    pub(super) fn open(&mut self, keys: &Keys, name: &Name, value: &[u8]) -> Option<Value> {
-        let opened = keys.open(name, value);
+    pub(super) fn open(&mut self, name: &Name, value: &[u8]) -> Option<Value> {
+        let opened = self.keys.open(name, value);
         if opened.is_none() && !value.is_empty() {
             self.ignore(1);
         }

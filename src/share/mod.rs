@@ -68,6 +68,7 @@ pub struct Status {
 /// What the rest of the program knows of the sharing thread.
 #[derive(Debug)]
 pub struct Sharing {
+    mode: Mode,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -76,13 +77,12 @@ pub struct Sharing {
 struct State {
     /// There is something to do.
     woken: bool,
-    /// It cannot wait for the end of a pause.
-    hurry: bool,
+    /// These wait for the end of the turn that is begun next, which cannot wait for the end of a pause.
+    waiting: Vec<SyncSender<()>>,
     /// Devices of which somebody must know now.
     asked: Vec<Asked>,
     /// Tokens that are used up, with their certificates: their leases go when these are shared.
     leases: Vec<(Serial, Token)>,
-    mode: Mode,
     contradicts: bool,
     /// Why nothing is exchanged.
     trouble: Option<StoreError>,
@@ -92,9 +92,6 @@ struct State {
     ignored: u64,
     /// When all was read that had been announced, by [`Now::mono_ms`].
     read_ms: Option<u64>,
-    /// Attempts to connect that have been begun, and that have ended.
-    begun: u64,
-    ended: u64,
 }
 
 /// Somebody waits for what others have of devices, or for a certificate of theirs.
@@ -107,13 +104,13 @@ struct Asked {
 impl Sharing {
     /// Returns whether nothing is exchanged, so that nobody else knows more.
     pub fn is_alone(&self) -> bool {
-        self.lock().mode == Mode::Alone
+        self.mode == Mode::Alone
     }
 
     /// Before anything was exchanged.
     pub fn new(mode: Mode) -> Self {
-        let state = Mutex::new(State { mode, woken: true, ..State::default() });
-        Sharing { state, changed: Condvar::new() }
+        let state = Mutex::new(State { woken: true, ..State::default() });
+        Sharing { mode, state, changed: Condvar::new() }
     }
 
     /// There is something to tell.
@@ -126,7 +123,7 @@ impl Sharing {
     /// shared. Gives the token back where the record is not shared: it may go at once.
     pub fn free_when_shared(&self, serial: Serial, token: Token) -> Option<Token> {
         let mut state = self.lock();
-        if state.mode != Mode::Record || state.trouble.is_some() || state.read_ms.is_none() {
+        if self.mode != Mode::Record || state.trouble.is_some() || state.read_ms.is_none() {
             return Some(token);
         }
         state.leases.push((serial, token));
@@ -150,7 +147,7 @@ impl Sharing {
         let (answer, answered) = sync_channel(1);
         {
             let mut state = self.lock();
-            if state.mode == Mode::Alone || state.trouble.is_some() {
+            if self.mode == Mode::Alone || state.trouble.is_some() {
                 return false;
             }
             state.asked.push(Asked { names, answer });
@@ -164,26 +161,30 @@ impl Sharing {
     /// longer than ten seconds: before that, an onboarding would not see what others have signed
     /// meanwhile (`docs/model`, row r19).
     pub fn catch_up(&self, now: Now) {
-        let mut state = self.lock();
-        let fresh = |read| now.mono_ms.saturating_sub(read) <= STALE_MS;
-        if state.mode != Mode::Record || state.read_ms.is_some_and(fresh) {
-            return;
+        let (end, ended) = sync_channel(0);
+        {
+            let mut state = self.lock();
+            let fresh = |read| now.mono_ms.saturating_sub(read) <= STALE_MS;
+            if self.mode != Mode::Record || state.read_ms.is_some_and(fresh) {
+                return;
+            }
+            state.waiting.push(end);
+            state.woken = true;
+            self.changed.notify_all();
         }
-        let next = state.begun + 1;
-        (state.woken, state.hurry) = (true, true);
-        self.changed.notify_all();
-        drop(self.changed.wait_timeout_while(state, CATCH_UP, |state| state.ended < next));
+        // It is never sent anything, but dropped.
+        let _ = ended.recv_timeout(CATCH_UP);
     }
 
     /// How it is.
     pub fn status(&self, now: Now) -> Status {
         let state = self.lock();
         Status {
-            shared: state.mode == Mode::Record
+            shared: self.mode == Mode::Record
                 && state.trouble.is_none()
                 && !state.is_partial
                 && state.read_ms.is_some(),
-            behind_ms: match state.mode {
+            behind_ms: match self.mode {
                 Mode::Alone => 0,
                 _ => now.mono_ms.saturating_sub(state.read_ms.unwrap_or(0)),
             },
@@ -203,23 +204,13 @@ impl Sharing {
         asked.names.into_iter().filter_map(of_row).collect()
     }
 
-    /// Waits until there is something to do, at most so long; whether that cannot wait for the end of
-    /// a pause.
-    fn wait(&self, longest: Duration) -> bool {
+    /// Waits until there is something to do, at most so long. Returns who waits for the end of the turn.
+    fn wait(&self, longest: Duration) -> Vec<SyncSender<()>> {
         let idle = |state: &mut State| !state.woken;
         let waited = self.changed.wait_timeout_while(self.lock(), longest, idle);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         state.woken = false;
-        std::mem::take(&mut state.hurry)
-    }
-
-    /// Somebody may wait for the end of an attempt that is begun after he came.
-    fn count(&self, attempt: impl FnOnce()) {
-        self.lock().begun += 1;
-        attempt();
-        let mut state = self.lock();
-        state.ended = state.begun;
-        self.changed.notify_all();
+        std::mem::take(&mut state.waiting)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeSet;
 
-use super::codec::{Keys, Value};
+use super::codec::Value;
 use super::exchange::{Exchange, Name, News, Place, Swap};
-use super::thread::{BATCH, Progress, Thread};
+use super::thread::{BATCH, Progress, Turn};
 use crate::ca::record::Untold;
 use crate::clock;
 use crate::device::DeviceId;
@@ -24,10 +24,10 @@ const FULLNESS_MS: u64 = 1_000;
 /// pause is over.
 const ROOM_AGAIN_MS: u64 = 60_000;
 
-impl<E: Exchange> Thread<E> {
+impl<E: Exchange> Turn<'_, E> {
     /// Tells what is new here: certificate, holder, stream; then the lease goes (`docs/model`, row
     /// r18).
-    pub(super) fn send(&mut self, keys: &Keys) -> Result<(), StoreError> {
+    pub(super) fn send(&mut self) -> Result<(), StoreError> {
         // The leases first: the certificate of each was noted before its lease was.
         let leases = std::mem::take(&mut self.parts.sharing.lock().leases);
         let most = self.progress.at_once(BATCH);
@@ -35,9 +35,9 @@ impl<E: Exchange> Thread<E> {
             let names = std::iter::from_fn(|| self.progress.unsent.pop_first());
             let names: Vec<Name> = names.take(most).collect();
             let (batch, away): (Vec<Name>, Vec<Name>) =
-                names.into_iter().partition(|name| self.reaches(&keys.place(name).key));
+                names.into_iter().partition(|name| self.reaches(name));
             self.progress.aside.extend(away);
-            if let Err(error) = self.tell(keys, batch.clone()) {
+            if let Err(error) = self.tell(batch.clone()) {
                 self.progress.unsent.extend(batch);
                 self.parts.sharing.lock().leases.extend(leases);
                 return Err(error);
@@ -52,7 +52,7 @@ impl<E: Exchange> Thread<E> {
     fn note_news(&mut self) -> bool {
         let Progress { unsent, .. } = &mut self.progress;
         unsent.extend(self.parts.devices.take_changed().into_iter().map(Name::Row));
-        if self.parts.shares_record {
+        if self.shares_record {
             let record = self.parts.publisher.ca().record();
             let untold = record.untold(BATCH);
             record.told(untold.len());
@@ -70,7 +70,7 @@ impl<E: Exchange> Thread<E> {
     /// Puts these values and announces them. What others may change is read, merged, and set if it
     /// still stands as it was read. A certificate is set where there is nothing, and read only if there
     /// is something, which may be forged.
-    fn tell(&mut self, keys: &Keys, mut names: Vec<Name>) -> Result<(), StoreError> {
+    fn tell(&mut self, mut names: Vec<Name>) -> Result<(), StoreError> {
         if self.is_filling()? {
             names.retain(|name| !matches!(name, Name::Certificate(_)));
         }
@@ -79,39 +79,35 @@ impl<E: Exchange> Thread<E> {
                 return Ok(());
             }
             let is_read = |name: &Name| attempt > 0 || !matches!(name, Name::Certificate(_));
-            let places = names.iter().filter(|name| is_read(name)).map(|name| keys.place(name));
+            let places =
+                names.iter().filter(|name| is_read(name)).map(|name| self.keys.place(name));
             let mut values = self.parts.exchange.values(&places.collect::<Vec<_>>())?.into_iter();
             let seen = names.iter().map(|name| match is_read(name) {
                 true => values.next().unwrap_or_default(),
                 false => Vec::new(),
             });
             let seen = seen.collect();
-            let news = self.news(keys, &names, seen)?;
+            let news = self.news(&names, seen)?;
             let stands = self.parts.exchange.tell(&news)?;
             self.progress.told.extend(news.names);
             let swaps = news.swaps.into_iter().zip(stands);
             let open = swaps.filter(|(_, stands)| !stands).map(|(swap, _)| swap.place);
             let open: BTreeSet<Place> = open.collect();
-            names.retain(|name| open.contains(&keys.place(name)));
+            names.retain(|name| open.contains(&self.keys.place(name)));
         }
         Err(StoreError::Undecided)
     }
 
     /// What is to be told under these names, where this was seen. What others have told meanwhile is
     /// taken in: it is not read again when it comes with our own words.
-    fn news(
-        &mut self,
-        keys: &Keys,
-        names: &[Name],
-        seen: Vec<Vec<u8>>,
-    ) -> Result<News, StoreError> {
+    fn news(&mut self, names: &[Name], seen: Vec<Vec<u8>>) -> Result<News, StoreError> {
         let mut news = News { names: names.to_vec(), ..News::default() };
         let mut learnt = Vec::new();
         for (name, seen) in names.iter().zip(seen) {
-            let theirs = self.open(keys, name, &seen);
+            let theirs = self.open(name, &seen);
             if let Some(value) = to_put(self.known(name), theirs.as_ref()) {
                 news.holders.extend(self.holder(name));
-                let (place, value) = (keys.place(name), keys.seal(&value));
+                let (place, value) = (self.keys.place(name), self.keys.seal(&value));
                 news.swaps.push(Swap { place, seen, value });
             }
             learnt.extend(theirs);

@@ -5,7 +5,7 @@ use super::exchange::{Changes, Exchange, Name, News, Place, Swap};
 use crate::config;
 use crate::device::DeviceId;
 use crate::serial::Serial;
-use crate::store::redis::{Ask, Command, Commands, Info, Line, Reply, is_denied};
+use crate::store::redis::{Ask, Command, Commands, FromRedisValue, Info, Line, Reply, is_denied};
 use crate::store::{Down, DownKind, StoreError};
 
 /// Entries that the stream keeps at least. Who has missed more compares everything.
@@ -39,12 +39,14 @@ impl RedisExchange {
     }
 
     /// A command with a key for each of these; the items of the lists that are the replies.
-    fn items(&self, command: &str, keys: &[String]) -> Result<Vec<Vec<u8>>, StoreError> {
+    fn items<T: FromRedisValue>(
+        &self,
+        command: &str,
+        keys: &[String],
+    ) -> Result<Vec<T>, StoreError> {
         let mut items = Vec::new();
         for reply in self.ask(keys.iter().map(|key| self.line.on(command, key)))? {
-            for item in reply.list()? {
-                items.push(item.bytes()?);
-            }
+            items.append(&mut reply.read()?);
         }
         Ok(items)
     }
@@ -122,19 +124,15 @@ impl Exchange for RedisExchange {
         let mut replies = self.line.ask(&commands)?;
         let mut changes = Changes { cursor: cursor.to_owned(), ..Changes::default() };
         let mut count = 0;
-        for stream in replies.take(read).list()? {
-            let [_name, entries] = stream.tuple()?;
-            for (id, names) in read_entries(entries)? {
-                changes.names.extend(names);
-                changes.cursor = id;
-                count += 1;
-            }
+        let streams: Vec<(Vec<u8>, Vec<Entry>)> = replies.take(read).read()?;
+        for (id, names) in streams.into_iter().flat_map(|(_, entries)| entries) {
+            changes.names.extend(names.iter().filter_map(read_name));
+            changes.cursor = id;
+            count += 1;
         }
-        let [first, last] = edges.map(|ask| {
-            let entries = read_entries(replies.take(ask));
-            entries.map(|mut entries| entries.pop().map(|(id, _)| place_of(&id)))
-        });
-        let (first, last, read) = (first?, last?, place_of(cursor));
+        let [first, last]: [Result<Vec<Entry>, _>; 2] = edges.map(|ask| replies.take(ask).read());
+        let place = |entries: Vec<Entry>| entries.last().map(|(id, _)| place_of(id));
+        let (first, last, read) = (place(first?), place(last?), place_of(cursor));
         changes.gap = first.is_none_or(|first| first > read) || last.is_none_or(|last| last < read);
         changes.more = count == READ_ENTRIES;
         Ok(changes)
@@ -146,14 +144,15 @@ impl Exchange for RedisExchange {
     }
 
     fn all(&mut self, keys: &[String]) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        let mut items = self.items("HGETALL", keys)?.into_iter();
-        let pairs = std::iter::from_fn(|| Some((String::from_utf8(items.next()?), items.next()?)));
-        Ok(pairs.filter_map(|(field, value)| Some((field.ok()?, value))).collect())
+        let pairs = self.items("HGETALL", keys)?.into_iter();
+        Ok(pairs
+            .filter_map(|(field, value)| Some((String::from_utf8(field).ok()?, value)))
+            .collect())
     }
 
     fn values(&mut self, places: &[Place]) -> Result<Vec<Vec<u8>>, StoreError> {
         let get = |Place { key, field }: &Place| self.line.on("HGET", key).arg(field);
-        self.ask(places.iter().map(get))?.into_iter().map(Reply::bytes).collect()
+        self.ask(places.iter().map(get))?.into_iter().map(Reply::read).collect()
     }
 
     fn tell(&mut self, news: &News) -> Result<Vec<bool>, StoreError> {
@@ -202,20 +201,12 @@ impl Exchange for RedisExchange {
     }
 }
 
-/// The id of each entry, and what it names. What cannot be read names nothing.
-fn read_entries(entries: Reply) -> Result<Vec<(String, Vec<Name>)>, StoreError> {
-    let mut read = Vec::new();
-    for entry in entries.list()? {
-        let [id, parts] = entry.tuple()?;
-        let (mut parts, mut names) = (parts.list()?.into_iter(), Vec::new());
-        while let Some((kind, name)) = parts.next().zip(parts.next()) {
-            let (kind, name) = (kind.bytes()?, name.bytes()?);
-            let texts = str::from_utf8(&kind).ok().zip(str::from_utf8(&name).ok());
-            names.extend(texts.and_then(|(kind, name)| Name::read(kind, name)));
-        }
-        read.push((id.text()?.unwrap_or_default(), names));
-    }
-    Ok(read)
+/// The id of an entry of the stream, and its fields with their values.
+type Entry = (String, Vec<(Vec<u8>, Vec<u8>)>);
+
+/// What cannot be read names nothing.
+fn read_name((kind, name): &(Vec<u8>, Vec<u8>)) -> Option<Name> {
+    Name::read(str::from_utf8(kind).ok()?, str::from_utf8(name).ok()?)
 }
 
 /// The id of an entry: the time, and a number.

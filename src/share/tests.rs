@@ -149,7 +149,7 @@ const FOR_EVER: usize = usize::MAX;
 const READ_ENTRIES: usize = 3;
 
 fn down(kind: DownKind, why: &str) -> StoreError {
-    StoreError::Down(Down { why: why.to_owned(), kind, lasting: false, maybe_done: true })
+    StoreError::Down(Down { why: why.into(), kind, lasting: false, maybe_done: true })
 }
 
 impl Line {
@@ -275,7 +275,7 @@ struct Freed(Mutex<Vec<TokenHash>>, Mutex<Option<Box<dyn FnOnce() + Send>>>);
 impl TokenStore for Freed {
     fn run(&self, ops: &[Op], _: Now) -> Vec<Answer> {
         let free = |op: &Op| {
-            let Op::Finish(token) = op else { return Err(StoreError::Undecided) };
+            let Op::Remove(token) = op else { return Err(StoreError::Undecided) };
             self.0.lock().unwrap().push(token.hash);
             if let Some(meanwhile) = self.1.lock().unwrap().take() {
                 meanwhile();
@@ -301,7 +301,7 @@ struct Instance<E> {
 
 impl<E: Exchange> Instance<E> {
     fn record(&self) -> &Record {
-        self.thread.record()
+        self.thread.parts.publisher.ca().record()
     }
 
     fn attempt(&mut self) {
@@ -393,7 +393,6 @@ impl<M: Medium> World<M> {
             devices: Arc::new(devices),
             store: Arc::clone(&freed) as _,
             ledger: Arc::new(Ledger::new(100)),
-            shares_record: true,
             reenroll: false,
         });
         self.all.push(Instance { thread, steps, freed, revoked: BTreeSet::new(), dir });
@@ -681,7 +680,7 @@ fn what_is_revoked_before_the_last_step_of_a_comparison_is_told_before_it_is_ans
     instance.thread.parts.sharing.lock().asked.push(asked);
     let done = SERIAL_BUCKETS.len() + usize::from(u8::MAX) + 1;
     let cursor = Some(instance.thread.progress.cursor.clone());
-    instance.thread.compare(&keys, Comparison { cursor, done }).unwrap();
+    instance.thread.turn(clock::now()).unwrap().compare(Comparison { cursor, done }).unwrap();
     let place = keys.place(&Name::Revocation(serial));
     assert!(world.server.lock().unwrap().data.values.contains_key(&place));
     assert!(answered.try_recv().is_ok());
@@ -698,7 +697,7 @@ fn a_certificate_is_known_when_it_was_asked_for() {
     let other = &mut world.all[1];
     assert_eq!(other.record().by_serial(&serial), None);
     let asked = Asked { names: vec![Name::Certificate(serial)], answer };
-    other.thread.answer(&other.keys(), vec![asked]).unwrap();
+    other.thread.turn(clock::now()).unwrap().answer(vec![asked]).unwrap();
     assert!(other.record().by_serial(&serial).is_some() && answered.try_recv().is_ok());
 }
 

@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Sharing;
 use super::codec::Keys;
 use super::exchange::{Exchange, Name};
+use super::{Mode, Sharing};
 use crate::ca::publisher::Publisher;
 use crate::ca::record::Record;
 use crate::clock::{self, Now};
@@ -40,8 +40,6 @@ pub struct Parts<E> {
     pub store: Arc<dyn TokenStore>,
     /// Is told of tokens that others have redeemed.
     pub ledger: Arc<Ledger>,
-    /// Certificates and revocations are exchanged; otherwise the rows of devices only.
-    pub shares_record: bool,
     /// Whether a device may have two certificates that a token paid for.
     pub reenroll: bool,
 }
@@ -49,8 +47,17 @@ pub struct Parts<E> {
 pub struct Thread<E> {
     pub(super) parts: Parts<E>,
     pub(super) progress: Progress,
-    /// When the present turn began: by this is judged what is read in it.
-    pub(super) now: Now,
+}
+
+/// One look for work.
+pub(super) struct Turn<'a, E> {
+    pub parts: &'a mut Parts<E>,
+    pub progress: &'a mut Progress,
+    pub keys: Keys,
+    /// Certificates and revocations are exchanged; otherwise the rows of devices only.
+    pub shares_record: bool,
+    /// When it began: by this is judged what is read in it.
+    pub now: Now,
 }
 
 /// How far it has come.
@@ -120,69 +127,73 @@ impl<E: Exchange> Thread<E> {
     pub fn new(parts: Parts<E>) -> Self {
         let mut progress = Progress::default();
         progress.begin_anew();
-        Thread { parts, progress, now: clock::now() }
+        Thread { parts, progress }
     }
 
     /// Shares for as long as the process lives.
     pub fn run(mut self) {
         loop {
-            let hurry = self.parts.sharing.wait(TURN);
+            // They are told of the end of the turn by being dropped.
+            let waiting = self.parts.sharing.wait(TURN);
             let now = clock::now();
-            if hurry || now.mono_ms >= self.progress.retry_ms {
-                let sharing = Arc::clone(&self.parts.sharing);
-                sharing.count(|| self.attempt(now));
+            if !waiting.is_empty() || now.mono_ms >= self.progress.retry_ms {
+                self.attempt(now);
             }
         }
     }
 
     /// One look for work.
     pub(super) fn attempt(&mut self, now: Now) {
-        self.now = now;
-        let Some(keys) = self.keys() else { return };
-        let turn = self.revoke_killed().and_then(|()| self.turn(&keys));
-        if std::mem::take(&mut self.progress.crl_is_due) {
+        let Some(mut turn) = self.turn(now) else { return };
+        let outcome = turn.revoke_killed().and_then(|()| turn.exchange());
+        if std::mem::take(&mut turn.progress.crl_is_due) {
             // What went wrong is logged and kept there, and tried again.
-            let _ = self.parts.publisher.publish(clock::now());
+            let _ = turn.parts.publisher.publish(clock::now());
         }
-        match turn {
-            Ok(()) => self.succeeded(),
-            Err(error) => self.failed(error),
+        match outcome {
+            Ok(()) => turn.succeeded(),
+            Err(error) => turn.failed(error),
         }
     }
 
     /// Nothing is exchanged before there is a CA and a clock by which what comes in can be judged.
-    fn keys(&self) -> Option<Keys> {
-        let ca = self.parts.publisher.ca();
-        let issuer = ca.issuer().filter(|_| ca.clock_is_plausible(self.now))?;
+    pub(super) fn turn(&mut self, now: Now) -> Option<Turn<'_, E>> {
+        let Thread { parts, progress } = self;
+        let ca = parts.publisher.ca();
+        let issuer = ca.issuer().filter(|_| ca.clock_is_plausible(now))?;
         let fp = issuer.fingerprint().chars().take(8).collect();
-        Some(Keys { mac: issuer.mac_key.clone(), fp })
+        let keys = Keys { mac: issuer.mac_key.clone(), fp };
+        let shares_record = parts.sharing.mode == Mode::Record;
+        Some(Turn { parts, progress, keys, shares_record, now })
+    }
+}
+
+impl<E: Exchange> Turn<'_, E> {
+    fn exchange(&mut self) -> Result<(), StoreError> {
+        self.look_for_more()?;
+        if !self.progress.connected {
+            self.connect()?;
+        }
+        if self.progress.comparison.is_none() && self.now.mono_ms >= self.progress.compare_ms {
+            self.progress.begin_anew();
+        }
+        while let Some(comparison) = self.progress.comparison.clone() {
+            self.compare(comparison)?;
+        }
+        let asked = self.asked();
+        // First: nothing is told where it cannot be announced.
+        self.read()?;
+        self.send()?;
+        self.answer(asked)
     }
 
     pub(super) fn record(&self) -> &Record {
         self.parts.publisher.ca().record()
     }
 
-    fn turn(&mut self, keys: &Keys) -> Result<(), StoreError> {
-        self.look_for_more()?;
-        if !self.progress.connected {
-            self.connect(keys)?;
-        }
-        if self.progress.comparison.is_none() && self.now.mono_ms >= self.progress.compare_ms {
-            self.progress.begin_anew();
-        }
-        while let Some(comparison) = self.progress.comparison.clone() {
-            self.compare(keys, comparison)?;
-        }
-        let asked = self.asked();
-        // First: nothing is told where it cannot be announced.
-        self.read(keys)?;
-        self.send(keys)?;
-        self.answer(keys, asked)
-    }
-
     /// What is away is looked for, while the rest is shared.
     fn look_for_more(&mut self) -> Result<(), StoreError> {
-        let progress = &mut self.progress;
+        let progress = &mut *self.progress;
         if progress.connected && self.now.mono_ms >= progress.look_ms {
             progress.look_ms = self.now.mono_ms + RETRY_MS.1;
             progress.connected = !self.parts.exchange.can_reach_more()?;
@@ -190,22 +201,26 @@ impl<E: Exchange> Thread<E> {
         Ok(())
     }
 
+    pub(super) fn reaches(&self, name: &Name) -> bool {
+        self.reaches_hash(&self.keys.place(name).key)
+    }
+
     /// Whether what stands in this hash can be asked for; else it is left out for now.
-    pub(super) fn reaches(&self, key: &str) -> bool {
+    pub(super) fn reaches_hash(&self, key: &str) -> bool {
         let reaches = self.parts.exchange.reaches(key);
         self.parts.sharing.lock().is_partial |= !reaches;
         reaches
     }
 
-    fn connect(&mut self, keys: &Keys) -> Result<(), StoreError> {
-        let shares_record = self.parts.shares_record;
-        let (run_id, shared) = self.parts.exchange.connect(&keys.fp, shares_record)?;
+    fn connect(&mut self) -> Result<(), StoreError> {
+        let shares_record = self.shares_record;
+        let (run_id, shared) = self.parts.exchange.connect(&self.keys.fp, shares_record)?;
         let was_partial = {
             let mut state = self.parts.sharing.lock();
             state.contradicts = shared != shares_record;
             std::mem::take(&mut state.is_partial)
         };
-        let progress = &mut self.progress;
+        let progress = &mut *self.progress;
         progress.connected = true;
         progress.unsent.append(&mut progress.aside);
         // Another run may have come back with older data (`docs/model`, row r6).
@@ -225,7 +240,7 @@ impl<E: Exchange> Thread<E> {
 
     /// What is still to be told stays noted. Nobody is kept waiting for it.
     fn failed(&mut self, error: StoreError) {
-        let (progress, lost) = (&mut self.progress, is_lost(&error));
+        let (progress, lost) = (&mut *self.progress, is_lost(&error));
         let mut state = self.parts.sharing.lock();
         let mut pause_ms = RETRY_MS.1;
         if lost {
@@ -252,7 +267,7 @@ impl<E: Exchange> Thread<E> {
 
     pub(super) fn free(&self, leases: Vec<(Serial, Token)>) {
         if !leases.is_empty() {
-            let ops: Vec<Op> = leases.into_iter().map(|(_, token)| Op::Finish(token)).collect();
+            let ops: Vec<Op> = leases.into_iter().map(|(_, token)| Op::Remove(token)).collect();
             self.parts.store.run(&ops, clock::now());
         }
     }

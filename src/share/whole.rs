@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::codec::{Keys, SERIAL_BUCKETS};
+use super::codec::SERIAL_BUCKETS;
 use super::exchange::{Exchange, Name};
-use super::thread::{BATCH, Comparison, Thread};
+use super::thread::{BATCH, Comparison, Turn};
 use crate::clock::DAY_S;
 use crate::devices::codec as rows;
 use crate::serial::Serial;
@@ -13,16 +13,12 @@ use crate::store::StoreError;
 /// Hashes read at once.
 const BUCKETS: usize = 16;
 
-impl<E: Exchange> Thread<E> {
+impl<E: Exchange> Turn<'_, E> {
     /// Compares some more hashes: reads what is not known here, and tells what is not known there. Where
     /// the stream ends is read first: what is announced meanwhile is read after that (`docs/model`,
     /// row r3). What is put is announced, for others may have compared before (row r6c). What was
     /// compared when the line is cut is not compared again.
-    pub(super) fn compare(
-        &mut self,
-        keys: &Keys,
-        comparison: Comparison,
-    ) -> Result<(), StoreError> {
+    pub(super) fn compare(&mut self, comparison: Comparison) -> Result<(), StoreError> {
         let Comparison { cursor: Some(cursor), done } = comparison else {
             let cursor = Some(self.parts.exchange.end()?);
             let progress = &mut self.progress;
@@ -33,7 +29,7 @@ impl<E: Exchange> Thread<E> {
                 let of = progress.rows.entry(rows::bucket(&device)).or_default();
                 of.push(Name::Row(device));
             }
-            let done = if self.parts.shares_record { 0 } else { SERIAL_BUCKETS.len() };
+            let done = if self.shares_record { 0 } else { SERIAL_BUCKETS.len() };
             self.progress.comparison = Some(Comparison { cursor, done });
             return Ok(());
         };
@@ -50,16 +46,16 @@ impl<E: Exchange> Thread<E> {
                 progress.rows.clear();
                 progress.compare_ms = self.now.mono_ms + DAY_S * 1000;
                 // Who is answered below may have changed something since the last step.
-                self.send(keys)?;
+                self.send()?;
                 0
             }
             ([], rows) => {
-                self.compare_rows(keys, rows)?;
+                self.compare_rows(rows)?;
                 rows.len()
             }
             (buckets, _) => {
-                self.compare_certificates(keys, buckets)?;
-                self.compare_revocations(keys, buckets)?;
+                self.compare_certificates(buckets)?;
+                self.compare_revocations(buckets)?;
                 buckets.len()
             }
         };
@@ -67,33 +63,34 @@ impl<E: Exchange> Thread<E> {
         if let Some(Comparison { cursor: Some(_), done }) = &mut self.progress.comparison {
             *done += compared;
         }
-        self.answer(keys, asked)
+        self.answer(asked)
     }
 
-    fn compare_certificates(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), StoreError> {
-        let in_reach = buckets.iter().copied().filter(|of| self.reaches(&keys.certificates(*of)));
+    fn compare_certificates(&mut self, buckets: &[u8]) -> Result<(), StoreError> {
+        let in_reach =
+            buckets.iter().copied().filter(|of| self.reaches_hash(&self.keys.certificates(*of)));
         let buckets: Vec<u8> = in_reach.collect();
-        let hashes: Vec<String> = buckets.iter().map(|of| keys.certificates(*of)).collect();
+        let hashes: Vec<String> = buckets.iter().map(|of| self.keys.certificates(*of)).collect();
         let fields = self.parts.exchange.fields(&hashes)?;
         let theirs: Vec<Serial> = fields.iter().filter_map(|f| Serial::from_hex(f)).collect();
-        self.take_in_unknown(keys, &theirs)?;
-        self.remove_passed(keys)?;
+        self.take_in_unknown(&theirs)?;
+        self.remove_passed()?;
         let theirs: BTreeSet<Serial> = theirs.into_iter().collect();
         let ended_before = self.parts.publisher.ended_before(self.now);
         let ours = buckets.iter().flat_map(|of| self.record().serials_of(*of, ended_before));
         let lacking = ours.filter(|serial| !theirs.contains(serial)).map(Name::Certificate);
         let lacking: Vec<Name> = lacking.collect();
         self.progress.unsent.extend(lacking);
-        self.send(keys)
+        self.send()
     }
 
     /// Removes what ended too long ago to be kept. Revocations go first: one whose certificate is not
     /// there is kept until that comes.
-    fn remove_passed(&mut self, keys: &Keys) -> Result<(), StoreError> {
+    fn remove_passed(&mut self) -> Result<(), StoreError> {
         let passed: Vec<Serial> = std::mem::take(&mut self.progress.passed).into_iter().collect();
         for passed in passed.chunks(BATCH) {
             for name in [Name::Revocation, Name::Certificate] {
-                let places = passed.iter().map(|serial| keys.place(&name(*serial)));
+                let places = passed.iter().map(|serial| self.keys.place(&name(*serial)));
                 let places = places.filter(|place| self.parts.exchange.reaches(&place.key));
                 self.parts.exchange.remove(&places.collect::<Vec<_>>())?;
             }
@@ -101,43 +98,43 @@ impl<E: Exchange> Thread<E> {
         Ok(())
     }
 
-    fn compare_revocations(&mut self, keys: &Keys, buckets: &[u8]) -> Result<(), StoreError> {
-        let hashes: Vec<String> = buckets.iter().map(|of| keys.revocations(*of)).collect();
+    fn compare_revocations(&mut self, buckets: &[u8]) -> Result<(), StoreError> {
+        let hashes: Vec<String> = buckets.iter().map(|of| self.keys.revocations(*of)).collect();
         let ended_before = self.parts.publisher.ended_before(self.now);
         let ours = buckets.iter().flat_map(|of| self.record().revocations_of(*of, ended_before));
         let ours = ours.map(|known| Name::Revocation(known.serial)).collect();
-        self.compare_values(keys, "revoked", &hashes, ours)
+        self.compare_values("revoked", &hashes, ours)
     }
 
-    fn compare_rows(&mut self, keys: &Keys, of: &[u8]) -> Result<(), StoreError> {
+    fn compare_rows(&mut self, of: &[u8]) -> Result<(), StoreError> {
         let hashes: Vec<String> = of.iter().map(|of| rows::bucket_key(*of)).collect();
         let ours = hashes.iter().filter_map(|key| self.progress.rows.get(key)).flatten();
         let ours = ours.cloned().collect();
-        self.compare_values(keys, "device", &hashes, ours)
+        self.compare_values("device", &hashes, ours)
     }
 
     /// Compares names of one kind, in these hashes, with what is known here.
     fn compare_values(
         &mut self,
-        keys: &Keys,
         kind: &str,
         hashes: &[String],
         ours: Vec<Name>,
     ) -> Result<(), StoreError> {
         let mut theirs = BTreeMap::new();
-        let in_reach = |key: &&String| self.reaches(key);
+        let in_reach = |key: &&String| self.reaches_hash(key);
         let hashes: Vec<String> = hashes.iter().filter(in_reach).cloned().collect();
         for (field, value) in self.parts.exchange.all(&hashes)? {
             let Some(name) = Name::read(kind, &field) else { continue };
-            theirs.extend(self.open(keys, &name, &value).map(|value| (name, value)));
+            theirs.extend(self.open(&name, &value).map(|value| (name, value)));
         }
         self.enter(theirs.values().cloned().collect())?;
         let lacks = |name: &Name| {
-            hashes.contains(&keys.place(name).key) && theirs.get(name) != self.known(name).as_ref()
+            hashes.contains(&self.keys.place(name).key)
+                && theirs.get(name) != self.known(name).as_ref()
         };
         let lacking: Vec<Name> = ours.into_iter().filter(lacks).collect();
         self.progress.unsent.extend(lacking);
-        self.send(keys)
+        self.send()
     }
 
     /// What this instance has changed it may have put and not announced before it ended (`docs/model`,

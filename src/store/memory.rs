@@ -29,9 +29,9 @@ pub struct Memory {
     table: Mutex<Table>,
     /// Wakes the reaper when something ends earlier than it expects.
     sooner: Condvar,
-    ledger: Arc<Ledger>,
-    rows: Arc<dyn Rows>,
-    signer: Signer,
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) rows: Arc<dyn Rows>,
+    pub(super) signer: Signer,
     max: usize,
 }
 
@@ -196,6 +196,11 @@ impl Memory {
         let entry = table.live(hash, now)?;
         let left_ms = entry.ends_ms.saturating_sub(now.mono_ms);
         Some(Copy { claims: entry.claims.clone(), left_ms, in_redis: entry.in_redis })
+    }
+
+    /// What Redis has of the live token, if it was issued here.
+    pub(super) fn in_redis(&self, hash: &TokenHash, now: Now) -> Option<InRedis> {
+        locked(&self.table).live(hash, now).map(|entry| entry.in_redis)
     }
 
     /// The tokens issued here that have not expired, used or not.
@@ -390,7 +395,7 @@ impl Memory {
                 self.ledger.release(&token.hash, *serial);
                 Ok(Outcome::Done)
             }
-            Op::TakeBack(token) | Op::Finish(token) => {
+            Op::Remove(token) => {
                 self.remove(&token.hash);
                 Ok(Outcome::Done)
             }
@@ -529,7 +534,7 @@ mod tests {
         assert_eq!(consume(second), Ok(Outcome::AlreadyUsed));
         assert_eq!(one(&memory, Op::GiveBack(t.clone(), first), at(1)), Ok(Outcome::Done));
         assert_eq!(consume(second), Ok(Outcome::Granted(Box::default())));
-        assert_eq!(one(&memory, Op::Finish(t.clone()), at(1)), Ok(Outcome::Done));
+        assert_eq!(one(&memory, Op::Remove(t.clone()), at(1)), Ok(Outcome::Done));
         assert_eq!(consume(first), Ok(Outcome::AlreadyUsed));
         assert_eq!(one(&memory, issue(token("d", 2)), at(2)), issued(&token("d", 2), None));
     }

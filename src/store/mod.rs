@@ -29,14 +29,12 @@ pub enum Op {
     Issue(New),
     /// Say what there is of this device, before something of it is changed or decided.
     Look(DeviceId),
-    /// Remove a new token that was issued but not handed out, and its lease.
-    TakeBack(Token),
     /// Take the token for the attempt that would sign under this serial: once, by one attempt.
     Consume(Token, Serial),
     /// The attempt failed and left nothing behind: the token may be used again.
     GiveBack(Token, Serial),
-    /// The certificate is recorded: remove the token and its lease.
-    Finish(Token),
+    /// Its certificate is recorded, or it was not handed out: remove the token and its lease.
+    Remove(Token),
     /// Merge the device's row, kill the past that it says is dead, and free its lease.
     Kill(Box<Kill>),
     /// Count the live tokens.
@@ -214,8 +212,8 @@ pub enum StoreError {
 /// A store that does not serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Down {
-    /// For the log.
-    pub why: String,
+    /// Where it is, and the cause.
+    pub why: Arc<str>,
     /// What it does instead.
     pub kind: DownKind,
     /// It will not end by itself: somebody has to change something.
@@ -247,7 +245,7 @@ impl StoreError {
 
     /// A server that answers one key wrongly while it is greeted does not serve either.
     fn into_down(self) -> Down {
-        let why = self.to_string();
+        let why = self.to_string().into();
         match self {
             StoreError::Down(down) => down,
             _ => Down { why, kind: DownKind::Refused, lasting: true, maybe_done: false },
@@ -258,7 +256,8 @@ impl StoreError {
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StoreError::Down(Down { why, .. }) | StoreError::Failed(why) => f.write_str(why),
+            StoreError::Down(Down { why, .. }) => f.write_str(why),
+            StoreError::Failed(why) => f.write_str(why),
             StoreError::Undecided => f.write_str("cannot be decided now"),
             StoreError::Unsafe => {
                 f.write_str("fewer replicas than REDIS_WAIT_REPLICAS have a redemption's mark")
@@ -272,6 +271,12 @@ impl fmt::Display for StoreError {
 }
 
 impl std::error::Error for StoreError {}
+
+impl From<Down> for StoreError {
+    fn from(down: Down) -> Self {
+        StoreError::Down(down)
+    }
+}
 
 /// The rows on this instance's disk, as far as a store must know them.
 pub trait Rows: fmt::Debug + Send + Sync {
@@ -298,7 +303,7 @@ pub struct Status {
     /// Memory does not serve in its place.
     pub redis_required: bool,
     /// Why Redis does not serve.
-    pub away: Option<Away>,
+    pub away: Option<Down>,
     /// Why a part of Redis is out of reach, while the rest serves.
     pub missing: Option<String>,
     /// Another CA than ours is entered in Redis.
@@ -315,21 +320,6 @@ pub struct Status {
     pub round_trip: Duration,
     /// How far our wall clock is ahead of that of Redis, or was when that was last asked.
     pub clock_is_ahead_ms: i64,
-}
-
-/// Why Redis does not serve.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Away {
-    /// Where it is, and the cause.
-    pub why: Arc<str>,
-    /// It will not end by itself.
-    pub lasting: bool,
-}
-
-impl From<&Down> for Away {
-    fn from(down: &Down) -> Self {
-        Away { why: down.why.as_str().into(), lasting: down.lasting }
-    }
 }
 
 /// What an operation ended in.

@@ -14,7 +14,7 @@ const NEIGHBOURS: &[(&str, &str, &str)] = &[
     ("store::memory", "store::ledger", "it asks the ledger before it grants a token"),
     ("store::failover", "store::ledger", "the ledger outlives the change of stores"),
     ("store::failover", "store::memory", "it writes this instance's tokens through to memory"),
-    ("store::redis", "store::failover", "it is the `Remote` that failover defines"),
+    ("store::failover", "store::redis", "it stands before that store, for which memory stands in"),
     ("store::redis", "store::ledger", "a mark in Redis lives as long as an entry there"),
 ];
 

@@ -29,7 +29,6 @@ use mqtt_publisher_lite::devices::{Bound, Row};
 use mqtt_publisher_lite::edge::head::{self, Context};
 use mqtt_publisher_lite::jwt::{Claims, Signer, Token};
 use mqtt_publisher_lite::serial::Serial;
-use mqtt_publisher_lite::store::failover::Remote;
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
 use mqtt_publisher_lite::store::redis::RedisStore;
@@ -104,7 +103,7 @@ fn memory_store(bencher: Bencher, live: usize) {
     let token = token("device-001", now);
     let serial = Serial::from([0x40; 16]);
     bencher.bench(|| {
-        let (issue, finish) = (issue(token.clone()), Op::Finish(token.clone()));
+        let (issue, finish) = (issue(token.clone()), Op::Remove(token.clone()));
         let back = Op::GiveBack(token.clone(), serial);
         memory.run(&[issue, Op::Consume(token.clone(), serial), back, finish], now)
     });
@@ -155,7 +154,7 @@ fn redis_store(bencher: Bencher, batch: usize) {
     let tokens: Vec<Token> = (0..batch).map(|n| token(&format!("device-{n}"), now)).collect();
     bencher.bench(|| {
         let issue: Vec<Op> = tokens.iter().cloned().map(issue).collect();
-        let finish: Vec<Op> = tokens.iter().cloned().map(Op::Finish).collect();
+        let finish: Vec<Op> = tokens.iter().cloned().map(Op::Remove).collect();
         let line = store.line();
         (store.run_on(line, &issue, now), store.run_on(line, &finish, now))
     });

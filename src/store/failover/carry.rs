@@ -1,16 +1,16 @@
 //! The carry-over: tells Redis what it does not know, and lets it serve when it knows everything.
 
 use std::fmt;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::follow_up::FollowUp;
-use super::{Begun, Failover, Grace, Hello, Mode, State, runs};
+use super::{Begun, Failover, Grace, Mode, State, Turn};
 use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
 use crate::device::DeviceId;
 use crate::devices::Row;
-use crate::store::memory::InRedis;
+use crate::store::memory::{InRedis, Memory};
+use crate::store::redis::{Hello, runs};
 use crate::store::{Answer, Down, DownKind, Op, Outcome, StoreError, locked};
 
 /// After an outage other instances may still be carrying their tokens over: so long an unknown
@@ -60,7 +60,8 @@ impl Failover {
             let now = clock::now();
             let same_run = hello.run_id.is_some() && state.last_run == hello.run_id;
             self.memory.doubt_copies(same_run);
-            let (rows, marks) = (self.rows.to_be_told(now), self.ledger.marked());
+            let Memory { rows, ledger, .. } = &*self.memory;
+            let (rows, marks) = (rows.to_be_told(now), ledger.marked());
             state.follow_ups.list(&hello.run_id, rows, marks, self.memory.hashes(now));
         }
         if full && state.mode != Mode::Degraded {
@@ -78,89 +79,90 @@ impl Failover {
         let ops: Vec<Op> = tasks.iter().map(|task| task.op.clone()).collect();
         let results = match ops.is_empty() {
             true => Vec::new(),
-            false => self.remote.run_on(self.remote.line(), &ops, now),
+            false => self.redis.run_on(self.redis.line(), &ops, now),
         };
-        self.fit_batches(clock::now().mono_ms - now.mono_ms, &results);
+        let took_ms = clock::now().mono_ms - now.mono_ms;
+        let mut turn = Turn { store: self, state: locked(&self.state), now, late: false };
+        self.fit_batches(&mut turn.state.carry_size, took_ms, &results);
         let mut results = results.into_iter();
         let mut error = None;
         let mut told = Vec::new();
-        let mut state = locked(&self.state);
         for task in tasks {
             match results.next() {
                 Some(Ok(outcome)) => {
                     tally.add(&task.follow_up);
-                    told.extend(self.carried(&mut state, task, outcome, now));
+                    told.extend(turn.carried(task, outcome));
                 }
                 Some(Err(StoreError::Failed(why))) => {
                     log::error!("{task} could not be carried over to Redis: {why}");
                 }
                 Some(Err(StoreError::Down(down))) if down.kind == DownKind::Part => {
                     self.not_sent(&task, &down);
-                    state.follow_ups.set_aside(task.follow_up);
+                    turn.state.follow_ups.set_aside(task.follow_up);
                 }
                 Some(Err(down)) => {
                     if let StoreError::Down(down) = &down {
                         self.not_sent(&task, down);
                     }
-                    state.follow_ups.put_back(task.follow_up);
+                    turn.state.follow_ups.put_back(task.follow_up);
                     error = Some(down);
                 }
-                None => state.follow_ups.put_back(task.follow_up),
+                None => turn.state.follow_ups.put_back(task.follow_up),
             }
         }
-        drop(state);
-        self.rows.learn(told, now);
+        drop(turn);
+        self.memory.rows.learn(told, now);
         error.map_or(Ok(()), Err)
     }
 
     /// A slow line gets smaller batches: one that always takes too long would never be through.
-    fn fit_batches(&self, took_ms: u64, results: &[Answer]) {
-        let size = self.carry_size.load(Ordering::Relaxed);
+    fn fit_batches(&self, size: &mut usize, took_ms: u64, results: &[Answer]) {
         let is_down = |e: &StoreError| matches!(e, StoreError::Down(_)) && !e.is_part();
         let down = results.iter().any(|result| result.as_ref().is_err_and(is_down));
         let share = Duration::from_millis(took_ms).as_secs_f64() / self.rules.timeout.as_secs_f64();
-        let size = match () {
-            () if down || share > 0.5 => size / 2,
-            () if share < 0.125 => size * 2,
-            () => size,
+        let fitting = match () {
+            () if down || share > 0.5 => *size / 2,
+            () if share < 0.125 => *size * 2,
+            () => *size,
         };
-        self.carry_size.store(size.clamp(1, MOST), Ordering::Relaxed);
+        *size = fitting.clamp(1, MOST);
     }
 
     /// Under the lock, so that no redemption from memory comes between the look whether a token is
     /// spent and the note that it is in Redis: with `OUTAGE_REDEEM=none` it must be one or the other.
     /// What need not be told any more is dropped.
     fn take_batch(&self, now: Now) -> Vec<Task> {
-        let mut state = locked(&self.state);
-        let taken = state.follow_ups.take(self.carry_size.load(Ordering::Relaxed));
+        let state = &mut *locked(&self.state);
+        let taken = state.follow_ups.take(state.carry_size);
         taken.into_iter().filter_map(|follow_up| self.task_of(follow_up, now)).collect()
     }
 
     /// The operation that does it, judged by what is true now.
     fn task_of(&self, follow_up: FollowUp, now: Now) -> Option<Task> {
+        let Memory { ledger, rows, signer, .. } = &*self.memory;
         let mut is_new_there = false;
         let op = match &follow_up {
-            FollowUp::Row(device) => Op::Tell(device.clone(), self.rows.row(device)),
+            FollowUp::Row(device) => Op::Tell(device.clone(), rows.row(device)),
             FollowUp::Mark(hash) => {
-                let (mark, claims) = self.ledger.mark_of(hash)?;
+                let (mark, claims) = ledger.mark_of(hash)?;
                 Op::Mark(*hash, mark, claims)
             }
             FollowUp::Withdraw(token, serial) => Op::GiveBack(token.clone(), *serial),
-            FollowUp::Remove(token) => Op::Finish(token.clone()),
+            FollowUp::Remove(token) => Op::Remove(token.clone()),
             FollowUp::Carry(hash) => {
                 let copy = self.memory.live(hash, now)?;
                 // That it was sent to this run before, without an answer, does no harm: this one has
                 // the mark of whoever has redeemed it since (`docs/model`, row 32c).
                 let fit = self.rules.redeem == OutageRedeem::Own
                     || matches!(copy.in_redis, InRedis::No | InRedis::Entering);
-                if !fit || self.ledger.knows_as_spent(hash) {
+                if !fit || ledger.knows_as_spent(hash) {
                     return None;
                 }
                 is_new_there = copy.in_redis == InRedis::No;
                 if is_new_there {
                     self.memory.note_in_redis(hash, InRedis::Entering);
                 }
-                Op::Carry(self.signer.sign(copy.claims), copy.left_ms)
+                Op::Carry(signer.sign(copy.claims), copy.left_ms)
             }
         };
         Some(Task { follow_up, op, is_new_there })
@@ -174,36 +176,6 @@ impl Failover {
         {
             self.memory.note_in_redis(hash, InRedis::No);
         }
-    }
-
-    /// Redis has been told. Returns the row that stands there, if it was one.
-    fn carried(
-        &self,
-        state: &mut State,
-        task: Task,
-        outcome: Outcome,
-        now: Now,
-    ) -> Option<(DeviceId, Row)> {
-        match (task.follow_up, outcome) {
-            (FollowUp::Carry(hash), _) => {
-                self.memory.note_in_redis(&hash, InRedis::Confirmed);
-            }
-            (FollowUp::Withdraw(token, serial), _) => {
-                self.ledger.release_unknown(&token.hash, serial)
-            }
-            (FollowUp::Mark(_), Outcome::Marked { was_lost }) => state.has_forgotten |= was_lost,
-            (FollowUp::Row(device), Outcome::Told(told)) => {
-                state.has_forgotten |= told.was_lost;
-                if let Some(dead) = &told.dead {
-                    self.mark_dead(state, dead, false, now);
-                }
-                // Another instance may have killed more than is known here.
-                self.kill_copies(state, &device, told.row.bound.t, now);
-                return Some((device, told.row));
-            }
-            _ => {}
-        }
-        None
     }
 
     /// With everybody waiting, carries the rest over and switches. `false`: somebody would have
@@ -256,6 +228,31 @@ impl Failover {
     }
 }
 
+impl Turn<'_> {
+    /// Redis has been told. Returns the row that stands there, if it was one.
+    fn carried(&mut self, task: Task, outcome: Outcome) -> Option<(DeviceId, Row)> {
+        let (memory, state) = (&self.store.memory, &mut self.state);
+        match (task.follow_up, outcome) {
+            (FollowUp::Carry(hash), _) => memory.note_in_redis(&hash, InRedis::Confirmed),
+            (FollowUp::Withdraw(token, serial), _) => {
+                memory.ledger.release_unknown(&token.hash, serial);
+            }
+            (FollowUp::Mark(_), Outcome::Marked { was_lost }) => state.has_forgotten |= was_lost,
+            (FollowUp::Row(device), Outcome::Told(told)) => {
+                state.has_forgotten |= told.was_lost;
+                if let Some(dead) = &told.dead {
+                    self.mark_dead(dead, false);
+                }
+                // Another instance may have killed more than is known here.
+                self.kill_copies(&device, told.row.bound.t);
+                return Some((device, told.row));
+            }
+            _ => {}
+        }
+        None
+    }
+}
+
 impl State {
     /// Not where nobody can have been away, at the first start.
     fn begin_grace(&mut self, now: Now) {
@@ -282,7 +279,7 @@ impl fmt::Display for Task {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (hash, device) = match &self.op {
             Op::Mark(hash, _, claims) => (hash, &claims.device_id),
-            Op::GiveBack(token, _) | Op::Finish(token) | Op::Carry(token, _) => {
+            Op::GiveBack(token, _) | Op::Remove(token) | Op::Carry(token, _) => {
                 (&token.hash, &token.claims.device_id)
             }
             Op::Tell(device, _) => return write!(f, "the row of {device}"),

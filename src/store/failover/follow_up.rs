@@ -5,11 +5,12 @@
 //! live tokens and their leases.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter;
 
-use super::runs;
 use crate::device::DeviceId;
 use crate::jwt::{Token, TokenHash};
 use crate::serial::Serial;
+use crate::store::redis::runs;
 
 /// Marks to withdraw that are remembered; more than one outage leaves under any sane load.
 const MOST_WITHDRAWALS: usize = 4096;
@@ -138,22 +139,16 @@ impl FollowUps {
 
     /// Takes up to `most` follow-ups of one kind off the list, the kinds in their order.
     pub fn take(&mut self, most: usize) -> Vec<FollowUp> {
-        if !self.rows.is_empty() {
-            let taken = std::iter::from_fn(|| self.rows.pop_first()).take(most);
-            return taken.map(FollowUp::Row).collect();
-        }
-        if !self.marks.is_empty() {
-            return take_last(&mut self.marks, most).map(FollowUp::Mark).collect();
-        }
-        if !self.withdrawals.is_empty() {
-            let taken = std::iter::from_fn(|| self.withdrawals.pop_first()).take(most);
-            return taken.map(|((_, serial), token)| FollowUp::Withdraw(token, serial)).collect();
-        }
-        if !self.removals.is_empty() {
-            let taken = std::iter::from_fn(|| self.removals.pop_first()).take(most);
-            return taken.map(|(_, token)| FollowUp::Remove(token)).collect();
-        }
-        take_last(&mut self.carries, most).map(FollowUp::Carry).collect()
+        let withdraw = |((_, serial), token)| FollowUp::Withdraw(token, serial);
+        let kinds: [&mut dyn FnMut() -> Option<FollowUp>; 5] = [
+            &mut || self.rows.pop_first().map(FollowUp::Row),
+            &mut || self.marks.pop().map(FollowUp::Mark),
+            &mut || self.withdrawals.pop_first().map(withdraw),
+            &mut || self.removals.pop_first().map(|(_, token)| FollowUp::Remove(token)),
+            &mut || self.carries.pop().map(FollowUp::Carry),
+        ];
+        let mut taken = kinds.into_iter().map(|next| iter::from_fn(next).take(most).collect());
+        taken.find(|taken: &Vec<FollowUp>| !taken.is_empty()).unwrap_or_default()
     }
 
     /// Tried again after the next [`FollowUps::take_up`]; until then others go on.
@@ -178,8 +173,4 @@ impl FollowUps {
             FollowUp::Carry(hash) => self.carries.push(hash),
         }
     }
-}
-
-fn take_last(list: &mut Vec<TokenHash>, most: usize) -> impl Iterator<Item = TokenHash> {
-    list.split_off(list.len().saturating_sub(most)).into_iter()
 }

@@ -23,98 +23,31 @@
 //! lock and only with an empty `follow_ups`; no lock is held while Redis is asked.
 
 use std::collections::HashMap;
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::clock::{self, Now};
 use crate::config::OutageRedeem;
 use crate::device::DeviceId;
-use crate::jwt::{Signer, TokenHash};
-use crate::mac::MacKey;
-use crate::store::ledger::Ledger;
+use crate::jwt::TokenHash;
 use crate::store::memory::{InRedis, Memory};
-use crate::store::{
-    Answer, Away, Down, DownKind, Op, Outcome, Rows, Status, StoreError, TokenStore, locked,
-};
+use crate::store::redis::{OurCa, RedisStore, RunFile};
+use crate::store::{Answer, Down, DownKind, Op, Outcome, Status, StoreError, TokenStore, locked};
 
 mod carry;
 mod consume;
 mod follow_up;
 mod issue;
 mod kill;
-pub mod runs;
 mod supervisor;
 
-use consume::Attempt;
 use follow_up::FollowUps;
-pub use runs::RunFile;
-
-/// A store somewhere else, which can be lost and found again.
-pub trait Remote: Send + Sync {
-    /// The connections that there are now; others are made by [`Remote::connect`] only.
-    fn line(&self) -> u64;
-
-    /// As [`TokenStore::run`], over these connections and no others.
-    fn run_on(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer>;
-
-    /// How the server is.
-    fn status(&self) -> Status;
-
-    /// Drops all connections, makes new ones (looking the name up again) and proves that the server
-    /// can be written to. Enters the CA's fingerprint unless there is one. Blocks; only the supervisor
-    /// calls it.
-    fn connect(&self, ca: Option<&OurCa>) -> Result<Hello, StoreError>;
-
-    /// Drops all connections.
-    fn disconnect(&self);
-
-    /// Why a part of the keys is out of reach ([`DownKind::Part`]), if one is.
-    fn missing(&self) -> Option<String>;
-
-    /// Whether more is in reach than the present connections reach. Blocks, beside those who are served.
-    fn can_reach_more(&self) -> Result<bool, StoreError>;
-
-    /// The server has closed a connection while nobody used it. Waits for nothing.
-    fn was_cut(&self, now: Now) -> bool;
-
-    /// Asks on each connection that nobody uses whether it still leads to this run of the server,
-    /// which also keeps it from being forgotten on the way.
-    fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError>;
-}
-
-/// What instances of one CA know each other by.
-#[derive(Clone, Debug)]
-pub struct OurCa {
-    /// SHA-256 of the CA's certificate.
-    pub fingerprint: String,
-    /// Seals the rows of devices.
-    pub mac_key: MacKey,
-}
-
-/// What a server says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hello {
-    /// Changes with every start of the server (of any master: [`runs`]); `None` if it may not be asked.
-    pub run_id: Option<String>,
-    /// A memory policy that may drop keys.
-    pub eviction: Option<String>,
-    /// The fingerprint of another CA, entered by another instance.
-    pub foreign_ca: Option<String>,
-    /// Why the rows of devices cannot be read or written there.
-    pub rows_refused: Option<String>,
-}
 
 /// The store of a service with Redis.
 pub struct Failover {
-    remote: Box<dyn Remote>,
+    redis: RedisStore,
     memory: Arc<Memory>,
-    ledger: Arc<Ledger>,
-    rows: Arc<dyn Rows>,
-    signer: Signer,
     rules: Rules,
-    /// How many operations a batch of the carry-over holds: as many as the line can bear.
-    carry_size: AtomicUsize,
     state: Mutex<State>,
     /// Waits until what was missed in a long absence is known.
     catch_up: OnceLock<Box<dyn Fn() + Send + Sync>>,
@@ -160,6 +93,8 @@ struct State {
     epoch: u64,
     /// What Redis is still to be told.
     follow_ups: FollowUps,
+    /// How many operations a batch of the carry-over holds: as many as the line can bear.
+    carry_size: usize,
     /// Onboardings under way in Redis, by device.
     issuing: HashMap<DeviceId, u32>,
     /// The run of the server that served last, in this process or the one before.
@@ -173,7 +108,7 @@ struct State {
     /// Since when Redis serves, or does not, by `Now::mono_ms`.
     since_ms: u64,
     /// Why, once that is decided.
-    away: Option<Away>,
+    away: Option<Down>,
     /// The latest attempt to connect had no answer from anybody.
     is_silent: bool,
     begun: Begun,
@@ -205,18 +140,12 @@ enum Begun {
 
 impl Failover {
     /// A store that begins on memory; [`Failover::supervise`] looks for Redis.
-    pub fn new(
-        remote: Box<dyn Remote>,
-        memory: Arc<Memory>,
-        ledger: Arc<Ledger>,
-        rows: Arc<dyn Rows>,
-        signer: Signer,
-        rules: Rules,
-    ) -> Self {
-        let state = State {
+    pub fn new(redis: RedisStore, memory: Arc<Memory>, rules: Rules) -> Self {
+        let state = Mutex::new(State {
             mode: Mode::Degraded,
             epoch: 0,
             follow_ups: FollowUps::default(),
+            carry_size: carry::MOST,
             issuing: HashMap::new(),
             last_run: rules.run_file.read(),
             has_forgotten: false,
@@ -229,21 +158,9 @@ impl Failover {
             ca: None,
             foreign_ca: false,
             stopped: false,
-        };
-        let (state, changed) = (Mutex::new(state), Condvar::new());
-        let (carry_size, catch_up) = (AtomicUsize::new(carry::MOST), OnceLock::new());
-        Failover {
-            remote,
-            memory,
-            ledger,
-            rows,
-            signer,
-            rules,
-            carry_size,
-            state,
-            catch_up,
-            changed,
-        }
+        });
+        let (catch_up, changed) = (OnceLock::new(), Condvar::new());
+        Failover { redis, memory, rules, state, catch_up, changed }
     }
 
     /// Enters our CA in Redis, now or with the next connection.
@@ -308,10 +225,10 @@ impl TokenStore for Failover {
         let sent = self.begin(ops, now, &mut answers);
         if !sent.ops.is_empty() {
             let results = if sent.ops.len() == ops.len() {
-                self.remote.run_on(sent.line, ops, now)
+                self.redis.run_on(sent.line, ops, now)
             } else {
                 let remote_ops: Vec<Op> = sent.ops.iter().map(|sent| sent.op.clone()).collect();
-                self.remote.run_on(sent.line, &remote_ops, now)
+                self.redis.run_on(sent.line, &remote_ops, now)
             };
             self.end(&sent, results, now, &mut answers);
         }
@@ -321,20 +238,19 @@ impl TokenStore for Failover {
     fn status(&self) -> Status {
         let state = locked(&self.state);
         let redis_serves = matches!(state.mode, Mode::Primary);
-        let remote = self.remote.status();
+        let redis = self.redis.status();
         Status {
-            redis_enabled: true,
             redis_serves,
             redis_required: self.rules.required,
             away: state.away.clone(),
-            missing: self.remote.missing().filter(|_| redis_serves),
+            missing: self.redis.missing().filter(|_| redis_serves),
             foreign_ca: state.foreign_ca,
             full: !redis_serves && self.memory.is_full(),
-            lacks_replicas: redis_serves && remote.lacks_replicas,
+            lacks_replicas: redis_serves && redis.lacks_replicas,
             losses: state.epoch,
             since_ms: Some(state.since_ms),
-            round_trip: if redis_serves { remote.round_trip } else { Duration::ZERO },
-            clock_is_ahead_ms: remote.clock_is_ahead_ms,
+            round_trip: if redis_serves { redis.round_trip } else { Duration::ZERO },
+            ..redis
         }
     }
 }
@@ -343,31 +259,27 @@ impl TokenStore for Failover {
 impl Failover {
     /// Answers from memory what memory is to answer, and begins the rest.
     fn begin<'a>(&self, ops: &'a [Op], now: Now, answers: &mut [Option<Answer>]) -> Sent<'a> {
-        let mut state = self.settled(now);
-        let mut sent = Sent { ops: Vec::new(), epoch: state.epoch, line: self.remote.line() };
+        let mut turn = Turn { store: self, state: self.settled(now), now, late: false };
+        let mut sent = Sent { ops: Vec::new(), epoch: turn.state.epoch, line: self.redis.line() };
         for (at, (op, answer)) in ops.iter().zip(answers).enumerate() {
-            *answer = match state.mode {
-                Mode::Primary => self.begin_in_redis(&mut state, op, now),
-                _ => Some(self.answer_from_memory(&mut state, op, now)),
+            *answer = match turn.state.mode {
+                Mode::Primary => turn.begin(op),
+                _ => Some(turn.answer_from_memory(op)),
             };
             if answer.is_none() {
-                sent.ops.push(SentOp { at, op, is_confirmed: self.is_confirmed(op, now) });
+                let is_confirmed = matches!(op, Op::Consume(token, _)
+                    if turn.in_redis(&token.hash) == Some(InRedis::Confirmed));
+                sent.ops.push(SentOp { at, op, is_confirmed });
             }
         }
         sent
-    }
-
-    /// Redis is known to have had the token.
-    fn is_confirmed(&self, op: &Op, now: Now) -> bool {
-        let Op::Consume(token, _) = op else { return false };
-        self.memory.live(&token.hash, now).is_some_and(|copy| copy.in_redis == InRedis::Confirmed)
     }
 
     /// The state in which the batch is answered. In the last round of a carry-over, and while idle
     /// connections that were cut are renewed, everybody waits, but never long.
     fn settled(&self, now: Now) -> MutexGuard<'_, State> {
         let mut state = locked(&self.state);
-        if state.mode == Mode::Primary && self.remote.was_cut(now) {
+        if state.mode == Mode::Primary && self.redis.was_cut(now) {
             self.doubt(&mut state, Mode::Renewing, "closed while it was idle");
         }
         let brief = |state: &mut State| state.mode.is_brief();
@@ -375,66 +287,69 @@ impl Failover {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Notes what is about to be asked of Redis; an answer if it need not be asked.
-    fn begin_in_redis(&self, state: &mut State, op: &Op, now: Now) -> Option<Answer> {
-        match op {
-            Op::Issue(new) => {
-                Failover::begin_issue(state, &new.token);
-                None
-            }
-            Op::Consume(token, serial) => self.begin_consume(state, token, *serial, now),
-            _ => None,
-        }
-    }
-
     /// Reads what Redis has answered, each operation for itself.
     fn end(&self, sent: &Sent<'_>, results: Vec<Answer>, now: Now, answers: &mut [Option<Answer>]) {
         let mut state = locked(&self.state);
         self.notice(&mut state, &results, sent.epoch);
         let late = state.epoch != sent.epoch;
+        let mut turn = Turn { store: self, state, now, late };
         for (sent, result) in sent.ops.iter().zip(results) {
-            let answer = self.end_one(&mut state, sent, result, late, now);
+            let answer = turn.end(sent, result);
             if let Some(slot) = answers.get_mut(sent.at) {
                 *slot = Some(answer);
             }
         }
-        if !state.follow_ups.is_empty() {
+        if !turn.state.follow_ups.is_empty() {
             self.changed.notify_all();
         }
     }
+}
 
-    /// The answer to one operation that went to Redis. `late`: Redis was lost meanwhile.
-    fn end_one(
-        &self,
-        state: &mut State,
-        sent: &SentOp<'_>,
-        result: Answer,
-        late: bool,
-        now: Now,
-    ) -> Answer {
+/// What is done under the state's lock at one moment.
+struct Turn<'a> {
+    store: &'a Failover,
+    state: MutexGuard<'a, State>,
+    now: Now,
+    /// Redis was lost since it was asked: what it has granted may be in a server that is gone, and is
+    /// carried over again.
+    late: bool,
+}
+
+impl Turn<'_> {
+    /// Notes what is about to be asked of Redis; an answer if it need not be asked.
+    fn begin(&mut self, op: &Op) -> Option<Answer> {
+        match op {
+            Op::Issue(new) => {
+                self.begin_issue(&new.token);
+                None
+            }
+            Op::Consume(token, serial) => self.begin_consume(token, *serial),
+            _ => None,
+        }
+    }
+
+    /// The answer to one operation that went to Redis.
+    fn end(&mut self, sent: &SentOp<'_>, result: Answer) -> Answer {
+        let is_done = result.is_ok() && !self.late;
         match sent.op {
-            Op::Issue(new) => self.end_issue(state, new, result, late, now),
-            Op::Look(device) => self.end_look(device, result, now),
+            Op::Issue(new) => self.end_issue(new, result),
+            Op::Look(device) => self.end_look(device, result),
             Op::Consume(token, serial) => {
-                let attempt = Attempt { token, serial: *serial, is_confirmed: sent.is_confirmed };
-                self.end_consume(state, &attempt, result, late, now)
+                self.end_consume(token, *serial, sent.is_confirmed, result)
             }
-            Op::Kill(kill) => self.end_kill(state, kill, result, late, now),
-            Op::GiveBack(token, serial) => {
-                let withdrawn = result.is_ok() && !late;
-                self.given_back(state, token, *serial, withdrawn, now)
-            }
-            Op::Finish(token) | Op::TakeBack(token) => {
-                self.memory.remove(&token.hash);
-                if result.is_err() || late {
-                    state.follow_ups.remove(token.clone());
+            Op::Kill(kill) => self.end_kill(kill, result),
+            Op::GiveBack(token, serial) => self.given_back(token, *serial, is_done),
+            Op::Remove(token) => {
+                self.store.memory.remove(&token.hash);
+                if !is_done {
+                    self.state.follow_ups.remove(token.clone());
                 }
                 Ok(Outcome::Done)
             }
-            Op::Count => result.or_else(|_| Ok(Outcome::Counted(self.memory.count()))),
+            Op::Count => result.or_else(|_| Ok(Outcome::Counted(self.store.memory.count()))),
             Op::Tell(device, _) => {
-                if result.is_err() || late {
-                    state.follow_ups.row(device.clone());
+                if !is_done {
+                    self.state.follow_ups.row(device.clone());
                 }
                 result
             }
@@ -443,38 +358,44 @@ impl Failover {
     }
 
     /// The answer to one operation while Redis does not serve.
-    fn answer_from_memory(&self, state: &mut State, op: &Op, now: Now) -> Answer {
+    fn answer_from_memory(&mut self, op: &Op) -> Answer {
+        let Turn { store: Failover { memory, rules, .. }, now, .. } = *self;
         match op {
-            Op::Issue(new) if self.rules.required => self.refuse_issue(state, new, now),
-            Op::Consume(..) if self.rules.required => Err(StoreError::Undecided),
-            Op::Issue(new) => self.issue_from_memory(state, new, now),
-            Op::Look(device) => Ok(Outcome::Seen(Box::new(self.memory.look(device, now)))),
-            Op::Consume(token, serial) => self.consume_from_memory(state, token, *serial, now),
-            Op::Kill(kill) => self.kill_from_memory(state, kill, now),
-            Op::GiveBack(token, serial) => self.given_back(state, token, *serial, false, now),
-            Op::Finish(token) | Op::TakeBack(token) => {
-                self.memory.remove(&token.hash);
+            Op::Issue(new) if rules.required => self.refuse_issue(new),
+            Op::Consume(..) if rules.required => Err(StoreError::Undecided),
+            Op::Issue(new) => self.issue_from_memory(new),
+            Op::Look(device) => Ok(Outcome::Seen(Box::new(memory.look(device, now)))),
+            Op::Consume(token, serial) => self.consume_from_memory(token, *serial),
+            Op::Kill(kill) => self.kill_from_memory(kill),
+            Op::GiveBack(token, serial) => self.given_back(token, *serial, false),
+            Op::Remove(token) => {
+                memory.remove(&token.hash);
                 // The mark takes token and lease with it, and is listed at the return in any case.
-                match self.ledger.mark_of(&token.hash) {
-                    Some(_) => state.follow_ups.mark(token.hash),
-                    None => state.follow_ups.remove(token.clone()),
+                match memory.ledger.mark_of(&token.hash) {
+                    Some(_) => self.state.follow_ups.mark(token.hash),
+                    None => self.state.follow_ups.remove(token.clone()),
                 }
                 Ok(Outcome::Done)
             }
-            Op::Count => Ok(Outcome::Counted(self.memory.count())),
+            Op::Count => Ok(Outcome::Counted(memory.count())),
             Op::Tell(device, _) => {
-                state.follow_ups.row(device.clone());
+                self.state.follow_ups.row(device.clone());
                 Err(StoreError::Undecided)
             }
             Op::Mark(..) | Op::Carry(..) => Err(StoreError::Undecided),
         }
     }
 
+    /// What Redis has of a live token that was issued here.
+    fn in_redis(&self, hash: &TokenHash) -> Option<InRedis> {
+        self.store.memory.in_redis(hash, self.now)
+    }
+
     /// A token that memory granted and that was given back: its carried mark took it from Redis. Or
     /// one that Redis may have lost while an attempt had it. If it is used after all, it stays here.
-    fn carry_again(&self, state: &mut State, hash: &TokenHash, now: Now) {
-        if self.memory.live(hash, now).is_some() {
-            state.follow_ups.carry(*hash);
+    fn carry_again(&mut self, hash: &TokenHash) {
+        if self.in_redis(hash).is_some() {
+            self.state.follow_ups.carry(*hash);
         }
     }
 }
@@ -526,7 +447,7 @@ impl Failover {
             false => "serving from memory until it is back",
         };
         log::warn!("Redis is lost ({}): {then}", down.why);
-        state.away = Some(Away::from(down));
+        state.away = Some(down.clone());
         state.mode = Mode::Degraded;
         self.changed.notify_all();
     }
@@ -534,7 +455,7 @@ impl Failover {
     fn lose(&self, state: &mut State) {
         state.epoch += 1;
         state.since_ms = clock::now().mono_ms;
-        self.remote.disconnect();
+        self.redis.disconnect();
         self.changed.notify_all();
     }
 }

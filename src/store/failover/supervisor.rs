@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Begun, Failover, Mode, State, log_failure};
 use crate::clock;
-use crate::store::{Away, Down, DownKind, StoreError, locked};
+use crate::store::{Down, DownKind, StoreError, locked};
 
 /// Time between two attempts to connect, doubled up to the second figure, with jitter.
 const BACK_OFF: Duration = Duration::from_millis(100);
@@ -28,7 +28,7 @@ impl Failover {
             self.keep_run(&mut kept);
             let state = locked(&self.state);
             let idle = |state: &mut State| {
-                let busy = !state.follow_ups.is_empty() || self.remote.missing().is_some();
+                let busy = !state.follow_ups.is_empty() || self.redis.missing().is_some();
                 !state.stopped && state.mode == Mode::Primary && !busy
             };
             let passed_ms = || clock::now().mono_ms.saturating_sub(looked_ms);
@@ -47,14 +47,14 @@ impl Failover {
                 } else {
                     self.tidy_up();
                 }
-                let missing = self.remote.missing();
+                let missing = self.redis.missing();
                 back_off = if missing.is_some() { self.mend(back_off) } else { BACK_OFF };
                 log_missing(&mut missed, missing);
                 continue;
             }
             back_off = match self.bring_back() {
                 Ok(()) => {
-                    log_missing(&mut missed, self.remote.missing());
+                    log_missing(&mut missed, self.redis.missing());
                     BACK_OFF
                 }
                 Err(error) => {
@@ -70,7 +70,7 @@ impl Failover {
     /// before the next look.
     fn mend(&self, back_off: Duration) -> Duration {
         let epoch = locked(&self.state).epoch;
-        match self.remote.can_reach_more() {
+        match self.redis.can_reach_more() {
             Ok(true) => {
                 let mut state = locked(&self.state);
                 if state.mode == Mode::Primary {
@@ -107,7 +107,7 @@ impl Failover {
             state.follow_ups.take_up();
             (state.epoch, state.follow_ups.run_id().cloned())
         };
-        if let Err(error) = self.remote.look(run_id.as_deref(), clock::now()) {
+        if let Err(error) = self.redis.look(run_id.as_deref(), clock::now()) {
             self.notice(&mut locked(&self.state), &[Err(error)], epoch);
         }
     }
@@ -115,7 +115,7 @@ impl Failover {
     /// Connects, carries over, and switches back.
     fn bring_back(&self) -> Result<(), StoreError> {
         let ca = locked(&self.state).ca.clone();
-        let hello = self.remote.connect(ca.as_ref())?;
+        let hello = self.redis.connect(ca.as_ref())?;
         locked(&self.state).is_silent = false;
         self.catch_up.get().inspect(|catch_up| catch_up());
         self.carry_over(&hello)
@@ -132,13 +132,13 @@ impl Failover {
         } else {
             log::debug!("Redis is still away: {}", down.why);
         }
-        state.away = Some(Away::from(down));
+        state.away = Some(down.clone());
         state.is_silent = down.kind == DownKind::Lost;
         state.mode = Mode::Degraded;
         if state.follow_ups.len() > FOLLOW_UPS_MOST {
             state.follow_ups.abandon();
         }
-        self.remote.disconnect();
+        self.redis.disconnect();
         self.changed.notify_all();
     }
 

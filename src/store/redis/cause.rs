@@ -36,7 +36,7 @@ impl Server {
     /// It cannot be used, or not any more; nothing more is read from the connection.
     pub fn lost(&self, why: impl fmt::Display, maybe_done: bool) -> Down {
         let why = format!("{}: {why}", self.name).replace(['\n', '\r'], " ");
-        Down { why, kind: DownKind::Lost, lasting: false, maybe_done }
+        Down { why: why.into(), kind: DownKind::Lost, lasting: false, maybe_done }
     }
 
     /// Reading, writing, or what comes before them, has failed.
@@ -71,7 +71,7 @@ impl Server {
         let said = format!("{} {detail}", error.code()).trim_end().to_owned();
         let down = self.lost(refusal_cause(&said, command), false);
         if said.contains("WRONGTYPE") {
-            return StoreError::Failed(down.why);
+            return StoreError::Failed(down.why.to_string());
         }
         let read_only =
             error.kind() == Some(ServerErrorKind::ReadOnly) || said.contains("READONLY");

@@ -19,11 +19,11 @@ use super::cause::Server;
 use super::command::{Asked, Command, Commands};
 use super::connection::{Connection, Target};
 use super::reply::{Replies, Reply, unexpected};
+use super::runs;
 use crate::clock::Now;
 use crate::config::HostPort;
 use crate::device::DeviceId;
 use crate::socket::{deadline_in, time_left};
-use crate::store::failover::runs;
 use crate::store::{Down, DownKind, StoreError, locked};
 
 /// Slots of a cluster.
@@ -130,7 +130,7 @@ impl Map {
     /// Why keys are out of reach that may be in reach by other connections.
     pub fn missing(&self) -> Option<String> {
         let state = locked(&self.state);
-        let lost = state.lost.values().map(|down| down.why.clone());
+        let lost = state.lost.values().map(|down| down.why.to_string());
         let unknown = state.unknown.iter().map(|at| format!("{at}: a new node"));
         let all: Vec<String> = lost.chain(unknown).collect();
         (!all.is_empty()).then(|| all.join("; "))
@@ -248,7 +248,7 @@ impl Map {
 }
 
 /// Why a part of the keys is out of reach, where nothing was sent.
-fn part(why: impl Into<String>) -> Down {
+fn part(why: impl Into<Arc<str>>) -> Down {
     Down { why: why.into(), kind: DownKind::Part, lasting: false, maybe_done: false }
 }
 
@@ -299,31 +299,27 @@ impl Redirection {
 
 /// A command on its way.
 struct Item<'a> {
-    /// Whose it is in the batch, and which of these.
-    place: (usize, usize),
+    /// Whose it is in the batch.
+    owner: usize,
     asked: &'a Asked,
     route: Route,
-    reply: Reply,
+    /// None while it is to be sent, for the first time or to where a node has pointed.
+    reply: Option<Result<Value, StoreError>>,
     /// The node that has carried it out, and how many replicas of it have what it wrote.
     replicas: (usize, u64),
 }
 
 impl<'a> Item<'a> {
-    fn new(place: (usize, usize), asked: &'a Asked) -> Self {
-        let reply = Reply(Err(StoreError::Undecided));
-        Item { place, asked, route: asked.route, reply, replicas: (0, 0) }
+    fn new(owner: usize, asked: &'a Asked) -> Self {
+        Item { owner, asked, route: asked.route, reply: None, replicas: (0, 0) }
     }
 
     fn is_asking(&self) -> bool {
         matches!(self.route, Route::Asking(_))
     }
 
-    fn failed(self, down: &Down) -> Self {
-        self.answered(Err(StoreError::Down(down.clone())))
-    }
-
-    fn answered(self, reply: Result<Value, StoreError>) -> Self {
-        Item { reply: Reply(reply), ..self }
+    fn fail(&mut self, down: &Down) {
+        self.reply = Some(Err(down.clone().into()));
     }
 }
 
@@ -404,94 +400,80 @@ impl Nodes {
 
     /// Sends the commands and reads one reply for each; what may not be asked or has no answer is an
     /// error.
-    pub fn run<'a>(&mut self, batch: &[&'a Commands], deadline: Instant) -> Vec<Replies> {
-        let all = |(owner, commands): (usize, &&'a Commands)| {
-            let items = commands.asked().iter().enumerate();
-            items.map(move |(at, asked)| Item::new((owner, at), asked))
-        };
-        let mut rest: Vec<Item<'a>> = batch.iter().enumerate().flat_map(all).collect();
-        let mut done = Vec::with_capacity(rest.len());
-        while let Some(stage) = rest.iter().map(|item| item.asked.stage).min() {
-            let is_next = |item: &Item<'_>| self.map.is_one() || item.asked.stage == stage;
-            let (next, later) = rest.into_iter().partition(is_next);
-            self.run_stage(next, deadline, &mut done);
-            rest = not_stopped(later, &mut done);
+    pub fn run(&mut self, batch: &[&Commands], deadline: Instant) -> Vec<Replies> {
+        let count = batch.iter().map(|commands| commands.asked().len()).sum();
+        let mut items = Vec::with_capacity(count);
+        for (owner, commands) in batch.iter().enumerate() {
+            items.extend(commands.asked().iter().map(|asked| Item::new(owner, asked)));
         }
-        done.sort_by_key(|item| item.place);
-        let mut done = done.into_iter().peekable();
+        let is_one = self.map.is_one();
+        let last = items.iter().map(|item| item.asked.stage).max().filter(|_| !is_one);
+        for stage in 0..=last.unwrap_or(0) {
+            stop_failed(&mut items);
+            let is_due = |item: &&mut Item<'_>| {
+                item.reply.is_none() && (is_one || item.asked.stage == stage)
+            };
+            self.run_stage(items.iter_mut().filter(is_due).collect(), deadline);
+        }
+        let mut items = items.into_iter().peekable();
         let replies = |owner| {
             let mut replies = Replies::default();
-            while let Some(item) = done.next_if(|item| item.place.0 == owner) {
+            while let Some(item) = items.next_if(|item| item.owner == owner) {
                 if item.asked.awaits_replicas {
                     (replies.master, replies.replicas) = item.replicas;
                 }
-                replies.add(item.reply);
+                replies.add(Reply(item.reply.unwrap_or(Err(StoreError::Undecided))));
             }
             replies
         };
         (0..batch.len()).map(replies).collect()
     }
 
-    fn run_stage<'a>(&mut self, items: Vec<Item<'a>>, deadline: Instant, done: &mut Vec<Item<'a>>) {
-        let (mut answered, mut rest) = (Vec::with_capacity(items.len()), items);
+    fn run_stage(&mut self, mut items: Vec<&mut Item<'_>>, deadline: Instant) {
         for _ in 0..=REDIRECTIONS {
-            let again = self.exchange(rest, deadline, &mut answered);
-            if again.is_empty() {
-                done.append(&mut answered);
+            self.exchange(&mut items, deadline);
+            look_again(&mut items);
+            if items.iter().all(|item| item.reply.is_some()) {
                 return;
             }
-            // Behind a command that is sent again, what only looks has looked too soon.
-            let is_behind = |item: &Item<'_>| {
-                let before = |again: &Item<'_>| {
-                    again.place.0 == item.place.0 && again.place.1 < item.place.1
-                };
-                item.asked.command.only_looks() && again.iter().any(before)
-            };
-            let (behind, kept) = answered.into_iter().partition::<Vec<_>, _>(is_behind);
-            answered = kept;
-            rest = again.into_iter().chain(behind).collect();
-            rest.sort_by_key(|item| item.place);
         }
         let down = part("the nodes of the cluster point to each other");
-        done.append(&mut answered);
-        done.extend(rest.into_iter().map(|item| item.failed(&down)));
+        items.iter_mut().filter(|item| item.reply.is_none()).for_each(|item| item.fail(&down));
     }
 
-    /// Sends to all nodes, then reads; returns what is to be sent elsewhere.
-    fn exchange<'a>(
-        &mut self,
-        items: Vec<Item<'a>>,
-        deadline: Instant,
-        answered: &mut Vec<Item<'a>>,
-    ) -> Vec<Item<'a>> {
-        let mut by_node: BTreeMap<usize, Vec<Item<'a>>> = BTreeMap::new();
-        for item in items {
-            match self.map.node_of(&item) {
+    /// Sends to all nodes, then reads. What is to be sent elsewhere has no reply then.
+    fn exchange(&mut self, items: &mut [&mut Item<'_>], deadline: Instant) {
+        let mut by_node: BTreeMap<usize, Vec<&mut Item<'_>>> = BTreeMap::new();
+        for item in items.iter_mut().filter(|item| item.reply.is_none()) {
+            match self.map.node_of(item) {
                 Ok(node) => by_node.entry(node).or_default().push(item),
-                Err(down) => answered.push(item.failed(&down)),
+                Err(down) => item.fail(&down),
             }
         }
-        by_node.retain(|node, items| match self.send(*node, items, deadline) {
-            Ok(()) => true,
-            Err(down) => {
-                answered.extend(std::mem::take(items).into_iter().map(|item| item.failed(&down)));
-                false
-            }
+        by_node.retain(|node, items| {
+            let sent = self.send(*node, items, deadline);
+            sent.map_err(|down| items.iter_mut().for_each(|item| item.fail(&down))).is_ok()
         });
-        let mut again = Vec::new();
-        for (node, items) in by_node {
+        for (node, mut items) in by_node {
             if !self.map.is_one()
                 && let Some(Some(connection)) = self.connections.get_mut(node)
             {
                 connection.set_deadline(deadline.max(deadline_in(READ_AT_LEAST)));
             }
-            self.receive(node, items, answered, &mut again);
+            if let Err(down) = self.receive(node, &mut items) {
+                let down = self.lose(node, down);
+                items.iter_mut().for_each(|item| item.fail(&down));
+            }
         }
-        again
     }
 
-    fn send(&mut self, node: usize, items: &[Item<'_>], deadline: Instant) -> Result<(), Down> {
-        let asking = items.iter().any(Item::is_asking).then(|| Command::new("ASKING"));
+    fn send(
+        &mut self,
+        node: usize,
+        items: &[&mut Item<'_>],
+        deadline: Instant,
+    ) -> Result<(), Down> {
+        let asking = items.iter().any(|item| item.is_asking()).then(|| Command::new("ASKING"));
         let mut commands = Vec::with_capacity(items.len() + 1);
         for item in items {
             commands.extend(asking.as_ref().filter(|_| item.is_asking()));
@@ -513,62 +495,46 @@ impl Nodes {
 
     /// Reads the replies of a node. If one does not come, none of them counts: who is there now may be
     /// another run of the server, and all that were asked in this trip are to hear of it.
-    fn receive<'a>(
-        &mut self,
-        node: usize,
-        items: Vec<Item<'a>>,
-        answered: &mut Vec<Item<'a>>,
-        again: &mut Vec<Item<'a>>,
-    ) {
-        let waits = self.map.wait.is_some() && awaits_replicas(&items);
-        let received = items.iter().map(|item| self.receive_one(node, item.is_asking()));
-        let received = received.collect::<Result<Vec<_>, Down>>().and_then(|replies| {
-            let replicas = waits.then(|| self.receive_one(node, false)).transpose()?;
-            Ok((replies, replicas))
-        });
-        let (replies, replicas) = match received {
-            Ok(received) => received,
-            Err(down) => {
-                let down = self.lose(node, down);
-                return answered.extend(items.into_iter().map(|item| item.failed(&down)));
+    fn receive(&mut self, node: usize, items: &mut [&mut Item<'_>]) -> Result<(), Down> {
+        for item in items.iter_mut() {
+            if item.is_asking() {
+                let _ok = self.receive_one(node)?;
             }
-        };
-        let replicas = match replicas {
-            Some(Ok(Value::Int(replicas))) => u64::try_from(replicas).unwrap_or(0),
-            _ => 0,
-        };
-        for (item, reply) in items.into_iter().zip(replies) {
-            let item = Item { replicas: (node, replicas), ..item };
-            let points_to = reply.as_ref().err().and_then(Redirection::of);
-            match (reply, points_to.filter(|_| self.map.is_cluster())) {
-                (Ok(value), _) => answered.push(item.answered(Ok(value))),
-                // It is allowed, which is all that was asked.
-                (Err(_), Some(_)) if matches!(item.asked.route, Route::Node(_)) => {
-                    answered.push(item.answered(Ok(Value::Nil)));
-                }
-                (Err(_), Some(to)) => match self.map.point(node, &to) {
-                    Ok(route) => again.push(Item { route, ..item }),
-                    Err(down) => answered.push(item.failed(&down)),
-                },
-                (Err(error), None) => {
-                    let refused = self.refused(node, &error, &item.asked.command);
-                    answered.push(item.answered(Err(refused)));
-                }
-            }
+            let reply = self.receive_one(node)?;
+            self.judge(node, item, reply);
+        }
+        if self.map.wait.is_some() && awaits_replicas(items) {
+            let replicas = match self.receive_one(node)? {
+                Ok(Value::Int(replicas)) => u64::try_from(replicas).unwrap_or(0),
+                _ => 0,
+            };
+            items.iter_mut().for_each(|item| item.replicas = (node, replicas));
+        }
+        Ok(())
+    }
+
+    fn receive_one(&mut self, node: usize) -> Result<Result<Value, ServerError>, Down> {
+        match self.connections.get_mut(node) {
+            Some(Some(connection)) => connection.receive(),
+            _ => Err(part("not connected")),
         }
     }
 
-    fn receive_one(
-        &mut self,
-        node: usize,
-        asking: bool,
-    ) -> Result<Result<Value, ServerError>, Down> {
-        let connection = self.connections.get_mut(node).and_then(Option::as_mut);
-        let connection = connection.ok_or_else(|| part("not connected"))?;
-        if asking {
-            let _ok = connection.receive()?;
-        }
-        connection.receive()
+    fn judge(&mut self, node: usize, item: &mut Item<'_>, reply: Result<Value, ServerError>) {
+        let points_to = reply.as_ref().err().and_then(Redirection::of);
+        item.reply = match (reply, points_to.filter(|_| self.map.is_cluster())) {
+            (Ok(value), _) => Some(Ok(value)),
+            // It is allowed, which is all that was asked.
+            (Err(_), Some(_)) if matches!(item.asked.route, Route::Node(_)) => Some(Ok(Value::Nil)),
+            (Err(_), Some(to)) => match self.map.point(node, &to) {
+                Ok(route) => {
+                    item.route = route;
+                    None
+                }
+                Err(down) => Some(Err(down.into())),
+            },
+            (Err(error), None) => Some(Err(self.refused(node, &error, &item.asked.command))),
+        };
     }
 
     /// The connection is closed, for what comes may be a late reply.
@@ -596,25 +562,35 @@ impl Nodes {
     }
 }
 
-/// What is still to be sent: nothing of an owner whose earlier stage has failed.
-fn not_stopped<'a>(later: Vec<Item<'a>>, done: &mut Vec<Item<'a>>) -> Vec<Item<'a>> {
-    if later.is_empty() {
-        return later;
-    }
-    let failed = done.iter().filter(|item| item.asked.must_succeed());
-    let failed = failed.filter_map(|item| Some((item.place.0, item.reply.error()?.clone())));
-    let failed: BTreeMap<usize, StoreError> = failed.collect();
-    let mut rest = Vec::with_capacity(later.len());
-    for item in later {
-        match failed.get(&item.place.0) {
-            Some(error) => done.push(item.answered(Err(error.clone()))),
-            None => rest.push(item),
+/// Behind a command that is sent again, what only looks has looked too soon.
+fn look_again(items: &mut [&mut Item<'_>]) {
+    let mut again = None;
+    for item in items {
+        if item.reply.is_none() {
+            again = Some(item.owner);
+        } else if again == Some(item.owner) && item.asked.command.only_looks() {
+            item.reply = None;
         }
     }
-    rest
 }
 
-fn awaits_replicas(items: &[Item<'_>]) -> bool {
+/// Nothing more is sent for an owner of whom a command has failed that must not.
+fn stop_failed(items: &mut [Item<'_>]) {
+    let mut failed = None;
+    for item in items {
+        match (&item.reply, &failed) {
+            (Some(Err(error)), _) if item.asked.must_succeed() => {
+                failed = Some((item.owner, error.clone()));
+            }
+            (None, Some((owner, error))) if *owner == item.owner => {
+                item.reply = Some(Err(error.clone()));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn awaits_replicas(items: &[&mut Item<'_>]) -> bool {
     items.iter().any(|item| item.asked.awaits_replicas)
 }
 

@@ -58,7 +58,7 @@ impl Connection {
         if anonymous {
             commands.ask(Command::new("PING"));
         }
-        let replies = self.round_trip(&commands, deadline).map_err(StoreError::Down)?;
+        let replies = self.round_trip(&commands, deadline)?;
         self.stage = Stage::Greeting;
         // A user who may do only what is needed may not be allowed to.
         let needless = |error: &&StoreError| anonymous && error.to_string().contains("NOPERM");

@@ -238,7 +238,7 @@ pub(super) fn of(op: &Op, context: &Context, now: Now) -> Next {
                 None => issue.begin(context),
             }
         }
-        Op::TakeBack(token) | Op::Finish(token) => remove(token, Outcome::Done, context),
+        Op::Remove(token) => remove(token, Outcome::Done, context),
         Op::Consume(token, serial) => {
             Consume { token: token.clone(), serial: *serial, now }.begin(context)
         }
@@ -366,7 +366,7 @@ pub(super) fn prune(context: &Context, most: u64, now: Now) -> Next {
     let set = (set + 1) % all.len();
     let found = commands.ask(layout.oldest_live(all.get(set).unwrap_or(&"live"), until_ms, most));
     Next::trip(commands, move |context, mut replies| {
-        *locked(&context.ended) = Ended { set, members: replies.take(found).texts()? };
+        *locked(&context.ended) = Ended { set, members: replies.take(found).read()? };
         Next::done(Outcome::Done)
     })
 }
@@ -534,7 +534,7 @@ mod tests {
     #[test]
     fn what_only_looks_leaves_nothing_behind() {
         let refused = || {
-            let why = "OOM".to_owned();
+            let why = "OOM".into();
             let down = Down { why, kind: DownKind::Refused, lasting: false, maybe_done: false };
             Reply(Err(StoreError::Down(down)))
         };

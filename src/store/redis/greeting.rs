@@ -11,7 +11,19 @@ use crate::clock;
 use crate::device::DeviceId;
 use crate::jwt::TokenHash;
 use crate::store::StoreError;
-use crate::store::failover::Hello;
+
+/// What a server says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hello {
+    /// Changes with every start of the server (of any master: `runs`); `None` if it may not be asked.
+    pub run_id: Option<String>,
+    /// A memory policy that may drop keys.
+    pub eviction: Option<String>,
+    /// The fingerprint of another CA, entered by another instance.
+    pub foreign_ca: Option<String>,
+    /// Why the rows of devices cannot be read or written there.
+    pub rows_refused: Option<String>,
+}
 
 /// Asks each node who it is, whether it takes writes, and whether this user may do all that will be
 /// needed; and whose CA is entered. All in one round trip, and the writing is real: a server that is

@@ -90,8 +90,7 @@ impl Line {
         ask: impl FnOnce(&mut Nodes, Instant) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         let deadline = Instant::now() + self.timeout;
-        let mut nodes =
-            self.pool.take(self.pool.generation(), deadline).map_err(StoreError::Down)?;
+        let mut nodes = self.pool.take(self.pool.generation(), deadline)?;
         let asked = ask(&mut nodes, deadline);
         match nodes.is_connected() {
             true => self.pool.put_back(nodes, clock::now()),

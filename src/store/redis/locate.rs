@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
@@ -31,15 +31,25 @@ const LOOKUP_STACK_BYTES: usize = 256 * 1024;
 /// that lies cannot fill the memory.
 const KNOWN_MOST: usize = 32;
 
-/// How connections are opened, with the files as they are now.
+/// How a connection is opened: with the files as they are now, and until when.
+#[derive(Clone)]
 pub(super) struct Opener<'a> {
     config: &'a config::Redis,
     tls: Option<Tls>,
+    /// Which of several servers or addresses is tried first: another one after each failure.
+    turn: usize,
+    deadline: Instant,
 }
 
-impl<'a> Opener<'a> {
-    pub fn new(config: &'a config::Redis) -> Result<Self, String> {
-        Ok(Opener { config, tls: config.tls.as_ref().map(Tls::new).transpose()? })
+impl Opener<'_> {
+    pub fn until(&self, deadline: Instant) -> Self {
+        Opener { deadline, ..self.clone() }
+    }
+
+    /// The first of so many has to be done early enough for the others to have as much time each.
+    fn share(&self, of: usize) -> Self {
+        let left = time_left(self.deadline).unwrap_or_default();
+        self.until(deadline_in(left / u32::try_from(of).unwrap_or(u32::MAX)))
     }
 
     /// Half of the time is for what follows.
@@ -50,18 +60,27 @@ impl<'a> Opener<'a> {
     }
 
     /// Another connection to each of these.
-    pub fn open_again(&self, nodes: &Nodes, deadline: Instant) -> Result<Nodes, StoreError> {
-        let open = |target: Option<&Target>| {
-            target.map(|target| self.open(target.clone(), deadline)).transpose()
-        };
+    pub fn open_again(&self, nodes: &Nodes) -> Result<Nodes, StoreError> {
+        let open =
+            |target: Option<&Target>| target.map(|target| self.open_at(target.clone())).transpose();
         let connections = nodes.targets().map(open).collect::<Result<_, _>>()?;
         Ok(Nodes::new(connections, Arc::clone(&nodes.map)))
     }
 
     /// A connection, TLS and login included.
-    fn open(&self, target: Target, deadline: Instant) -> Result<Connection, StoreError> {
-        let socket = connect(&target, deadline)?;
-        self.enter(socket, target, &self.config.login, self.config.db, deadline)
+    fn open(&self, name: &mut Name) -> Result<Connection, StoreError> {
+        let (socket, target) = name.connect(self)?;
+        self.enter(socket, target, &self.config.login, self.config.db)
+    }
+
+    fn open_at(&self, target: Target) -> Result<Connection, StoreError> {
+        let socket = self.connect(&target)?;
+        self.enter(socket, target, &self.config.login, self.config.db)
+    }
+
+    fn connect(&self, target: &Target) -> Result<TimedSocket, StoreError> {
+        let socket = TimedSocket::connect(&target.address, self.deadline);
+        socket.map_err(|error| target.server.down(&error, Stage::Connect))
     }
 
     fn enter(
@@ -70,29 +89,19 @@ impl<'a> Opener<'a> {
         target: Target,
         login: &Login,
         db: i64,
-        deadline: Instant,
     ) -> Result<Connection, StoreError> {
-        socket.set_deadline(deadline);
-        let stream = match &self.tls {
-            None => Ok(Stream::Plain(socket)),
-            Some(tls) => Stream::secured(socket, tls, &target.server.host),
-        };
+        socket.set_deadline(self.deadline);
+        let stream = Stream::open(socket, self.tls.as_ref(), &target.server.host);
         let stream = stream.map_err(|error| target.server.down(&error, Stage::Handshake))?;
         let mut connection = Connection::new(stream, target);
-        connection.log_in(login, db, deadline)?;
+        connection.log_in(login, db, self.deadline)?;
         Ok(connection)
     }
-}
-
-fn connect(target: &Target, deadline: Instant) -> Result<TimedSocket, StoreError> {
-    let socket = TimedSocket::connect(&target.address, deadline);
-    socket.map_err(|error| target.server.down(&error, Stage::Connect))
 }
 
 /// Finds the server anew for each set of connections.
 pub(super) struct Locator {
     way: Way,
-    /// Which of several addresses or sentinels is tried first: another one after each failure.
     turn: usize,
 }
 
@@ -127,18 +136,31 @@ impl Locator {
         })
     }
 
+    pub fn opener<'a>(
+        &self,
+        config: &'a config::Redis,
+        deadline: Instant,
+    ) -> Result<Opener<'a>, StoreError> {
+        let tls = config.tls.as_ref().map(Tls::new).transpose();
+        let tls = tls.map_err(|why| self.server().unusable(why))?;
+        Ok(Opener { config, tls, turn: self.turn, deadline })
+    }
+
     /// Connections to the servers that are to be used.
-    pub fn open(&mut self, opener: &Opener<'_>, deadline: Instant) -> Result<Nodes, StoreError> {
+    pub fn open(&mut self, opener: &Opener<'_>) -> Result<Nodes, StoreError> {
         let one = |connection: Connection| {
             let servers = vec![Arc::clone(&connection.target.server)];
             let map = Map::new(servers, Slots::default(), BTreeMap::new(), opener.wait());
             Nodes::new(vec![Some(connection)], Arc::new(map))
         };
         let opened = match &mut self.way {
-            Way::Name(name) => opener.open_by_name(name, self.turn, deadline).map(one),
-            Way::Socket(path, server) => opener.open_socket(path, server, deadline).map(one),
-            Way::Sentinels(watched) => watched.open(self.turn, opener, deadline).map(one),
-            Way::Cluster(masters) => masters.open(self.turn, opener, deadline),
+            Way::Name(name) => opener.open(name).map(one),
+            Way::Socket(path, server) => {
+                let address = SockAddr::unix(path).map_err(|e| server.down(&e, Stage::Connect))?;
+                opener.open_at(Target { address, server: Arc::clone(server) }).map(one)
+            }
+            Way::Sentinels(watched) => watched.open(opener).map(one),
+            Way::Cluster(masters) => masters.open(opener),
         };
         if opened.is_err() {
             self.try_another();
@@ -152,38 +174,15 @@ impl Locator {
         map: &Map,
         layout: &Layout,
         opener: &Opener<'_>,
-        deadline: Instant,
     ) -> Result<bool, StoreError> {
         let Way::Cluster(masters) = &mut self.way else { return Ok(false) };
         self.turn = self.turn.wrapping_add(1);
-        masters.can_reach_more(map, layout, (self.turn, opener, deadline))
+        masters.can_reach_more(map, layout, opener)
     }
 
     /// What was found is not what is wanted: the next attempt begins with another address.
     pub fn try_another(&mut self) {
         self.turn = self.turn.wrapping_add(1);
-    }
-}
-
-impl Opener<'_> {
-    fn open_by_name(
-        &self,
-        name: &mut Name,
-        turn: usize,
-        deadline: Instant,
-    ) -> Result<Connection, StoreError> {
-        let (socket, target) = name.connect(turn, deadline)?;
-        self.enter(socket, target, &self.config.login, self.config.db, deadline)
-    }
-
-    fn open_socket(
-        &self,
-        path: &Path,
-        server: &Arc<Server>,
-        deadline: Instant,
-    ) -> Result<Connection, StoreError> {
-        let address = SockAddr::unix(path).map_err(|error| server.down(&error, Stage::Connect))?;
-        self.open(Target { address, server: Arc::clone(server) }, deadline)
     }
 }
 
@@ -211,15 +210,16 @@ impl Known {
         }
     }
 
-    /// The first of whom this can be had. None may use more than its share of the time.
+    /// The first of whom this can be had.
     fn ask<T>(
         &mut self,
-        turn: usize,
-        deadline: Instant,
-        mut ask: impl FnMut(&mut Self, usize, Instant) -> Result<T, StoreError>,
+        opener: &Opener<'_>,
+        mut ask: impl FnMut(&mut Name, &Opener<'_>) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let none = StoreError::Down(self.server.lost("nobody is known to ask", false));
-        first_of(self.names.len(), turn, deadline, none, |index, end| ask(self, index, end))
+        let none = self.server.lost("nobody is known to ask", false);
+        first_of(self.names.len(), opener, none.into(), |index, opener| {
+            ask(self.names.get_mut(index).ok_or(StoreError::Undecided)?, opener)
+        })
     }
 }
 
@@ -240,77 +240,63 @@ impl Watched {
 
     /// The master of the first sentinel that knows a true one. None may use more than half of its share
     /// of the time for its own answer.
-    fn open(
-        &mut self,
-        turn: usize,
-        opener: &Opener<'_>,
-        deadline: Instant,
-    ) -> Result<Connection, StoreError> {
-        let Watched { settings, sentinels } = self;
-        sentinels.ask(turn, deadline, |sentinels, index, end| {
-            let half = time_left(end).unwrap_or_default() / 2;
-            let master = Watched::ask(settings, sentinels, index, opener, deadline_in(half))?;
-            opener.open_master(master, end)
-        })
-    }
-
-    /// Asks a sentinel where the master is, and for the other sentinels.
-    fn ask(
-        settings: &Sentinels,
-        sentinels: &mut Known,
-        index: usize,
-        opener: &Opener<'_>,
-        deadline: Instant,
-    ) -> Result<HostPort, StoreError> {
-        let sentinel = sentinels.names.get_mut(index).ok_or(StoreError::Undecided)?;
-        let (socket, target) = sentinel.connect(index, deadline)?;
-        let mut connection = opener.enter(socket, target, &settings.login, 0, deadline)?;
-        let server = Arc::clone(&connection.target.server);
-        let master = &settings.master;
-        let mut commands = Commands::default();
-        let about = |what| Command::new("SENTINEL").arg(what).arg(master);
-        let address = commands.ask(about("get-master-addr-by-name"));
-        let others = commands.ask(about("sentinels"));
-        let mut replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
-        let address = replies.take(address).texts().map_err(|error| {
-            let is_none = error.to_string().contains("unknown command");
-            let why = "it is no sentinel, see REDIS_SENTINELS";
-            if is_none { StoreError::Down(server.unusable(why)) } else { error }
-        })?;
-        let others = replies.take(others).maps().unwrap_or_default();
-        others.iter().filter_map(host_port_of).for_each(|other| sentinels.learn(&other));
-        let master = match &*address {
-            [host, port] => port.parse().ok().map(|port| HostPort { host: host.clone(), port }),
-            _ => None,
-        };
-        master.ok_or_else(|| {
-            let name = &settings.master;
-            let why =
-                format!("it watches no servers that it calls {name:?}, see REDIS_SENTINEL_MASTER");
-            StoreError::Down(server.unusable(why))
-        })
+    fn open(&mut self, opener: &Opener<'_>) -> Result<Connection, StoreError> {
+        let (settings, mut others) = (&self.settings, Vec::new());
+        let opened = self.sentinels.ask(opener, |sentinel, opener| {
+            let master = ask_sentinel(settings, sentinel, &opener.share(2), &mut others)?;
+            open_master(master, opener)
+        });
+        others.iter().for_each(|other| self.sentinels.learn(other));
+        opened
     }
 }
 
-impl Opener<'_> {
-    fn open_master(&self, master: HostPort, deadline: Instant) -> Result<Connection, StoreError> {
-        let mut name = Name::new(master, "", self.tls.is_some());
-        let mut connection = self.open_by_name(&mut name, 0, deadline)?;
-        let mut commands = Commands::default();
-        let role = commands.ask(Command::new("ROLE"));
-        let mut replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
-        let role = replies.take(role).list().map(|role| role.into_iter().next());
-        match role.and_then(|first| first.map_or(Ok(None), Reply::text)) {
-            Ok(Some(role)) if role == "master" => Ok(connection),
-            Ok(role) => {
-                let role = role.unwrap_or_default();
-                let why = format!("a sentinel calls it the master, but its role is {role:?}");
-                Err(StoreError::Down(name.server.lost(why, false)))
-            }
-            // The greeting writes, which no replica takes.
-            Err(error) if is_denied(&error) => Ok(connection),
-            Err(error) => Err(error),
+/// Asks a sentinel where the master is, and for the other sentinels.
+fn ask_sentinel(
+    settings: &Sentinels,
+    sentinel: &mut Name,
+    opener: &Opener<'_>,
+    learnt: &mut Vec<HostPort>,
+) -> Result<HostPort, StoreError> {
+    let (socket, target) = sentinel.connect(opener)?;
+    let mut connection = opener.enter(socket, target, &settings.login, 0)?;
+    let (server, name) = (&sentinel.server, &settings.master);
+    let mut commands = Commands::default();
+    let about = |what| Command::new("SENTINEL").arg(what).arg(name);
+    let address = commands.ask(about("get-master-addr-by-name"));
+    let others = commands.ask(about("sentinels"));
+    let mut replies = connection.round_trip(&commands, opener.deadline)?;
+    let master: Option<(String, u16)> = replies.take(address).read().map_err(|error| {
+        let is_none = error.to_string().contains("unknown command");
+        let why = "it is no sentinel, see REDIS_SENTINELS";
+        if is_none { server.unusable(why).into() } else { error }
+    })?;
+    let others: Vec<HashMap<String, String>> = replies.take(others).read().unwrap_or_default();
+    learnt.extend(others.iter().filter_map(host_port_of));
+    let (host, port) = master.ok_or_else(|| {
+        let why = "it watches no servers that it calls";
+        server.unusable(format!("{why} {name:?}, see REDIS_SENTINEL_MASTER"))
+    })?;
+    Ok(HostPort { host, port })
+}
+
+fn open_master(master: HostPort, opener: &Opener<'_>) -> Result<Connection, StoreError> {
+    let mut name = Name::new(master, "", opener.tls.is_some());
+    let mut connection = opener.open(&mut name)?;
+    let mut commands = Commands::default();
+    let role = commands.ask(Command::new("ROLE"));
+    let mut replies = connection.round_trip(&commands, opener.deadline)?;
+    let role = replies.take(role).list().map(|role| role.into_iter().next());
+    match role.and_then(|first| first.map_or(Ok(None), Reply::text)) {
+        Ok(Some(role)) if role == "master" => Ok(connection),
+        Ok(role) => {
+            let role = role.unwrap_or_default();
+            let why = format!("a sentinel calls it the master, but its role is {role:?}");
+            Err(name.server.lost(why, false).into())
         }
+        // The greeting writes, which no replica takes.
+        Err(error) if is_denied(&error) => Ok(connection),
+        Err(error) => Err(error),
     }
 }
 
@@ -318,25 +304,18 @@ impl Opener<'_> {
 /// share of the time.
 fn first_of<T>(
     count: usize,
-    turn: usize,
-    deadline: Instant,
+    opener: &Opener<'_>,
     none: StoreError,
-    mut attempt: impl FnMut(usize, Instant) -> Result<T, StoreError>,
+    mut attempt: impl FnMut(usize, &Opener<'_>) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
     let mut failure = none;
     for tried in 0..count {
-        match attempt(turn.wrapping_add(tried) % count, share(deadline, count - tried)) {
+        match attempt(opener.turn.wrapping_add(tried) % count, &opener.share(count - tried)) {
             Ok(found) => return Ok(found),
             Err(error) => failure = error,
         }
     }
     Err(failure)
-}
-
-/// When the first of so many has to be done, for the others to have as much time each.
-fn share(deadline: Instant, of: usize) -> Instant {
-    let left = time_left(deadline).unwrap_or_default();
-    deadline_in(left / u32::try_from(of).unwrap_or(u32::MAX))
 }
 
 /// The masters of a cluster. A node is asked for each set of connections where they are, and all that
@@ -358,31 +337,24 @@ impl Masters {
     }
 
     /// What the first node says that can be asked.
-    fn read(
-        &mut self,
-        turn: usize,
-        opener: &Opener<'_>,
-        deadline: Instant,
-    ) -> Result<Read, StoreError> {
-        let read = self.seeds.ask(turn, deadline, |seeds, index, end| {
-            let seed = seeds.names.get_mut(index).ok_or(StoreError::Undecided)?;
-            let mut connection = opener.open_by_name(seed, index, end)?;
+    fn read(&mut self, opener: &Opener<'_>) -> Result<Read, StoreError> {
+        let read = self.seeds.ask(opener, |seed, opener| {
+            let mut connection = opener.open(seed)?;
             let server = &seed.server;
             let mut commands = Commands::default();
             let slots = commands.try_ask(ask_slots());
-            let replies = connection.round_trip(&commands, end);
-            let slots = replies.map_err(StoreError::Down)?.take(slots);
+            let slots = connection.round_trip(&commands, opener.deadline)?.take(slots);
             let read = read_slots(slots, &server.host).map_err(|error| {
                 let said = error.to_string();
                 let is_none = ["cluster support disabled", "unknown command"];
                 let why = "it is no node of a cluster, see REDIS_CLUSTER";
                 match is_none.iter().any(|none| said.contains(none)) {
-                    true => StoreError::Down(server.unusable(why)),
+                    true => server.unusable(why).into(),
                     false => error,
                 }
             })?;
             match read.at.is_empty() {
-                true => Err(StoreError::Down(server.lost("no slot has a node", false))),
+                true => Err(server.lost("no slot has a node", false).into()),
                 false => Ok(read),
             }
         })?;
@@ -390,24 +362,19 @@ impl Masters {
         Ok(read)
     }
 
-    fn open(
-        &mut self,
-        turn: usize,
-        opener: &Opener<'_>,
-        deadline: Instant,
-    ) -> Result<Nodes, StoreError> {
-        let Read { mut at, slots } = self.read(turn, opener, share(deadline, 2))?;
+    fn open(&mut self, opener: &Opener<'_>) -> Result<Nodes, StoreError> {
+        let Read { mut at, slots } = self.read(&opener.share(2))?;
         at.extend(std::mem::take(&mut self.wanted));
         let unreachable = std::mem::take(&mut self.unreachable);
         let (mut servers, mut connections) = (Vec::new(), Vec::new());
         let mut lost = BTreeMap::new();
         let count = at.len();
         for (node, at) in at.into_iter().enumerate() {
-            let mut name = Name::new(at, "", self.seeds.server.tls);
+            let mut name = Name::new(at, "", opener.tls.is_some());
             servers.push(Arc::clone(&name.server));
             let opened = match unreachable.contains(&name.at) {
-                true => Err(StoreError::Down(name.server.lost("still not in reach", false))),
-                false => opener.open_by_name(&mut name, turn, share(deadline, count - node)),
+                true => Err(name.server.lost("still not in reach", false).into()),
+                false => opener.share(count - node).open(&mut name),
             };
             connections.push(opened.map_err(|error| lost.insert(node, error.into_down())).ok());
         }
@@ -420,17 +387,17 @@ impl Masters {
         &mut self,
         map: &Map,
         layout: &Layout,
-        (turn, opener, deadline): (usize, &Opener<'_>, Instant),
+        opener: &Opener<'_>,
     ) -> Result<bool, StoreError> {
-        let Read { mut at, slots } = self.read(turn, opener, share(deadline, 2))?;
+        let Read { mut at, slots } = self.read(&opener.share(2))?;
         let mut is_more = map.has_lost_another_than(&at);
         self.wanted = map.unknown().into_iter().filter(|wanted| !at.contains(wanted)).collect();
         at.extend(self.wanted.iter().cloned());
         self.unreachable.clear();
         let count = at.len();
         for (node, at) in at.into_iter().enumerate().filter(|(_, at)| !map.has(at)) {
-            let end = share(deadline, count - node);
-            match self.takes_writes(&at, slots.device_at(node).as_ref(), layout, opener, end) {
+            let device = slots.device_at(node);
+            match takes_writes(&at, device, layout, &opener.share(count - node)) {
                 Ok(()) => is_more = true,
                 Err(error) => {
                     log::debug!("{error}");
@@ -440,25 +407,21 @@ impl Masters {
         }
         if is_more || map.serves() { Ok(is_more) } else { Err(map.lost()) }
     }
+}
 
-    fn takes_writes(
-        &self,
-        at: &HostPort,
-        device: Option<&DeviceId>,
-        layout: &Layout,
-        opener: &Opener<'_>,
-        deadline: Instant,
-    ) -> Result<(), StoreError> {
-        let mut name = Name::new(at.clone(), "", self.seeds.server.tls);
-        let mut connection = opener.open_by_name(&mut name, 0, deadline)?;
-        let mut commands = Commands::default();
-        commands.ask(layout.write_nothing(device.ok_or(StoreError::Undecided)?));
-        let replies = connection.round_trip(&commands, deadline).map_err(StoreError::Down)?;
-        match commands.judge(replies) {
-            // A node without slots says where they are.
-            Err(error) if !error.to_string().contains("MOVED") => Err(error),
-            _ => Ok(()),
-        }
+fn takes_writes(
+    at: &HostPort,
+    device: Option<DeviceId>,
+    layout: &Layout,
+    opener: &Opener<'_>,
+) -> Result<(), StoreError> {
+    let mut connection = opener.open(&mut Name::new(at.clone(), "", opener.tls.is_some()))?;
+    let mut commands = Commands::default();
+    commands.ask(layout.write_nothing(&device.ok_or(StoreError::Undecided)?));
+    match commands.judge(connection.round_trip(&commands, opener.deadline)?) {
+        // A node without slots says where they are.
+        Err(error) if !error.to_string().contains("MOVED") => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -519,21 +482,16 @@ impl Name {
         Name { at, server, under_way: None }
     }
 
-    /// The first address that takes a connection. None may use more than its share of the time: the
-    /// first of two may be one that swallows everything.
-    fn connect(
-        &mut self,
-        turn: usize,
-        deadline: Instant,
-    ) -> Result<(TimedSocket, Target), StoreError> {
-        let unknown = |error: io::Error, server: &Server| server.down(&error, Stage::LookUp);
-        let found = self.look_up(deadline);
-        let addresses = found.map_err(|error| unknown(error, &self.server))?;
-        let none = || unknown(io::ErrorKind::NotFound.into(), &self.server);
-        first_of(addresses.len(), turn, deadline, none(), |index, end| {
+    /// The first address that takes a connection: the first of two may be one that swallows everything.
+    fn connect(&mut self, opener: &Opener<'_>) -> Result<(TimedSocket, Target), StoreError> {
+        let found = self.look_up(opener.deadline);
+        let unknown = |error: io::Error| self.server.down(&error, Stage::LookUp);
+        let addresses = found.map_err(unknown)?;
+        let none = || unknown(io::ErrorKind::NotFound.into());
+        first_of(addresses.len(), opener, none(), |index, opener| {
             let address = *addresses.get(index).ok_or_else(none)?;
             let target = Target { address: address.into(), server: Arc::clone(&self.server) };
-            Ok((connect(&target, end)?, target))
+            Ok((opener.connect(&target)?, target))
         })
     }
 

@@ -32,6 +32,7 @@ mod pool;
 mod redeem;
 mod reply;
 mod rows;
+pub(super) mod runs;
 mod stream;
 
 use std::sync::Arc;
@@ -42,25 +43,37 @@ use crate::clock::{self, Now};
 use crate::config;
 use crate::devices::identity::Identity;
 use crate::jwt::Signer;
+use crate::mac::MacKey;
 use crate::metrics::Metrics;
-use crate::store::failover::{Hello, OurCa, Remote, runs};
 use crate::store::{Answer, Down, Op, Rows, Status, StoreError};
+pub(crate) use redis::FromRedisValue;
 
 use cluster::{Nodes, Route};
 pub(crate) use command::{Ask, Command, Commands};
 use flow::{Context, Next};
+pub use greeting::Hello;
 use layout::Layout;
 pub(crate) use line::Line;
 use name::Name;
 use pool::Pool;
 pub(crate) use reply::{Info, Reply, is_denied};
+pub use runs::RunFile;
 
 /// The set of live tokens is pruned with every so many additions, of twice as many entries at most …
 const PRUNE_EVERY: u64 = 64;
 /// … and when so much time has passed.
 const PRUNE_EVERY_MS: u64 = 60_000;
 
-/// The store of tokens in Redis.
+/// What instances of one CA know each other by.
+#[derive(Clone, Debug)]
+pub struct OurCa {
+    /// SHA-256 of the CA's certificate.
+    pub fingerprint: String,
+    /// Seals the rows of devices.
+    pub mac_key: MacKey,
+}
+
+/// The store of tokens in Redis, which can be lost and found again.
 pub struct RedisStore {
     pool: Pool,
     context: Context,
@@ -75,7 +88,7 @@ pub struct RedisStore {
 }
 
 impl RedisStore {
-    /// A store without a connection yet; see [`Remote::connect`]. Without an instance it sets no marks.
+    /// A store without a connection yet; see [`RedisStore::connect`]. Without an instance it sets no marks.
     pub fn new(
         config: &config::Redis,
         instance: Option<(Identity, Arc<dyn Rows>)>,
@@ -189,14 +202,14 @@ impl RedisStore {
         }
         Ok(())
     }
-}
 
-impl Remote for RedisStore {
-    fn line(&self) -> u64 {
+    /// The connections that there are now; others are made by [`RedisStore::connect`] only.
+    pub fn line(&self) -> u64 {
         self.pool.generation()
     }
 
-    fn run_on(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer> {
+    /// As [`TokenStore::run`](crate::store::TokenStore::run), over these connections and no others.
+    pub fn run_on(&self, line: u64, ops: &[Op], now: Now) -> Vec<Answer> {
         let mut operations: Vec<Next> =
             ops.iter().map(|op| flow::of(op, &self.context, now)).collect();
         operations.extend(self.prune(ops, now));
@@ -209,18 +222,22 @@ impl Remote for RedisStore {
         operations.into_iter().map(Next::into_answer).collect()
     }
 
-    fn status(&self) -> Status {
+    /// How the server is.
+    pub(super) fn status(&self) -> Status {
         let now = clock::now();
         Status {
             redis_enabled: true,
-            redis_serves: self.pool.is_open(),
             lacks_replicas: self.context.replicas.are_lacking(now),
             round_trip: Duration::from_micros(self.round_trip_us.load(Ordering::Relaxed)),
             clock_is_ahead_ms: self.context.clock.ours_is_ahead_ms(now),
             ..Status::default()
         }
     }
-    fn connect(&self, ca: Option<&OurCa>) -> Result<Hello, StoreError> {
+
+    /// Drops all connections, makes new ones (looking the name up again) and proves that the server
+    /// can be written to. Enters the CA's fingerprint unless there is one. Blocks; only the supervisor
+    /// calls it.
+    pub fn connect(&self, ca: Option<&OurCa>) -> Result<Hello, StoreError> {
         if let Some(ca) = ca {
             self.context.mac_key.get_or_init(|| ca.mac_key.clone());
         }
@@ -231,17 +248,20 @@ impl Remote for RedisStore {
         self.pool.reopen(greet, clock::now())
     }
 
-    fn disconnect(&self) {
+    pub(super) fn disconnect(&self) {
         self.pool.close();
     }
 
-    fn was_cut(&self, now: Now) -> bool {
+    /// The server has closed a connection while nobody used it. Waits for nothing.
+    pub(super) fn was_cut(&self, now: Now) -> bool {
         self.pool.was_cut(now)
     }
 
-    fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError> {
+    /// Asks on each connection that nobody uses whether it still leads to this run of the server,
+    /// which also keeps it from being forgotten on the way.
+    pub(super) fn look(&self, run_id: Option<&str>, now: Now) -> Result<(), StoreError> {
         let deadline = || Instant::now() + self.timeout;
-        let any = self.pool.take(self.pool.generation(), deadline()).map_err(StoreError::Down)?;
+        let any = self.pool.take(self.pool.generation(), deadline())?;
         let mut next = Some(any);
         while let Some(mut nodes) = next {
             self.look_over(&mut nodes, run_id, deadline(), now)?;
@@ -251,11 +271,14 @@ impl Remote for RedisStore {
         Ok(())
     }
 
-    fn missing(&self) -> Option<String> {
+    /// Why a part of the keys is out of reach ([`DownKind::Part`](crate::store::DownKind::Part)), if one
+    /// is.
+    pub(super) fn missing(&self) -> Option<String> {
         self.pool.missing()
     }
 
-    fn can_reach_more(&self) -> Result<bool, StoreError> {
+    /// Whether more is in reach than the present connections reach. Blocks, beside those who are served.
+    pub(super) fn can_reach_more(&self) -> Result<bool, StoreError> {
         self.pool.can_reach_more(&self.context.layout)
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::cause::Server;
 use super::cluster::{Map, Nodes};
 use super::layout::Layout;
-use super::locate::{Locator, Opener};
+use super::locate::Locator;
 use crate::clock::Now;
 use crate::config;
 use crate::socket::time_left;
@@ -63,10 +63,6 @@ impl Pool {
             state: Mutex::default(),
             put_back: Condvar::new(),
         }
-    }
-
-    pub fn is_open(&self) -> bool {
-        locked(&self.state).open > 0
     }
 
     /// The other side has closed a connection that was idle. Waits for nothing.
@@ -142,8 +138,9 @@ impl Pool {
     /// connection.
     pub fn can_reach_more(&self, layout: &Layout) -> Result<bool, StoreError> {
         let Some(map) = self.map() else { return Ok(false) };
-        let deadline = Instant::now() + self.connect_timeout;
-        locked(&self.locator).can_reach_more(&map, layout, &self.opener()?, deadline)
+        let mut locator = locked(&self.locator);
+        let opener = locator.opener(&self.config, Instant::now() + self.connect_timeout)?;
+        locator.can_reach_more(&map, layout, &opener)
     }
 
     /// Closes what is idle, and what is in use when it comes back.
@@ -154,10 +151,6 @@ impl Pool {
         state.idle.clear();
         state.map = None;
         self.put_back.notify_all();
-    }
-
-    fn opener(&self) -> Result<Opener<'_>, StoreError> {
-        Opener::new(&self.config).map_err(|why| StoreError::Down(self.server.unusable(why)))
     }
 
     /// Looks the name up again, connects, greets on the last connection, and replaces all
@@ -190,12 +183,13 @@ impl Pool {
     ) -> Result<(Vec<Nodes>, T), StoreError> {
         let begun = Instant::now();
         let deadline = begun + self.connect_timeout;
-        let opener = self.opener()?;
-        let mut last = locator.open(&opener, deadline)?;
+        let opener = locator.opener(&self.config, deadline)?;
+        let mut last = locator.open(&opener)?;
+        let early = opener.until(deadline - self.connect_timeout / 2);
         let mut fresh = Vec::with_capacity(self.size);
         let mut refused = None;
         while refused.is_none() && fresh.len() + 1 < self.size {
-            match opener.open_again(&last, deadline - self.connect_timeout / 2) {
+            match early.open_again(&last) {
                 Ok(nodes) => fresh.push(std::mem::replace(&mut last, nodes)),
                 Err(error) => refused = Some(error),
             }

@@ -1,8 +1,6 @@
 //! Replies, and what can be read in one.
 
-use std::collections::HashMap;
-
-use redis::Value;
+use redis::{FromRedisValue, Value};
 
 use super::command::{Ask, Command, Commands};
 use crate::store::{Down, StoreError};
@@ -45,74 +43,32 @@ impl Reply {
         self.0.as_ref().err()
     }
 
-    /// A text, or nothing where the key is not there.
-    pub fn text(self) -> Result<Option<String>, StoreError> {
-        match self.0? {
-            Value::Nil => Ok(None),
-            Value::Okay => Ok(Some("OK".to_owned())),
-            Value::SimpleString(text) => Ok(Some(text)),
-            // Read otherwise, a value could never be compared with what stands there.
-            Value::BulkString(bytes) => {
-                String::from_utf8(bytes).map(Some).map_err(|_| unexpected("not UTF-8"))
-            }
-            Value::VerbatimString { text, .. } => Ok(Some(text)),
-            _ => Err(unexpected("not a text")),
-        }
+    /// The value, as what it should be.
+    ///
+    /// SECURITY: the crate's own error has the value in it.
+    pub fn read<T: FromRedisValue>(self) -> Result<T, StoreError> {
+        redis::from_redis_value(self.0?).map_err(|_| unexpected("of another type"))
     }
 
-    /// Any bytes; none where the key is not there.
-    pub fn bytes(self) -> Result<Vec<u8>, StoreError> {
-        match self.0? {
-            Value::Nil => Ok(Vec::new()),
-            Value::BulkString(bytes) => Ok(bytes),
-            _ => Err(unexpected("not a value")),
-        }
+    /// A text, or nothing where the key is not there.
+    pub fn text(self) -> Result<Option<String>, StoreError> {
+        self.read()
     }
 
     /// The items of a list; none where the key is not there.
     pub fn list(self) -> Result<Vec<Reply>, StoreError> {
-        match self.0? {
-            Value::Nil => Ok(Vec::new()),
-            Value::Array(items) => Ok(items.into_iter().map(|item| Reply(Ok(item))).collect()),
-            _ => Err(unexpected("not a list")),
-        }
-    }
-
-    /// The items of a list of so many, which stand for different things.
-    pub fn tuple<const N: usize>(self) -> Result<[Reply; N], StoreError> {
-        self.list()?.try_into().map_err(|_| unexpected("not as many items"))
+        let items: Vec<Value> = self.read()?;
+        Ok(items.into_iter().map(|item| Reply(Ok(item))).collect())
     }
 
     pub fn number(self) -> Result<i64, StoreError> {
-        match self.0? {
-            Value::Int(number) => Ok(number),
-            _ => Err(unexpected("not a number")),
-        }
+        self.read()
     }
 
     /// What `TIME` says, in milliseconds since 1970.
     pub fn time_ms(self) -> Result<u64, StoreError> {
-        let parts = self.texts()?;
-        let numbers: Option<Vec<u64>> = parts.iter().map(|part| part.parse().ok()).collect();
-        match numbers.as_deref() {
-            Some([seconds, micros]) => {
-                Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000))
-            }
-            _ => Err(unexpected("not a time")),
-        }
-    }
-
-    pub fn texts(self) -> Result<Vec<String>, StoreError> {
-        self.list()?.into_iter().map(|item| Ok(item.text()?.unwrap_or_default())).collect()
-    }
-
-    /// Lists of texts, in each of which names and values alternate.
-    pub fn maps(self) -> Result<Vec<HashMap<String, String>>, StoreError> {
-        let map = |item: Reply| {
-            let mut words = item.texts()?.into_iter();
-            Ok(std::iter::from_fn(|| Some((words.next()?, words.next()?))).collect())
-        };
-        self.list()?.into_iter().map(map).collect()
+        let (seconds, micros): (u64, u64) = self.read()?;
+        Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000))
     }
 }
 

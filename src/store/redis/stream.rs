@@ -7,76 +7,71 @@ use std::time::Instant;
 use rustls::crypto::ring;
 use rustls::pki_types::ServerName;
 use rustls::sign::SingleCertAndKey;
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 use crate::config::RedisTls;
 use crate::socket::TimedSocket;
 
 /// A connection, in plain or by TLS.
-pub(super) enum Stream {
-    Plain(TimedSocket),
-    Tls(Box<StreamOwned<ClientConnection, TimedSocket>>),
+pub(super) struct Stream {
+    socket: TimedSocket,
+    tls: Option<Box<ClientConnection>>,
 }
 
 impl Stream {
-    /// Shakes hands with the server that goes by the name `host`.
-    pub fn secured(socket: TimedSocket, tls: &Tls, host: &str) -> io::Result<Stream> {
+    /// With TLS, it shakes hands with the server that goes by the name `host`.
+    pub fn open(mut socket: TimedSocket, tls: Option<&Tls>, host: &str) -> io::Result<Stream> {
+        let Some(tls) = tls else { return Ok(Stream { socket, tls: None }) };
         let name = tls.server_name.as_deref().unwrap_or(host).to_owned();
         let server = ServerName::try_from(name).map_err(io::Error::other)?;
         let session = ClientConnection::new(Arc::clone(&tls.config), server);
-        let mut stream = StreamOwned::new(session.map_err(io::Error::other)?, socket);
-        while stream.conn.is_handshaking() {
-            stream.conn.complete_io(&mut stream.sock)?;
+        let mut session = session.map_err(io::Error::other)?;
+        while session.is_handshaking() {
+            session.complete_io(&mut socket)?;
         }
-        Ok(Stream::Tls(Box::new(stream)))
-    }
-
-    fn socket(&mut self) -> &mut TimedSocket {
-        match self {
-            Stream::Plain(socket) => socket,
-            Stream::Tls(stream) => &mut stream.sock,
-        }
+        Ok(Stream { socket, tls: Some(Box::new(session)) })
     }
 
     pub fn set_deadline(&mut self, deadline: Instant) {
-        self.socket().set_deadline(deadline);
+        self.socket.set_deadline(deadline);
     }
 
     /// The other side has closed it, or has sent what nobody asked for. Waits for nothing.
     pub fn has_ended(&mut self) -> bool {
-        self.socket().set_waiting(false);
+        self.socket.set_waiting(false);
         let found = self.read(&mut [0]);
-        self.socket().set_waiting(true);
+        self.socket.set_waiting(true);
         !found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 }
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Stream::Plain(socket) => socket.read(buffer),
-            Stream::Tls(stream) => stream.read(buffer),
+        match &mut self.tls {
+            None => self.socket.read(buffer),
+            Some(session) => rustls::Stream::new(&mut **session, &mut self.socket).read(buffer),
         }
     }
 }
 
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Stream::Plain(socket) => socket.write(bytes),
-            Stream::Tls(stream) => stream.write(bytes),
+        match &mut self.tls {
+            None => self.socket.write(bytes),
+            Some(session) => rustls::Stream::new(&mut **session, &mut self.socket).write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Stream::Plain(socket) => socket.flush(),
-            Stream::Tls(stream) => stream.flush(),
+        match &mut self.tls {
+            None => self.socket.flush(),
+            Some(session) => rustls::Stream::new(&mut **session, &mut self.socket).flush(),
         }
     }
 }
 
 /// What TLS handshakes need to know.
+#[derive(Clone)]
 pub(super) struct Tls {
     config: Arc<ClientConfig>,
     /// Whom the server's certificate must name, if that is not the host.

@@ -25,12 +25,12 @@ pub fn has(known: &str, run: &str) -> bool {
 /// Whether none of the masters that are in reach is another one than is known. When one that was away is
 /// back, or its place is another's, all are doubted: it may have lost what it was told, and others may have
 /// got its keys.
-pub(super) fn are_known(known: &str, runs: &str) -> bool {
+pub fn are_known(known: &str, runs: &str) -> bool {
     known == runs || !is_whole(runs) && runs.split(JOIN).all(|run| run == AWAY || has(known, run))
 }
 
 /// None is away.
-pub(super) fn is_whole(runs: &str) -> bool {
+pub fn is_whole(runs: &str) -> bool {
     !has(runs, AWAY)
 }
 
@@ -40,13 +40,13 @@ pub struct RunFile(pub PathBuf);
 
 impl RunFile {
     /// The run id, if one was kept.
-    pub(super) fn read(&self) -> Option<String> {
+    pub(in crate::store) fn read(&self) -> Option<String> {
         let read = files::read(&self.0).inspect_err(|error| log::warn!("{error}"));
         let text = String::from_utf8(read.ok()??).ok()?;
         Some(text.trim().to_owned()).filter(|run_id| !run_id.is_empty())
     }
 
-    pub(super) fn write(&self, run_id: &str) -> Result<(), FilesError> {
+    pub(in crate::store) fn write(&self, run_id: &str) -> Result<(), FilesError> {
         files::write_atomic(&self.0, format!("{run_id}\n").as_bytes(), 0o600)
     }
 }
