@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 
 use super::poll::{Interest, READ, WRITE, Watched, is_transient};
-use super::tls::{RECORD, Received, Stream};
+use super::tls::{RECORD, Stream};
 
 pub struct Client {
     stream: Watched<TcpStream>,
@@ -23,9 +23,7 @@ pub enum Tls {
 }
 
 pub enum Input {
-    /// Bytes, decrypted if they have to be.
     Bytes,
-    /// A step of the TLS handshake is to be computed.
     Handshake,
     Nothing,
     /// The client will send no more.
@@ -114,7 +112,7 @@ impl Client {
     pub fn return_tls(
         &mut self,
         tls: Box<Stream>,
-        outcome: Result<Received, rustls::Error>,
+        outcome: Result<bool, rustls::Error>,
         plain: &[u8],
         output: &[u8],
     ) -> io::Result<Input> {
@@ -134,15 +132,20 @@ impl Client {
     /// Writes what TLS has to say to what it received.
     fn understood(
         &mut self,
-        received: Result<Received, rustls::Error>,
+        received: Result<bool, rustls::Error>,
         plain: &[u8],
         output: &[u8],
     ) -> io::Result<Input> {
         self.write(output, 0)?;
         Ok(match received {
             Ok(_) if !plain.is_empty() => Input::Bytes,
-            Ok(Received::Taken) => Input::Nothing,
-            Ok(Received::End) => Input::End,
+            Ok(has_ended) => {
+                if has_ended {
+                    Input::End
+                } else {
+                    Input::Nothing
+                }
+            }
             Err(e) => {
                 log::debug!("TLS: {e}");
                 Input::TlsFailed

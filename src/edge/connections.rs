@@ -46,17 +46,16 @@ impl Connection {
     }
 }
 
-/// All connections, each in a place of its own.
 pub struct Connections {
     /// Boxed, so that places for 1,024 connections take 8 kB where there are none yet.
     places: Vec<Option<Box<Connection>>>,
     free: Vec<usize>,
-    timers: Timers,
+    pub timers: Timers,
     /// When each connection was last used, by the number of uses: its last request, or its beginning.
     used: Vec<u64>,
     uses: u64,
     per_address: PerAddress,
-    budget: Budget,
+    pub budget: Budget,
     handshakes: Option<Handshakes>,
     http: Http,
     classify: Classify,
@@ -83,18 +82,12 @@ impl Connections {
         }
     }
 
-    /// How many there may be.
     pub fn places(&self) -> usize {
         self.places.len()
     }
 
     pub fn open(&self) -> usize {
         self.places.len() - self.free.len()
-    }
-
-    /// Bytes held for all of them.
-    pub fn held(&self) -> usize {
-        self.budget.held()
     }
 
     pub fn get(&mut self, at: usize) -> Option<&mut Connection> {
@@ -104,18 +97,6 @@ impl Connections {
     /// The same, if it is still the one of this generation.
     pub fn get_of(&mut self, at: usize, generation: u64) -> Option<&mut Connection> {
         self.get(at).filter(|connection| connection.generation == generation)
-    }
-
-    pub fn next_due(&self) -> Option<u64> {
-        self.timers.next_due()
-    }
-
-    pub fn expired(&mut self, now: Now) -> Vec<usize> {
-        self.timers.expired(now.mono_ms)
-    }
-
-    pub fn late(&self, at: usize, now: Now) -> Option<Wait> {
-        self.timers.late(at, now.mono_ms)
     }
 
     /// Tells a connection's session what has happened. A request that is to be dispatched has this

@@ -30,7 +30,6 @@ const TOGETHER: usize = 16 * 1024;
 pub struct Driver {
     pub connections: Connections,
     pub lanes: Lanes,
-    /// The time of this turn of the loop.
     pub now: Now,
     counters: Arc<EdgeCounters>,
     date: Date,
@@ -172,9 +171,10 @@ impl Driver {
 
     /// Tells all connections that are past a deadline.
     pub fn expire(&mut self) {
-        for at in self.connections.expired(self.now) {
+        let now_ms = self.now.mono_ms;
+        for at in self.connections.timers.expired(now_ms) {
             // Room that was made for one may have closed another.
-            let Some(wait) = self.connections.late(at, self.now) else { continue };
+            let Some(wait) = self.connections.timers.late(at, now_ms) else { continue };
             if !matches!(wait, Wait::KeepAlive | Wait::Linger) {
                 self.counters.timed_out.add(1);
             }
@@ -196,7 +196,7 @@ impl Driver {
         self.counters.lanes_lost.set(self.lanes.losses());
         self.counters.lanes_down.set(self.lanes.down());
         self.counters.open.set(self.connections.open() as u64);
-        self.counters.held_bytes.set(self.connections.held() as u64);
+        self.counters.held_bytes.set(self.connections.budget.held() as u64);
     }
 
     /// Something happened on a connection: does what follows from it.

@@ -57,7 +57,6 @@ impl<T> Inbox<T> {
         self.0.asleep.store(false, Ordering::SeqCst);
     }
 
-    /// Takes all messages, in the order in which they came.
     pub fn take(&self) -> Vec<T> {
         let mut state = locked(&self.0.state);
         state.bytes = 0;

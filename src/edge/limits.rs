@@ -33,7 +33,6 @@ impl PerAddress {
     }
 }
 
-/// All bytes held for clients.
 pub struct Budget {
     max: usize,
     held: Held,
@@ -89,7 +88,6 @@ impl Budget {
         self.held.all <= if Self::is_small(bytes) { self.max } else { self.max - self.max / 4 }
     }
 
-    /// At most [`SMALL`].
     pub fn is_small(bytes: usize) -> bool {
         bytes <= SMALL
     }

@@ -30,7 +30,6 @@ const WAKE: u64 = u64::MAX;
 /// What happened to the socket with this key.
 #[derive(Clone, Copy, Debug)]
 pub struct Ready {
-    /// The key given to [`Poll::watch`].
     pub key: usize,
     /// There is something to read, be it the end or an error.
     pub readable: bool,
@@ -90,7 +89,6 @@ impl Poll {
         self.ready.iter().copied()
     }
 
-    /// A handle by which other threads end a wait.
     pub fn waker(&self) -> Waker {
         Waker(Arc::clone(&self.wake))
     }

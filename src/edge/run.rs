@@ -235,7 +235,7 @@ impl Edge {
     fn next_due_in(&self, now: Now) -> Option<Duration> {
         let listener = self.listener.as_ref().and_then(Listener::due);
         let Driver { connections, lanes, .. } = &self.driver;
-        let due = [connections.next_due(), lanes.next_due(), listener];
+        let due = [connections.timers.next_due(), lanes.next_due(), listener];
         let next = due.into_iter().flatten().min()?;
         Some(Duration::from_millis(next.saturating_sub(now.mono_ms)))
     }

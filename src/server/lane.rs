@@ -181,12 +181,13 @@ pub struct Batch {
     pub requests: Vec<Request>,
     /// The number of each.
     numbers: Vec<u64>,
+    replies: Vec<Reply>,
     outbox: Outbox,
 }
 
 impl Batch {
     fn new(outbox: Outbox) -> Self {
-        Batch { requests: Vec::new(), numbers: Vec::new(), outbox }
+        Batch { requests: Vec::new(), numbers: Vec::new(), replies: Vec::new(), outbox }
     }
 
     fn bytes(&self) -> usize {
@@ -212,25 +213,20 @@ impl Batch {
 
     /// Answers the requests with these, in order.
     pub fn answer(mut self, replies: Vec<Reply>) {
-        self.send(replies);
-    }
-
-    fn send(&mut self, replies: Vec<Reply>) {
-        let mut replies = replies.into_iter();
-        let numbered = std::mem::take(&mut self.numbers).into_iter().zip(&self.requests);
-        let answer = |(number, request): (u64, &Request)| {
-            (number, replies.next().unwrap_or_else(|| unanswered(&request.path)))
-        };
-        let answers: Vec<_> = numbered.map(answer).collect();
-        if !answers.is_empty() {
-            (self.outbox)(answers);
-        }
+        self.replies = replies;
     }
 }
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        self.send(Vec::new());
+        let mut replies = std::mem::take(&mut self.replies).into_iter();
+        let answer = |(number, request): (u64, &Request)| {
+            (number, replies.next().unwrap_or_else(|| unanswered(&request.path)))
+        };
+        let answers: Vec<_> = self.numbers.drain(..).zip(&self.requests).map(answer).collect();
+        if !answers.is_empty() {
+            (self.outbox)(answers);
+        }
     }
 }
 

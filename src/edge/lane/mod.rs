@@ -22,7 +22,6 @@ const PROOF_MS: u64 = 2_000;
 /// The pause before a lost lane is opened again; doubled each time, up to the second.
 const RETRY_MS: (u64, u64) = (50, 5_000);
 
-/// All lanes.
 pub struct Lanes {
     lanes: Vec<Lane>,
     /// How long a worker may take for a request.
@@ -74,7 +73,6 @@ impl Lanes {
         Ok(Lanes { lanes, work_ms, number, losses: 0 })
     }
 
-    /// A number for one more request.
     pub fn next_number(&mut self) -> u64 {
         self.number += 1;
         self.number
@@ -174,12 +172,10 @@ impl Lanes {
         self.lanes.iter().all(|lane| lane.is_up && !lane.is_unproven)
     }
 
-    /// How often lanes were lost.
     pub fn losses(&self) -> u64 {
         self.losses
     }
 
-    /// How many cannot be used now.
     pub fn down(&self) -> u64 {
         self.lanes.iter().filter(|lane| !lane.is_up).count() as u64
     }

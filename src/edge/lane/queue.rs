@@ -11,7 +11,6 @@ const QUICK_MS: u64 = 1;
 /// Room for requests that is kept; beyond it, memory is given back when they are written.
 const KEPT: usize = 64 * 1024;
 
-/// The requests of one lane.
 #[derive(Default)]
 pub struct Queue {
     waiting: VecDeque<Waiting>,
@@ -23,7 +22,6 @@ pub struct Queue {
 /// A request that waits for its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Waiting {
-    /// The request's number.
     pub number: u64,
     /// The place of the connection that it came on; `None` if the edge itself asks.
     pub at: Option<usize>,
@@ -31,20 +29,17 @@ pub struct Waiting {
 }
 
 impl Queue {
-    /// Adds a request.
     pub fn push(&mut self, number: u64, at: Option<usize>, bytes: &[u8], now_ms: u64) {
         self.waiting.push_back(Waiting { number, at, since_ms: now_ms });
         self.out.extend_from_slice(bytes);
     }
 
-    /// Takes out the request with this number.
     pub fn answered(&mut self, number: u64) -> Option<Waiting> {
         // A worker answers in order: it is the first, or one of the first.
         let place = self.waiting.iter().position(|waiting| waiting.number == number)?;
         self.waiting.remove(place)
     }
 
-    /// How many wait.
     pub fn len(&self) -> usize {
         self.waiting.len()
     }
@@ -59,7 +54,6 @@ impl Queue {
         self.waiting.front().is_none_or(|first| now_ms.saturating_sub(first.since_ms) < QUICK_MS)
     }
 
-    /// What is to be written.
     pub fn unwritten(&self) -> &[u8] {
         self.out.get(self.written..).unwrap_or_default()
     }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use super::Acceptor;
-use super::stream::{Received, Stream};
+use super::stream::Stream;
 use super::turns::Turns;
 use crate::locks::locked;
 use crate::subscriber::Subscriber;
@@ -37,7 +37,8 @@ pub struct Computed {
     /// What the client sent behind its handshake.
     pub plain: Vec<u8>,
     pub output: Vec<u8>,
-    pub outcome: Result<Received, rustls::Error>,
+    /// Whether the client will send no more.
+    pub outcome: Result<bool, rustls::Error>,
 }
 
 /// The thread, for the edge.

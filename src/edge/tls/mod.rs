@@ -25,7 +25,7 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 
 pub use handshakes::{Computed, HandshakeStep, Handshakes};
-pub use stream::{RECORD, Received, STATE_HELD, Stream};
+pub use stream::{RECORD, STATE_HELD, Stream};
 
 use crate::locks::locked;
 
@@ -33,7 +33,6 @@ use crate::locks::locked;
 /// ticket of its session. A certificate of ours has 500, one of RSA 4096 with its CA 3,000.
 const CERTIFICATES_MAX: usize = 8 * 1024;
 
-/// The configuration that new connections get.
 pub struct Acceptor {
     config: Mutex<Option<Arc<ServerConfig>>>,
 }
@@ -44,14 +43,12 @@ impl Acceptor {
         Ok(Acceptor { config: Mutex::new(shown.map(server_config).transpose()?) })
     }
 
-    /// Shows another certificate from now on.
     pub fn replace(&self, shown: Arc<CertifiedKey>) -> Result<(), rustls::Error> {
         let config = server_config(shown)?;
         *locked(&self.config) = Some(config);
         Ok(())
     }
 
-    /// The server's side of a new connection.
     pub fn accept(&self) -> Result<Stream, rustls::Error> {
         let config = locked(&self.config).clone();
         Stream::new(config.ok_or_else(|| rustls::Error::General("no certificate yet".into()))?)

@@ -37,14 +37,7 @@ pub struct Stream {
     failed: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Received {
-    Taken,
-    End,
-}
-
 impl Stream {
-    /// The server's side of a new connection.
     pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
         let connection = UnbufferedServerConnection::new(config)?;
         Ok(Stream { connection, input: Vec::new(), ended: false, failed: false })
@@ -91,13 +84,9 @@ impl Stream {
         self.input.extend_from_slice(bytes);
     }
 
-    /// Goes on with what was [`put`](Stream::put), and appends what it says to `plain`.
-    /// The alert that tells the client of an error is in the output.
-    pub fn advance(
-        &mut self,
-        plain: &mut Vec<u8>,
-        output: &mut Vec<u8>,
-    ) -> Result<Received, Error> {
+    /// Goes on with what was [`put`](Stream::put), and appends what it says to `plain`. Returns whether
+    /// the client will send no more. The alert that tells it of an error is in the output.
+    pub fn advance(&mut self, plain: &mut Vec<u8>, output: &mut Vec<u8>) -> Result<bool, Error> {
         let mut input = std::mem::take(&mut self.input);
         let (used, outcome) = process(&mut self.connection, &mut input, output, plain);
         input.drain(..used);
@@ -108,7 +97,7 @@ impl Stream {
         if self.input.len() >= INPUT_MAX {
             return Err(Error::General("a handshake message is too large".into()));
         }
-        Ok(if self.ended && plain.is_empty() { Received::End } else { Received::Taken })
+        Ok(self.ended)
     }
 
     /// Encrypts `plain`, which is [`RECORD`] bytes at most.

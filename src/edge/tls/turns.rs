@@ -30,7 +30,6 @@ impl<T> Default for Turns<T> {
 }
 
 impl<T> Turns<T> {
-    /// Adds what waits for a turn of this subscriber.
     pub fn push(&mut self, subscriber: Subscriber, item: T) {
         self.waiting.push((subscriber, item));
     }

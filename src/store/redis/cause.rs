@@ -45,11 +45,6 @@ impl Server {
         Down { lasting, ..self.lost(why, stage == Stage::Service) }
     }
 
-    /// As [`Server::failed`], where nothing was sent yet.
-    pub fn down(&self, error: &io::Error, stage: Stage) -> StoreError {
-        StoreError::Down(self.failed(error, stage))
-    }
-
     /// It cannot be used until somebody changes something.
     pub fn unusable(&self, why: impl fmt::Display) -> Down {
         Down { lasting: true, ..self.lost(why, false) }

@@ -26,7 +26,6 @@ use crate::device::DeviceId;
 use crate::socket::{deadline_in, time_left};
 use crate::store::{Down, DownKind, StoreError, locked};
 
-/// Slots of a cluster.
 const SLOTS: u16 = 16_384;
 /// More nodes than a cluster has, so that one that lies cannot fill the memory.
 pub(super) const NODES_MOST: usize = 1024;
@@ -297,7 +296,6 @@ impl Redirection {
     }
 }
 
-/// A command on its way.
 struct Item<'a> {
     /// Whose it is in the batch.
     owner: usize,
@@ -393,7 +391,6 @@ impl Nodes {
         server.map_or(StoreError::Undecided, |server| StoreError::Down(server.unusable(why)))
     }
 
-    /// As [`Nodes::run`], of one.
     pub fn ask(&mut self, commands: &Commands, deadline: Instant) -> Replies {
         self.run(&[commands], deadline).pop().unwrap_or_default()
     }

@@ -15,7 +15,6 @@ use crate::store::StoreError;
 const LOOKING: [&str; 8] =
     ["GET", "EXISTS", "PTTL", "HGET", "ZCOUNT", "ZRANGEBYSCORE", "TIME", "INFO"];
 
-/// One command.
 pub(crate) struct Command {
     words: usize,
     /// The words, each with its length before it.
@@ -88,7 +87,6 @@ impl Command {
     }
 }
 
-/// Commands that go out together.
 #[derive(Default)]
 pub(crate) struct Commands {
     asked: Vec<Asked>,

@@ -26,7 +26,6 @@ pub(super) struct Target {
     pub server: Arc<Server>,
 }
 
-/// One connection to Redis.
 pub(super) struct Connection {
     stream: Stream,
     parser: Parser,

@@ -80,7 +80,7 @@ impl Opener<'_> {
 
     fn connect(&self, target: &Target) -> Result<TimedSocket, StoreError> {
         let socket = TimedSocket::connect(&target.address, self.deadline);
-        socket.map_err(|error| target.server.down(&error, Stage::Connect))
+        socket.map_err(|error| target.server.failed(&error, Stage::Connect).into())
     }
 
     fn enter(
@@ -92,7 +92,7 @@ impl Opener<'_> {
     ) -> Result<Connection, StoreError> {
         socket.set_deadline(self.deadline);
         let stream = Stream::open(socket, self.tls.as_ref(), &target.server.host);
-        let stream = stream.map_err(|error| target.server.down(&error, Stage::Handshake))?;
+        let stream = stream.map_err(|error| target.server.failed(&error, Stage::Handshake))?;
         let mut connection = Connection::new(stream, target);
         connection.log_in(login, db, self.deadline)?;
         Ok(connection)
@@ -156,7 +156,8 @@ impl Locator {
         let opened = match &mut self.way {
             Way::Name(name) => opener.open(name).map(one),
             Way::Socket(path, server) => {
-                let address = SockAddr::unix(path).map_err(|e| server.down(&e, Stage::Connect))?;
+                let address =
+                    SockAddr::unix(path).map_err(|e| server.failed(&e, Stage::Connect))?;
                 opener.open_at(Target { address, server: Arc::clone(server) }).map(one)
             }
             Way::Sentinels(watched) => watched.open(opener).map(one),
@@ -485,7 +486,7 @@ impl Name {
     /// The first address that takes a connection: the first of two may be one that swallows everything.
     fn connect(&mut self, opener: &Opener<'_>) -> Result<(TimedSocket, Target), StoreError> {
         let found = self.look_up(opener.deadline);
-        let unknown = |error: io::Error| self.server.down(&error, Stage::LookUp);
+        let unknown = |error: io::Error| self.server.failed(&error, Stage::LookUp).into();
         let addresses = found.map_err(unknown)?;
         let none = || unknown(io::ErrorKind::NotFound.into());
         first_of(addresses.len(), opener, none(), |index, opener| {
