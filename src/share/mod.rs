@@ -89,6 +89,8 @@ struct State {
     /// Something was left out that lies where a part of the server is away. It is made up for when all
     /// of it is in reach.
     is_partial: bool,
+    /// The server has no room for certificates.
+    is_filling: bool,
     ignored: u64,
     /// When all was read that had been announced, by [`Now::mono_ms`].
     read_ms: Option<u64>,
@@ -183,6 +185,7 @@ impl Sharing {
             shared: self.mode == Mode::Record
                 && state.trouble.is_none()
                 && !state.is_partial
+                && !state.is_filling
                 && state.read_ms.is_some(),
             behind_ms: match self.mode {
                 Mode::Alone => 0,

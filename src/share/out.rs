@@ -142,7 +142,7 @@ impl<E: Exchange> Turn<'_, E> {
     }
 
     /// So much is used that no certificate is put any more; everything else is.
-    fn is_filling(&mut self) -> Result<bool, StoreError> {
+    pub(super) fn is_filling(&mut self) -> Result<bool, StoreError> {
         let now_ms = clock::now().mono_ms;
         let progress = &mut self.progress;
         let is_fresh = |asked: u64| now_ms.saturating_sub(asked) < FULLNESS_MS;
@@ -160,6 +160,7 @@ impl<E: Exchange> Turn<'_, E> {
             progress.compare_ms = progress.compare_ms.min(now_ms + ROOM_AGAIN_MS);
         }
         (progress.filling, progress.filling_ms) = (filling, Some(now_ms));
+        self.parts.sharing.lock().is_filling = filling;
         Ok(filling)
     }
 }

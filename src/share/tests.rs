@@ -763,10 +763,13 @@ fn a_server_that_fills_gets_revocations_and_later_the_rest() {
     world.heal();
     assert!(world.all[1].revocations().contains_key(&serial));
     assert!(!world.all[1].serials().contains(&later));
+    let sharing = Arc::clone(&world.all[0].thread.parts.sharing);
+    assert!(!sharing.status(clock::now()).shared, "a certificate is not");
     world.server.lock().unwrap().is_filling = false;
     world.all[0].thread.progress.filling_ms = None;
-    world.revoke(0, later);
+    // Nothing else is to be told.
     world.all[0].attempt();
+    assert!(sharing.status(clock::now()).shared);
     let now = clock::now();
     world.all[0].thread.attempt(Now { mono_ms: now.mono_ms + 61_000, ..now });
     world.heal();

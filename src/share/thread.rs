@@ -184,6 +184,9 @@ impl<E: Exchange> Turn<'_, E> {
         // First: nothing is told where it cannot be announced.
         self.read()?;
         self.send()?;
+        if self.progress.filling {
+            self.is_filling()?; // that there is room again is not seen where nothing is to be told
+        }
         self.answer(asked)
     }
 

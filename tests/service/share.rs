@@ -698,6 +698,7 @@ fn a_redis_that_is_nearly_full_takes_no_certificate() {
     let full = "Redis is filling up: certificates are not shared any more, revocations are";
     within(SOON, "it is told", &[&all[0]], |service| service.log().contains(full));
     assert!(!redis.keys().iter().any(|key| key.starts_with("mqtt-lite:certs:")));
+    assert_eq!(record(&all[0])["shared"], false);
     let answer = revoke(&all[1], &d);
     assert_eq!(answer.status, 404, "nothing is known of it where it was asked: {}", answer.text());
     within(Duration::from_secs(5), "it is dead all the same", &[&all[0]], |service| {
