@@ -63,13 +63,14 @@ fn failed(error: impl fmt::Display) -> String {
     error.to_string()
 }
 
-/// Serves until SIGTERM or SIGINT. `reread` reads the configuration again, for SIGHUP.
+/// Serves until SIGTERM or SIGINT, which are caught already. `reread` reads the configuration again, for
+/// SIGHUP.
 pub fn run(
     config: &Config,
+    (starting, signals): (Arc<AtomicBool>, Signals),
     reread: impl Fn() -> Result<Config, ConfigError>,
 ) -> Result<(), String> {
     std::panic::set_hook(Box::new(|info| log::error!("{info}")));
-    let (starting, signals) = begin_signals().map_err(failed)?;
     let (kept, identity) = Kept::open(config)?;
     let store = kept.open_store(identity)?;
     kept.revoke_dead()?;
@@ -446,9 +447,9 @@ enum Event {
     Answering,
 }
 
-/// Until it serves there is nothing to finish: whoever stops it while the first is true is not made to
-/// wait for Redis.
-fn begin_signals() -> io::Result<(Arc<AtomicBool>, Signals)> {
+/// Catches signals from now on. Until it serves there is nothing to finish: whoever stops it while the
+/// first is true is not made to wait for Redis.
+pub fn catch_signals() -> io::Result<(Arc<AtomicBool>, Signals)> {
     let starting = Arc::new(AtomicBool::new(true));
     for signal in [SIGTERM, SIGINT] {
         flag::register_conditional_shutdown(signal, 0, Arc::clone(&starting))?;

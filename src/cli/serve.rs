@@ -8,11 +8,13 @@ use crate::logging;
 use crate::service;
 
 pub(super) fn run(given: &Given) -> Result<ExitCode, Failure> {
+    // First of all: a SIGHUP that is not caught ends the process.
+    let signals = service::catch_signals().map_err(failed)?;
     let config = given.config().map_err(usage)?;
     let journal = given.environment().map_err(usage)?.get("JOURNAL_STREAM");
     logging::init(&config.log, journal.as_deref()).map_err(failed)?;
     config.warnings.iter().for_each(|warning| log::warn!("{warning}"));
-    match service::run(&config, || given.config()) {
+    match service::run(&config, signals, || given.config()) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(e) if log::log_enabled!(log::Level::Error) => {
             log::error!("{e}");

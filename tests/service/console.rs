@@ -1,10 +1,12 @@
 //! The program under its operator: commands, signals, exit codes, and the lines on its console.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io::Read as _;
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -14,7 +16,7 @@ use crate::support::csr::{self, Csr};
 use crate::support::http::{Client, Connection};
 use crate::support::port::Port;
 use crate::support::redis::Redis;
-use crate::support::service::{ADMIN_KEY, Service, Setup};
+use crate::support::service::{ADMIN_KEY, Service, Setup, send_signal};
 use crate::support::{token, wait};
 
 #[test]
@@ -48,6 +50,30 @@ fn a_signal_stops_it_with_exit_code_0() {
         drop(idle);
         assert!(TcpStream::connect(("127.0.0.1", service.port())).is_err());
     }
+}
+
+/// Where it waits for its first setting, no more than its signals is set up.
+#[test]
+fn a_sighup_at_the_very_start_does_no_harm() {
+    let setup = Setup::new();
+    let (fifo, pid) = (setup.dir().join("environment"), setup.dir().join("pid"));
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let says_who = format!("echo $$ >{}; exec \"$@\"", pid.display());
+    let setup = setup.wrapper(&["sh", "-c", &says_who, "sh"]);
+    let setup = setup.args(&["--env-file", fifo.to_str().unwrap()]);
+    thread::scope(|scope| {
+        let started = scope.spawn(|| setup.start());
+        let mut writer = File::create(&fifo).unwrap();
+        let pid = fs::read_to_string(&pid).unwrap().trim().parse().unwrap();
+        send_signal(pid, "HUP");
+        // It is read again, at SIGHUP for example.
+        fs::write(fifo.with_extension("file"), "").unwrap();
+        fs::rename(fifo.with_extension("file"), &fifo).unwrap();
+        writer.write_all(b"REENROLL=deny\n").unwrap();
+        drop(writer);
+        let service = started.join().unwrap();
+        service.wait_for_log("SIGHUP: TLS certificate and key and the API keys were read again");
+    });
 }
 
 #[test]
