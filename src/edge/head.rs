@@ -110,12 +110,12 @@ pub fn read(buf: &[u8], context: Context<'_>, out: &mut Vec<u8>) -> Result<Head,
     };
     let (headers, is_1_0) = (&*request.headers, version == 0);
     check_host(headers, is_1_0)?;
-    let framing = framing(headers, is_1_0)?;
     let target = origin_form(method, target)?;
     let class = (context.classify)(method, path_of(&target));
     if class.https_only && !context.is_encrypted {
         return Err(Code::NotFound);
     }
+    let framing = framing(headers, is_1_0)?;
     let media_type = single(headers, "Content-Type")?;
     let is_json = media_type.is_some_and(|value| value.eq_ignore_ascii_case(JSON.as_bytes()));
     let sender = sender(context, class, is_json, headers);
@@ -416,12 +416,19 @@ mod tests {
 
     #[test]
     fn what_is_for_https_only_is_not_read_without() {
-        let head = b"POST /secure/x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\n";
-        let read = |is_encrypted| {
-            read(head, Context { is_encrypted, ..ORIGIN }, &mut Vec::new()).map(|head| head.framing)
-        };
-        assert_eq!(read(false), Err(Code::NotFound));
-        assert_eq!(read(true), Ok(Framing::Length(3)));
+        for (framing, encrypted) in [
+            ("Content-Length: 3", Ok(Framing::Length(3))),
+            ("Content-Length: 65537", Err(Code::BodyTooLarge)),
+            ("Transfer-Encoding: gzip", Err(Code::NotImplemented)),
+            ("Content-Length: x", Err(Code::BadRequest)),
+        ] {
+            let head = format!("POST /secure/x HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n");
+            let read = |is_encrypted| {
+                let context = Context { is_encrypted, ..ORIGIN };
+                read(head.as_bytes(), context, &mut Vec::new()).map(|head| head.framing)
+            };
+            assert_eq!((read(false), read(true)), (Err(Code::NotFound), encrypted), "{framing}");
+        }
     }
 
     #[test]

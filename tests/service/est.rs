@@ -422,6 +422,11 @@ fn nothing_is_read_over_plain_http() {
     );
     let answer = String::from_utf8(service.http.raw(expecting.as_bytes())).unwrap();
     assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("Connection: close"), "{answer}");
+    for framing in ["Content-Length: 99999999", "Transfer-Encoding: gzip", "Content-Length: x"] {
+        let head = format!("POST {ENROLL} HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n");
+        let answer = String::from_utf8(service.http.raw(head.as_bytes())).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 404"), "{framing}: {answer}");
+    }
     assert_eq!(service.serials().len(), 0);
     let metrics = service.http.get("/metrics").text();
     let mut seen = metrics.lines().filter(|line| line.contains("well-known/est"));
