@@ -371,18 +371,18 @@ pub(super) fn list(api: &Api, asked: &Asked<'_>, now: Now) -> Result<Plan, Probl
     let within = |name, least, most| {
         let wrong = || bad(format!("{name} must be a whole number from {least} to {most}"));
         let read = |text: String| text.parse().ok().filter(|n| (least..=most).contains(n));
-        request.query(name).map(|text| read(text).ok_or_else(wrong)).transpose()
+        request.query(name)?.map(|text| read(text).ok_or_else(wrong)).transpose()
     };
     let limit = within("limit", 1, LARGEST_PAGE)?.unwrap_or(100) as usize;
     let days = within("expires_within", 0, MOST_CERT_DAYS)?;
     let known = ["blocked", "registered", "active", "expired", "revoked", "unknown"];
-    let state = request.query("state");
+    let state = request.query("state")?;
     if state.as_deref().is_some_and(|state| !known.contains(&state)) {
         return Err(bad(format!("state must be one of {}", known.join(", "))));
     }
     let ends_before = days.map(|days| now.unix_s().saturating_add(days * DAY_S));
     let filter = Filter { state, ends_before };
-    let (after, prefix) = (request.query("after"), request.query("q"));
+    let (after, prefix) = (request.query("after")?, request.query("q")?);
     let (after, prefix) = (after.unwrap_or_default(), prefix.unwrap_or_default());
     let (found, next) = page(api, &after, &prefix, limit, &filter, now);
     Ok(Plan::Reply(match request.accepts(CSV) {

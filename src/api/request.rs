@@ -79,10 +79,13 @@ impl Request {
         self.bearer().is_some_and(|given| key.matches(given.as_bytes()))
     }
 
-    /// What the query says of `name`, the first time.
-    pub fn query(&self, name: &str) -> Option<String> {
-        let mut pairs = form_urlencoded(&self.query);
-        pairs.find(|(key, _)| key == name).map(|(_, value)| value)
+    /// What the query says of `name`. A second time would leave open which of the two counts.
+    pub fn query(&self, name: &str) -> Result<Option<String>, Problem> {
+        let mut pairs = form_urlencoded(&self.query).filter(|(key, _)| key == name);
+        match (pairs.next(), pairs.next()) {
+            (pair, None) => Ok(pair.map(|(_, value)| value)),
+            (_, Some(_)) => Err(bad_value(format!("{name} stands twice"))),
+        }
     }
 
     /// Whether the query says `<name>=true`; it may say `false`.
@@ -92,7 +95,7 @@ impl Request {
 
     /// Whether the query says `<name>=<value>`; it may say what `usual` is.
     pub fn says(&self, name: &str, value: &str, usual: &str) -> Result<bool, Problem> {
-        match self.query(name) {
+        match self.query(name)? {
             Some(given) if given == value => Ok(true),
             Some(given) if given != usual => {
                 Err(bad_value(format!("{name} must be {value} or {usual}")))
@@ -101,13 +104,21 @@ impl Request {
         }
     }
 
-    /// Whether `Accept` names the media type (RFC 9110, 12.5.1; a weight is not looked at).
+    /// Whether `Accept` names the media type (RFC 9110, 12.5.1; of weights only 0 counts: not at all).
     pub fn accepts(&self, media_type: &str) -> bool {
-        let ranges = self.accept.as_deref().unwrap_or_default().split(',');
-        ranges
-            .filter_map(|range| range.split(';').next())
-            .any(|range| range.trim().eq_ignore_ascii_case(media_type))
+        let is_named = |range: &str| {
+            let mut parts = range.split(';').map(str::trim);
+            parts.next().is_some_and(|range| range.eq_ignore_ascii_case(media_type))
+                && !parts.any(is_weightless)
+        };
+        self.accept.as_deref().unwrap_or_default().split(',').any(is_named)
     }
+}
+
+/// Whether a parameter is the weight 0 (RFC 9110, 12.4.2).
+fn is_weightless(parameter: &str) -> bool {
+    let weight = parameter.strip_prefix(['q', 'Q']).and_then(|rest| rest.strip_prefix("=0"));
+    weight.is_some_and(|rest| rest.trim_matches(['.', '0']).is_empty())
 }
 
 /// The value in a query, or in a body, that is not allowed.
@@ -176,8 +187,37 @@ mod tests {
         let asked = |query: &str| Request { query: query.to_owned(), ..request(None, "") };
         assert_eq!(asked("block=%ff").flag("block").map_err(|p| p.code), Err(Code::BadRequest));
         assert_eq!(asked("q=%ff&block=t%72ue").flag("block"), Ok(true));
-        assert!(asked("q=%ff").query("q").is_some_and(|q| !q.is_empty()), "it filters");
-        assert_eq!(asked("q=a+b").query("q").as_deref(), Some("a b"));
+        assert!(asked("q=%ff").query("q").unwrap().is_some_and(|q| !q.is_empty()), "it filters");
+        assert_eq!(asked("q=a+b").query("q"), Ok(Some("a b".to_owned())));
+    }
+
+    #[test]
+    fn a_name_that_stands_twice_in_a_query() {
+        let flag = |query: &str| {
+            let request = Request { query: query.to_owned(), ..request(None, "") };
+            request.flag("block").map_err(|problem| (problem.code, problem.message().to_owned()))
+        };
+        let twice = (Code::BadRequest, "block stands twice".to_owned());
+        for query in ["block=true&block=false", "block=true&a=b&bl%6fck=true", "block&block"] {
+            assert_eq!(flag(query), Err(twice.clone()), "{query}");
+        }
+        assert_eq!(flag("a=1&block=true&a=2"), Ok(true), "as in a body, what nobody reads may");
+    }
+
+    #[test]
+    fn what_is_accepted() {
+        let accepts = |accept: &str| {
+            let accept = Some(accept.to_owned());
+            Request { accept, ..request(None, "") }.accepts("text/html")
+        };
+        for html in
+            ["text/html", "a/b, Text/HTML ;q=0.001", "text/html;level=0;q=1", "text/html; q=0.5"]
+        {
+            assert!(accepts(html), "{html}");
+        }
+        for other in ["*/*", "text/html;q=0", "text/html; level=1 ;Q=0.000", "text/html2", ""] {
+            assert!(!accepts(other), "{other}");
+        }
     }
 
     #[test]

@@ -625,7 +625,7 @@ fn the_list_is_paged_filtered_and_runs_in_no_spreadsheet() {
     }
     assert_eq!(ids("?expires_within=89"), [""; 0]);
     assert_eq!(ids("?expires_within=91"), ["-1", "b-1"]);
-    for bad in ["?limit=0", "?limit=x", "?state=lost", "?expires_within=-1"] {
+    for bad in ["?limit=0", "?limit=x", "?state=lost", "?expires_within=-1", "?limit=1&limit=2"] {
         check_error(&list(bad), 400, "BAD_REQUEST", bad);
     }
     let bearer = format!("Bearer {ADMIN_KEY}");

@@ -40,6 +40,8 @@ fn it_is_one_small_file_that_asks_for_nothing() {
         assert!(!page.text().replace(known, "").contains(foreign), "{foreign}");
     }
     check_error(&service.http.get("/"), 404, "NOT_FOUND", "not for a browser");
+    let no_html = service.http.request("GET", "/", &[("Accept", "text/html;q=0, */*")], b"");
+    check_error(&no_html, 404, "NOT_FOUND", "it says that it takes none");
     let off = served(Setup::new().env("PAGE", "off"));
     check_error(&html(&off), 404, "NOT_FOUND", "PAGE=off");
 }
