@@ -304,9 +304,10 @@ impl Config {
         let Http { host, workers, .. } = self.http;
         let (rule, is_reached) = (self.enrolment(), !host.is_loopback());
         let (key, has_admin) = (self.onboarding_api_key.as_ref(), !self.admin_keys.is_empty());
-        let keys =
-            [key.map(|_| &var::ONBOARDING_API_KEY), has_admin.then_some(&var::ADMIN_API_KEY)];
-        let keys: Vec<&str> = keys.into_iter().flatten().map(|variable| variable.name).collect();
+        let keys = [&var::ONBOARDING_API_KEY, &var::ADMIN_API_KEY, &var::ADMIN_API_KEYS];
+        let is_set = |name: &&str| self.shown.contains(&format!("{name}=(set)"));
+        let keys: Vec<&str> =
+            keys.map(|variable| variable.name).into_iter().filter(is_set).collect();
         let in_the_clear = is_reached && self.http.tls.is_none() && !keys.is_empty();
         let (why, mend) = match key {
             Some(_) => ("ENROLMENT=open", "set ENROLMENT=key"),
@@ -341,7 +342,7 @@ impl Config {
             ),
             if_so(
                 key.is_some_and(is_admins),
-                "ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke",
+                "ONBOARDING_API_KEY is an admin key, too: whoever may onboard may revoke",
             ),
             pool.filter(|pool| *pool <= workers).map(|pool| {
                 format!(

@@ -660,11 +660,18 @@ fn unwise_combinations_are_warned_of() {
     assert_eq!(warnings(&[("REENROLL", "allow"), onboarding]), [""; 0]);
     let tls = [onboarding, ("TLS_CERT", ROOT), ("TLS_KEY", "/pem/root.key")];
     assert_eq!(good(&tls).warnings, [""; 0]);
-    let same = [onboarding, ("ADMIN_API_KEY", onboarding.1), ("HTTP_HOST", "::1")];
+    let admins = ("ADMIN_API_KEYS", "anna:0123456789abcdef");
     assert_eq!(
-        good(&same).warnings,
-        ["ONBOARDING_API_KEY and ADMIN_API_KEY are the same: whoever may onboard may revoke"]
+        good(&[onboarding, admin, admins]).warnings[0],
+        format!("ONBOARDING_API_KEY and ADMIN_API_KEY and ADMIN_API_KEYS {seen}")
     );
+    assert!(good(&[admins]).warnings[0].starts_with("ADMIN_API_KEYS used without TLS"));
+    for same in [("ADMIN_API_KEY", onboarding.1), admins] {
+        assert_eq!(
+            good(&[onboarding, same, ("HTTP_HOST", "::1")]).warnings,
+            ["ONBOARDING_API_KEY is an admin key, too: whoever may onboard may revoke"]
+        );
+    }
     assert_eq!(
         warnings(&[("REDIS_HOST", "h")]),
         ["JWT_SECRET is unset: other instances on this Redis cannot verify our tokens"]
