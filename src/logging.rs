@@ -89,7 +89,7 @@ impl Style {
             self.write(&mut line, &record)
         };
         // A vector takes everything.
-        let _ = say(format_args!("{lost} lines of the log were lost: nobody took them in time"));
+        let _ = say(format_args!("lines of the log were lost, which nobody took in time: {lost}"));
         line
     }
 }

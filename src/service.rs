@@ -221,7 +221,7 @@ impl<'c> Kept<'c> {
         if !dead.is_empty() {
             let count = dead.len();
             log::warn!(
-                "{count} certificates were not revoked yet and are now: their time was over"
+                "certificates were not revoked yet and are now, for their time was over: {count}"
             );
         }
         Ok(())

@@ -238,7 +238,7 @@ fn validity(shown: &CertifiedKey) -> Option<(u64, u64)> {
 fn say(sums: &[Sum]) {
     for Sum { code, count, seconds, level } in sums {
         let code = code.row().1;
-        log::log!(*level, "{count} more requests were refused within {seconds} s: {code}");
+        log::log!(*level, "more requests were refused within {seconds} s, {code}: {count}");
     }
 }
 

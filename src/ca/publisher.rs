@@ -177,8 +177,8 @@ impl Publisher {
         let serial = named(&|c| c.serial.to_string(), ",");
         log::warn!(
             serial;
-            "the clock was ahead when {} certificates were signed, which nobody takes until then: \
-             {}{}",
+            "the clock was ahead when certificates were signed, which nobody takes until then, {} of \
+             them: {}{}",
             later.len(),
             named(&|c| format!("{} of {}", c.serial, c.device), ", "),
             if later.len() > NAMED { " …" } else { "" }
@@ -318,7 +318,7 @@ impl Publisher {
             Ok(gone) => {
                 self.lock().forgot_ms = Some(now.mono_ms);
                 if !gone.is_empty() {
-                    log::info!("{} certificates that ended long ago are forgotten", gone.len());
+                    log::info!("certificates that ended long ago are forgotten: {}", gone.len());
                 }
             }
             Err(error) => log::error!("what ended long ago could not be forgotten yet: {error}"),

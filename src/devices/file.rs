@@ -56,7 +56,7 @@ impl DevicesFile {
         }
         files::warn_if_others_may_read(path);
         if rest.torn > 0 {
-            log::warn!("{}: {} torn lines were left out", path.display(), rest.torn);
+            log::warn!("torn lines of {} were left out: {}", path.display(), rest.torn);
         }
         let was = length.max(HEAD.len()) as u64;
         Ok(DevicesFile { path: path.to_owned(), unknown: rest.unknown, was, is: was })

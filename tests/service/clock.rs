@@ -107,7 +107,7 @@ fn a_clock_that_was_ahead() {
     let list = csr::openssl(&["crl", "-noout", "-text"], &service.read("ca/crl.pem"));
     assert!(list.contains(&gone.to_uppercase()), "{list}");
 
-    let warned = "the clock was ahead when 2 certificates were signed";
+    let warned = "the clock was ahead when certificates were signed, which nobody takes until then, 2 of them: ";
     let log = service.wait_for_log(warned);
     let line = log.lines().find(|line| line.contains(warned)).unwrap();
     for name in [format!("{made} of d"), format!("{gone} of gone")] {
@@ -132,7 +132,7 @@ fn a_start_after_a_clock_that_was_ahead() {
     clock.set_right();
     let mark = service.log().len();
     service.restart();
-    service.wait_for_log_after(mark, "the clock was ahead when 1 certificates were signed");
+    service.wait_for_log_after(mark, "the clock was ahead when certificates were signed, which nobody takes until then, 1 of them: ");
     let ca = service.data("ca/root-ca.crt").display().to_string();
     let crl = service.data("ca/crl.pem").display().to_string();
     let answer = service.enroll("e", &Csr::new("e").make());

@@ -265,7 +265,7 @@ fn a_certificate_that_is_newer_than_its_record() {
     let log = service.log();
     for line in [
         "the last line of ",
-        "1 certificates had no line in ",
+        "are entered, their tokens as used, 1 of them: ",
         "is no certificate of a device by this CA: moved to ",
     ] {
         assert!(log.contains(line), "{line}: {log}");

@@ -384,7 +384,7 @@ impl Record {
         if foreign > 0 {
             let index = dir.join(INDEX);
             log::info!(
-                "{foreign} lines of {} are no device's and no server's: they count for the CRL only",
+                "lines of {} are no device's and no server's, and count for the CRL only: {foreign}",
                 index.display()
             );
         }

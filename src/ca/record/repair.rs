@@ -93,8 +93,8 @@ impl Record {
             return Ok(files::sync_dir(&self.dir)?);
         }
         Err(RecordError::Unreadable(format!(
-            "{} is missing, but {CERTS}/ has {} certificates: restore it, or make an empty one to have \
-             them entered again, revoked if crl.pem lists them",
+            "{} is missing, but not the certificates in {CERTS}/ ({}): restore it, or make an empty one \
+             to have them entered again, revoked if crl.pem lists them",
             index.display(),
             strays.len()
         )))
@@ -267,15 +267,15 @@ impl Record {
                 plan.added.iter().take(NAMED).map(|new| new.row.serial.to_string()).collect();
             log::warn!(
                 serial = names.join(",");
-                "{} certificates had no line in {} and are entered, their tokens as used: {}{}",
-                plan.added.len(),
+                "certificates had no line in {} and are entered, their tokens as used, {} of them: {}{}",
                 self.dir.join(INDEX).display(),
+                plan.added.len(),
                 names.join(", "),
                 if plan.added.len() > NAMED { " …" } else { "" }
             );
         }
         if count > 0 {
-            log::warn!("{count} certificates that crl.pem lists were not revoked in {INDEX}");
+            log::warn!("certificates that crl.pem lists were not revoked in {INDEX}: {count}");
         }
         self.enter(&mut self.lock_writer(), &mut plan, ca)
     }
@@ -470,7 +470,7 @@ mod tests {
         for _ in 0..2 {
             let error = fixture.try_open().unwrap_err().to_string();
             assert!(
-                error.contains("index.txt is missing, but certs/ has 3 certificates"),
+                error.contains("index.txt is missing, but not the certificates in certs/ (3)"),
                 "{error}"
             );
         }

@@ -318,7 +318,7 @@ impl Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tally { tokens, marks, others } = self;
-        write!(f, "{tokens} tokens, {marks} marks and {others} other changes carried over")
+        write!(f, "tokens carried over: {tokens}, marks: {marks}, other changes: {others}")
     }
 }
 
