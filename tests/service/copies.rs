@@ -270,4 +270,5 @@ fn a_certificate_that_is_newer_than_its_record() {
     ] {
         assert!(log.contains(line), "{line}: {log}");
     }
+    assert_eq!(log.matches("certificates that cannot be read: 1").count(), 1, "{log}");
 }

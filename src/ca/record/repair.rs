@@ -285,12 +285,15 @@ impl Record {
     /// clock may be wrong), and what was recorded here, which other instances may not know yet.
     pub(super) fn load_last_day(&self, now_s: Option<u64>) {
         let (mut tokens, mut news, mut successors) = (Vec::new(), Vec::new(), Vec::new());
-        self.read_newest(is_recent(now_s, |at, slot, stored| {
+        let unread = self.read_newest(is_recent(now_s, |at, slot, stored| {
             tokens.extend(stored.origin.and_then(Origin::token).map(|token| (token, at)));
             news.extend((slot.place == Place::Own).then_some(Untold::Certificate(slot.serial)));
             let origin = stored.origin.filter(|origin| origin.takes_a_place());
             successors.extend(origin.map(|origin| (origin, slot.serial, stored.created_at)));
         }));
+        if let Some((count, why)) = unread {
+            log::warn!("certificates that cannot be read: {count}, the oldest of them: {why}");
+        }
         *locked(&self.successors) = successors;
         let since = now_s.unwrap_or(u64::MAX).saturating_sub(DAY_S);
         let mut rows = self.write();
@@ -330,9 +333,12 @@ impl Record {
 
     /// Reads the newest certificates, from the last line backwards, until [`PATIENCE`] in a row are
     /// not what is looked for; those that were signed here and others each for themselves, for others
-    /// may have come all at once.
-    fn read_newest(&self, mut is_wanted: impl FnMut(usize, &Slot, &Stored) -> bool) {
-        let (mut unwanted, mut lost, mut why) = ([0; 2], 0_usize, None);
+    /// may have come all at once. Returns how many could not be read, and why not the oldest of them.
+    fn read_newest(
+        &self,
+        mut is_wanted: impl FnMut(usize, &Slot, &Stored) -> bool,
+    ) -> Option<(usize, RecordError)> {
+        let (mut unwanted, mut unread) = ([0; 2], None);
         for at in (0..self.read().list.len()).rev() {
             let Some(slot) = self.read().list.get(at).copied() else { break };
             let unwanted_like_it = match slot.place {
@@ -346,12 +352,10 @@ impl Record {
                 Ok(stored) if is_wanted(at, &slot, &stored) => *unwanted_like_it = 0,
                 Ok(_) => *unwanted_like_it += 1,
                 // A copy may lack the files of any number of lines at its end.
-                Err(e) => (lost, why) = (lost + 1, Some(e)),
+                Err(e) => unread = Some((unread.map_or(1, |(count, _)| count + 1), e)),
             }
         }
-        if let Some(why) = why {
-            log::warn!("{lost} certificates cannot be read, the oldest of them: {why}");
-        }
+        unread
     }
 }
 
