@@ -10,8 +10,6 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, CWD, accessat};
-
 use crate::digits::hex;
 
 /// The file that carries a folder's lock.
@@ -131,8 +129,8 @@ fn create(path: &Path, mode: u32) -> io::Result<File> {
     Ok(file)
 }
 
-/// Proves that files can be made in a folder, or that it can be made: then by permission alone, so
-/// that nothing is left behind.
+/// Proves that files can be made in a folder, or that it can be made: then by another beside it, or above,
+/// that is removed at once.
 pub fn try_folder(dir: &Path) -> Result<(), FilesError> {
     match fs::metadata(dir) {
         Ok(_) => return try_writing(dir, true),
@@ -142,9 +140,14 @@ pub fn try_folder(dir: &Path) -> Result<(), FilesError> {
         Err(_) => {}
     }
     let there = dir.ancestors().skip(1).map(or_here).find(|above| above.exists());
-    let (above, may) = (there.unwrap_or(Path::new("/")), Access::WRITE_OK | Access::EXEC_OK);
-    accessat(CWD, above, may, AtFlags::EACCESS)
-        .map_err(|e| FilesError::io("cannot make folder", dir)(e.into()))
+    let trial = trial_in(there.unwrap_or(Path::new("/")));
+    let made = fs::create_dir(&trial).and_then(|()| fs::remove_dir(&trial));
+    made.map_err(FilesError::io("cannot make folder", dir))
+}
+
+/// Another process may try the same folder at the same time.
+fn trial_in(dir: &Path) -> PathBuf {
+    dir.join(format!(".trial-{}", std::process::id()))
 }
 
 /// A relative path ends in nothing, which means here.
@@ -154,8 +157,7 @@ fn or_here(path: &Path) -> &Path {
 
 /// Proves that files can be made in a folder: writes a small one, syncs it if need be, and removes it.
 pub fn try_writing(dir: &Path, synced: bool) -> Result<(), FilesError> {
-    // Another process may try the same folder at the same time.
-    let path = dir.join(format!(".trial-{}", std::process::id()));
+    let path = trial_in(dir);
     remove_if_there(&path)?; // left by a crash
     let written = create_new(&path, &[0; TRIAL_BYTES], 0o600, synced);
     let removed = remove_if_there(&path);

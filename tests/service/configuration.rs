@@ -591,6 +591,17 @@ fn check_config_touches_nothing() {
     let (exit, _kept) = setup.run_and_keep();
     assert_eq!(exit.code, Some(0), "{}", exit.log);
     assert!(!data.exists(), "it made {}", data.display());
+    let left = fs::read_dir(data.parent().unwrap()).unwrap().flatten().map(|e| e.file_name());
+    assert_eq!(left.collect::<Vec<_>>(), ["service.log"]);
+}
+
+/// Also for root, who may do anything but that.
+#[test]
+fn a_folder_that_cannot_be_made_is_told() {
+    let setup = Setup::new().without_data_dir().env("DATA_DIR", "/proc/mqtt/data");
+    let exit = setup.args(&["check-config"]).run();
+    assert_eq!(exit.code, Some(2), "{}", exit.log);
+    assert!(exit.log.contains("DATA_DIR: cannot make folder /proc/mqtt/data: "), "{}", exit.log);
 }
 
 #[test]
