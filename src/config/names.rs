@@ -35,7 +35,9 @@ pub fn note(name: &str, value: &OsStr) -> Option<String> {
             "{name} was a variable of the older service and is ignored: {instead}"
         ));
     }
-    let (distance, nearest) = nearest(name)?;
+    // A setting that is no secret has no file.
+    let of_file = name.strip_suffix("_FILE").filter(|name| is_ours(name));
+    let (distance, nearest) = of_file.map(|name| (0, name.to_owned())).or_else(|| nearest(name))?;
     if distance > 1 && !PREFIXES.iter().any(|prefix| name.starts_with(prefix)) {
         return None;
     }
@@ -117,6 +119,9 @@ mod tests {
             ("JWT_SECRETS", "JWT_SECRET"),
             ("redis_url", "REDIS_URL"),
             ("ADMIN_APIKEY", "ADMIN_API_KEY"),
+            ("PORT_FILE", "PORT"),
+            ("TLS_CERT_FILE", "TLS_CERT"),
+            ("ENROLMENT_FILE", "ENROLMENT"),
         ] {
             check(name, "x", &format!("is ignored: did you mean {meant}?"));
         }
