@@ -93,11 +93,11 @@ impl Options {
         self.given.get(option).map(String::as_str)
     }
 
-    pub fn days(&self, option: &str) -> Result<Option<u32>, Failure> {
+    pub fn days(&self, option: &str, most: u32) -> Result<Option<u32>, Failure> {
         let read = |text: &str| {
-            text.parse().ok().filter(|days| (1..=MAX_DAYS).contains(days)).ok_or_else(|| {
+            text.parse().ok().filter(|days| (1..=most).contains(days)).ok_or_else(|| {
                 refused(format_args!(
-                    "{option} must be a whole number from 1 to {MAX_DAYS}, not {text:?}"
+                    "{option} must be a whole number from 1 to {most}, not {text:?}"
                 ))
             })
         };
@@ -123,7 +123,8 @@ fn refused(why: impl fmt::Display) -> Failure {
 }
 
 const ENV_FILE: &str = "--env-file";
-const MAX_DAYS: u32 = 36_500;
+/// The longest life of a certificate.
+pub const MAX_DAYS: u32 = 36_500;
 
 /// Reads the arguments, the program's own name left out.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Arguments, Failure> {
@@ -187,7 +188,7 @@ fn server_certificate(args: impl Iterator<Item = String>) -> Result<ServerCertif
     };
     Ok(ServerCertificate {
         out: out.map_err(refused)?.into(),
-        days: options.days("--days")?,
+        days: options.days("--days", MAX_DAYS)?,
         renew: renew.is_some(),
         force: options.has("--force"),
         names: options.rest,
@@ -251,7 +252,7 @@ Commands:
                       a line if so; --force: now, and with a new key
   device add ID... [--expires DAYS] [--days N] [--note TEXT] [--csv]
                       register devices, each with a secret of its own, which is shown once; it ends in
-                      DAYS (90), and the certificate is valid for N days
+                      DAYS (90, at most 3653), and the certificate is valid for N days
   device list [--state STATE] [--expires-within DAYS] [--csv]
                       all devices, or those of a state, or whose certificate ends soon
   device show|block|unblock|remove ID...

@@ -11,12 +11,13 @@ use std::time::Duration;
 use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
 
-use super::args::{Device, Options};
+use super::args::{Device, MAX_DAYS, Options};
 use super::client::{Client, by_ca, field};
 use super::{Failure, Given, failed, print, read_file, usage};
 use crate::clock::DAY_S;
 use crate::config::{AdminKey, Http, Secret};
 use crate::device::DeviceId;
+use crate::devices::LONGEST_REGISTRATION_S;
 
 /// How long one request may take.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -51,7 +52,8 @@ pub(super) fn run(given: &Given, request: &Device) -> Result<String, Failure> {
 }
 
 fn add(server: &Server, options: &Options) -> Result<String, Failure> {
-    let (expires, cert_days) = (options.days("--expires")?, options.days("--days")?);
+    let expires = options.days("--expires", (LONGEST_REGISTRATION_S / DAY_S) as u32)?;
+    let cert_days = options.days("--days", MAX_DAYS)?;
     let expires_in = expires.map(|days| u64::from(days) * DAY_S);
     let device = |id: &String| {
         json!({

@@ -696,6 +696,9 @@ fn the_command_line_does_the_same() {
     assert!(out.contains("d ") && out.contains("spent"), "{out}");
     let (_, out, _) = device(&["show", "d"]);
     assert!(out.contains("state: active") && out.contains(&signed.field("serial_number")), "{out}");
+    let (code, _, err) = device(&["add", "x", "--expires", "3654"]);
+    let ten_years = "--expires must be a whole number from 1 to 3653, not \"3654\"";
+    assert!(code == Some(2) && err.contains(ten_years), "{err}");
     assert!(device(&["block", "d"]).1.contains("state: blocked"));
     assert!(device(&["unblock", "d"]).1.contains("state: active"));
     let (code, out, _) = device(&["revoke", "d", "--block"]);
