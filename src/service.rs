@@ -366,6 +366,10 @@ impl Rows for Devices {
         Devices::hear(self, device, bound);
     }
 
+    fn doubt(&self, device: &DeviceId) {
+        Devices::doubt(self, device);
+    }
+
     fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now) {
         if let Err(error) = self.enter(rows, false, now) {
             log::error!("what Redis says of devices was not kept: {error}");

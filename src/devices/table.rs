@@ -30,7 +30,8 @@ const CLOCK_IS_STEADY_MS: u64 = 86_400_000;
 /// How far two clocks may drift apart in that time without one having been set, in milliseconds.
 const DRIFT_MS: u64 = 3_600_000;
 
-/// So many bounds are kept in mind until their rows come; when there are more, all are forgotten.
+/// So many bounds are kept in mind until their rows come; when there are more, all are forgotten. Of so
+/// many devices is noted that their rows are not ours.
 const HEARD_MOST: usize = 4096;
 
 /// So many rows are looked at for one page of a list, while nobody can change any.
@@ -55,6 +56,8 @@ pub struct Devices {
     /// Bounds that were read with a token and did not come by the way on which rows are shared yet. Not
     /// on disk: a token writes nothing.
     heard: Mutex<BTreeMap<DeviceId, Bound>>,
+    /// Devices of which a token met a row in Redis that is not ours.
+    doubted: Mutex<BTreeSet<DeviceId>>,
 }
 
 /// What only who writes needs.
@@ -91,8 +94,8 @@ impl Devices {
         let folders = path.parent().map(Path::to_owned).into_iter().collect();
         let trial = Arc::new(Trial::new("the list of devices", folders, path.to_owned()));
         let (rows, waiting, changed) = (RwLock::new(rows), Mutex::default(), Mutex::default());
-        let (killed, heard) = (Mutex::default(), Mutex::default());
-        Ok(Devices { own, rows, waiting, writer, trial, changed, killed, heard })
+        let (killed, heard, doubted) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Ok(Devices { own, rows, waiting, writer, trial, changed, killed, heard, doubted })
     }
 
     /// Whether the rows can be written.
@@ -139,6 +142,20 @@ impl Devices {
         }
         let known = heard.entry(device.clone()).or_default();
         known.t = known.t.max(bound.t);
+    }
+
+    /// Notes a device whose row in Redis none of our instances has written.
+    pub fn doubt(&self, device: &DeviceId) {
+        let mut doubted = locked(&self.doubted);
+        // Who is left out comes again.
+        if doubted.len() < HEARD_MOST {
+            doubted.insert(device.clone());
+        }
+    }
+
+    /// The devices that were noted so since this was last asked: their rows are to be put right.
+    pub fn take_doubted(&self) -> BTreeSet<DeviceId> {
+        std::mem::take(&mut *locked(&self.doubted))
     }
 
     /// As [`Devices::row`], with the bound that was heard.

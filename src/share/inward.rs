@@ -127,7 +127,7 @@ impl<E: Exchange> Turn<'_, E> {
         opened
     }
 
-    fn ignore(&mut self, values: usize) {
+    pub(super) fn ignore(&mut self, values: usize) {
         if values == 0 {
             return;
         }

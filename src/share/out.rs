@@ -50,7 +50,10 @@ impl<E: Exchange> Turn<'_, E> {
     /// Whether there is anything to tell. While the server is away the lists stay where they are,
     /// which is where they are bounded.
     fn note_news(&mut self) -> bool {
+        let doubted = self.parts.devices.take_doubted();
+        self.ignore(doubted.len());
         let Progress { unsent, .. } = &mut self.progress;
+        unsent.extend(doubted.into_iter().map(Name::Row));
         unsent.extend(self.parts.devices.take_changed().into_iter().map(Name::Row));
         if self.shares_record {
             let record = self.parts.publisher.ca().record();

@@ -458,6 +458,8 @@ mod tests {
 
         fn hear(&self, _: &DeviceId, _: Bound) {}
 
+        fn doubt(&self, _: &DeviceId) {}
+
         fn learn(&self, _: Vec<(DeviceId, Row)>, _: Now) {}
     }
 

@@ -289,6 +289,9 @@ pub trait Rows: fmt::Debug + Send + Sync {
     /// Keeps in mind, not on disk, how far Redis says that the device's past is dead.
     fn hear(&self, device: &DeviceId, bound: Bound);
 
+    /// The device's row in Redis is none that one of our instances has written.
+    fn doubt(&self, device: &DeviceId);
+
     /// Keeps what Redis has told.
     fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now);
 }

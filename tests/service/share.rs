@@ -399,6 +399,31 @@ fn what_nobody_of_ours_has_written_changes_nothing_and_is_put_right() {
     agree(&[&all[0], &third], &[("d", "active"), ("e", "revoked")]);
 }
 
+/// Nobody has announced it; the device that it is of comes.
+#[test]
+fn a_forged_row_that_only_its_device_meets_is_told_and_put_right() {
+    let redis = Redis::start(&[]);
+    let [one] = instances(&redis.url(), &[]);
+    let d = Device::new("d");
+    enrol(&one, &d);
+    assert_eq!(revoke(&one, &d).status, 200);
+    let hash = crate::support::token::sha256_hex(b"d");
+    let key = format!("mqtt-lite:devices:{}", &hash[..2]);
+    let row = || redis.cli(&["HGET", &key, "d"]);
+    let right = row();
+    redis.cli(&["HSET", &key, "d", "forged"]);
+    assert_eq!(instance::onboard(&one, &d).status, 200);
+    soon("it is counted", &[&one], |service| record(service)["ignored"].as_u64() > Some(0));
+    one.wait_for_log("Redis holds values of the record that none of our instances has written");
+    soon("the right one stands there again", &[&one], |_| row() != "forged");
+    assert_eq!(row(), right);
+    // Who replaces the token puts it right by himself.
+    redis.cli(&["HSET", &key, "d", "forged"]);
+    let counted = record(&one)["ignored"].as_u64();
+    assert_eq!(instance::replace(&one, &d).status, 200);
+    soon("it is counted, too", &[&one], |service| record(service)["ignored"].as_u64() > counted);
+}
+
 /// What is forged before anybody else has read it is put right by whoever has signed.
 #[test]
 fn a_forged_value_keeps_nobody_from_learning_the_right_one() {

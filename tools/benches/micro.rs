@@ -80,6 +80,8 @@ struct NoRows;
 impl Rows for NoRows {
     fn hear(&self, _: &DeviceId, _: Bound) {}
 
+    fn doubt(&self, _: &DeviceId) {}
+
     fn to_be_told(&self, _: Now) -> Vec<DeviceId> {
         Vec::new()
     }

@@ -39,12 +39,15 @@ impl Context {
     pub fn row_of(&self, device: &DeviceId, reply: Reply) -> Result<(Row, Vec<u8>), StoreError> {
         match reply.0 {
             Ok(Value::BulkString(value)) => {
-                let row = self.mac_key.get().and_then(|key| codec::open(key, device, &value));
-                let row = row.unwrap_or_default();
-                if let Some(rows) = self.rows.as_ref().filter(|_| row.bound.t > 0) {
-                    rows.hear(device, row.bound);
+                let opened = self.mac_key.get().map(|key| codec::open(key, device, &value));
+                match (&self.rows, &opened) {
+                    (Some(rows), Some(None)) => rows.doubt(device),
+                    (Some(rows), Some(Some(row))) if row.bound.t > 0 => {
+                        rows.hear(device, row.bound)
+                    }
+                    _ => {}
                 }
-                Ok((row, value))
+                Ok((opened.flatten().unwrap_or_default(), value))
             }
             Err(error @ StoreError::Down(_)) if !is_denied(&error) => Err(error),
             _ => Ok(Default::default()),
