@@ -23,10 +23,9 @@ pub fn revoked() -> Problem {
 }
 
 impl Ca {
-    /// The record of the certificate that a client showed, if it is one of ours, is not revoked,
-    /// and has not ended more than `late_days` ago. That it is not ours comes first, since only of
-    /// our own can the rest be known; then that it is revoked, which is for good.
-    pub fn identify(&self, der: &[u8], late_days: u32, now: Now) -> Result<Certificate, Problem> {
+    /// The record of the certificate that a client showed, if it is one of ours. Only then can be known
+    /// whether it [counts](Ca::still_counts).
+    pub fn identify(&self, der: &[u8]) -> Result<Certificate, Problem> {
         let (rest, certificate) =
             X509Certificate::from_der(der).map_err(|_| not_ours("cannot be read"))?;
         let issuer = self.issuer().ok_or_else(|| not_ours("there is no CA yet"))?;
@@ -35,13 +34,12 @@ impl Ca {
         }
         let serial = Serial::from_der(certificate.raw_serial());
         let certificate = serial.and_then(|serial| self.record().by_serial(&serial));
-        let certificate = certificate.ok_or_else(|| not_ours("not in the record of devices"))?;
-        self.still_counts(&certificate, late_days, now)?;
-        Ok(certificate)
+        certificate.ok_or_else(|| not_ours("not in the record of devices"))
     }
 
-    /// Whether a certificate in the record may be renewed now. Not if it or the device's newest is
-    /// revoked: an older one must be no way around a revocation.
+    /// Whether a certificate in the record may be renewed now, if it has not ended more than `late_days`
+    /// ago. Not if it or the device's newest is revoked, which is for good: an older one must be no way
+    /// around a revocation.
     pub fn still_counts(
         &self,
         certificate: &Certificate,

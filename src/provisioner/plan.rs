@@ -119,8 +119,10 @@ impl Provisioner {
     pub fn check_certificate(&self, der: Option<&[u8]>, now: Now) -> Result<Certificate, Problem> {
         let der = der.ok_or(Code::ClientCertificateRequired)?;
         self.issuer(now)?;
-        let shown = self.ca().identify(der, self.rules.renew_after_expiry_days, now)?;
-        self.check_block(&shown.device).map_err(|code| not_issued(code, &shown.device))?;
+        let shown = self.ca().identify(der)?;
+        let counts = self.ca().still_counts(&shown, self.rules.renew_after_expiry_days, now);
+        let counts = counts.and_then(|()| Ok(self.check_block(&shown.device)?));
+        counts.map_err(|problem| not_issued(problem, &shown.device))?;
         self.publisher.is_shown(&shown.serial);
         Ok(shown)
     }

@@ -134,6 +134,7 @@ fn who_is_refused_and_why() {
     assert_eq!(stage.renew(Some(&good), &own).status, 200);
     assert_eq!(stage.revoke("d").status, 200);
     refused(Some(&good), "CLIENT_CERTIFICATE_REVOKED", "revoked");
+    stage.service.wait_for_log("refused: CLIENT_CERTIFICATE_REVOKED: device d: client certificate");
     assert_eq!(stage.record().len(), 3, "nothing else was signed");
 }
 
@@ -163,6 +164,7 @@ fn late_renewals_are_bounded() {
         clock.set(now_s() + 14 * 86_400);
         let answer = stage.renew(Some(&old), &Csr::new("d").make());
         assert_eq!(answer.code(), "CLIENT_CERTIFICATE_EXPIRED", "{late}");
+        stage.service.wait_for_log("refused: CLIENT_CERTIFICATE_EXPIRED: device d: client");
     }
 }
 
