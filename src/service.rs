@@ -593,16 +593,21 @@ impl Running {
 
     /// TLS files and API keys are read again. What cannot be used changes nothing at all.
     fn reload(&mut self, later: Result<Config, ConfigError>) {
-        let later = match later {
+        let mut later = match later {
             Ok(later) => later,
             Err(error) => return log::error!("SIGHUP: everything stays as it was: {error}"),
         };
+        // Whether there is HTTPS at all is settled by the start.
+        let goes_on = later.http.tls.is_some() == self.config.http.tls.is_some();
+        later.tls = later.tls.filter(|_| goes_on);
         let shown = later.tls.clone();
         if let Some(Err(error)) = shown.map(|shown| self.server.edge.replace_certificate(shown)) {
             return log::error!("SIGHUP: everything stays as it was: {error}");
         }
         self.api.reload(&later);
-        self.https.take_up(&later);
+        if goes_on {
+            self.https.take_up(&later);
+        }
         self.tend(clock::now());
         self.show();
         log::info!("SIGHUP: TLS certificate and key and the API keys were read again");

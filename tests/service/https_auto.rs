@@ -12,6 +12,7 @@ use crate::support::csr;
 use crate::support::device::Device;
 use crate::support::https;
 use crate::support::service::{ADMIN_KEY, Service, Setup};
+use crate::support::temp::TempDir;
 use crate::support::wait;
 
 const DAY: u64 = 86_400;
@@ -116,6 +117,31 @@ fn what_it_does_not_go_with() {
     refused(&[("TLS_NAMES", "a.lan")], "TLS_NAMES: needs TLS=auto");
     let names = [("TLS", "auto"), ("TLS_NAMES", "a.lan, b c")];
     refused(&names, "TLS_NAMES=\"a.lan, b c\": must be DNS names and IP addresses");
+}
+
+/// Whether there is HTTPS is settled by the start.
+#[test]
+fn a_signal_neither_begins_https_nor_ends_it() {
+    const SAID: &str = "SIGHUP: TLS has changed, which takes effect at the next start only";
+    const METRIC: &str = "\nmqtt_lite_tls_certificate_expiry_timestamp_seconds ";
+    let dir = TempDir::new();
+    let set = |text: &str| dir.file("environment", text).display().to_string();
+    let setup = || Setup::new().args(&["--env-file", &set("")]);
+    let plain = setup().start();
+    set("TLS=auto\n");
+    plain.signal("HUP");
+    plain.wait_for_log(SAID);
+    assert!(!plain.data("tls").exists(), "{}", plain.log());
+
+    // The variable is there for the test alone: it tells that HTTPS is what is waited for.
+    let setup = setup().env("TLS_CERT", "");
+    set("TLS=auto\n");
+    let service = setup.start();
+    set("");
+    service.signal("HUP");
+    service.wait_for_log(SAID);
+    let metrics = https::ask(&service, "/metrics", None, &[]);
+    assert!(metrics.text().contains(METRIC), "it is shown still: {}", metrics.text());
 }
 
 #[test]
