@@ -138,11 +138,7 @@ impl Rehearsal {
             Ok(hello) => hello,
             Err(why) => return self.check("Redis", Err(failed(why))),
         };
-        self.warnings.extend(hello.eviction.map(|policy| {
-            format!("maxmemory-policy of this Redis is {policy}: it may drop marks of used tokens")
-        }));
-        let unkept = |why| format!("the rows of devices cannot be kept in this Redis: {why}");
-        self.warnings.extend(hello.rows_refused.map(unkept));
+        self.warnings.extend(hello.warnings);
     }
 }
 

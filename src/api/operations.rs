@@ -78,6 +78,9 @@ fn notes(api: &Api, now: Now) -> Notes {
     }
     let part = |why| format!("a part of Redis is away: a token that it has is answered 503: {why}");
     warnings.extend(store.missing.map(part));
+    warnings.extend(store.warnings.iter().cloned());
+    let trouble = api.provisioner.sharing.status(now).trouble.filter(|_| store.redis_serves);
+    warnings.extend(trouble.map(|why| format!("the record is not shared: {why}")));
     warnings.extend(api.settings().config.warnings.iter().cloned());
     Notes { reasons, warnings }
 }

@@ -63,6 +63,8 @@ pub struct Status {
     pub ignored: u64,
     /// Other instances on this Redis have another `SHARE_RECORD`.
     pub contradicts: bool,
+    /// Why nothing is exchanged.
+    pub trouble: Option<String>,
 }
 
 /// What the rest of the program knows of the sharing thread.
@@ -193,6 +195,7 @@ impl Sharing {
             },
             ignored: state.ignored,
             contradicts: state.contradicts,
+            trouble: state.trouble.as_ref().map(ToString::to_string),
         }
     }
 

@@ -311,6 +311,8 @@ pub struct Status {
     pub missing: Option<String>,
     /// Another CA than ours is entered in Redis.
     pub foreign_ca: bool,
+    /// What Redis serves with, and should not.
+    pub warnings: Arc<[String]>,
     /// The store that serves has no room for another token.
     pub full: bool,
     /// Fewer replicas than are to have it had the mark of the latest redemption.

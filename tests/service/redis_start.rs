@@ -581,6 +581,8 @@ fn a_policy_that_may_drop_marks_is_warned_of() {
     let service = with(&redis);
     let log = service.log();
     assert!(log.lines().any(|l| l.contains("WARN") && l.contains("noeviction")), "{log}");
+    let ready = service.http.get("/ready");
+    assert!(ready.status == 200 && ready.text().contains("noeviction"), "{}", ready.text());
     let redis = Redis::start(&[]);
     assert!(!with(&redis).log().contains("noeviction"));
 }

@@ -467,7 +467,11 @@ fn a_user_without_the_rights_for_the_record_serves_tokens() {
         assert_eq!(record(service)["shared"], false);
         let log = service.log();
         assert_eq!(log.matches("the record is not shared through Redis").count(), 1, "{log}");
-        assert_eq!(service.http.get("/ready").status, 200);
+        let ready = service.http.get("/ready");
+        assert_eq!(ready.status, 200);
+        for warned in ["the record is not shared: ", "the rows of devices are not kept"] {
+            assert!(ready.text().contains(warned), "{}", ready.text());
+        }
     }
     let answer = revoke(&one, &d);
     assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(false)));

@@ -213,6 +213,7 @@ impl Failover {
         state.mode = Mode::Primary;
         state.away = None;
         state.foreign_ca = back.hello.foreign_ca.is_some();
+        state.warnings = back.hello.warnings.as_slice().into();
         if back.full {
             state.begin_grace(clock::now());
         }
@@ -334,18 +335,7 @@ impl State {
         } else {
             log::info!("Redis connection renewed after {after:.1?}: {tally}");
         }
-        if let Some(policy) = &hello.eviction {
-            log::warn!(
-                "maxmemory-policy of this Redis is {policy}: it may drop the marks of used tokens, \
-                 set it to noeviction"
-            );
-        }
-        if let Some(why) = &hello.rows_refused {
-            log::warn!(
-                "the rows of devices are not kept in this Redis, so a kill reaches only the tokens \
-                 that are known where it is made: {why}"
-            );
-        }
+        hello.warnings.iter().for_each(|warning| log::warn!("{warning}"));
         if let Some(foreign) = &hello.foreign_ca {
             log::error!(
                 "another CA is entered in this Redis ({foreign}), so devices get certificates of \

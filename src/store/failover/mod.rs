@@ -114,6 +114,8 @@ struct State {
     begun: Begun,
     ca: Option<OurCa>,
     foreign_ca: bool,
+    /// Of the server that served last.
+    warnings: Arc<[String]>,
     stopped: bool,
 }
 
@@ -157,6 +159,7 @@ impl Failover {
             begun: Begun::No,
             ca: None,
             foreign_ca: false,
+            warnings: Arc::default(),
             stopped: false,
         });
         let (catch_up, changed) = (OnceLock::new(), Condvar::new());
@@ -245,6 +248,7 @@ impl TokenStore for Failover {
             away: state.away.clone(),
             missing: self.redis.missing().filter(|_| redis_serves),
             foreign_ca: state.foreign_ca,
+            warnings: Arc::clone(&state.warnings),
             full: !redis_serves && self.memory.is_full(),
             lacks_replicas: redis_serves && redis.lacks_replicas,
             losses: state.epoch,

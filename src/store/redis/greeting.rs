@@ -17,12 +17,10 @@ use crate::store::StoreError;
 pub struct Hello {
     /// Changes with every start of the server (of any master: `runs`); `None` if it may not be asked.
     pub run_id: Option<String>,
-    /// A memory policy that may drop keys.
-    pub eviction: Option<String>,
+    /// What works and is not as it should be, a line each.
+    pub warnings: Vec<String>,
     /// The fingerprint of another CA, entered by another instance.
     pub foreign_ca: Option<String>,
-    /// Why the rows of devices cannot be read or written there.
-    pub rows_refused: Option<String>,
 }
 
 /// Asks each node who it is, whether it takes writes, and whether this user may do all that will be
@@ -52,6 +50,7 @@ pub(super) fn greet(
     let entered = commands.ask(layout.on("GET", Key::Named("ca")));
     let mut replies = nodes.ask(&commands, deadline);
     let (mut hello, mut runs) = (Hello::default(), Vec::new());
+    let (mut policy, mut refused) = (None, None);
     let refusal = commands.refusal(&replies);
     for (node, info, time, about_rows) in asked {
         let server = info(&mut replies);
@@ -60,10 +59,9 @@ pub(super) fn greet(
             continue;
         }
         context.clock.set(replies.take(time).time_ms()?, clock::now());
-        let refused = about_rows.into_iter().find_map(|ask| replies.take(ask).0.err());
-        hello.rows_refused = hello.rows_refused.or(refused.map(|error| error.to_string()));
+        refused = about_rows.into_iter().find_map(|ask| replies.take(ask).0.err()).or(refused);
         let keeps_all = server.keeps_all();
-        hello.eviction = hello.eviction.or(server.policy.filter(|_| !keeps_all));
+        policy = policy.or(server.policy.filter(|_| !keeps_all));
         runs.push(server.run_id);
     }
     refusal.map_or(Ok(()), Err)?;
@@ -71,6 +69,18 @@ pub(super) fn greet(
         return Err(nodes.map.lost());
     }
     hello.run_id = nodes.run_id(runs);
+    hello.warnings.extend(policy.map(|policy| {
+        format!(
+            "maxmemory-policy of this Redis is {policy}: it may drop the marks of used tokens, set it \
+             to noeviction"
+        )
+    }));
+    hello.warnings.extend(refused.map(|why| {
+        format!(
+            "the rows of devices are not kept in this Redis, so a kill reaches only the tokens that \
+             are known where it is made: {why}"
+        )
+    }));
     if let Some((name, claimed)) = claim {
         claimed(name, &mut replies, clock::now())?;
     }
