@@ -343,8 +343,7 @@ fn beside_sentinels(vars: &Vars<'_>, variable: &Variable) -> ConfigError {
     ConfigError::new(&var::REDIS_SENTINELS, &given, reason)
 }
 
-/// The parts are not even looked into: Kubernetes puts a `REDIS_PORT=tcp://…` of its own beside a
-/// service that is called redis.
+/// The URL wins: the parts are not even looked into.
 fn warn_of_ignored_parts(vars: &Vars<'_>, url: &Variable) -> Result<(), ConfigError> {
     let parts =
         [var::REDIS_HOST, var::REDIS_PORT, var::REDIS_USERNAME, var::REDIS_PASSWORD, var::REDIS_DB];
@@ -395,16 +394,17 @@ fn read_url(text: &str, is_cluster: bool) -> Option<(Server, String)> {
 
 fn read_socket_url(text: &str) -> Option<(Server, String)> {
     let (path, query) = text.split_once('?').unwrap_or((text, ""));
-    let (mut user, mut password, mut db) = (String::new(), String::new(), 0);
+    let (mut user, mut password, mut db) = (None, None, None);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         match pair.split_once('=')? {
-            ("db", number) => db = database(number)?,
-            ("user", name) => user = decoded(name)?,
-            ("pass", word) => password = decoded(word)?,
+            ("db", number) if db.is_none() => db = Some(database(number)?),
+            ("user", name) if user.is_none() => user = Some(decoded(name)?),
+            ("pass", word) if password.is_none() => password = Some(decoded(word)?),
             _ => return None,
         }
     }
-    Some((Server { db, ..Server::new(socket(&decoded(path)?)?, &password) }, user))
+    let server = Server::new(socket(&decoded(path)?)?, &password.unwrap_or_default());
+    Some((Server { db: db.unwrap_or(0), ..server }, user.unwrap_or_default()))
 }
 
 fn decoded(text: &str) -> Option<String> {

@@ -396,6 +396,8 @@ fn redis_urls_that_are_refused() {
         "unix:///sock#x",
         "unix:///sock?protocol=resp3",
         "unix:///sock?db=x",
+        "unix:///sock?db=1&db=1",
+        "unix:///sock?pass=a&user=b&pass=c",
         "unix:///sock?db",
         "valkey+unix:///sock",
         "redis://",
