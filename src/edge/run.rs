@@ -246,7 +246,7 @@ fn fit_to_budget(settings: &mut Settings) {
     let (bytes, max) = (settings.http.max_buffer_bytes, &mut settings.http.max_connections);
     let affordable = (bytes / 2 / STATE_HELD).max(1);
     if affordable < *max {
-        log::info!("{bytes} bytes for clients allow {affordable} TLS connections");
+        log::info!("{bytes} bytes for clients allow so many TLS connections: {affordable}");
         *max = affordable;
     }
 }
@@ -262,7 +262,7 @@ fn fit_to_open_files(settings: &mut Settings, others: usize) -> io::Result<()> {
     }
     if allowed < wanted {
         *max = usize::try_from(allowed).unwrap_or(usize::MAX).saturating_sub(others).max(1);
-        log::warn!("open files are limited to {allowed}: at most {max} connections");
+        log::warn!("open files are limited to {allowed}, and so connections to {max}");
     }
     Ok(())
 }
