@@ -5,6 +5,11 @@ umask 077
 # Programs answer in one language, and `A-Z` means those letters only.
 LC_ALL=C
 export LC_ALL
+# Who starts this may have closed what it reads and writes, or may be gone: that ends nothing.
+(: 3>&2) || exec 2>/dev/null
+(: 3>&1) 2>/dev/null || exec >/dev/null
+(: 3<&0) 2>/dev/null || exec </dev/null
+trap : PIPE
 
 usage() {
     cat <<'END'
@@ -54,7 +59,7 @@ LOCAL=1 USAGE=2 LATER=3 REFUSED=4 UNTRUSTED=5
 
 # SECURITY: what a server has sent may stand in a message. It stays one line of plain text, whatever
 # commands to a terminal it holds.
-say() { printf 'enroll: %s\n' "$(printf '%.500s' "$*" | tr -c ' -~' '?')"; }
+say() { printf 'enroll: %s\n' "$(printf '%.500s' "$*" | tr -c ' -~' '?')" 2>/dev/null || true; }
 warn() { say "$*" >&2; }
 fail() {
     failure=$1
@@ -730,6 +735,10 @@ renew() {
     done
 }
 
+# Into a folder `mv` would put what is to take its place. Container engines make one for a mount.
+for file in ca.crt device.crt device.key device.key.new; do
+    [ ! -d "$dir/$file" ] || fail $LOCAL "$dir/$file is a folder"
+done
 ca='' tls_ca=$server_ca partial='' state=none
 [ ! -d "$dir" ] || lock
 [ ! -d "$dir" ] || finish_replacement

@@ -366,6 +366,43 @@ fn one_run_at_a_time() {
     }
 }
 
+/// Who starts it may have closed what it reads and writes, or be gone: it does its work all the same, and
+/// leaves nothing behind.
+#[test]
+fn nobody_has_to_listen() {
+    let service = Setup::new().start();
+    let gone = r#"exit "$({ { "$@" 2>&1; echo $? >&3; } | :; } 3>&1)""#;
+    let ways = [r#"exec "$@" <&- >&- 2>&-"#, r#"exec "$@" >/dev/full 2>&1"#, gone];
+    for (n, way) in ways.into_iter().enumerate() {
+        for surroundings in BOTH {
+            let device = Device::new(&format!("d-{n}-{surroundings:?}"), &http_url(&service));
+            let device = device.surroundings(surroundings).wrapper(&["sh", "-c", way, "sh"]);
+            let tmp = device.outside().join("tmp");
+            fs::create_dir(&tmp).unwrap();
+            let device = device.env(&[("TMPDIR", tmp.display().to_string())]);
+            let outcome = device.enroll(&["--tries", "1"]);
+            assert_eq!(outcome.code, Some(0), "{way}: {outcome:?}");
+            check_files(&device, &service);
+            assert_eq!(fs::read_dir(tmp).unwrap().count(), 0, "{way}");
+        }
+    }
+}
+
+/// Into one a file would be moved, key and all, as into its place.
+#[test]
+fn a_folder_in_the_place_of_a_file() {
+    let service = Setup::new().start();
+    for name in ["ca.crt", "device.crt", "device.key", "device.key.new"] {
+        let device = Device::new("d", &http_url(&service));
+        fs::create_dir_all(device.file(name)).unwrap();
+        let outcome = device.enroll(&[]);
+        assert_eq!(outcome.code, Some(1), "{name}: {outcome:?}");
+        assert!(outcome.said.contains(&format!("{name} is a folder")), "{outcome:?}");
+        assert_eq!(device.files(), [name]);
+    }
+    assert!(service.index().is_empty(), "{}", service.log());
+}
+
 /// What a power cut leaves names a process that is no more, or is another one by now: in a container,
 /// where the first processes have the same ids after each start, there always is one.
 #[test]
