@@ -3,12 +3,15 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
+use std::time::Duration;
 
-use crate::support::check_error;
 use crate::support::clock::{now_s, parse_utc};
 use crate::support::csr::{self, Csr, openssl, try_openssl};
+use crate::support::instance::{self, Device, certificate, token};
+use crate::support::redis::Redis;
 use crate::support::service::{ADMIN_KEY, Service, Setup};
 use crate::support::temp::TempDir;
+use crate::support::{check_error, wait};
 
 const CA_EXTENSIONS: &str = "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n\
      subjectKeyIdentifier=hash\n";
@@ -37,6 +40,34 @@ fn the_one_that_is_made() {
         (ca, key),
         "made once"
     );
+}
+
+/// Whatever the umask is: our own unit has 0077.
+#[test]
+fn files_are_as_open_as_the_page_says() {
+    let redis = Redis::start(&[]);
+    let first = instance::first(&redis.url(), &[]);
+    let device = Device::new("d");
+    certificate(&first, &token(&first, &device), &device);
+    for umask in ["000", "077"] {
+        let script = format!("umask {umask}; exec \"$@\"");
+        let setup = instance::setup(&redis.url(), &[]).share_ca(&first);
+        let service = setup.wrapper(&["sh", "-c", &script, "sh"]).start();
+        let others = service.data("ca/certs/others.pem");
+        assert!(wait::until(Duration::from_secs(10), || others.exists().then_some(())).is_some());
+        for (name, expected) in [
+            ("instance-id", 0o600),
+            ("devices.txt", 0o600),
+            ("run", 0o700),
+            ("ca/index.txt", 0o644),
+            ("ca/index.txt.attr", 0o644),
+            ("ca/crl.pem", 0o644),
+            ("ca/certs/others.pem", 0o644),
+        ] {
+            let mode = fs::metadata(service.data(name)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, expected, "{name}, umask {umask}");
+        }
+    }
 }
 
 #[test]

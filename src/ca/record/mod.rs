@@ -18,7 +18,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -372,9 +372,9 @@ impl Record {
         files::make_dir(&dir.join(CERTS), 0o755)?;
         let attributes = dir.join(ATTRIBUTES.0);
         if files::read(&attributes)?.as_deref() != Some(ATTRIBUTES.1.as_bytes()) {
+            files::remove_if_there(&attributes)?;
             // Where a power cut takes it, it is written again.
-            let written = fs::write(&attributes, ATTRIBUTES.1);
-            written.map_err(FilesError::io("cannot write", &attributes))?;
+            files::create_new(&attributes, ATTRIBUTES.1.as_bytes(), 0o644, false)?;
         }
         let found = repair::read_index(&dir.join(INDEX))?;
         let is_missing = found.is_none();

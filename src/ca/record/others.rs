@@ -5,9 +5,9 @@
 //! Where a certificate begins stands in its line in `index.txt`, so that nobody reads the file as a
 //! whole, but for what stands behind the last of them.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 
 pub(super) const OTHERS: &str = "others.pem";
@@ -22,9 +22,11 @@ pub(super) fn append<'a>(
     path: &Path,
     texts: impl Iterator<Item = &'a str>,
 ) -> io::Result<Vec<u32>> {
-    let mut file =
-        OpenOptions::new().read(true).append(true).create(true).mode(0o644).open(path)?;
+    let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
     let before = file.metadata()?.len();
+    if before == 0 {
+        file.set_permissions(Permissions::from_mode(0o644))?; // whatever the umask is
+    }
     let (mut places, mut bytes) = (Vec::new(), Vec::new());
     for text in texts {
         let full = || io::Error::new(io::ErrorKind::FileTooLarge, "it has grown to 4 GiB");
