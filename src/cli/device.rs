@@ -113,7 +113,9 @@ fn columns(table: &str) -> String {
         let cells: Vec<&str> = line.split(',').collect();
         // A note may hold commas, so what stands behind it is counted from the end.
         let end = cells.len().saturating_sub(1);
-        SHOWN.map(|n| cells.get(if n == 7 { end } else { n }).copied().unwrap_or_default())
+        let cell = |n| cells.get(if n == 7 { end } else { n }).copied().unwrap_or_default();
+        // The table has an apostrophe before an id that a spreadsheet would run.
+        SHOWN.map(|n| cell(n).trim_start_matches('\''))
     });
     let rows: Vec<[&str; 4]> = rows.collect();
     let width = |n: usize| rows.iter().filter_map(|row| row.get(n)).map(|c| c.len()).max();

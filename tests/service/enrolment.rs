@@ -691,6 +691,9 @@ fn the_command_line_does_the_same() {
     admin(&service, "POST", "/api/v1/devices", &json!(many));
     let (_, out, _) = device(&["list", "--csv"]);
     assert_eq!(out.lines().count(), 1 + 3 + 1_200, "all pages, one header");
+    device(&["block", "-d"]);
+    let (_, out, _) = device(&["list", "--state", "blocked"]);
+    assert!(out.lines().any(|line| line.starts_with("-d ")), "as it is to be typed: {out}");
     let (_, out, _) = device(&["list", "--state", "active"]);
     assert_eq!(out.lines().count(), 2, "{out}");
     assert!(out.contains("d ") && out.contains("spent"), "{out}");
