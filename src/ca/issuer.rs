@@ -922,7 +922,7 @@ mod tests {
             must(&dir, "pkey -in server.key -pubout"),
             must(&dir, "x509 -in server.pem -noout -pubkey")
         );
-        for bad in ["", "a b", "-a", "a..b", "*", "a.*.b", "ä.de", "a/b"] {
+        for bad in ["", "a b", "-a", "a..b", "*", "a.*.b", "ä.de", "a/b", "10.0.0.256", "10.0.0"] {
             let error = issuer
                 .server_certificate(&[bad.to_owned()], &PublicKey::of(&key), 1, clock::now())
                 .unwrap_err();

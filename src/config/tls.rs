@@ -119,7 +119,11 @@ pub fn is_dns_name(name: &str) -> bool {
         (1..=63).contains(&l.len()) && inner && !l.starts_with('-') && !l.ends_with('-')
     };
     let host = name.strip_prefix("*.").unwrap_or(name);
-    host.len() <= 253 && host.split('.').all(label)
+    // What ends in a number is an address, mistyped here (RFC 1123, 2.1).
+    let is_number = |l: &str| l.bytes().all(|b| b.is_ascii_digit());
+    host.len() <= 253
+        && host.split('.').all(label)
+        && !host.rsplit('.').next().is_some_and(is_number)
 }
 
 fn signing_key(file: &[u8]) -> Result<Arc<dyn SigningKey>, String> {
