@@ -84,7 +84,8 @@ impl Steps {
         let flags = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
         let never = Timespec { tv_sec: i64::MAX / 2_000_000_000, tv_nsec: 0 };
         let at = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: never };
-        let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK)
+        let kind = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Realtime, kind)
             .and_then(|timer| timerfd_settime(&timer, flags, &at).map(|_| timer));
         Steps { timer: timer.ok() }
     }

@@ -135,6 +135,16 @@ mod tests {
     }
 
     #[test]
+    fn nothing_that_is_open_here_goes_on() {
+        let (dir, _open) = (TestDir::new(), clock::Steps::from_now());
+        let out = dir.join("out");
+        let hook = script(&dir, &format!("ls -l /proc/self/fd >{}", out.display()));
+        run(&hook, &out, LIMIT).unwrap();
+        let open = fs::read_to_string(out).unwrap();
+        assert!(open.contains("/dev/null") && !open.contains("anon_inode"), "{open}");
+    }
+
+    #[test]
     fn failures_have_a_reason() {
         let dir = TestDir::new();
         let check = |text: &str, expected: &str| {

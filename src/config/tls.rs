@@ -139,8 +139,8 @@ fn signing_key(file: &[u8]) -> Result<Arc<dyn SigningKey>, String> {
     let key = blocks.iter().find_map(private_key);
     let key = key.ok_or_else(|| format!("holds no PRIVATE KEY in PEM, {}", labels(&blocks)))?;
     ring::sign::any_supported_type(&key).map_err(|_| {
-        "holds a key that TLS cannot use here: make one of ECDSA P-256 or P-384, Ed25519, or RSA from \
-         2048 bits on"
+        "holds a key that TLS cannot use here: make one of ECDSA P-256 or P-384, Ed25519, or RSA \
+         2048 to 4096"
             .to_owned()
     })
 }
