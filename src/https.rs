@@ -122,7 +122,8 @@ impl Https {
             return None;
         }
         let kept = gone.into_iter().filter(|_| given.is_empty());
-        let names = wanted.iter().chain(kept).take(NAMES_MAX).cloned().collect();
+        let most = NAMES_MAX.max(wanted.len());
+        let names = wanted.iter().chain(kept).take(most).cloned().collect();
         Some((Some(old), names, server::LIFE_S))
     }
 

@@ -301,7 +301,9 @@ impl Issuer {
         now: Now,
     ) -> Result<ServerCertificate, CaError> {
         self.check_dates(now)?;
-        let sans = names.iter().map(|n| server_name(n)).collect::<Result<Vec<_>, _>>()?;
+        let names =
+            names.iter().map(|name| config::server_name(name).ok_or_else(|| bad_name(name)));
+        let names = names.collect::<Result<Vec<_>, _>>()?;
         let first = names.first().ok_or_else(|| bad_name(""))?.as_str();
         let serial = Serial::random().map_err(CaError::signing)?;
         let (not_before, not_after) = self.validity(life_s, now);
@@ -309,7 +311,7 @@ impl Issuer {
         if first.len() <= 64 {
             params.distinguished_name.push(DnType::CommonName, first);
         }
-        params.subject_alt_names = sans;
+        params.subject_alt_names = names.iter().map(|n| alt_name(n)).collect::<Result<_, _>>()?;
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         let pem = certificate_pem(&self.signed(&params, key)?);
         let between = self.chain.iter().filter(|der| !is_self_issued(der));
@@ -403,12 +405,11 @@ fn leaf_params(not_before: u64, not_after: u64, serial: Serial) -> CertificatePa
     params
 }
 
-fn server_name(name: &str) -> Result<SanType, CaError> {
-    if let Ok(address) = name.parse::<IpAddr>() {
-        return Ok(SanType::IpAddress(address));
+fn alt_name(name: &str) -> Result<SanType, CaError> {
+    match name.parse::<IpAddr>() {
+        Ok(address) => Ok(SanType::IpAddress(address)),
+        Err(_) => name.try_into().map(SanType::DnsName).map_err(|_| bad_name(name)),
     }
-    let dns_name = name.try_into().ok().filter(|_| config::is_dns_name(name));
-    dns_name.map(SanType::DnsName).ok_or_else(|| bad_name(name))
 }
 
 fn bad_name(name: &str) -> CaError {
@@ -922,13 +923,18 @@ mod tests {
             must(&dir, "pkey -in server.key -pubout"),
             must(&dir, "x509 -in server.pem -noout -pubkey")
         );
+        let typed = ["2001:DB8:0::1".to_owned()];
+        let key = PublicKey::of(&key);
+        let made = issuer.server_certificate(&typed, &key, 1, clock::now()).unwrap();
+        fs::write(dir.join("server.pem"), &made.pem).unwrap();
+        let subject = must(&dir, "x509 -in server.pem -noout -subject");
+        assert_eq!(subject.trim(), "subject=CN = 2001:db8::1", "as it is in the record");
         for bad in ["", "a b", "-a", "a..b", "*", "a.*.b", "ä.de", "a/b", "10.0.0.256", "10.0.0"] {
-            let error = issuer
-                .server_certificate(&[bad.to_owned()], &PublicKey::of(&key), 1, clock::now())
-                .unwrap_err();
+            let error =
+                issuer.server_certificate(&[bad.to_owned()], &key, 1, clock::now()).unwrap_err();
             assert!(error.to_string().contains("neither a DNS name nor an IP address"), "{bad}");
         }
-        assert!(issuer.server_certificate(&[], &PublicKey::of(&key), 1, clock::now()).is_err());
+        assert!(issuer.server_certificate(&[], &key, 1, clock::now()).is_err());
     }
 
     #[test]

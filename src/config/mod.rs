@@ -33,7 +33,7 @@ pub(crate) use self::redis::{HostPort, Login, Place, Redis, RedisTls, Sentinels}
 pub(crate) use self::secret::Secret;
 pub(crate) use self::supervision::Supervision;
 pub use self::tls::certified_key;
-pub(crate) use self::tls::{TlsFault, certificates, is_dns_name, private_key};
+pub(crate) use self::tls::{TlsFault, certificates, is_dns_name, private_key, server_name};
 pub(crate) use self::vars::ConfigError;
 
 use self::variables as var;

@@ -51,9 +51,15 @@ pub(super) fn served(vars: &Vars<'_>, is_auto: bool) -> Result<Option<TlsFiles>,
 }
 
 fn names(text: &str) -> Option<Vec<String>> {
-    let name = |name: &str| name.parse::<IpAddr>().is_ok() || is_dns_name(name);
-    let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
-    names.iter().all(|n| name(n)).then_some(names)
+    text.split(',').map(|name| server_name(name.trim())).collect()
+}
+
+/// A DNS name as it stands there, or an IP address as it is always written; of all else nothing.
+pub fn server_name(text: &str) -> Option<String> {
+    match text.parse::<IpAddr>() {
+        Ok(address) => Some(address.to_string()),
+        Err(_) => is_dns_name(text).then(|| text.to_owned()),
+    }
 }
 
 /// The files of a certificate and its key, which are named by these variables or not at all.

@@ -104,6 +104,23 @@ fn without_names_it_is_for_those_of_the_machine() {
     assert_eq!(exit.code, Some(0), "{}", exit.log);
 }
 
+/// However an address is written, and however many names there are: nothing new is asked for.
+#[test]
+fn the_same_names_make_no_other_certificate() {
+    let many: String = (0..70).map(|n| format!(",host-{n}.lan")).collect();
+    let mut https = Https::auto(Setup::new().env("TLS_NAMES", "localhost,2001:DB8:0::1"));
+    for names in ["localhost,2001:DB8:0::1".to_owned(), format!("localhost{many}")] {
+        https.service.set_env("TLS_NAMES", &names);
+        let [first, second] = [(); 2].map(|()| {
+            https.service.terminate();
+            https.service.restart();
+            serial(&https.service)
+        });
+        assert_eq!(first, second, "{names}");
+    }
+    assert_eq!(https.service.index_of_servers().len(), 2, "{}", https.service.log());
+}
+
 #[test]
 fn what_it_does_not_go_with() {
     let refused = |env: &[(&str, &str)], why: &str| {
