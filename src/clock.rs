@@ -102,6 +102,33 @@ impl Steps {
     }
 }
 
+/// Since when the wall clock goes as the monotonic one does.
+#[derive(Clone, Copy, Debug)]
+pub struct Steady {
+    since_ms: u64,
+    /// What the wall clock shows when the monotonic one shows nothing.
+    base_ms: u64,
+    /// Smaller steps than this are what keeping a clock right takes.
+    step_ms: u64,
+}
+
+impl Steady {
+    /// From now on, but for smaller steps than this.
+    pub fn from(now: Now, step_ms: u64) -> Self {
+        Steady { since_ms: now.mono_ms, base_ms: now.unix_ms.saturating_sub(now.mono_ms), step_ms }
+    }
+
+    /// Whether it has for a day. By a clock that was set wrong meanwhile what still matters would be
+    /// forgotten. A step that is taken back before anybody looks is not seen.
+    pub fn for_a_day(&mut self, now: Now) -> bool {
+        let seen = Steady::from(now, self.step_ms);
+        let is_step = seen.base_ms.abs_diff(self.base_ms) > self.step_ms;
+        let since_ms = if is_step { now.mono_ms } else { self.since_ms };
+        *self = Steady { since_ms, ..seen };
+        now.mono_ms.saturating_sub(since_ms) >= DAY_S * 1000
+    }
+}
+
 /// When this program was built, in seconds since 1970 (`SOURCE_DATE_EPOCH` if that was set).
 pub fn build_date() -> u64 {
     // The build script always writes digits; were it ever not to, every clock would be plausible.

@@ -10,10 +10,13 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use crate::digits::hex;
+use crate::digits::{from_hex, hex};
 
 /// The file that carries a folder's lock.
 const LOCK_NAME: &str = ".lock";
+
+/// Random bytes of a secret that is made here.
+const SECRET_BYTES: usize = 32;
 
 /// What [`try_writing`] writes: more than a certificate, so that a disk which takes it takes one too.
 const TRIAL_BYTES: usize = 4096;
@@ -239,15 +242,15 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().map_or(Path::new("."), or_here)
 }
 
-/// The hexadecimal text of `len` random bytes, made once and kept in a file of mode 0600.
+/// The hexadecimal text of random bytes, made once and kept in a file of mode 0600.
 ///
 /// The text itself is the secret, so that another instance may be given the same file to read.
-pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesError> {
-    if let Some(text) = read_secret(path, len)? {
+pub fn read_or_create_secret(path: &Path) -> Result<String, FilesError> {
+    if let Some(text) = read_secret(path)? {
         warn_if_others_may_read(path);
         return Ok(text);
     }
-    let mut random = vec![0; len];
+    let mut random = [0; SECRET_BYTES];
     getrandom::fill(&mut random)
         .map_err(|e| FilesError::io("no random bytes for", path)(io::Error::other(e)))?;
     let text = hex(&random);
@@ -256,16 +259,12 @@ pub fn read_or_create_secret(path: &Path, len: usize) -> Result<String, FilesErr
 }
 
 /// What [`read_or_create_secret`] has made; `None` if it has not.
-pub fn read_secret(path: &Path, len: usize) -> Result<Option<String>, FilesError> {
+pub fn read_secret(path: &Path) -> Result<Option<String>, FilesError> {
     let Some(bytes) = read(path)? else { return Ok(None) };
-    let text = secret_text(&bytes, len);
-    text.map(Some).ok_or_else(|| FilesError::garbled(path, 2 * len))
-}
-
-fn secret_text(bytes: &[u8], len: usize) -> Option<String> {
-    let text = std::str::from_utf8(bytes).ok()?.trim_end_matches(['\r', '\n']);
-    let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-    (text.len() == 2 * len && text.bytes().all(hex)).then(|| text.to_owned())
+    let text = std::str::from_utf8(&bytes).ok().map(|text| text.trim_end_matches(['\r', '\n']));
+    let text = text.filter(|text| from_hex::<SECRET_BYTES>(text).is_some());
+    let garbled = || FilesError::garbled(path, 2 * SECRET_BYTES);
+    text.map(|text| Some(text.to_owned())).ok_or_else(garbled)
 }
 
 /// Warns of a secret that more than its owner may read or change.
@@ -437,15 +436,15 @@ mod tests {
     fn a_secret_is_made_once() {
         let dir = TestDir::new();
         let path = dir.join("instance-id");
-        let made = read_or_create_secret(&path, 16).unwrap();
-        assert_eq!((made.len(), mode(&path)), (32, 0o600));
-        assert_eq!(read_or_create_secret(&path, 16).unwrap(), made);
-        for bad in ["", "\n", "abc", &"g".repeat(32), &"A".repeat(32), &format!("{made}0")] {
+        let made = read_or_create_secret(&path).unwrap();
+        assert_eq!((made.len(), mode(&path)), (64, 0o600));
+        assert_eq!(read_or_create_secret(&path).unwrap(), made);
+        for bad in ["", "\n", "abc", &"g".repeat(64), &"A".repeat(64), &format!("{made}0")] {
             fs::write(&path, bad).unwrap();
-            let error = read_or_create_secret(&path, 16).unwrap_err().to_string();
-            assert!(error.contains("instance-id") && error.contains("32"), "{error}");
+            let error = read_or_create_secret(&path).unwrap_err().to_string();
+            assert!(error.contains("instance-id") && error.contains("64"), "{error}");
         }
-        fs::write(&path, [0xff; 32]).unwrap();
-        assert!(read_or_create_secret(&path, 16).is_err());
+        fs::write(&path, [0xff; 64]).unwrap();
+        assert!(read_or_create_secret(&path).is_err());
     }
 }

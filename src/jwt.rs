@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use hmac::{Hmac, KeyInit as _, Mac as _};
+use hmac::{Hmac, Mac as _};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
 use crate::device::DeviceId;
 use crate::digits::{self, decimal, hex};
 use crate::json;
+use crate::mac;
 use crate::problem::Code;
 
 /// Longest token that is looked at, in bytes.
@@ -111,9 +112,8 @@ impl fmt::Debug for Signer {
 
 impl Signer {
     /// A signer under `secret`, of any length (RFC 2104 hashes what is longer than a block).
-    #[allow(clippy::unwrap_used, reason = "HMAC takes keys of every length (RFC 2104, section 3)")]
     pub fn new(secret: &[u8]) -> Self {
-        Signer { keyed: Hmac::new_from_slice(secret).unwrap() }
+        Signer { keyed: mac::keyed(secret) }
     }
 
     /// Signs `claims`. The same claims always give the same token, so whoever keeps the claims can

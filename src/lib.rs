@@ -113,4 +113,4 @@ pub mod cli;
 // What tests and tools name beside the modules that are theirs to see.
 pub use metrics::{EdgeCounters, Metrics};
 pub use problem::Code;
-pub use provisioner::{Provisioner, Spending};
+pub use provisioner::Provisioner;

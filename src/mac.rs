@@ -61,7 +61,8 @@ fn hkdf(salt: &[u8], secret: &[u8], info: &[u8]) -> [u8; 32] {
 }
 
 #[allow(clippy::unwrap_used, reason = "HMAC takes keys of every length (RFC 2104, section 3)")]
-fn keyed(key: &[u8]) -> Hmac<Sha256> {
+/// HMAC under a key of any length.
+pub fn keyed(key: &[u8]) -> Hmac<Sha256> {
     Hmac::new_from_slice(key).unwrap()
 }
 

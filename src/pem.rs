@@ -1,7 +1,6 @@
 //! PEM text (RFC 7468): finds the blocks of a text, whatever stands around them.
 
 use std::borrow::Cow;
-use std::fmt;
 
 use base64::Engine as _;
 use base64::alphabet::STANDARD;
@@ -16,18 +15,12 @@ pub const BASE64: GeneralPurpose = GeneralPurpose::new(
 /// What every block begins with.
 pub const BEGIN: &str = "-----BEGIN ";
 
-/// One block: its label and what it holds. `Debug` hides the latter, which may be a private key.
-#[derive(PartialEq, Eq)]
+/// One block: its label and what it holds, which may be a private key: it has no `Debug`.
+#[cfg_attr(test, derive(Debug, PartialEq, Eq))]
 pub struct Block<'a> {
     /// `CERTIFICATE`, `PRIVATE KEY` …
     pub label: &'a str,
     pub der: Vec<u8>,
-}
-
-impl fmt::Debug for Block<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Block({:?}, {} bytes)", self.label, self.der.len())
-    }
 }
 
 /// A PEM file as text; what stands outside the blocks may be in any character set. `None` if it is

@@ -32,7 +32,7 @@ use crate::https::{self, Https};
 use crate::jwt::{Claims, Signer};
 use crate::metrics::Metrics;
 use crate::notify::Manager;
-use crate::provisioner::{CLOCK_IS_FAR_OFF_MS, Provisioner, Spending};
+use crate::provisioner::{CLOCK_IS_FAR_OFF_MS, Provisioner};
 use crate::server::Server;
 use crate::share::redis::RedisExchange;
 use crate::share::thread::{Parts, Thread};
@@ -43,8 +43,8 @@ use crate::store::memory::Memory;
 use crate::store::redis::{OurCa, RedisStore, RunFile};
 use crate::store::{Rows, TokenStore};
 
-/// The file below `DATA_DIR` that holds the secret by which tokens are signed, and its random bytes.
-const TOKEN_SECRET: (&str, usize) = ("jwt-secret", 32);
+/// The file below `DATA_DIR` that holds the secret by which tokens are signed.
+const TOKEN_SECRET: &str = "jwt-secret";
 /// The file below `DATA_DIR` that holds the run id of the Redis that served last.
 const REDIS_RUN: &str = "redis-run-id";
 /// The file below `DATA_DIR` that holds the name of this instance in Redis.
@@ -145,8 +145,7 @@ impl Rehearsal {
 /// The files that a first start makes, if they are there.
 fn try_files(config: &Config) -> Result<(), String> {
     if config.jwt_secret.is_none() {
-        let (name, bytes) = TOKEN_SECRET;
-        files::read_secret(&config.data_dir.join(name), bytes).map_err(failed)?;
+        files::read_secret(&config.data_dir.join(TOKEN_SECRET)).map_err(failed)?;
     }
     identity::check(&config.data_dir.join(INSTANCE_ID)).map_err(failed)?;
     devices::table::check(&config.data_dir.join(DEVICES)).map_err(failed)
@@ -235,7 +234,7 @@ impl<'c> Kept<'c> {
             signer: self.signer.clone(),
             rules: config.rules.clone(),
             metrics: Arc::clone(&self.metrics),
-            spending: Spending::default(),
+            spending: Default::default(),
         })
     }
 
@@ -326,8 +325,7 @@ fn token_secret(config: &Config) -> Result<Vec<u8>, String> {
     if let Some(secret) = &config.jwt_secret {
         return Ok(secret.reveal().clone());
     }
-    let (name, bytes) = TOKEN_SECRET;
-    let text = files::read_or_create_secret(&config.data_dir.join(name), bytes);
+    let text = files::read_or_create_secret(&config.data_dir.join(TOKEN_SECRET));
     Ok(text.map_err(failed)?.into_bytes())
 }
 

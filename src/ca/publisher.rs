@@ -153,7 +153,7 @@ impl Publisher {
     /// future for none, and refuse everybody. Cheap; to be asked whenever the clock may have been set.
     pub fn check_clock(&self, now: Now) {
         if let Some(retention) = &self.retention {
-            retention.look(now);
+            retention.is_steady(now);
         }
         if self.was_ahead(now) {
             self.keep_fresh(now);

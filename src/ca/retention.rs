@@ -6,11 +6,9 @@
 
 use std::sync::Mutex;
 
-use crate::clock::{DAY_S, Now};
+use crate::clock::{DAY_S, Now, Steady};
 use crate::locks::locked;
 
-/// How long the clock must have been steady.
-const STEADY_MS: u64 = DAY_S * 1000;
 /// Smaller steps than this are what keeping a clock right takes.
 const STEP_MS: u64 = 60_000;
 
@@ -23,15 +21,6 @@ pub struct Retention {
     steady: Mutex<Steady>,
 }
 
-/// Since when the wall clock goes as the monotonic one does.
-#[derive(Clone, Copy)]
-struct Steady {
-    /// By [`Now::mono_ms`].
-    since_ms: u64,
-    /// What the wall clock shows when the monotonic one shows nothing.
-    base_ms: u64,
-}
-
 impl Retention {
     /// Keeps what has ended for so many days, or for good if that is 0. `is_disputed` says whether
     /// others do not agree with our clock.
@@ -41,33 +30,21 @@ impl Retention {
         now: Now,
     ) -> Self {
         let keep_s = (days > 0).then_some(u64::from(days) * DAY_S);
-        let steady = Mutex::new(Steady { since_ms: now.mono_ms, base_ms: base_ms(now) });
+        let steady = Mutex::new(Steady::from(now, STEP_MS));
         Retention { keep_s, is_disputed: Box::new(is_disputed), steady }
     }
 
     /// What ended before this second is to be forgotten, and does not come in again. Nothing (0) as
     /// long as the clock is not believed.
     pub fn ended_before(&self, now: Now) -> u64 {
-        let is_steady = now.mono_ms.saturating_sub(self.look(now)) >= STEADY_MS;
-        let keep_s = self.keep_s.filter(|_| is_steady && !(self.is_disputed)());
+        let keep_s = self.keep_s.filter(|_| self.is_steady(now) && !(self.is_disputed)());
         keep_s.map_or(0, |keep_s| now.unix_s().saturating_sub(keep_s))
     }
 
-    /// Returns since when the clock was not set, by [`Now::mono_ms`]. To be called whenever it may have
-    /// been: a step that is taken back before anybody looks is not seen.
-    pub fn look(&self, now: Now) -> u64 {
-        let mut steady = locked(&self.steady);
-        let base_ms = base_ms(now);
-        if base_ms.abs_diff(steady.base_ms) > STEP_MS {
-            steady.since_ms = now.mono_ms;
-        }
-        steady.base_ms = base_ms;
-        steady.since_ms
+    /// Whether the clock was not set of late. To be called whenever it may have been.
+    pub fn is_steady(&self, now: Now) -> bool {
+        locked(&self.steady).for_a_day(now)
     }
-}
-
-fn base_ms(now: Now) -> u64 {
-    now.unix_ms.saturating_sub(now.mono_ms)
 }
 
 #[cfg(test)]

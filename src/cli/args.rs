@@ -13,13 +13,6 @@ use crate::ca::server::DAYS;
 use crate::config::variables::{self, Allowed, Variable};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Arguments {
-    pub command: Command,
-    /// Files of variables; of two that name the same one the later counts.
-    pub env_files: Vec<PathBuf>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     Serve,
     Help,
@@ -126,15 +119,16 @@ const ENV_FILE: &str = "--env-file";
 /// The longest life of a certificate.
 pub const MAX_DAYS: u32 = 36_500;
 
-/// Reads the arguments, the program's own name left out.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Arguments, Failure> {
+/// Reads the arguments, the program's own name left out: the command, and files of variables, of which of
+/// two that name the same one the later counts.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<(Command, Vec<PathBuf>), Failure> {
     let args: Result<Vec<String>, _> = args.into_iter().map(OsString::into_string).collect();
     let args = args.map_err(|arg| refused(format_args!("{arg:?} is not UTF-8")))?;
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
-        return Ok(Arguments { command: Command::Help, env_files: Vec::new() });
+        return Ok((Command::Help, Vec::new()));
     }
     let (env_files, rest) = take_env_files(args)?;
-    Ok(Arguments { command: command(rest)?, env_files })
+    Ok((command(rest)?, env_files))
 }
 
 /// Takes out `--env-file`, which every command has, wherever it stands.
@@ -297,7 +291,7 @@ mod tests {
 
     fn parsed(args: &str) -> Result<Command, String> {
         let parsed = parse(args.split_whitespace().map(OsString::from));
-        parsed.map(|arguments| arguments.command).map_err(|Failure(_, why)| why)
+        parsed.map(|(command, _)| command).map_err(|Failure(_, why)| why)
     }
 
     #[test]
@@ -323,7 +317,7 @@ mod tests {
         let check = |args: &str, command: Command, files: &[&str]| {
             let env_files = files.iter().map(PathBuf::from).collect();
             let parsed = parse(args.split_whitespace().map(OsString::from));
-            assert_eq!(parsed, Ok(Arguments { command, env_files }), "{args}");
+            assert_eq!(parsed, Ok((command, env_files)), "{args}");
         };
         check("--env-file /a", Command::Serve, &["/a"]);
         check("--env-file=/a healthcheck --env-file /b", Command::Healthcheck, &["/a", "/b"]);

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 use crate::config::{Config, ConfigError, Environment};
 
-use args::{Arguments, Command};
+use args::Command;
 
 /// Failed while running.
 const FAILED: u8 = 1;
@@ -43,7 +43,7 @@ pub fn run(
     args: impl IntoIterator<Item = OsString>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> ExitCode {
-    let done = args::parse(args).and_then(|Arguments { command, env_files }| {
+    let done = args::parse(args).and_then(|(command, env_files)| {
         run_command(command, &Given { environment: environment.into_iter().collect(), env_files })
     });
     done.unwrap_or_else(|Failure(code, why)| {

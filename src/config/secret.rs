@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use hmac::{Hmac, KeyInit as _, Mac as _};
-use sha2::Sha256;
+use hmac::Mac as _;
 
 use super::vars::BYTE_ORDER_MARK;
+use crate::mac::keyed;
 
 /// A password or key. `Debug` shows that it is there, never what it is.
 #[derive(Clone)]
@@ -26,12 +26,8 @@ impl<T: AsRef<[u8]>> Secret<T> {
     pub fn matches(&self, given: &[u8]) -> bool {
         // SECURITY: `==` of two `CtOutput`s is constant-time; the bytes themselves must not be
         // compared. Keyed with the secret, so that a client cannot choose what is compared.
-        self.tag(given) == self.tag(self.0.as_ref())
-    }
-
-    #[allow(clippy::unwrap_used, reason = "HMAC takes keys of every length (RFC 2104, section 3)")]
-    fn tag(&self, of: &[u8]) -> hmac::digest::CtOutput<Hmac<Sha256>> {
-        Hmac::<Sha256>::new_from_slice(self.0.as_ref()).unwrap().chain_update(of).finalize()
+        let tag = |of| keyed(self.0.as_ref()).chain_update(of).finalize();
+        tag(given) == tag(self.0.as_ref())
     }
 }
 

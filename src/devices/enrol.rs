@@ -67,12 +67,6 @@ pub struct Maker {
     pub now: Now,
 }
 
-impl Edit {
-    fn concerns_registration(&self) -> bool {
-        self.expires_in_s.is_some() || self.cert_days.is_some() || self.note.is_some()
-    }
-}
-
 impl Row {
     /// Whether the device may enrol by this rule with what was shown. Whether it has a certificate is
     /// not looked at. Who has shown nothing that counts learns nothing of the device.
@@ -139,9 +133,12 @@ impl Row {
     /// over is not brought back by a later end: that would be another. Whoever begins a registration has
     /// to raise the bound, too.
     pub fn edited(&self, edit: &Edit, maker: &Maker) -> Option<Row> {
-        let registration = match edit.register {
-            Some(secret) => Some(self.begun(secret, edit, maker)),
-            None if edit.concerns_registration() => Some(self.changed(edit, maker)?),
+        let Edit { register, expires_in_s, cert_days, note, .. } = edit;
+        let registration = match register {
+            Some(secret) => Some(self.begun(*secret, edit, maker)),
+            None if expires_in_s.is_some() || cert_days.is_some() || note.is_some() => {
+                Some(self.changed(edit, maker)?)
+            }
             None => None,
         };
         let (version, Block { blocked, lifted, .. }) = (self.next_version(maker.now), self.block);

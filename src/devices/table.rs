@@ -18,16 +18,13 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use super::codec;
 use super::file::{self, DevicesFile};
 use super::{Block, Bound, Instance, Row};
-use crate::clock::Now;
+use crate::clock::{Now, Steady};
 use crate::device::DeviceId;
 use crate::files::FilesError;
 use crate::locks::{locked, reading, writing};
 use crate::trial::Trial;
 
-/// Rows are dropped by a clock that has gone evenly for so long, in milliseconds. One that was set
-/// wrong meanwhile would drop what still matters.
-const CLOCK_IS_STEADY_MS: u64 = 86_400_000;
-/// How far two clocks may drift apart in that time without one having been set, in milliseconds.
+/// How far two clocks may drift apart without one having been set, in milliseconds.
 const DRIFT_MS: u64 = 3_600_000;
 
 /// So many bounds are kept in mind until their rows come; when there are more, all are forgotten. Of so
@@ -64,8 +61,8 @@ pub struct Devices {
 #[derive(Debug)]
 struct Writer {
     file: DevicesFile,
-    /// Since when the wall clock has gone evenly.
-    steady_since: Now,
+    /// Rows are dropped by a clock that has gone evenly for long.
+    steady: Steady,
 }
 
 /// Changes that are made together, or not at all.
@@ -90,7 +87,7 @@ impl Devices {
         let file = DevicesFile::open(path, |device, news, writer| {
             merge_into(&mut rows, &device, news, writer == Some(own));
         })?;
-        let writer = Mutex::new(Writer { file, steady_since: now });
+        let writer = Mutex::new(Writer { file, steady: Steady::from(now, DRIFT_MS) });
         let folders = path.parent().map(Path::to_owned).into_iter().collect();
         let trial = Arc::new(Trial::new("the list of devices", folders, path.to_owned()));
         let (rows, waiting, changed) = (RwLock::new(rows), Mutex::default(), Mutex::default());
@@ -291,7 +288,7 @@ impl Devices {
     /// Drops what no longer matters, and writes the rest anew. Only who holds the writer changes the
     /// rows, so the lock under which they are read here makes nobody wait.
     fn rewrite(&self, writer: &mut Writer, now: Now) {
-        if writer.clock_is_steady(now) {
+        if writer.steady.for_a_day(now) {
             let mut rows = writing(&self.rows);
             rows.retain(|row| row.row().matters(now.unix_s()));
         }
@@ -303,19 +300,6 @@ impl Devices {
         if let Err(error) = writer.file.rewrite(lines) {
             log::warn!("{error}; it grows on until it can be rewritten");
         }
-    }
-}
-
-impl Writer {
-    fn clock_is_steady(&mut self, now: Now) -> bool {
-        let since = self.steady_since;
-        let passed_ms = now.mono_ms.saturating_sub(since.mono_ms);
-        let due_ms = since.unix_ms.saturating_add(passed_ms);
-        if now.unix_ms.abs_diff(due_ms) > DRIFT_MS {
-            self.steady_since = now;
-            return false;
-        }
-        passed_ms >= CLOCK_IS_STEADY_MS
     }
 }
 

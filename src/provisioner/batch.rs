@@ -81,7 +81,9 @@ impl Provisioner {
         let mut answers = self.run_ops(&ops, || now).into_iter();
         let changed: Vec<DeviceId> =
             asked.iter().flatten().flat_map(Work::tells_of).cloned().collect();
-        let shared = changed.is_empty() || self.share_changes(&changed);
+        // Others are told, and what only they know is learnt. Where nothing is shared nobody is left.
+        let told = || self.sharing.look_up(&changed) || self.sharing.is_alone();
+        let shared = changed.is_empty() || told();
         let decide = |asked| match asked {
             Ok(work) => self.decide(work, &mut answers, shared, undo, now),
             Err(problem) => Step::Done(Err(problem)),
@@ -211,12 +213,6 @@ impl Provisioner {
         if let Err(error) = self.devices.enter(vec![(device.clone(), news)], false, now) {
             log::error!(device:%; "what Redis says of {device} was not kept: {error}");
         }
-    }
-
-    /// Tells the other instances of these changes, and learns of certificates that only they know. Where
-    /// nothing is shared nobody is left to be told.
-    fn share_changes(&self, devices: &[DeviceId]) -> bool {
-        self.sharing.look_up(devices) || self.sharing.is_alone()
     }
 
     /// Another instance has signed for the device, which is not in the record yet: it is entered now.
@@ -430,7 +426,7 @@ mod tests {
     use crate::jwt::{Claims, Signer, Token, TokenHash};
     use crate::locks::locked;
     use crate::metrics::Metrics;
-    use crate::provisioner::{Redemption, Spending};
+    use crate::provisioner::Redemption;
     use crate::share::{Mode, Sharing};
     use crate::store::ledger::Ledger;
     use crate::store::{Status, TokenStore};
@@ -497,7 +493,7 @@ mod tests {
             signer: Signer::new(b"a secret of the test"),
             rules,
             metrics,
-            spending: Spending::default(),
+            spending: Default::default(),
         }
     }
 
@@ -624,7 +620,7 @@ mod tests {
         std::fs::remove_dir(&file).unwrap();
         std::fs::rename(&kept, &file).unwrap();
         assert_eq!(redeem(), (Err(Code::ServiceUnavailable), false), "it is written now");
-        assert!(locked(&provisioner.spending.0).is_empty());
+        assert!(locked(&provisioner.spending).is_empty());
         assert_eq!(provisioner.devices.row(&device).stage(now.unix_s()), Stage::Spent);
     }
 }

@@ -58,14 +58,10 @@ pub struct Provisioner {
     pub rules: Rules,
     /// Counts.
     pub metrics: Arc<Metrics>,
-    /// Registrations that are being used.
-    pub spending: Spending,
+    /// Devices whose registration is being used for a certificate that is not recorded yet; or that is,
+    /// but what it has used up could not be written.
+    pub spending: Mutex<BTreeMap<DeviceId, Option<Row>>>,
 }
-
-/// Devices whose registration is being used for a certificate that is not recorded yet; or that is,
-/// but what it has used up could not be written.
-#[derive(Debug, Default)]
-pub struct Spending(Mutex<BTreeMap<DeviceId, Option<Row>>>);
 
 #[derive(Debug)]
 pub struct Job {

@@ -142,7 +142,7 @@ impl Provisioner {
     /// Whether nobody else uses the registration. What could not be written of an earlier one is tried
     /// again.
     fn begin_spending(&self, device: &DeviceId, now: Now) -> bool {
-        let mut spending = locked(&self.spending.0);
+        let mut spending = locked(&self.spending);
         let Some(begun) = spending.get(device) else {
             spending.insert(device.clone(), None);
             return true;
@@ -231,8 +231,8 @@ impl Provisioner {
         }
         for (device, row) in spent {
             match entered {
-                Ok(()) => locked(&self.spending.0).remove(&device),
-                Err(_) => locked(&self.spending.0).insert(device, Some(row)),
+                Ok(()) => locked(&self.spending).remove(&device),
+                Err(_) => locked(&self.spending).insert(device, Some(row)),
             };
         }
         for (Redeem { token, spends, .. }, serial) in used {
@@ -278,7 +278,7 @@ impl Provisioner {
                 undo.push(Op::GiveBack(token.clone(), sign.serial));
             }
             if redeem.spends.is_some() {
-                locked(&self.spending.0).remove(&token.claims.device_id);
+                locked(&self.spending).remove(&token.claims.device_id);
             }
         }
         sign.refused(problem)

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mqtt_publisher_lite::Metrics;
+use mqtt_publisher_lite::Provisioner;
 use mqtt_publisher_lite::api::{self, Api, Request};
 use mqtt_publisher_lite::ca::Ca;
 use mqtt_publisher_lite::ca::publisher::Publisher;
@@ -19,7 +20,6 @@ use mqtt_publisher_lite::jwt::Signer;
 use mqtt_publisher_lite::share::{Mode, Sharing};
 use mqtt_publisher_lite::store::ledger::Ledger;
 use mqtt_publisher_lite::store::memory::Memory;
-use mqtt_publisher_lite::{Provisioner, Spending};
 
 use crate::support::clock::now_ms;
 use crate::support::csr::Csr;
@@ -240,7 +240,7 @@ fn a_worker_that_cannot_be_reached_is_a_reason() {
         signer,
         rules: config.rules.clone(),
         metrics: Arc::clone(&metrics),
-        spending: Spending::default(),
+        spending: Default::default(),
     };
     let api = Api::new(Arc::new(provisioner), &config, Arc::clone(&metrics));
     let ready = || {

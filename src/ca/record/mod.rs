@@ -287,11 +287,6 @@ impl Origin {
         }
     }
 
-    /// What it was signed for may have others revoked.
-    fn takes_a_place(self) -> bool {
-        matches!(self, Origin::Registration(_) | Origin::Renewal { .. })
-    }
-
     /// Reads a line as `Display` writes it.
     fn read(line: &str) -> Option<Self> {
         if let Some(renewed) = line.strip_prefix(RENEWAL_LINE) {

@@ -37,7 +37,8 @@ impl Entries<'_> {
         if self.added.iter().any(|new| new.renews() == Some(old.serial)) {
             return Err(Code::ServiceUnavailable.into());
         }
-        if let Some(leaf) = self.successor(old, key, now) {
+        let renews = |origin: Origin| origin.renews() == Some(old.serial);
+        if let Some(leaf) = self.record.signed_for(&old.device, key, renews, now) {
             return Ok(Some(leaf));
         }
         let of_device = |new: &&Incoming| new.renews().is_some() && new.row.is_of(&old.device);
@@ -49,12 +50,6 @@ impl Entries<'_> {
         let retry_after_s = Some(wait_ms.div_ceil(1000));
         let too_many = Problem { retry_after_s, ..Code::RateLimited.into() };
         if wait_ms == 0 { Ok(None) } else { Err(too_many) }
-    }
-
-    /// The certificate that `old` was renewed to, for the same key, if it still counts.
-    fn successor(&self, old: &Certificate, key: &PublicKey, now: Now) -> Option<Leaf> {
-        let renews = |origin: Origin| origin.renews() == Some(old.serial);
-        self.record.signed_for(&old.device, key, renews, now)
     }
 }
 

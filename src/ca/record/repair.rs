@@ -288,7 +288,9 @@ impl Record {
         let unread = self.read_newest(is_recent(now_s, |at, slot, stored| {
             tokens.extend(stored.origin.and_then(Origin::token).map(|token| (token, at)));
             news.extend((slot.place == Place::Own).then_some(Untold::Certificate(slot.serial)));
-            let origin = stored.origin.filter(|origin| origin.takes_a_place());
+            let takes =
+                |origin: &_| matches!(origin, Origin::Registration(_) | Origin::Renewal { .. });
+            let origin = stored.origin.filter(takes);
             successors.extend(origin.map(|origin| (origin, slot.serial, stored.created_at)));
         }));
         if let Some((count, why)) = unread {
