@@ -365,6 +365,7 @@ impl Rows for Devices {
     }
 
     fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now) {
+        self.note_changed(rows.iter().map(|(device, _)| device.clone()));
         if let Err(error) = self.enter(rows, false, now) {
             log::error!("what Redis says of devices was not kept: {error}");
         }

@@ -237,6 +237,11 @@ impl Devices {
         std::mem::take(&mut *locked(&self.changed))
     }
 
+    /// Notes devices of whose rows others are to be told, who may have looked before these stood in Redis.
+    pub fn note_changed(&self, devices: impl IntoIterator<Item = DeviceId>) {
+        locked(&self.changed).extend(devices);
+    }
+
     /// Notes devices whose bound may kill certificates that the record still counts as valid. A bound
     /// that is learnt from others is noted by itself.
     pub fn note_killed(&self, devices: impl IntoIterator<Item = DeviceId>) {

@@ -22,11 +22,12 @@ pub struct Place {
     pub field: String,
 }
 
-/// A value that is set if the place still holds what was seen there; nothing is the empty value.
+/// A value that is set if the place still holds what was seen there; nothing is the empty value. Where
+/// nobody has looked, it is set if there is none at all.
 #[derive(Clone, Debug)]
 pub struct Swap {
     pub place: Place,
-    pub seen: Vec<u8>,
+    pub seen: Option<Vec<u8>>,
     pub value: Vec<u8>,
 }
 

@@ -28,7 +28,7 @@ impl<E: Exchange> Turn<'_, E> {
             let begun = clock::now();
             let changes = self.parts.exchange.changes(&self.progress.cursor)?;
             if changes.gap {
-                self.progress.begin_anew();
+                self.progress.distrust();
                 self.parts.sharing.wake();
                 return Ok(());
             }
@@ -103,14 +103,15 @@ impl<E: Exchange> Turn<'_, E> {
             let opened = names.iter().zip(&values).map(|(name, value)| self.open(name, value));
             let opened: Vec<Option<Value>> = opened.collect();
             self.enter(opened.iter().flatten().cloned().collect())?;
-            for ((name, value), opened) in names.iter().zip(values).zip(opened) {
-                let is_forged = opened.is_none() && !value.is_empty();
+            for (name, opened) in names.iter().zip(opened) {
+                // Forged, or gone before it was read: by a policy that drops keys, say.
+                let is_missing = opened.is_none();
                 // A certificate never changes.
                 let says_less = !matches!(name, Name::Certificate(_))
                     && opened.is_some()
                     && to_put(self.known(name), opened.as_ref()).is_some();
                 let Progress { unsent, doubted, .. } = &mut self.progress;
-                if says_less || is_forged && doubted.insert(name.clone()) {
+                if says_less || is_missing && doubted.insert(name.clone()) {
                     unsent.insert(name.clone());
                 }
             }

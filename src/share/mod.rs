@@ -188,6 +188,7 @@ impl Sharing {
                 && state.trouble.is_none()
                 && !state.is_partial
                 && !state.is_filling
+                && !state.contradicts
                 && state.read_ms.is_some(),
             behind_ms: match self.mode {
                 Mode::Alone => 0,

@@ -85,10 +85,7 @@ impl<E: Exchange> Turn<'_, E> {
             let places =
                 names.iter().filter(|name| is_read(name)).map(|name| self.keys.place(name));
             let mut values = self.parts.exchange.values(&places.collect::<Vec<_>>())?.into_iter();
-            let seen = names.iter().map(|name| match is_read(name) {
-                true => values.next().unwrap_or_default(),
-                false => Vec::new(),
-            });
+            let seen = names.iter().map(|name| is_read(name).then(|| values.next()).flatten());
             let seen = seen.collect();
             let news = self.news(&names, seen)?;
             let stands = self.parts.exchange.tell(&news)?;
@@ -103,11 +100,11 @@ impl<E: Exchange> Turn<'_, E> {
 
     /// What is to be told under these names, where this was seen. What others have told meanwhile is
     /// taken in: it is not read again when it comes with our own words.
-    fn news(&mut self, names: &[Name], seen: Vec<Vec<u8>>) -> Result<News, StoreError> {
+    fn news(&mut self, names: &[Name], seen: Vec<Option<Vec<u8>>>) -> Result<News, StoreError> {
         let mut news = News { names: names.to_vec(), ..News::default() };
         let mut learnt = Vec::new();
         for (name, seen) in names.iter().zip(seen) {
-            let theirs = self.open(name, &seen);
+            let theirs = seen.as_ref().and_then(|seen| self.open(name, seen));
             if let Some(value) = to_put(self.known(name), theirs.as_ref()) {
                 news.holders.extend(self.holder(name));
                 let (place, value) = (self.keys.place(name), self.keys.seal(&value));

@@ -156,9 +156,9 @@ impl Exchange for RedisExchange {
     }
 
     fn tell(&mut self, news: &News) -> Result<Vec<bool>, StoreError> {
-        let swap = |Swap { place: Place { key, field }, seen, value }: &Swap| match seen[..] {
-            [] => self.line.on("HSETNX", key).arg(field).bytes(value),
-            _ => self.line.swap(key, field, seen, value),
+        let swap = |Swap { place: Place { key, field }, seen, value }: &Swap| match seen {
+            None => self.line.on("HSETNX", key).arg(field).bytes(value),
+            Some(seen) => self.line.swap(key, field, seen, value),
         };
         let hold = |(device, serial): &(DeviceId, Serial)| {
             let set = self.line.on_holder("SET", device).arg(&serial.to_string());

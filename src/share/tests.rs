@@ -25,7 +25,7 @@ use crate::jwt::{Claims, Signer, Token, TokenHash};
 use crate::metrics::Metrics;
 use crate::serial::Serial;
 use crate::store::ledger::Ledger;
-use crate::store::{Answer, Down, DownKind, Op, Outcome, Status, StoreError, TokenStore};
+use crate::store::{Answer, Down, DownKind, Op, Outcome, Rows, Status, StoreError, TokenStore};
 
 /// How many steps an instance may still take on its line.
 type Steps = Arc<Mutex<usize>>;
@@ -239,8 +239,9 @@ impl Exchange for Line {
             assert!(self.reaches(&place.key), "it is away");
             let mut server = self.write()?;
             let there = server.data.values.get(place).cloned().unwrap_or_default();
-            stand.push(there == *seen);
-            if there == *seen {
+            let is_as_seen = there == seen.clone().unwrap_or_default();
+            stand.push(is_as_seen);
+            if is_as_seen {
                 server.data.values.insert(place.clone(), value.clone());
             }
         }
@@ -607,6 +608,43 @@ fn what_was_killed_is_revoked_by_whichever_way_that_was_learnt() {
     for instance in &world.all {
         assert!(instance.revocations().contains_key(&serial));
     }
+}
+
+/// Redis came back older; another has compared before the carry-over has put a row there, and who had told
+/// of it before finds it there.
+#[test]
+fn what_the_carry_over_has_put_is_announced() {
+    let mut world = World::new(2, 11);
+    world.heal();
+    let device = DeviceId::parse("d").unwrap();
+    world.kill(0, device.clone());
+    world.all[0].attempt();
+    world.server.lock().unwrap().suffer(3, 0);
+    (0..2).for_each(|_| world.all[1].attempt());
+    let (row, keys) = (world.all[0].thread.parts.devices.row(&device), world.all[0].keys());
+    let value = keys.seal(&Value::Row(device.clone(), row.clone()));
+    let place = keys.place(&Name::Row(device.clone()));
+    world.server.lock().unwrap().data.values.insert(place, value);
+    Rows::learn(&*world.all[0].thread.parts.devices, vec![(device, row)], clock::now());
+    world.heal();
+    world.check("it is announced");
+}
+
+/// A server that evicts, say.
+#[test]
+fn what_is_gone_before_others_have_read_it_is_put_there_again() {
+    let mut world = World::new(2, 12);
+    world.heal();
+    let device = DeviceId::parse("d").unwrap();
+    let (serial, _) = world.sign(0, device.clone());
+    world.revoke(0, serial);
+    world.kill(0, device);
+    world.all[0].attempt();
+    world.server.lock().unwrap().data.values.clear();
+    for at in [1, 0, 1, 0] {
+        world.all[at].attempt();
+    }
+    world.check("it is there again");
 }
 
 #[test]

@@ -84,7 +84,7 @@ pub(super) struct Progress {
     pub look_ms: u64,
     /// What was told and not read again yet: our own words need not be looked up.
     pub told: BTreeSet<Name>,
-    /// Names with a value that none of our instances has written. Each is announced once, so that an
+    /// Names with no value that our instances have written. Each is announced once, so that an
     /// instance with the true value writes it again; not for ever, for there may be none.
     pub doubted: BTreeSet<Name>,
     /// Certificates that were found and have ended too long ago to be kept.
@@ -114,6 +114,12 @@ impl Progress {
     /// All of it is to be compared, from the beginning.
     pub fn begin_anew(&mut self) {
         self.comparison = Some(Comparison::default());
+    }
+
+    /// What was entered there when we connected may be gone as well.
+    pub fn distrust(&mut self) {
+        self.connected = false;
+        self.begin_anew();
     }
 
     /// So many names or hashes at once, where the line is good for `most`.

@@ -40,7 +40,6 @@ impl<E: Exchange> Turn<'_, E> {
         let asked = self.asked();
         let compared = match (&buckets[..], &rows[..]) {
             ([], []) => {
-                self.announce_recent();
                 let progress = &mut self.progress;
                 (progress.cursor, progress.comparison) = (cursor, None);
                 progress.rows.clear();
@@ -135,14 +134,5 @@ impl<E: Exchange> Turn<'_, E> {
         let lacking: Vec<Name> = ours.into_iter().filter(lacks).collect();
         self.progress.unsent.extend(lacking);
         self.send()
-    }
-
-    /// What this instance has changed it may have put and not announced before it ended (`docs/model`,
-    /// row r10b). What it has recorded lately is news to the record after a start (row r1).
-    fn announce_recent(&mut self) {
-        if self.parts.sharing.lock().read_ms.is_none() {
-            let changed = self.parts.devices.to_be_told(self.now);
-            self.progress.unsent.extend(changed.into_iter().map(Name::Row));
-        }
     }
 }

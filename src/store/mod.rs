@@ -292,7 +292,7 @@ pub trait Rows: fmt::Debug + Send + Sync {
     /// The device's row in Redis is none that one of our instances has written.
     fn doubt(&self, device: &DeviceId);
 
-    /// Keeps what Redis has told.
+    /// Keeps what stands in Redis now that it was told; others are to hear of it.
     fn learn(&self, rows: Vec<(DeviceId, Row)>, now: Now);
 }
 

@@ -54,6 +54,11 @@ fn record(service: &Service) -> Value {
     service.health()["record"].clone()
 }
 
+/// Where it stands who shares.
+fn share_key(redis: &Redis) -> String {
+    redis.keys().into_iter().find(|key| key.starts_with("mqtt-lite:share:")).unwrap()
+}
+
 #[track_caller]
 fn wait_until_shared(service: &Service) {
     let shared =
@@ -310,9 +315,12 @@ fn redis_is_emptied_while_it_runs_and_stands_still_for_a_while() {
     enrol(&all[0], &a);
     agree(&every, &[("a", "active")]);
     redis.cli(&["FLUSHALL"]);
-    within(Duration::from_secs(10), "it stands there again", &[&all[0]], |_| {
-        redis.keys().iter().any(|key| key.starts_with("mqtt-lite:certs:"))
-    });
+    // With it, who shares: another instance may start by now, with another setting.
+    for key in ["mqtt-lite:certs:", "mqtt-lite:share:"] {
+        within(Duration::from_secs(10), "it stands there again", &[&all[0]], |_| {
+            redis.keys().iter().any(|found| found.starts_with(key))
+        });
+    }
     let paused = redis.stop();
     all.iter().for_each(instance::notice_loss);
     enrol(&all[1], &b);
@@ -424,6 +432,35 @@ fn a_forged_row_that_only_its_device_meets_is_told_and_put_right() {
     soon("it is counted, too", &[&one], |service| record(service)["ignored"].as_u64() > counted);
 }
 
+/// An empty value is none of ours, and was taken for no value at all: what was told over it was refused
+/// again and again, and all else had to wait.
+#[test]
+fn an_empty_value_ends_nothing() {
+    let redis = Redis::start(&[]);
+    let [mut one, two] = instances(&redis.url(), &[]);
+    let [d, e] = ["d", "e"].map(Device::new);
+    let serial = enrol(&one, &d);
+    soon("d", &[&two], |service| status(service, "d").is_some());
+    let share = share_key(&redis);
+    let fp = share.rsplit(':').next().unwrap();
+    let bucket = u8::from_str_radix(&serial[..2], 16).unwrap() & 0x3f | 0x40;
+    for kind in ["revoked", "certs"] {
+        redis.cli(&["HSET", &format!("mqtt-lite:{kind}:{fp}:{bucket:02x}"), &serial, ""]);
+    }
+    let bearer = format!("Bearer {ADMIN_KEY}");
+    let path = format!("/api/v1/devices/d/certificates/{serial}");
+    let answer = one.http.request("DELETE", &path, &[("Authorization", &bearer)], b"");
+    assert_eq!((answer.status, answer.json()["shared"].as_bool()), (200, Some(true)));
+    enrol(&one, &e);
+    agree(&[&one, &two], &[("d", "revoked"), ("e", "active")]);
+    // Who is started again tells what it knows, over an empty certificate, too.
+    one.terminate();
+    one.restart();
+    wait_until_shared(&one);
+    let three = instance::another(&one, &redis.url(), &[]);
+    agree(&[&one, &two, &three], &[("d", "revoked"), ("e", "active")]);
+}
+
 /// What is forged before anybody else has read it is put right by whoever has signed.
 #[test]
 fn a_forged_value_keeps_nobody_from_learning_the_right_one() {
@@ -533,6 +570,13 @@ fn share_record_must_be_the_same_everywhere() {
     });
     assert_eq!(one.http.get("/ready").status, 200);
     assert_eq!(record(&two)["shared"], false);
+    // The other way round, who shares knows that the others do not.
+    redis.cli(&["SET", &share_key(&redis), "false"]);
+    let three = instance::another(&one, &redis.url(), &[]);
+    within(Duration::from_secs(5), "it says so", &[&three], |three| {
+        three.http.get("/ready").text().contains("SHARE_RECORD is not what other instances")
+    });
+    assert_eq!(record(&three)["shared"], false);
 }
 
 /// Two instances that are cut off from each other: each certificate stays valid, and the warning says
