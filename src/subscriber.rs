@@ -1,5 +1,6 @@
 //! Whose address it is, for what each client gets a share of.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// One IPv4 address, or one IPv6 /64, which is what a site gets: its devices can take any address
@@ -17,6 +18,32 @@ impl From<IpAddr> for Subscriber {
     }
 }
 
+/// How many there are of each; who has none is forgotten.
+#[derive(Debug, Default)]
+pub(crate) struct Counts(HashMap<Subscriber, usize>);
+
+impl Counts {
+    pub fn of(&self, who: Subscriber) -> usize {
+        self.0.get(&who).copied().unwrap_or(0)
+    }
+
+    pub fn most(&self) -> usize {
+        self.0.values().copied().max().unwrap_or(0)
+    }
+
+    pub fn add(&mut self, who: Subscriber) {
+        *self.0.entry(who).or_insert(0) += 1;
+    }
+
+    pub fn remove(&mut self, who: Subscriber) {
+        let Some(count) = self.0.get_mut(&who) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.0.remove(&who);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -28,5 +55,20 @@ mod tests {
         assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
         assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
         assert_eq!(of("192.0.2.1"), of("::ffff:192.0.2.1"));
+    }
+
+    #[test]
+    fn a_site_counts_as_one() {
+        let of = |text: &str| Subscriber::from(text.parse::<IpAddr>().unwrap());
+        let mut per = Counts::default();
+        per.add(of("2001:db8::1"));
+        per.add(of("2001:db8::ffff:1"));
+        per.add(of("::ffff:10.0.0.1"));
+        assert_eq!(per.of(of("2001:db8::2")), 2);
+        assert_eq!(per.of(of("2001:db8:0:1::2")), 0);
+        assert_eq!((per.of(of("10.0.0.1")), per.most()), (1, 2));
+        per.remove(of("10.0.0.1"));
+        per.remove(of("10.0.0.1"));
+        assert_eq!((per.of(of("10.0.0.1")), per.0.len()), (0, 1));
     }
 }

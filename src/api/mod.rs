@@ -212,14 +212,15 @@ impl Api {
             // At the limit it is refused before it can fail.
             let _ = self.auth_failures.admit(request.client, now);
         }
-        let Request { method, path, client, .. } = request;
+        let Request { path, client, .. } = request;
         if log::log_enabled!(level) && self.refusals.is_shown(problem.code, level, now) {
             // A path may be 8 KiB, and anyone can send one.
             let path: String = path.chars().take(80).collect();
-            let named = endpoint(*method, &request.path).map(|endpoint| endpoint.named());
+            let named = endpoint(request.method, &request.path).map(|endpoint| endpoint.named());
             let (device, serial) = named.unwrap_or_default();
             let device = problem.device.as_deref().or(device.as_ref()).map_or("", DeviceId::as_str);
             let serial = serial.map(|serial| serial.to_string()).unwrap_or_default();
+            let method = request.method.name();
             log::log!(
                 level, event = "refused", device, serial, client:%;
                 "{method} {path} refused: {problem}, from {client}"

@@ -153,7 +153,7 @@ pub fn lane_kinds() -> Vec<LaneKind> {
 
 /// Method and pattern of each endpoint, for [`Metrics::new`](crate::metrics::Metrics::new).
 pub fn endpoints() -> impl Iterator<Item = (String, &'static str)> {
-    ROUTES.iter().map(|route| (route.method.to_string(), route.path))
+    ROUTES.iter().map(|route| (route.method.name().to_owned(), route.path))
 }
 
 /// What the edge has to know of a request; its path is without the query.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::client::{Client, Tls};
 use super::head::Context;
-use super::limits::{Budget, Held, PerAddress};
+use super::limits::{Budget, Held};
 use super::poll::{Poll, READ, Watched};
 use super::proxies::is_trusted;
 use super::session::{Event, Session, Step};
@@ -18,7 +18,7 @@ use crate::clock::Now;
 use crate::config::Http;
 use crate::http::Classify;
 use crate::metrics::EdgeCounters;
-use crate::subscriber::Subscriber;
+use crate::subscriber::{Counts, Subscriber};
 
 pub struct Connection {
     /// What it is about to do.
@@ -28,7 +28,7 @@ pub struct Connection {
     peer: IpAddr,
     is_proxy: bool,
     /// No other connection has had this number.
-    generation: u64,
+    pub generation: u64,
     /// Bytes that the budget counts for it.
     counted: Held,
 }
@@ -54,7 +54,7 @@ pub struct Connections {
     /// When each connection was last used, by the number of uses: its last request, or its beginning.
     used: Vec<u64>,
     uses: u64,
-    per_address: PerAddress,
+    per_address: Counts,
     pub budget: Budget,
     handshakes: Option<Handshakes>,
     http: Http,
@@ -72,7 +72,7 @@ impl Connections {
             timers: Timers::new(size, settings.deadlines),
             used: vec![0; size],
             uses: 0,
-            per_address: PerAddress::default(),
+            per_address: Counts::default(),
             budget: Budget::new(settings.http.max_buffer_bytes),
             handshakes,
             http: settings.http,
@@ -92,11 +92,6 @@ impl Connections {
 
     pub fn get(&mut self, at: usize) -> Option<&mut Connection> {
         self.places.get_mut(at)?.as_deref_mut()
-    }
-
-    /// The same, if it is still the one of this generation.
-    pub fn get_of(&mut self, at: usize, generation: u64) -> Option<&mut Connection> {
-        self.get(at).filter(|connection| connection.generation == generation)
     }
 
     /// Tells a connection's session what has happened. A request that is to be dispatched has this
@@ -154,7 +149,7 @@ impl Connections {
         };
         self.free.pop();
         if !is_proxy {
-            self.per_address.add(peer);
+            self.per_address.add(peer.into());
         }
         self.generation += 1;
         let (session, wait) = Session::new(self.handshakes.is_some());
@@ -170,7 +165,7 @@ impl Connections {
 
     /// A free place, if need be that of a connection that gives way.
     fn place_for(&mut self, peer: IpAddr, is_proxy: bool) -> Option<usize> {
-        if !is_proxy && self.per_address.count(peer) >= self.http.max_connections_per_ip {
+        if !is_proxy && self.per_address.of(peer.into()) >= self.http.max_connections_per_ip {
             let subscriber = Subscriber::from(peer);
             let is_theirs = |other: &Connection| Subscriber::from(other.peer) == subscriber;
             if !self.give_way(|other| !other.is_proxy && is_theirs(other)) {
@@ -225,13 +220,13 @@ impl Connections {
     /// How many connections this one's address has. Behind a proxy are many clients: each of its
     /// connections counts for itself.
     fn connections_of_address(&self, connection: &Connection) -> usize {
-        if connection.is_proxy { 1 } else { self.per_address.count(connection.peer) }
+        if connection.is_proxy { 1 } else { self.per_address.of(connection.peer.into()) }
     }
 
     pub fn close(&mut self, at: usize) {
         let Some(connection) = self.places.get_mut(at).and_then(Option::take) else { return };
         if !connection.is_proxy {
-            self.per_address.remove(connection.peer);
+            self.per_address.remove(connection.peer.into());
         }
         if let Some(handshakes) =
             self.handshakes.as_ref().filter(|_| connection.client.is_tls_away())

@@ -122,7 +122,8 @@ impl Driver {
     pub fn handshake_computed(&mut self, computed: Computed) {
         let Computed { step, plain, output, outcome } = computed;
         let HandshakeStep { at, generation, tls } = step;
-        let Some(connection) = self.connections.get_of(at, generation) else { return };
+        let connection = self.connections.get(at).filter(|c| c.generation == generation);
+        let Some(connection) = connection else { return };
         let input = connection.client.return_tls(tls, outcome, &plain, &output);
         if connection.client.is_secured() {
             self.handle(at, Event::Secured);

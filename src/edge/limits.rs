@@ -1,38 +1,5 @@
 //! What all clients together may take: descriptors, connections per address, bytes.
 
-use std::collections::HashMap;
-use std::net::IpAddr;
-
-use crate::subscriber::Subscriber;
-
-/// Connections at once, by who has them.
-#[derive(Default)]
-pub struct PerAddress(HashMap<Subscriber, usize>);
-
-impl PerAddress {
-    pub fn count(&self, peer: IpAddr) -> usize {
-        self.0.get(&peer.into()).copied().unwrap_or(0)
-    }
-
-    pub fn most(&self) -> usize {
-        self.0.values().copied().max().unwrap_or(0)
-    }
-
-    pub fn add(&mut self, peer: IpAddr) {
-        *self.0.entry(peer.into()).or_insert(0) += 1;
-    }
-
-    /// One less; an address without connections is forgotten.
-    pub fn remove(&mut self, peer: IpAddr) {
-        let address = Subscriber::from(peer);
-        let Some(count) = self.0.get_mut(&address) else { return };
-        *count -= 1;
-        if *count == 0 {
-            self.0.remove(&address);
-        }
-    }
-}
-
 pub struct Budget {
     max: usize,
     held: Held,
@@ -96,21 +63,6 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_site_counts_as_one() {
-        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
-        let mut per = PerAddress::default();
-        per.add(ip("2001:db8::1"));
-        per.add(ip("2001:db8::ffff:1"));
-        per.add(ip("::ffff:10.0.0.1"));
-        assert_eq!(per.count(ip("2001:db8::2")), 2);
-        assert_eq!(per.count(ip("2001:db8:0:1::2")), 0);
-        assert_eq!((per.count(ip("10.0.0.1")), per.most()), (1, 2));
-        per.remove(ip("10.0.0.1"));
-        per.remove(ip("10.0.0.1"));
-        assert_eq!((per.count(ip("10.0.0.1")), per.0.len()), (0, 1));
-    }
 
     #[test]
     fn large_bodies_leave_room_for_small_requests() {

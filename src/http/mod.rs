@@ -4,8 +4,6 @@ mod json;
 pub mod lanes;
 mod reply;
 
-use std::fmt;
-
 pub(crate) use json::Json;
 pub use lanes::LaneKind;
 pub use reply::Reply;
@@ -60,12 +58,6 @@ impl Method {
     /// The method whose handler answers: `HEAD` works wherever `GET` does.
     pub fn or_get(self) -> Self {
         if self == Method::Head { Method::Get } else { self }
-    }
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
     }
 }
 

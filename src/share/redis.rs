@@ -51,24 +51,6 @@ impl RedisExchange {
         Ok(items)
     }
 
-    /// Connects, and enters whether the record is shared, or reads what another has entered.
-    fn greet(
-        &mut self,
-        fp: &str,
-        shares_record: bool,
-    ) -> Result<(Option<String>, bool), StoreError> {
-        self.stream = format!("changes:{fp}");
-        let run_id = self.line.connect()?;
-        let key = format!("share:{fp}");
-        let mode = if shares_record { "true" } else { "false" };
-        let set = self.line.on("SET", &key).arg(mode).arg("NX");
-        let mut commands = Commands::default();
-        commands.ask_in_reach(set);
-        let mode = commands.ask_in_reach(self.line.on("GET", &key));
-        let mode = self.line.ask(&commands)?.take(mode).text().ok().flatten();
-        Ok((run_id, mode.map_or(shares_record, |mode| mode == "true")))
-    }
-
     /// An entry without its names.
     fn entry(&self) -> Command {
         let entry = self.line.on("XADD", &self.stream).arg("MAXLEN").arg("~");
@@ -84,14 +66,24 @@ impl Exchange for RedisExchange {
         fp: &str,
         shares_record: bool,
     ) -> Result<(Option<String>, bool), StoreError> {
-        self.greet(fp, shares_record).map_err(|error| match error {
+        self.stream = format!("changes:{fp}");
+        let key = format!("share:{fp}");
+        let mode = if shares_record { "true" } else { "false" };
+        let mut commands = Commands::default();
+        commands.ask_in_reach(self.line.on("SET", &key).arg(mode).arg("NX"));
+        let entered = commands.ask_in_reach(self.line.on("GET", &key));
+        let greeted =
+            self.line.connect().and_then(|run_id| Ok((run_id, self.line.ask(&commands)?)));
+        let (run_id, mut replies) = greeted.map_err(|error| match error {
             error if is_denied(&error) => error,
             // Who refuses everybody from the start is away for tokens, too: the store tells of it.
             StoreError::Down(down) if down.kind == DownKind::Refused => {
                 StoreError::Down(Down { kind: DownKind::Lost, ..down })
             }
             error => error,
-        })
+        })?;
+        let entered = replies.take(entered).text().ok().flatten();
+        Ok((run_id, entered.map_or(shares_record, |entered| entered == "true")))
     }
 
     fn reaches(&self, key: &str) -> bool {

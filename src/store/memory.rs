@@ -5,7 +5,6 @@
 //! the same token, at half the memory. Tokens age by the monotonic clock.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry as Slot;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use crate::store::ledger::{Begin, Ledger, first_sixteenth};
 use crate::store::{
     Answer, Dead, Kill, New, Op, Outcome, Rows, Seen, Status, StoreError, TokenStore, dated, locked,
 };
-use crate::subscriber::Subscriber;
+use crate::subscriber::{Counts, Subscriber};
 
 /// A subscriber may hold so many times as many tokens that no other place has as are free. Alone it gets three quarters of
 /// all, ten that ask for all they can get leave one in 31, and who holds few is never refused
@@ -71,30 +70,21 @@ pub enum InRedis {
 #[derive(Debug, Default)]
 struct OnlyHere {
     all: usize,
-    by_subscriber: HashMap<Subscriber, usize>,
+    by_subscriber: Counts,
 }
 
 impl OnlyHere {
-    fn count_of(&self, subscriber: Subscriber) -> usize {
-        self.by_subscriber.get(&subscriber).copied().unwrap_or_default()
-    }
-
     fn add(&mut self, entry: &Entry) {
         if entry.in_redis == InRedis::No {
             self.all += 1;
-            *self.by_subscriber.entry(entry.subscriber).or_default() += 1;
+            self.by_subscriber.add(entry.subscriber);
         }
     }
 
     fn subtract(&mut self, entry: &Entry) {
-        if entry.in_redis == InRedis::No
-            && let Slot::Occupied(mut held) = self.by_subscriber.entry(entry.subscriber)
-        {
+        if entry.in_redis == InRedis::No {
             self.all -= 1;
-            *held.get_mut() -= 1;
-            if *held.get() == 0 {
-                held.remove();
-            }
+            self.by_subscriber.remove(entry.subscriber);
         }
     }
 }
@@ -327,7 +317,7 @@ impl Memory {
         if free == 0 {
             return Err(StoreError::Full);
         }
-        if table.only_here.count_of(subscriber) >= free.saturating_mul(SHARE) {
+        if table.only_here.by_subscriber.of(subscriber) >= free.saturating_mul(SHARE) {
             return Err(StoreError::ShareFull);
         }
         if table.tokens.len() >= self.max {

@@ -116,7 +116,7 @@ fn handle(request: &Request) -> Reply {
 fn echo(request: &Request) -> Vec<u8> {
     let Request { method, path, query, client, .. } = request;
     let target = if query.is_empty() { path.clone() } else { format!("{path}?{query}") };
-    let mut text = format!("{method} {target} {client}");
+    let mut text = format!("{} {target} {client}", method.name());
     for (name, value) in [
         ("Authorization", &request.authorization),
         ("Content-Type", &request.content_type),

@@ -363,9 +363,9 @@ impl Nodes {
         self.connected().next().is_some()
     }
 
-    /// These, if any of them serves.
-    pub fn checked(self) -> Result<Self, StoreError> {
-        if self.is_connected() { Ok(self) } else { Err(self.map.lost()) }
+    /// Fails if none of them serves.
+    pub fn check(&self) -> Result<(), StoreError> {
+        if self.is_connected() { Ok(()) } else { Err(self.map.lost()) }
     }
 
     /// Where they lead.

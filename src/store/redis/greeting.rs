@@ -65,9 +65,7 @@ pub(super) fn greet(
         runs.push(server.run_id);
     }
     refusal.map_or(Ok(()), Err)?;
-    if !nodes.is_connected() {
-        return Err(nodes.map.lost());
-    }
+    nodes.check()?;
     hello.run_id = nodes.run_id(runs);
     hello.warnings.extend(policy.map(|policy| {
         format!(

@@ -35,7 +35,7 @@ impl Line {
     pub fn connect(&self) -> Result<Option<String>, StoreError> {
         let greet = |nodes: &mut Nodes, deadline| {
             let runs = ask_each(nodes, deadline).into_iter().map(|info| info.run_id).collect();
-            if nodes.is_connected() { Ok(nodes.run_id(runs)) } else { Err(nodes.map.lost()) }
+            nodes.check().map(|()| nodes.run_id(runs))
         };
         self.pool.reopen(greet, clock::now())
     }

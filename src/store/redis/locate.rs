@@ -380,7 +380,8 @@ impl Masters {
             connections.push(opened.map_err(|error| lost.insert(node, error.into_down())).ok());
         }
         let map = Map::new(servers, slots, lost, opener.wait());
-        Nodes::new(connections, Arc::new(map)).checked()
+        let nodes = Nodes::new(connections, Arc::new(map));
+        nodes.check().map(|()| nodes)
     }
 
     /// One may be in reach and yet take no writes.
