@@ -520,7 +520,7 @@ impl Running {
             self.report(manager);
             let now = clock::now();
             if now.mono_ms >= note_at_ms {
-                self.note_certificate(now);
+                self.note_daily(now);
                 note_at_ms = now.mono_ms + clock::DAY_S * 1000;
             }
             let event = happened.recv_timeout(manager.due_in(now).unwrap_or(LOOK).min(LOOK));
@@ -581,9 +581,8 @@ impl Running {
         }
     }
 
-    /// Says daily that the certificate which we show ends.
-    fn note_certificate(&self, now: clock::Now) {
-        self.api.certificate_notes(now).iter().for_each(|note| log::warn!("{note}"));
+    fn note_daily(&self, now: clock::Now) {
+        self.api.daily_notes(now).iter().for_each(|note| log::warn!("{note}"));
     }
 
     /// TLS files and API keys are read again. What cannot be used changes nothing at all.
@@ -609,7 +608,7 @@ impl Running {
         for name in self.config.fixed_changes(&later) {
             log::warn!("SIGHUP: {name} has changed, which takes effect at the next start only");
         }
-        self.note_certificate(clock::now());
+        self.note_daily(clock::now());
         let new = |warning: &&String| !self.config.warnings.contains(warning);
         later.warnings.iter().filter(new).for_each(|warning| log::warn!("{warning}"));
     }

@@ -122,11 +122,12 @@ impl Api {
         *settings = Arc::new(Settings { config, certificate: validity(shown) });
     }
 
-    /// What is to be said of the certificate that we show over HTTPS: that it does not count now, or
-    /// not much longer.
-    pub fn certificate_notes(&self, now: Now) -> Vec<String> {
+    /// What is to be said daily: that the certificate which we show over HTTPS does not count now, or
+    /// not much longer, and that our clock is not that of Redis.
+    pub fn daily_notes(&self, now: Now) -> Vec<String> {
         let notes = operations::certificate_notes(self, now);
-        [notes.reasons, notes.warnings].concat()
+        let clock = self.provisioner.clock_is_off().into_iter().collect();
+        [notes.reasons, notes.warnings, clock].concat()
     }
 
     /// The settings as they are now; a request looks once, so that it sees all old or all new ones.

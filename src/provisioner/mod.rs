@@ -304,7 +304,8 @@ impl Provisioner {
         let lasting = status.away.filter(|away| away.lasting && !status.redis_required);
         let lasting = lasting
             .map(|away| format!("Redis is away and will not be back by itself: {}", away.why));
-        self.publisher.warnings(now).into_iter().chain(lasting).chain(self.clock_is_off()).collect()
+        let clock = self.clock_is_off().filter(|_| self.clock_is_far_off().is_none());
+        self.publisher.warnings(now).into_iter().chain(lasting).chain(clock).collect()
     }
 
     fn issuer(&self, now: Now) -> Result<Arc<Issuer>, CaError> {

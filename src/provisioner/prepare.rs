@@ -238,10 +238,9 @@ impl Provisioner {
         clock_off(self.store.status().clock_is_ahead_ms, CLOCK_IS_FAR_OFF_MS)
     }
 
-    /// Why a kill may not reach what it should.
-    pub(super) fn clock_is_off(&self) -> Option<String> {
-        let said = self.clock_is_far_off().is_some();
-        clock_off(self.store.status().clock_is_ahead_ms, CLOCK_IS_OFF_MS).filter(|_| !said)
+    /// Why a kill may not reach what it should, or cannot be made.
+    pub fn clock_is_off(&self) -> Option<String> {
+        clock_off(self.store.status().clock_is_ahead_ms, CLOCK_IS_OFF_MS)
     }
 }
 

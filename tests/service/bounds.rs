@@ -81,6 +81,17 @@ fn also_by_an_instance_whose_clock_lags_three_seconds() {
     }
 }
 
+/// Nobody may be looking at `/ready`.
+#[test]
+fn a_clock_that_is_off_is_told_in_the_log() {
+    let clock = FakeClock::at(now_s() - 4);
+    let env = clock.env();
+    let env: Vec<(&str, &str)> = env.iter().map(|(name, value)| (*name, &**value)).collect();
+    let redis = Redis::start(&[]);
+    let service = instance::first(&redis.url(), &env);
+    wait::for_true("it is told", || service.log().contains("s behind that of Redis"));
+}
+
 /// Its bound would reach into next month, and every later token of the device be dated after that, for
 /// good. What is not killed is not said to be.
 #[test]
