@@ -161,13 +161,22 @@ else
 fi
 
 work=$(mktemp -d) || fail $LOCAL "no temporary folder"
-folder_lock=''
+folder_lock='' asleep=''
 finish() {
+    [ -z "$asleep" ] || kill "$asleep" 2>/dev/null || true
     rm -rf "$work"
     [ -z "$folder_lock" ] || rm -rf "$folder_lock"
 }
 trap finish EXIT
 trap 'exit 1' INT TERM HUP
+
+# Sleeps $1 seconds. A shell that itself waited for a command would hear a signal only after that.
+nap() {
+    sleep "$1" >/dev/null 2>&1 9<&- &
+    asleep=$!
+    wait "$asleep" || true
+    asleep=''
+}
 
 # SECURITY: nobody counts as a CA but whom we name. Most programs look into the system's store, too,
 # unless they are given another one; and not every option for that is in every openssl.
@@ -398,7 +407,7 @@ pause() {
     [ "$wait" -ge 1 ] || wait=1
     [ "$wait" -le 60 ] || wait=60
     warn "$answer: trying again in $wait s"
-    sleep "$wait" 9<&-
+    nap "$wait"
 }
 
 # --- keys and certificates
@@ -754,7 +763,7 @@ fi
 renews=''
 [ $state != due ] || [ $scheme != https ] || renews=yes
 [ -n "$renews" ] || read_credential
-[ "$splay" -eq 0 ] || sleep "$(random $((splay + 1)))" 9<&-
+[ "$splay" -eq 0 ] || nap "$(random $((splay + 1)))"
 trust
 [ -d "$dir" ] || (umask 022 && mkdir -p "$dir" && chmod 700 "$dir") || fail $LOCAL "cannot make $dir"
 lock

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::time::Duration;
 
 use crate::support::clock::FakeClock;
 use crate::support::csr::{self, Csr};
@@ -385,6 +386,28 @@ fn nobody_has_to_listen() {
             check_files(&device, &service);
             assert_eq!(fs::read_dir(tmp).unwrap().count(), 0, "{way}");
         }
+    }
+}
+
+/// While it waits, too: a shell by itself looks at a signal when what it has begun ends.
+#[test]
+fn it_ends_when_it_is_told_to() {
+    for surroundings in BOTH {
+        let device = Device::new("d", "http://127.0.0.1:1").surroundings(surroundings);
+        let tmp = device.outside().join("tmp");
+        fs::create_dir(&tmp).unwrap();
+        let device = device.env(&[("TMPDIR", tmp.display().to_string())]);
+        let mut run = device.begin(&["--splay", "100000"]);
+        let begun =
+            || fs::read_dir(&tmp).unwrap().any(|e| e.unwrap().path().join("store").exists());
+        wait::for_true("it has begun", begun);
+        send_signal(run.id(), "TERM");
+        let ended = wait::until(Duration::from_secs(10), || run.try_wait().unwrap());
+        if ended.is_none() {
+            run.kill().unwrap();
+        }
+        assert_eq!(ended.and_then(|status| status.code()), Some(1), "{surroundings:?}");
+        assert_eq!(fs::read_dir(tmp).unwrap().count(), 0);
     }
 }
 
