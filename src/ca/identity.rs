@@ -32,9 +32,10 @@ impl Ca {
         if !rest.is_empty() || !issuer.has_signed(&certificate) {
             return Err(not_ours("signed by another CA"));
         }
-        let serial = Serial::from_der(certificate.raw_serial());
-        let certificate = serial.and_then(|serial| self.record().by_serial(&serial));
-        certificate.ok_or_else(|| not_ours("not in the record of devices"))
+        let serial = Serial::from_der(certificate.raw_serial())
+            .ok_or_else(|| not_ours("its serial is too long"))?;
+        let known = self.record().by_serial(&serial);
+        known.ok_or_else(|| not_ours(&format!("{serial} is not in the record of devices")))
     }
 
     /// Whether a certificate in the record may be renewed now, if it has not ended more than `late_days`

@@ -125,6 +125,8 @@ fn who_is_refused_and_why() {
         key: stage.service.data("tls/server.key"),
     };
     refused(Some(&server), "CLIENT_CERTIFICATE_INVALID", "ours, but of a server");
+    let serial = stage.serial(&server).trim().to_lowercase();
+    stage.service.wait_for_log(&format!("{serial} is not in the record of devices"));
 
     let other = stage.enroll("other");
     check_error(&stage.renew(Some(&other), &own), 400, "CSR_DEVICE_MISMATCH", "another device's");
