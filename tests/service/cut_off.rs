@@ -334,7 +334,7 @@ fn redeem_at_both(servers: &[Client; 2], history: &History, device: &Device, tur
                     thread::sleep(Duration::from_millis(if event.status == 503 { 50 } else { 0 }));
                     event.status == 503
                 };
-                let _tries = (0..20).take_while(|_| present()).count();
+                let _tries = (0..5).take_while(|_| present()).count();
             });
         }
     });

@@ -37,7 +37,13 @@ impl Pair {
         let redeemer = instance::another(&asked, &proxies[1].url(), &env);
         let issued = |n| {
             let device = Device::new(&format!("d{n}"));
-            let compact = token(if n % 2 == 0 { &asked } else { &redeemer }, &device);
+            let service = if n % 2 == 0 { &asked } else { &redeemer };
+            let first = token(service, &device);
+            // One that takes another's place is dated some seconds ahead.
+            let compact = match n % 4 {
+                0 | 1 => first,
+                _ => instance::issued(service, &instance::replace(service, &device)),
+            };
             (device, compact)
         };
         let tokens = (0..TOKENS).map(issued).collect();

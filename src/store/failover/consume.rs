@@ -2,6 +2,7 @@
 
 use super::{Failover, Grace, Mode, Turn};
 use crate::config::OutageRedeem;
+use crate::devices::Row;
 use crate::jwt::{Token, TokenHash};
 use crate::serial::Serial;
 use crate::store::ledger::Begin;
@@ -19,7 +20,7 @@ impl Turn<'_> {
     pub(super) fn begin_consume(&mut self, token: &Token, serial: Serial) -> Option<Answer> {
         let ledger = &self.store.memory.ledger;
         match ledger.begin(token, serial, false, self.now) {
-            Begin::Begun if self.may_be_used(token) => {
+            Begin::Begun if self.may_be_used(token, None) => {
                 ledger.release(&token.hash, serial);
                 Some(Err(StoreError::Undecided))
             }
@@ -31,12 +32,20 @@ impl Turn<'_> {
     }
 
     /// Redis had forgotten something when it returned, and another instance may still have to say that
-    /// it has redeemed this token.
-    fn may_be_used(&self, token: &Token) -> bool {
+    /// it has redeemed this token. One that is dated just after its device's past lies ahead, and may be
+    /// older than its date says, unless this instance has issued it since. `row`: as Redis has it.
+    fn may_be_used(&self, token: &Token, row: Option<&Row>) -> bool {
         let Grace { until_ms, forgot_before_s } = self.state.grace;
+        let rows = &self.store.memory.rows;
+        let is_dated = || {
+            let t = row.map_or_else(|| rows.row(&token.claims.device_id).bound.t, |r| r.bound.t);
+            token.claims.iat == t.saturating_add(1)
+        };
+        let is_ours = || self.in_redis(&token.hash) == Some(InRedis::Confirmed);
         self.store.rules.redeem == OutageRedeem::None
             && self.now.mono_ms < until_ms
-            && forgot_before_s.is_some_and(|before| token.claims.iat <= before)
+            && forgot_before_s
+                .is_some_and(|before| token.claims.iat <= before || is_dated() && !is_ours())
     }
 
     /// Redis has answered. `was_confirmed`: it had confirmed the token when the attempt began.
@@ -54,6 +63,11 @@ impl Turn<'_> {
             self.carry_again(hash);
         }
         match result {
+            Ok(Outcome::Granted(row)) if self.may_be_used(token, Some(&row)) => {
+                ledger.release(hash, serial);
+                self.state.follow_ups.withdraw(token, serial);
+                Err(StoreError::Undecided)
+            }
             Ok(Outcome::Granted(row)) => {
                 if !ledger.grant(hash, serial) {
                     return Ok(Outcome::AlreadyUsed); // killed here meanwhile
