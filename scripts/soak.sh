@@ -14,9 +14,10 @@
 # The first half of the time is for warming up: an allocator takes minutes to see the worst mixture of
 # sizes (what was redeemed is known for a minute longer than it lives, and so is 80 s the least). It
 # ends with 1 if in the second half
-#   - VmRSS grows by more than LIMIT KiB a minute, by least squares. The record of certificates is meant
-#     to grow: 200 bytes each are taken off, and only one device in 300 gets one, so that this is little;
-#     but its tables double now and then, which can look like half of the limit. 32 KiB a minute are 3
+#   - VmRSS grows by more than LIMIT KiB a minute, by least squares. Two things are meant to grow: the
+#     record of certificates, of which one device in 300 gets one, and the rows of devices whose token
+#     was replaced, one in 40, which stay for a day. For each 200 and 100 bytes are taken off; but
+#     their tables double now and then, which can look like half of the limit. 32 KiB a minute are 3
 #     bytes for each request that an instance is sent;
 #   - the number of threads changes, or is higher than before the load;
 #   - there are more descriptors than before the load and the load's own, or any more than before when
@@ -29,7 +30,7 @@
 #   RATE       requests a second, 500
 #   LIMIT      32
 #   SOAK_KEEP  a file for all samples: second, lifetime of tokens, KiB, threads, descriptors,
-#              certificates, live tokens, keys
+#              certificates, rows, live tokens, keys
 # It needs redis-server, redis-cli and curl.
 set -eu
 me="soak"
@@ -50,6 +51,7 @@ warm=$((minutes * 30))
 rate=${RATE:-500}
 limit=${LIMIT:-32}
 record=200
+row=100
 every=5
 redis=
 servers=
@@ -136,7 +138,8 @@ ids="$ids $started" urls="$urls $url"
 sleep 1
 note_counts "$work/before"
 
-# sample: one line for each instance.
+# sample: one line for each instance. The load replaces a device's token once, so each line of devices.txt
+# is of another one.
 sample() {
     tokens=$(health "${urls%% *}" | sed -n 's/.*"tokenCount":\([0-9]*\).*/\1/p')
     keys=$(ask_redis dbsize 2>/dev/null) || keys=
@@ -144,7 +147,7 @@ sample() {
     for id in $ids; do
         kill -0 "$id" 2>/dev/null || fail "the instance with $ttl s has ended: $(tail -1 "$work/log.$ttl")"
         echo "$elapsed $ttl $(of_status VmRSS "$id") $(of_status Threads "$id") $(descriptors "$id")" \
-            "$(wc -l <"$work/$ttl/ca/index.txt") ${tokens:--} ${keys:--}" >>"$work/samples"
+            "$(wc -l <"$work/$ttl/ca/index.txt") $(wc -l <"$work/$ttl/devices.txt") ${tokens:--} ${keys:--}" >>"$work/samples"
         kill -HUP "$id"
         ttl=$((ttl + 2))
     done
@@ -182,15 +185,19 @@ note_counts "$work/after"
 [ -z "${SOAK_KEEP:-}" ] || cp "$work/samples" "$SOAK_KEEP"
 
 echo
-echo "| minute | VmRSS KiB, 1 s | 3 s | 5 s | descriptors | threads | certificates | live tokens | keys |"
-echo "|---|---|---|---|---|---|---|---|---|"
+echo "| minute | VmRSS KiB, 1 s | 3 s | 5 s | descriptors | threads | certificates | rows | live tokens | keys |"
+echo "|---|---|---|---|---|---|---|---|---|---|"
 awk '
     { id = $2 }
-    id == 1 { rss = $3; threads = $4; fds = $5; certificates = $6 }
-    id != 1 { rss = rss " | " $3; threads = threads ", " $4; fds = fds ", " $5; certificates = certificates ", " $6 }
+    id == 1 { rss = $3; threads = $4; fds = $5; certificates = $6; rows = $7 }
+    id != 1 {
+        rss = rss " | " $3; threads = threads ", " $4; fds = fds ", " $5
+        certificates = certificates ", " $6; rows = rows ", " $7
+    }
     id == 5 && int($1 / 60) >= next_minute {
         next_minute = int($1 / 60) + 1
-        printf "| %.1f | %s | %s | %s | %s | %s | %s |\n", $1 / 60, rss, fds, threads, certificates, $7, $8
+        printf "| %.1f | %s | %s | %s | %s | %s | %s | %s |\n", \
+            $1 / 60, rss, fds, threads, certificates, rows, $8, $9
     }' "$work/samples"
 
 echo
@@ -201,10 +208,10 @@ for id in $ids; do
     # What a log says in the span of the outage is not counted.
     complaints=$(awk -v from="$from" -v until="$until" '
         ($2 == "WARN" || $2 == "ERROR") && !($1 >= from && $1 <= until)' "$work/log.$ttl" | tee "$work/complaints" | wc -l)
-    awk -v ttl="$ttl" -v warm="$warm" -v record="$record" -v limit="$limit" -v complaints="$complaints" \
+    awk -v ttl="$ttl" -v warm="$warm" -v record="$record" -v row="$row" -v limit="$limit" -v complaints="$complaints" \
         -v before="$(sed -n "s/^$ttl //p" "$work/before")" -v after="$(sed -n "s/^$ttl //p" "$work/after")" '
         $2 == ttl && $1 >= warm {
-            x = $1 / 60; y = $3; z = $6 * record / 1024
+            x = $1 / 60; y = $3; z = ($6 * record + $7 * row) / 1024
             n++; sx += x; sxx += x * x; sy += y; sxy += x * y; sz += z; sxz += x * z
             if (n == 1) { min_threads = max_threads = $4; min_fds = max_fds = $5; first = y }
             if ($4 < min_threads) min_threads = $4
@@ -219,7 +226,7 @@ for id in $ids; do
             slope = (n * sxy - sx * sy) / below
             meant = (n * sxz - sx * sz) / below
             net = slope - meant
-            printf "tokens of %d s: VmRSS %d to %d KiB, %+.1f KiB/min, %+.1f for the record and %+.1f else (%+.1f MiB a day);", \
+            printf "tokens of %d s: VmRSS %d to %d KiB, %+.1f KiB/min, %+.1f for record and rows and %+.1f else (%+.1f MiB a day);", \
                 ttl, first, last, slope, meant, net, net * 1440 / 1024
             printf " threads %d to %d; descriptors %d to %d, %d before and %d after; %d warnings and errors\n", \
                 min_threads, max_threads, min_fds, max_fds, b[2], a[2], complaints
