@@ -61,6 +61,7 @@ RULES = {
     "bound for certificates": "a revocation's bound holds for certificates, by when they were paid",
     "under way": "a replacement is refused while a young mark may be of a running redemption",
     "grace": "after the return of a Redis that may forget, `none` is 503 for older tokens, 10 s",
+    "dated waits": "so does one whose `iat` is the bound and one, which lies ahead, if it is not its own",
     "not known yet": "for 10 s after an outage an unknown token is 503, not 401",
     "watch": "an instance that nobody asks notices within 5 s that Redis was restarted",
     "deletions": "a token that is gone from Redis was deleted, and is dead",

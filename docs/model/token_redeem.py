@@ -47,6 +47,8 @@ class Redeem(Ground):
         attempt = begun
         if attempt.line:
             decided = yield from self.consume(attempt)
+            if decided == "dated":
+                decided = yield here("how old?", lambda w: self.age_of_dated(w, attempt))
             if decided == "granted" and self.wait_replicas:
                 decided = yield from self.await_replicas(attempt)
             if decided == "granted":
@@ -157,7 +159,17 @@ class Redeem(Ground):
             return "used"
         if self.has("bounds") and attempt.token.iat <= (bound or 0):
             return "dead"
-        return "granted" if there else "unknown"
+        if not there:
+            return "unknown"
+        return "dated" if attempt.token.iat == (bound or 0) + 1 else "granted"
+
+    def age_of_dated(self, world, attempt):
+        """What is dated just after its device's past lies ahead, and may be older than it says. By the
+        time when the attempt began."""
+        until, _ = world.get((attempt.me, "memory", "grace"), (0, 0))
+        in_grace = self.outage_redeem == "none" and attempt.since < until
+        own = world.get((attempt.me, "memory", "copy", attempt.token)) == "confirmed"
+        return "doubted" if in_grace and not own and self.has("dated waits") else "granted"
 
     def state_of(self, world, attempt, shown, age):
         """What an older mark means. No other attempt for the token runs here: this one began."""
@@ -198,7 +210,7 @@ class Redeem(Ground):
             yield here("nobody knows", lambda w: self.note_unknown(w, attempt))
             yield from self.lose(me)
             return "503"
-        if why in ("dead", "unknown", "unsafe"):
+        if why in ("dead", "unknown", "unsafe", "doubted"):
             yield from self.withdraw(attempt)
         return (yield here("refused", lambda w: self.release(w, attempt, why)))
 
@@ -215,7 +227,7 @@ class Redeem(Ground):
         world.pop((me, "memory", "todo", "mark", token), None)
         if why == "unknown":
             return self.judge_unknown(world, attempt)
-        return "503" if why in ("young", "unsafe") else "401 used"
+        return "503" if why in ("young", "unsafe", "doubted") else "401 used"
 
     def judge_unknown(self, world, attempt):
         """Redis does not know the token: it was deleted, or lost, or is still to be entered."""

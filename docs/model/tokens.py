@@ -1012,10 +1012,10 @@ def is_settled(me):
     return is_so
 
 
-def forgets(s, more=(), after=()):
+def forgets(s, more=(), after=(), start=None, token=T1):
     """b has used a token, and Redis restarts from an older file. b, if it notices, enters its mark
     within the grace; then 11 s pass. a is asked all the while."""
-    start = held(world("a", "b"), T1, "a")
+    start = start or held(world("a", "b"), token, "a")
     dump = contents(start)
     b_is_settled = is_settled("b")
     processes = {
@@ -1023,10 +1023,10 @@ def forgets(s, more=(), after=()):
         "a.supervisor": (s.supervise, "a"),
         "b.supervisor": (s.supervise, "b"),
         "time.passes": passes(11, lambda found: s.has("watch") and not b_is_settled(found)),
-        "a.redeem": (s.redeem, "a", "a1", T1),
+        "a.redeem": (s.redeem, "a", "a1", token),
     }
     after = {"a.redeem": ("redis.older",), "time.passes": ("redis.older",)} | dict(after)
-    return Scenario(certified(start, T1, "b", "b0"), processes | dict(more), judged, after=after)
+    return Scenario(certified(start, token, "b", "b0"), processes | dict(more), judged, after=after)
 
 
 @row(
@@ -1096,6 +1096,21 @@ def _(s):
         },
         judged,
     )
+
+
+@row(
+    "30f",
+    "the same as 30, of a token that has replaced another, and so is dated ahead",
+    "it passes for one that was issued after the return",
+    without=["dated waits"],
+    outage_redeem="none",
+)
+def _(s):
+    dated = T1._replace(iat=106)
+    start = held(world("a", "b"), dated, "b")
+    start["b", "disk", "bound", "d"] = 105
+    put(start, ("row", "d"), 105)
+    return forgets(s, start=start, token=dated)
 
 
 def fails_over(s, old_is_stopped):
