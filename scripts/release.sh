@@ -77,9 +77,13 @@ package() {
     done
     sed 's/^#DATA_DIR=/DATA_DIR=/' contrib/environment.example >"$tree/etc/$name/environment"
     chmod 640 "$tree/etc/$name/environment"
-    install -m 644 docs/*.md docs/*.svg "$doc/"
-    # All pages are in one folder there.
+    # All pages are in one folder there, and what they link to beside them.
     sed 's|](docs/|](|g' README.md >"$doc/README.md"
+    for page in docs/*.md; do sed 's|](\.\./contrib/|](contrib/|g' "$page" >"$doc/${page##*/}"; done
+    install -m 644 docs/*.svg "$doc/"
+    mkdir "$doc/contrib"
+    cp -R contrib/mosquitto contrib/openwrt contrib/systemd "$doc/contrib/"
+    chmod -R u=rwX,go=rX "$doc"
     cat contrib/debian/copyright LICENSE-MIT >"$doc/copyright"
     gzip -9n <CHANGELOG.md >"$doc/changelog.gz"
     install -m 755 contrib/debian/postinst contrib/debian/prerm contrib/debian/postrm "$tree/DEBIAN/"
