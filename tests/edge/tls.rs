@@ -365,21 +365,21 @@ fn replayed_hellos_delay_nobody() {
     std::thread::scope(|scope| {
         let attack = scope.spawn(replay);
         until("it has begun", || answered.load(Ordering::Relaxed) > 0);
-        let (mut longest_kept, mut longest_new) = (Duration::ZERO, Duration::ZERO);
+        let (mut most_kept, mut most_new) = (0, 0);
         for _ in 0..10 {
-            let start = Instant::now();
+            let before = answered.load(Ordering::Relaxed);
             assert_eq!(get(&mut kept, "/x"), 200);
-            longest_kept = longest_kept.max(start.elapsed());
-            let start = Instant::now();
+            let between = answered.load(Ordering::Relaxed);
             let mut new = StreamOwned::new(client(&certificate), served.connect());
             assert_eq!(get(&mut new, "/x"), 200);
-            longest_new = longest_new.max(start.elapsed());
+            most_kept = most_kept.max(between - before);
+            most_new = most_new.max(answered.load(Ordering::Relaxed) - between);
         }
         stop.store(true, Ordering::Relaxed);
         attack.join().unwrap();
+        println!("signatures meanwhile: {most_kept} and {most_new} at most");
         // In turn with the others, each would have waited for 200 signatures.
-        assert!(longest_kept < Duration::from_millis(300), "{longest_kept:?}");
-        assert!(longest_new < Duration::from_millis(600), "{longest_new:?}");
+        assert!(most_kept < 100 && most_new < 100, "{most_kept}, {most_new}");
     });
 }
 
