@@ -24,6 +24,8 @@ use crate::support::{check_error, token as jwt, wait};
 
 /// For a test that holds a command longer than a moment.
 const SLOW: &[(&str, &str)] = &[("REDIS_TIMEOUT_MS", "5000"), ("REDIS_CONNECT_TIMEOUT_MS", "5000")];
+/// Where an instance is not to learn from the record what another has redeemed.
+const UNSHARED: &[(&str, &str)] = &[("SHARE_RECORD", "false")];
 
 /// What a redeeming device gets, also when the program dies meanwhile.
 fn try_redeem(
@@ -632,9 +634,9 @@ fn row_19_killed_here_and_presented_here_after_a_restart() {
 fn row_20_a_mark_is_carried_over_a_tentative_one() {
     let mut redis = Redis::start(&[]);
     let proxies = [(); 3].map(|()| Proxy::start(redis.port()));
-    let a = first(&proxies[0].url(), &[]);
-    let b = another(&a, &proxies[1].url(), SLOW);
-    let c = another(&a, &proxies[2].url(), &[]);
+    let a = first(&proxies[0].url(), UNSHARED);
+    let b = another(&a, &proxies[1].url(), &[SLOW, UNSHARED].concat());
+    let c = another(&a, &proxies[2].url(), UNSHARED);
     let d = Device::new("d");
     let compact = token(&c, &d);
     let serial = certificate(&a, &compact, &d);
@@ -664,9 +666,9 @@ fn row_20_a_mark_is_carried_over_a_tentative_one() {
 fn carried_between_the_commands(dead_mark: bool, pattern: &str) {
     let mut redis = Redis::start(&[]);
     let proxies = [(); 3].map(|()| Proxy::start(redis.port()));
-    let a = first(&proxies[0].url(), &[]);
-    let b = another(&a, &proxies[1].url(), SLOW);
-    let c = another(&a, &proxies[2].url(), &[]);
+    let a = first(&proxies[0].url(), UNSHARED);
+    let b = another(&a, &proxies[1].url(), &[SLOW, UNSHARED].concat());
+    let c = another(&a, &proxies[2].url(), UNSHARED);
     let d = Device::new("d");
     let compact = token(&c, &d);
     certificate(&a, &compact, &d);
